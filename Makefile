@@ -1,0 +1,32 @@
+# make demo | test | lint | bench: each sets up .venv first, if it is missing or out of date.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' Makefile
+
+setup: $(READY) ## .venv with lorap and everything the other targets need
+
+# torch 2.13.0 is installed only where none is: an existing build, with or without CUDA, is kept.
+$(READY): pyproject.toml setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: $(READY) ## compress SmolLM2-135M, judge it, save it, load it, let it speak
+	$(BIN)/python benchmarks/demo.py
+
+lint: $(READY) ## format, lint and types
+	$(BIN)/pre-commit run --all-files
+
+test: lint ## lint, then all tests, and each benchmark once
+	$(BIN)/python benchmarks/assets.py
+	$(BIN)/pytest tests
+	$(BIN)/pytest benchmarks --benchmark-disable --quiet
+
+bench: $(READY) ## measure kernels, layers and the factorization against their alternatives
+	$(BIN)/pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name

@@ -1,0 +1,43 @@
+"""lorap: compress LLaMA-family language models with LoRAP, and run them afterwards.
+
+Importing it teaches transformers to open compressed checkpoints.
+"""
+
+from lorap.checkpoint import save
+from lorap.config import CompressionConfig
+from lorap.errors import (
+    ArchitectureError,
+    CalibrationError,
+    CheckpointError,
+    ConfigError,
+    FactorizationError,
+    LoRAPError,
+)
+from lorap.evaluation import Evaluation, evaluate
+from lorap.factorization import Factorization, factorize
+from lorap.integrations.transformers import register as _register
+from lorap.modules import LowRankLinear
+from lorap.pipeline import compress
+from lorap.report import CompressionReport
+from lorap.version import __version__
+
+_register()
+
+__all__ = [
+    "ArchitectureError",
+    "CalibrationError",
+    "CheckpointError",
+    "CompressionConfig",
+    "CompressionReport",
+    "ConfigError",
+    "Evaluation",
+    "Factorization",
+    "FactorizationError",
+    "LoRAPError",
+    "LowRankLinear",
+    "__version__",
+    "compress",
+    "evaluate",
+    "factorize",
+    "save",
+]

@@ -1,0 +1,5 @@
+"""``python -m lorap`` is the ``lorap`` command."""
+
+from lorap.cli import main
+
+main()

@@ -1,0 +1,121 @@
+"""Where the projections live in each model family: one table, no per-family classes.
+
+All families below share LLaMA's decoder layer: ``self_attn`` with separate q, k, v and o, and a gated ``mlp`` with separate
+gate, up and down. Multi-head and grouped-query attention, biases, q/k norms, sliding windows and tied embeddings need no
+entry here, because nothing but the seven linear layers is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from torch import nn
+
+from lorap.errors import ArchitectureError
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+PROJECTIONS = ATTENTION + MLP
+
+# Projections that read the same activations, so that their statistics are gathered once.
+SHARED_INPUTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "attention_input": ("q_proj", "k_proj", "v_proj"),
+        "attention_output": ("o_proj",),
+        "mlp_input": ("gate_proj", "up_proj"),
+        "mlp_inner": ("down_proj",),
+    }
+)
+
+
+def _llama_projections() -> Mapping[str, str]:
+    attention = {name: f"self_attn.{name}" for name in ATTENTION}
+    return MappingProxyType(attention | {name: f"mlp.{name}" for name in MLP})
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Names inside one model family.
+
+    Args:
+        families: what people call the models, for messages.
+        layers: path from the model to its list of decoder layers.
+        mlp: path from a decoder layer to its FFN.
+        projections: path from a decoder layer to each of the seven linear layers.
+    """
+
+    families: str
+    layers: str = "model.layers"
+    mlp: str = "mlp"
+    projections: Mapping[str, str] = field(default_factory=_llama_projections)
+
+    def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
+        """The decoder layers of ``model``, in order."""
+        layers = model.get_submodule(self.layers)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    def linears(self, layer: nn.Module) -> dict[str, nn.Linear]:
+        """The seven linear layers of one dense decoder layer, by role."""
+        return {role: layer.get_submodule(path) for role, path in self.projections.items()}  # type: ignore[misc]
+
+    def module_name(self, index: int, role: str) -> str:
+        """Full name of a projection, as in the checkpoint."""
+        return f"{self.layers}.{index}.{self.projections[role]}"
+
+
+# config.model_type -> names
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
+    {
+        "llama": Architecture("Llama 1/2/3, Vicuna, SmolLM, SmolLM2"),
+        "mistral": Architecture("Mistral"),
+        "qwen2": Architecture("Qwen2, Qwen2.5"),
+        "qwen3": Architecture("Qwen3"),
+        "smollm3": Architecture("SmolLM3"),
+    }
+)
+
+
+def find_architecture(model: nn.Module) -> Architecture:
+    """The table entry for a model, after checking that its layers really look like that.
+
+    Raises:
+        ArchitectureError: the family is unknown, or a projection is missing, fused, quantized or already compressed.
+    """
+    config = model.config
+    model_type = getattr(config, "model_type", type(model).__name__)
+    supported = "; ".join(f"{name} ({entry.families})" for name, entry in ARCHITECTURES.items())
+    if model_type not in ARCHITECTURES:
+        names = ", ".join(getattr(config, "architectures", None) or [type(model).__name__])
+        raise ArchitectureError(f"cannot compress model type {model_type!r} ({names}); supported: {supported}")
+    if (getattr(config, "quantization_config", None) or {}) and _quant_method(config) == "lorap":
+        raise ArchitectureError(
+            "this model was compressed by lorap already; start from the dense model and ask for a higher sparsity instead"
+        )
+    architecture = ARCHITECTURES[model_type]
+    for index, layer in enumerate(architecture.decoder_layers(model)):
+        for role in PROJECTIONS:
+            _check_linear(layer, architecture.projections[role], architecture.module_name(index, role))
+    return architecture
+
+
+def _quant_method(config: object) -> str:
+    quantization = config.quantization_config  # type: ignore[attr-defined]
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    return str(getattr(method, "value", method))
+
+
+def _check_linear(layer: nn.Module, path: str, name: str) -> None:
+    try:
+        module = layer.get_submodule(path)
+    except AttributeError:
+        raise ArchitectureError(
+            f"{name} does not exist: the projections of this model are fused or named otherwise; "
+            "lorap needs separate q, k, v, o, gate, up and down"
+        ) from None
+    if type(module) is not nn.Linear:
+        raise ArchitectureError(
+            f"{name} is a {type(module).__name__}, not a plain torch.nn.Linear; load the model without quantization or adapters"
+        )

@@ -1,0 +1,25 @@
+"""Every mistake a user can make ends in one of these: a sentence that names the thing, the numbers and the way out."""
+
+
+class LoRAPError(Exception):
+    """Base of all errors that lorap raises on purpose. The command line prints it and exits with code 2."""
+
+
+class ConfigError(LoRAPError):
+    """An option is out of range, or options contradict each other."""
+
+
+class ArchitectureError(LoRAPError):
+    """The model is of a family, or in a shape, that lorap does not know how to compress."""
+
+
+class CalibrationError(LoRAPError):
+    """A text or token source cannot be used, or the activations it causes are not finite."""
+
+
+class FactorizationError(LoRAPError):
+    """A weight cannot be factorized: wrong shapes, an impossible rank, NaN or infinity."""
+
+
+class CheckpointError(LoRAPError):
+    """A model folder cannot be read or written."""

@@ -1,0 +1,135 @@
+"""What a model folder holds, from its config and file headers alone: parameters by kind, kept share, ranks, widths, bytes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorap.architectures import PROJECTIONS
+from lorap.checkpoint import TensorInfo, read_json, read_tensors
+from lorap.errors import CheckpointError
+from lorap.loading import ModelSource
+from lorap.report import format_table
+
+# llama.cpp's names for what Hugging Face calls otherwise.
+GGUF_KINDS = {
+    "attn_q": "q_proj",
+    "attn_k": "k_proj",
+    "attn_v": "v_proj",
+    "attn_output": "o_proj",
+    "ffn_gate": "gate_proj",
+    "ffn_up": "up_proj",
+    "ffn_down": "down_proj",
+    "token_embd": "embed_tokens",
+    "output": "lm_head",
+}
+KINDS = (*PROJECTIONS, "embed_tokens", "lm_head", "other")
+
+
+def describe_model(source: ModelSource) -> dict[str, Any]:
+    """Sizes of a local model, dense or compressed, without loading a weight.
+
+    Raises:
+        CheckpointError: the model is not local, or its files are damaged.
+    """
+    if source.folder is None:
+        raise CheckpointError(f"no model folder {source.location}; `info` reads local folders and .gguf files only")
+    if source.gguf_file:
+        tensors, config = _gguf_tensors(source.folder / source.gguf_file), {}
+    else:
+        tensors, config = read_tensors(source.folder), read_json(source.folder / "config.json")
+    quantization = config.get("quantization_config") or {}
+    compressed = quantization.get("quant_method") == "lorap"
+    width = quantization.get("dense_intermediate_size") if compressed else None
+    before, after = _count(tensors, width)
+    linear_before, linear_after = (sum(counts[role] for role in PROJECTIONS) for counts in (before, after))
+    ranks: dict[str, list[int]] = defaultdict(list)
+    for name, rank in quantization.get("ranks", {}).items() if compressed else ():
+        ranks[name.rsplit(".", 1)[-1]].append(rank)
+    return {
+        "model": source.name,
+        "model_type": config.get("model_type", "gguf"),
+        "compressed_by_lorap": compressed,
+        "recipe": quantization.get("recipe") if compressed else None,
+        "sparsity": quantization.get("sparsity") if compressed else None,
+        "params": sum(after.values()),
+        "params_before": sum(before.values()),
+        "param_ratio": linear_after / linear_before if linear_before else 1.0,
+        "bytes": sum(tensor.nbytes for tensor in tensors.values()),
+        "dtypes": sorted({tensor.dtype for tensor in tensors.values()}),
+        "kinds": {kind: {"params": after[kind], "params_before": before[kind]} for kind in KINDS if after[kind]},
+        "ranks": {role: sorted(set(found)) for role, found in ranks.items()},
+        "intermediate_size": sorted(
+            {*quantization.get("intermediate_sizes", {}).values()} or {config.get("intermediate_size")}
+        )
+        if config
+        else [],
+        "dense_intermediate_size": width,
+    }
+
+
+def format_info(info: Mapping[str, Any]) -> str:
+    """The same for people."""
+    rows = []
+    for kind, counts in info["kinds"].items():
+        kept = counts["params"] / counts["params_before"]
+        ranks = info["ranks"].get(kind, [])
+        rows.append(
+            [
+                kind,
+                f"{counts['params']:,}",
+                f"{kept:.4f}",
+                f"{ranks[0]}-{ranks[-1]}" if ranks[1:] else "".join(map(str, ranks)),
+            ]
+        )
+    head = f"{info['model']}: {info['model_type']}, {info['params']:,} parameters, {info['bytes'] / 1e6:,.1f} MB ({', '.join(info['dtypes'])})"
+    if info["compressed_by_lorap"]:
+        width = "-".join(map(str, info["intermediate_size"]))
+        head += (
+            f"\ncompressed by lorap, recipe {info['recipe']}, sparsity {info['sparsity']}: {info['param_ratio']:.4f} of the "
+            f"attention and FFN parameters kept, FFN width {width} of {info['dense_intermediate_size']}"
+        )
+    return head + "\n\n" + format_table(["", "parameters", "kept", "rank"], rows)
+
+
+def _count(tensors: Mapping[str, TensorInfo], dense_width: int | None) -> tuple[dict[str, int], dict[str, int]]:
+    """Parameters by kind, in the dense model and now. A low-rank layer was as large as its outer shape says."""
+    before: dict[str, int] = defaultdict(int)
+    after: dict[str, int] = defaultdict(int)
+    for name, tensor in tensors.items():
+        if tensor.is_guard:
+            continue
+        kind = _kind(name)
+        after[kind] += tensor.numel
+        if name.endswith(".right.weight"):
+            left = tensors[name.removesuffix("right.weight") + "left.weight"]
+            before[kind] += left.shape[0] * tensor.shape[1]
+        elif name.endswith(".left.weight"):
+            pass  # counted with its right factor
+        elif dense_width and kind in ("gate_proj", "up_proj"):
+            before[kind] += tensor.numel // tensor.shape[0] * dense_width
+        elif dense_width and kind == "down_proj" and len(tensor.shape) == 2:
+            before[kind] += tensor.shape[0] * dense_width
+        else:
+            before[kind] += tensor.numel
+    return before, after
+
+
+def _kind(name: str) -> str:
+    return next((part for part in name.split(".") if part in KINDS), "other")
+
+
+def _gguf_tensors(path: Path) -> dict[str, TensorInfo]:
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise CheckpointError(f"reading {path.name} needs the package `gguf`: pip install gguf") from None
+    tensors = {}
+    for tensor in GGUFReader(path).tensors:
+        name = ".".join(GGUF_KINDS.get(part, part) for part in str(tensor.name).split("."))
+        tensors[name] = TensorInfo(
+            tensor.tensor_type.name, tuple(int(size) for size in tensor.shape), int(tensor.n_bytes)
+        )
+    return tensors

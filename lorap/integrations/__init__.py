@@ -1,0 +1,1 @@
+"""One file per host that can run a compressed model."""

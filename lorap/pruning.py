@@ -1,0 +1,104 @@
+"""FFN channel pruning without gradients (paper, section 3.4).
+
+Channel c of a gated FFN is row c of gate and up and column c of down. Its importance adds the activation-weighted norms of
+the three, and it goes as a whole, so the pruned FFN is an ordinary dense FFN that happens to be narrower.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lorap.allocation import pruned_positions
+
+
+@dataclass(frozen=True)
+class PrunedChannels:
+    """Which channels stay, and what leaving the others out costs.
+
+    Args:
+        kept_channels: (kept,) int64, ascending.
+        errors: activation-weighted relative norm of what is removed, by projection.
+    """
+
+    kept_channels: Tensor
+    errors: dict[str, float]
+
+
+def channel_importance(gate: Tensor, up: Tensor, down: Tensor, input_sq_norm: Tensor, inner_sq_norm: Tensor) -> Tensor:
+    """||gate_c * s|| + ||up_c * s|| + ||down_:c|| t_c, where s and t are the norms of the FFN's input and inner channels.
+
+    Args:
+        gate: (intermediate_size, hidden_size).
+        up: (intermediate_size, hidden_size).
+        down: (hidden_size, intermediate_size).
+        input_sq_norm: (hidden_size,), sum over tokens of the squared inputs of gate and up.
+        inner_sq_norm: (intermediate_size,), the same for the inputs of down.
+
+    Returns:
+        (intermediate_size,) float64.
+    """
+    return sum(_weighted_norms(gate, up, down, input_sq_norm, inner_sq_norm).values())  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def select_channels(
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    input_sq_norm: Tensor,
+    inner_sq_norm: Tensor,
+    *,
+    sparsity: float,
+    least_important_kept: float,
+) -> PrunedChannels:
+    """Drop the channels of lowest importance, except the very lowest: those stay (paper, section 3.4, "retain the least")."""
+    norms = _weighted_norms(gate, up, down, input_sq_norm, inner_sq_norm)
+    importance = sum(norms.values())
+    assert isinstance(importance, Tensor)
+    order = torch.argsort(importance, stable=True)  # ties broken by position, so that two runs agree
+    start, stop = pruned_positions(len(order), sparsity, least_important_kept)
+    keep = torch.ones_like(order, dtype=torch.bool)
+    keep[order[start:stop]] = False
+    errors = {role: _removed_share(norm, keep) for role, norm in norms.items()}
+    return PrunedChannels(kept_channels=keep.nonzero().squeeze(1), errors=errors)
+
+
+def _removed_share(norms: Tensor, keep: Tensor) -> float:
+    total = norms.square().sum()
+    return float((norms[~keep].square().sum() / total).sqrt()) if total > 0 else 0.0
+
+
+def _weighted_norms(
+    gate: Tensor, up: Tensor, down: Tensor, input_sq_norm: Tensor, inner_sq_norm: Tensor
+) -> dict[str, Tensor]:
+    """(intermediate_size,) float64 for each of the three matrices."""
+    input_sq_norm, inner_sq_norm = input_sq_norm.double(), inner_sq_norm.double()
+    return {
+        "gate_proj": (gate.double().square() @ input_sq_norm).sqrt(),
+        "up_proj": (up.double().square() @ input_sq_norm).sqrt(),
+        "down_proj": down.double().norm(dim=0) * inner_sq_norm.sqrt(),
+    }
+
+
+def keep_outputs(linear: nn.Linear, channels: Tensor) -> nn.Linear:
+    """``linear`` with only the given output channels."""
+    bias = None if linear.bias is None else linear.bias.data[channels]
+    return _linear(linear.weight.data[channels], bias)
+
+
+def keep_inputs(linear: nn.Linear, channels: Tensor) -> nn.Linear:
+    """``linear`` with only the given input channels."""
+    bias = None if linear.bias is None else linear.bias.data
+    return _linear(linear.weight.data[:, channels].contiguous(), bias)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    out_features, in_features = weight.shape
+    linear = nn.Linear(in_features, out_features, bias=bias is not None, device="meta", dtype=weight.dtype)
+    linear.weight = nn.Parameter(weight)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias)
+    return linear

@@ -1,0 +1,241 @@
+"""What a compression run did, as data, as a table for people, and as a model card."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lorap.architectures import PROJECTIONS
+from lorap.config import CompressionConfig
+from lorap.evaluation import Evaluation
+
+
+@dataclass(frozen=True)
+class ProjectionReport:
+    """One linear layer before and after.
+
+    Args:
+        layer: index of the decoder layer.
+        role: such as ``q_proj``.
+        shape_before: (out_features, in_features) of the dense weight.
+        shape_after: the same once channels are pruned; a low-rank layer keeps its outer shape.
+        rank: of the factor pair; None where the layer is dense.
+        params_before: weights and bias.
+        params_after: weights, factors and bias, as saved.
+        error: activation-weighted relative error, ||(W - W') C^(1/2)|| / ||W C^(1/2)||; 0 where nothing changed.
+    """
+
+    layer: int
+    role: str
+    shape_before: tuple[int, int]
+    shape_after: tuple[int, int]
+    rank: int | None
+    params_before: int
+    params_after: int
+    error: float
+
+
+@dataclass
+class CompressionReport:
+    """Everything worth knowing about a run; ``lorap_report.json`` holds the same.
+
+    Args:
+        model: what was compressed.
+        config: how.
+        calibration: name, windows, seq_len, tokens and sha256 of the calibration windows.
+        projections: one entry per linear layer.
+        params_total_before: parameters of the whole dense model, embeddings included; tied weights count once.
+        params_saved: parameters of the whole compressed model, counted on the tensors that are saved.
+        evaluations: perplexity before and after, by text.
+        seconds: time spent, by stage.
+        peak_memory_bytes: high-water mark of the process; device memory where a GPU was used is ``peak_device_memory_bytes``.
+        environment: versions, device, dtype and thread count.
+    """
+
+    model: str
+    config: CompressionConfig
+    calibration: dict[str, Any]
+    projections: list[ProjectionReport] = field(default_factory=list)
+    params_total_before: int = 0
+    params_saved: int = 0
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int = 0
+    peak_device_memory_bytes: int = 0
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def params_before(self) -> int:
+        """Parameters of the compressed sub-layers in the dense model."""
+        return sum(projection.params_before for projection in self._compressed)
+
+    @property
+    def params_after(self) -> int:
+        """Parameters of the compressed sub-layers now."""
+        return sum(projection.params_after for projection in self._compressed)
+
+    @property
+    def param_ratio(self) -> float:
+        """Kept share of the compressed sub-layers: params_after / params_before."""
+        return self.params_after / self.params_before
+
+    @property
+    def _compressed(self) -> list[ProjectionReport]:
+        roles = compressed_roles(self.config)
+        return [projection for projection in self.projections if projection.role in roles]
+
+    def by_role(self, role: str) -> list[ProjectionReport]:
+        """All layers' projections of one kind."""
+        return [projection for projection in self.projections if projection.role == role]
+
+    def add_evaluation(self, before: Evaluation | None, after: Evaluation) -> None:
+        """Record the perplexity on one text, with the dense model's beside it where it was measured."""
+        entry: dict[str, Any] = {"after": asdict(after), "before": asdict(before) if before else None}
+        entry["increase_nats"] = after.nats - before.nats if before else None
+        self.evaluations.append({"text": after.text, **entry})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "model": self.model,
+            "config": self.config.to_dict(),
+            "calibration": self.calibration,
+            "params_before": self.params_before,
+            "params_after": self.params_after,
+            "param_ratio": self.param_ratio,
+            "params_total_before": self.params_total_before,
+            "params_saved": self.params_saved,
+            "evaluations": self.evaluations,
+            "seconds": {stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "peak_device_memory_bytes": self.peak_device_memory_bytes,
+            "environment": self.environment,
+            "projections": [asdict(projection) for projection in self.projections],
+        }
+
+    def table(self) -> str:
+        """The run on one screen: parameters, ranks, widths and errors by kind, time by stage, memory, perplexity."""
+        rows = [_role_row(role, found) for role in PROJECTIONS if (found := self.by_role(role))]
+        rows.append(
+            ["compressed", f"{self.params_before:,}", f"{self.params_after:,}", f"{self.param_ratio:.4f}", "", "", ""]
+        )
+        total = self.params_saved / self.params_total_before if self.params_total_before else math.nan
+        rows.append(
+            ["whole model", f"{self.params_total_before:,}", f"{self.params_saved:,}", f"{total:.4f}", "", "", ""]
+        )
+        header = ["", "parameters before", "after", "kept", "rank", "width", "error min / median / max"]
+        lines = [format_table(header, rows), ""]
+        lines.append("seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items()))
+        lines.append(f"peak memory: {self.peak_memory_bytes / 1e9:.2f} GB")
+        if self.peak_device_memory_bytes:
+            lines.append(f"peak device memory: {self.peak_device_memory_bytes / 1e9:.2f} GB")
+        lines += evaluation_lines(self.evaluations)
+        return "\n".join(lines)
+
+
+def compressed_roles(config: CompressionConfig) -> tuple[str, ...]:
+    """The projections of the sub-layers that a config compresses."""
+    attention = PROJECTIONS[:4] if "self_attn" in config.sublayers else ()
+    return attention + (PROJECTIONS[4:] if "mlp" in config.sublayers else ())
+
+
+def _role_row(role: str, found: Sequence[ProjectionReport]) -> list[str]:
+    before = sum(projection.params_before for projection in found)
+    after = sum(projection.params_after for projection in found)
+    errors = [projection.error for projection in found]
+    ranks = [projection.rank for projection in found if projection.rank is not None]
+    channel_axis = 1 if role == "down_proj" else 0
+    width = _span([projection.shape_after[channel_axis] for projection in found]) if role in PROJECTIONS[4:] else ""
+    spread = f"{min(errors):.4f} / {statistics.median(errors):.4f} / {max(errors):.4f}" if max(errors) else "unchanged"
+    return [
+        role,
+        f"{before:,}",
+        f"{after:,}",
+        f"{after / before:.4f}",
+        _span(ranks) if ranks else "dense",
+        width,
+        spread,
+    ]
+
+
+def _span(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def evaluation_lines(evaluations: Sequence[dict[str, Any]]) -> list[str]:
+    """One sentence per text."""
+    lines = []
+    for entry in evaluations:
+        before, after = entry["before"], entry["after"]
+        change = f"{before['perplexity']:.2f} -> " if before else ""
+        rise = f" (+{entry['increase_nats']:.3f} nats per token)" if before else ""
+        lines.append(
+            f"perplexity on {entry['text']}: {change}{after['perplexity']:.2f}{rise}, "
+            f"{after['tokens']:,} tokens, windows of {after['seq_len']}"
+        )
+    return lines
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Plain text columns, the first to the left and numbers to the right."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = []
+    for row in [header, ["-" * width for width in widths], *rows]:
+        cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def model_card(report: CompressionReport) -> str:
+    """README.md of a compressed checkpoint, in the form that the Hugging Face hub reads."""
+    config = report.config
+    base = f"base_model: {report.model}\nbase_model_relation: quantized\n" if "/" in report.model else ""
+    measured = "\n".join(f"- {line}" for line in evaluation_lines(report.evaluations))
+    options = "\n".join(f"| {name} | {value} |" for name, value in config.to_dict().items())
+    calibration = report.calibration
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- lorap
+- low-rank
+- pruned
+{base}---
+
+# {report.model}, compressed by lorap
+
+Base model: **{report.model}**. Recipe: **{config.recipe}**. Sparsity asked for: **{config.sparsity}** of
+{" and ".join(config.sublayers)}; kept share of these parameters: **{report.param_ratio:.4f}**
+({report.params_before:,} -> {report.params_after:,}; the whole model {report.params_total_before:,} -> {report.params_saved:,}).
+
+The method is LoRAP ([arXiv 2404.09695](https://arxiv.org/abs/2404.09695)): attention projections became low-rank factor pairs
+weighted by input activations, FFN channels were pruned, nothing was trained.
+
+## Use
+
+```python
+import lorap  # teaches transformers to open this checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this folder")
+```
+
+## Quality
+
+{measured or "Perplexity was not measured. Measure it with `lorap eval FOLDER --text FILE`."}
+
+## Calibration
+
+{calibration["windows"]} windows of {calibration["seq_len"]} tokens from `{calibration["name"]}`
+({calibration["tokens"]:,} tokens, sha256 of the ids {calibration["sha256"][:16]}).
+
+## Options
+
+| option | value |
+|---|---|
+{options}
+"""
