@@ -46,6 +46,9 @@ def plan_layer(shapes: Mapping[str, Shape], config: CompressionConfig) -> LayerP
     kept = 1 - config.sparsity
     ranks: dict[str, int] = {}
     width = shapes["gate_proj"][0]
+    if config.sparsity == 0:
+        # A break-even rank is rarely whole, and rounded down it would cost accuracy although nothing is to be removed.
+        return LayerPlan(ranks={}, intermediate_size=width)
     if "self_attn" in config.sublayers:
         ranks |= attention_ranks({role: shapes[role] for role in ATTENTION}, kept, config.vo_to_qk_ratio)
     if "mlp" in config.sublayers and config.mlp_method == "factorize":

@@ -12,6 +12,7 @@ import os
 import shutil
 import struct
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,6 +60,8 @@ def save(
         CheckpointError: the folder is taken, or cannot be written; then nothing is left behind.
     """
     out = Path(out)
+    start = time.perf_counter()
+    check_output(out, overwrite=overwrite, needed_bytes=model.get_memory_footprint() + SPARE_BYTES)
     with staged_folder(out, overwrite=overwrite) as stage:
         model.save_pretrained(stage, max_shard_size=max_shard_size)
         if tokenizer is not None:
@@ -66,6 +69,7 @@ def save(
         saved = sum(tensor.numel for tensor in read_tensors(stage).values() if not tensor.is_guard)
         if saved != report.params_saved:
             raise CheckpointError(f"{saved:,} parameters reached the disk, but the model has {report.params_saved:,}")
+        report.seconds["save"] = time.perf_counter() - start
         (stage / REPORT).write_text(json.dumps(report.to_dict(), indent=2) + "\n", "utf-8")
         (stage / "README.md").write_text(model_card(report), "utf-8")
     return out
@@ -106,14 +110,23 @@ def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".incomplete", dir=out.parent))
-        stage.chmod(0o755)
         yield stage
+        _share(stage)
         _replace(stage, out)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"could not write {out}: {_reason(error, out)}; nothing was left there") from error
     finally:
         if stage is not None:
             shutil.rmtree(stage, ignore_errors=True)
+
+
+def _share(folder: Path) -> None:
+    """Give everything the permissions of ordinary new files; temporary folders and safetensors are private at first."""
+    umask = os.umask(0)
+    os.umask(umask)
+    folder.chmod(0o777 & ~umask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~umask)
 
 
 def _replace(stage: Path, out: Path) -> None:

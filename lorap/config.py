@@ -67,7 +67,8 @@ class CompressionConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sublayers", tuple(self.sublayers))
+        names = self.sublayers
+        object.__setattr__(self, "sublayers", (names,) if isinstance(names, str) else tuple(names))
         _check(self.recipe in RECIPES, f"unknown recipe {self.recipe!r}; known: {', '.join(RECIPES)}")
         _check(
             _is_number(self.sparsity) and 0 <= self.sparsity < 1,
@@ -95,10 +96,10 @@ class CompressionConfig:
         )
         for name, least in (("num_calibration_samples", 1), ("calibration_seq_len", 2)):
             value = getattr(self, name)
-            _check(
-                isinstance(value, int) and value >= least, f"{name} is {value}; it must be a whole number >= {least}"
-            )
-        _check(isinstance(self.seed, int) and self.seed >= 0, f"seed is {self.seed}; it must be a whole number >= 0")
+            _check(type(value) is int and value >= least, f"{name} is {value}; it must be a whole number >= {least}")
+        _check(
+            type(self.seed) is int and 0 <= self.seed < 2**63, f"seed is {self.seed}; it must be a whole number >= 0"
+        )
 
     @classmethod
     def from_recipe(cls, recipe: str, **overrides: Any) -> CompressionConfig:

@@ -16,6 +16,8 @@ from lorap.errors import CalibrationError
 
 # Tokens per forward pass. The logits of 512 tokens and 150,000 words take 300 MB in float32; more does not run faster on a CPU.
 BATCH_TOKENS = 512
+# exp() of more overflows float64.
+MAX_EXPONENT = 709
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,12 @@ def evaluate(
         logits = model(input_ids=batch, attention_mask=batch_mask, use_cache=False).logits[:, :-1]
         targets = batch[:, 1:]
         if batch_mask is not None:
-            targets = targets.masked_fill(batch_mask[:, 1:] == 0, -100)
+            # Padding is neither predicted nor predicted from.
+            targets = targets.masked_fill((batch_mask[:, 1:] & batch_mask[:, :-1]) == 0, -100)
         loss += float(F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum").double())
         predicted += int((targets != -100).sum())
+    if not predicted:
+        raise CalibrationError(f"{windows.name} leaves nothing to predict: its windows hold fewer than two real tokens")
     nats = loss / predicted
     if not math.isfinite(nats):
         raise CalibrationError(
@@ -72,7 +77,7 @@ def evaluate(
     return Evaluation(
         text=windows.name,
         nats=nats,
-        perplexity=math.exp(nats),
+        perplexity=math.exp(nats) if nats < MAX_EXPONENT else math.inf,
         tokens=windows.tokens,
         seq_len=ids.shape[1],
         seconds=time.perf_counter() - start,

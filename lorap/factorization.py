@@ -63,8 +63,9 @@ def factorize(weight: Tensor, rank: int, metric: Tensor | None = None, *, name: 
     total = sq_singular_values.sum()
     lost = sq_singular_values[rank:].sum()
     return Factorization(
-        left=(basis * scale).to(weight.dtype),
-        right=(right / scale[:, None]).to(weight.dtype),
+        # eigh returns column-major vectors; a loaded checkpoint is row-major, and in float16 the layouts round differently.
+        left=(basis * scale).to(weight.dtype).contiguous(),
+        right=(right / scale[:, None]).to(weight.dtype).contiguous(),
         error=float((lost / total).sqrt()) if total > 0 else 0.0,
         singular_values=sq_singular_values.sqrt(),
     )

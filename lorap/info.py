@@ -84,7 +84,8 @@ def format_info(info: Mapping[str, Any]) -> str:
                 f"{ranks[0]}-{ranks[-1]}" if ranks[1:] else "".join(map(str, ranks)),
             ]
         )
-    head = f"{info['model']}: {info['model_type']}, {info['params']:,} parameters, {info['bytes'] / 1e6:,.1f} MB ({', '.join(info['dtypes'])})"
+    size = f"{info['bytes'] / 1e6:,.1f} MB ({', '.join(info['dtypes'])})"
+    head = f"{info['model']}: {info['model_type']}, {info['params']:,} parameters, {size}"
     if info["compressed_by_lorap"]:
         width = "-".join(map(str, info["intermediate_size"]))
         head += (

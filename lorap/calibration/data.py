@@ -30,6 +30,8 @@ DEFAULT_CALIBRATION = "default"
 DEFAULT_EVALUATION = "heldout"
 
 TOKEN_SUFFIXES = (".safetensors", ".npy")
+# A longer name is no name but a text given by mistake.
+MAX_NAME = 1000
 # Of a larger text file, this many bytes are read, in equal pieces spread over the file.
 MAX_TEXT_BYTES = 32 * 2**20
 TEXT_PIECES = 32
@@ -115,11 +117,13 @@ def read_tokens(source: Source, tokenizer: Any, *, vocab_size: int) -> tuple[Ten
     if isinstance(source, (str, Path)) and Path(source).suffix in TOKEN_SUFFIXES:
         source = _read_token_file(Path(source))
     if isinstance(source, Mapping):
+        if not isinstance(source.get("input_ids"), Tensor):
+            raise CalibrationError(f"{name} has no tensor `input_ids`, only {', '.join(sorted(source)) or 'nothing'}")
         mask = source.get("attention_mask")
         source = source["input_ids"]
     if isinstance(source, Tensor):
         ids = source
-        if ids.ndim not in (1, 2) or ids.is_floating_point() or not ids.numel():
+        if ids.ndim not in (1, 2) or ids.is_floating_point() or ids.dtype == torch.bool or not ids.numel():
             raise CalibrationError(
                 f"{name}: tokens must be whole numbers of shape (tokens,) or (windows, seq_len), not {_kind(ids)}"
             )
@@ -138,7 +142,10 @@ def read_tokens(source: Source, tokenizer: Any, *, vocab_size: int) -> tuple[Ten
         raise CalibrationError(
             f"{name} gives token {bad}, but the model has {vocab_size} embeddings: this tokenizer belongs to another model"
         )
-    return ids, None if mask is None else mask.cpu()
+    mask = None if mask is None else mask.bool().cpu()
+    if ids.ndim == 1 and mask is not None:
+        return ids[mask], None
+    return ids, mask
 
 
 def read_source(source: str | Path) -> str:
@@ -150,6 +157,10 @@ def read_source(source: str | Path) -> str:
     path = Path(source)
     if str(source) in (DEFAULT_CALIBRATION, DEFAULT_EVALUATION):
         text = _packaged_text(str(source))
+    elif len(str(source)) > MAX_NAME or "\n" in str(source):
+        raise CalibrationError(
+            f"{source_name(source)} is a text, not the name of one; write it to a file or give its tokens"
+        )
     elif path.is_file():
         text = _read_file(path)
     elif path.is_dir() and not any(path.iterdir()):
@@ -164,6 +175,8 @@ def read_source(source: str | Path) -> str:
 def source_name(source: Source) -> str:
     """A short name for reports and messages: no folder names, because reports are published."""
     if isinstance(source, (str, Path)):
+        if len(str(source)) > MAX_NAME:
+            return f"{str(source)[:40]!r}..."
         path = Path(source)
         return path.name if path.exists() else str(source)
     return "tokens"
@@ -201,12 +214,15 @@ def _whole_lines(file: Any, offset: int) -> bytes:
     piece: bytes = file.read(MAX_TEXT_BYTES // TEXT_PIECES)
     first = piece.find(b"\n") + 1 if offset else 0
     last = piece.rfind(b"\n") + 1
-    return piece[first : last or None]
+    if last > first:
+        return piece[first:last]
+    # One line longer than the piece: cut it between characters (a continuation byte of UTF-8 looks like 10xxxxxx).
+    return piece.decode("utf-8", errors="ignore").encode() if b"\0" not in piece else piece
 
 
 def _join_jsonl(path: Path, text: str) -> str:
     documents = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -252,10 +268,8 @@ def _read_token_file(path: Path) -> Tensor | Mapping[str, Tensor]:
     }
     try:
         tokens = readers[path.suffix](path)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, EOFError, ValueError, TypeError, SafetensorError) as error:
         raise CalibrationError(f"cannot read tokens from {path}: {error}") from error
-    if isinstance(tokens, dict) and "input_ids" not in tokens:
-        raise CalibrationError(f"{path} has no tensor `input_ids`, only {', '.join(sorted(tokens)) or 'nothing'}")
     return tokens
 
 

@@ -39,14 +39,15 @@ class ActivationStats:
         """Add activations x of shape (..., K); where ``mask`` of shape (...) is False the token does not count."""
         x = x.detach().reshape(-1, x.shape[-1])
         if mask is not None:
-            x = x[mask.reshape(-1)]
+            x = x[mask.reshape(-1).bool()]
         self.tokens += x.shape[0]
         for chunk in x.split(CHUNK_TOKENS):
-            chunk = chunk.float()
-            self.sq_sum += chunk.square().sum(0).double()
+            self.sq_sum += chunk.float().square().sum(0).double()
             if self.outer is not None and self.total is not None:
-                self.total += chunk.sum(0, dtype=torch.float64)
-                self.outer += (chunk.T @ chunk).double()
+                # In float64 throughout: the covariance subtracts numbers that may agree in all digits of a float32.
+                exact = chunk.double()
+                self.total += exact.sum(0)
+                self.outer += exact.T @ exact
 
     def merge(self, other: ActivationStats) -> None:
         """Add the sums of another process or batch."""

@@ -1,0 +1,284 @@
+"""Folders are read with suspicion and written completely or not at all.
+
+Proved here: damaged files are named in one sentence; output folders that would overwrite something are refused;
+interrupted, unpermitted and too large writes leave nothing behind; the source model is only ever read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import lorap
+from lorap.checkpoint import INDEX, WEIGHTS, check_output, read_header, read_tensors, staged_folder, weight_files
+from lorap.errors import CheckpointError
+from lorap.loading import find_model
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    path = tmp_path / "some.safetensors"
+    save_file({"a": torch.zeros(3, 5), "b": torch.ones(7, dtype=torch.bfloat16)}, path, metadata={"format": "pt"})
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def test_header_of_a_good_file(weights):
+    tensors = read_header(weights)
+    assert {name: (info.dtype, info.shape, info.nbytes, info.numel) for name, info in tensors.items()} == {
+        "a": ("F32", (3, 5), 60, 15),
+        "b": ("BF16", (7,), 14, 7),
+    }
+
+
+def damage_truncated(data: bytes) -> bytes:
+    return data[:-1]
+
+
+def damage_appended(data: bytes) -> bytes:
+    return data + b"x"
+
+
+def damage_garbage(data: bytes) -> bytes:
+    return b"\xff" * len(data)
+
+
+def damage_short(data: bytes) -> bytes:
+    return data[:5]
+
+
+def damage_long_header(data: bytes) -> bytes:
+    return struct.pack("<Q", len(data)) + data[8:]
+
+
+def damage_not_an_object(data: bytes) -> bytes:
+    return struct.pack("<Q", 2) + b"[]"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [damage_truncated, damage_appended, damage_garbage, damage_short, damage_long_header, damage_not_an_object],
+    ids=lambda damage: damage.__name__.removeprefix("damage_"),
+)
+def test_damaged_file_is_named(damage, weights):
+    weights.write_bytes(damage(weights.read_bytes()))
+    with pytest.raises(CheckpointError, match=r"some\.safetensors is truncated or corrupt"):
+        read_header(weights)
+
+
+def test_missing_shard_is_named(tmp_path, weights):
+    index = {"weight_map": {"a": "some.safetensors", "c": "gone.safetensors"}}
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"1 of 2 weight files are missing, first gone\.safetensors"):
+        weight_files(tmp_path)
+
+
+@pytest.mark.parametrize("weight_map", [None, {}, {"a": 3}, {"a": "../up.safetensors"}], ids=repr)
+def test_unusable_index_is_refused(weight_map, tmp_path):
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match="no usable weight_map"):
+        weight_files(tmp_path)
+
+
+def test_pickled_weights_are_never_opened(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"any pickle")
+    with pytest.raises(CheckpointError, match="pickled weights only, which lorap never opens"):
+        find_model(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where may be written
+
+
+def test_occupied_output_is_refused_and_replaced_on_demand(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+    with pytest.raises(CheckpointError, match=r"is not empty; choose a new folder or pass --overwrite"):
+        check_output(out)
+    with staged_folder(out, overwrite=True) as stage:
+        (stage / "new").touch()
+        assert names(out) == ["old"]
+    assert names(out) == ["new"]
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    "relation", ["model", "model/inside", ".", "model/../model"], ids=["same", "inside", "parent", "spelled-otherwise"]
+)
+@pytest.mark.parametrize("overwrite", [False, True], ids=["", "overwrite"])
+def test_output_may_not_overlap_the_model(relation, overwrite, model_folder):
+    out = model_folder.parent / relation
+    with pytest.raises(CheckpointError, match="overlaps the source model"):
+        check_output(out, source=model_folder, overwrite=overwrite)
+
+
+def test_output_may_not_be_the_model_under_another_name(model_folder, tmp_path):
+    (tmp_path / "link").symlink_to(model_folder)
+    with pytest.raises(CheckpointError, match="overlaps the source model"):
+        check_output(tmp_path / "link", source=model_folder, overwrite=True)
+
+
+def test_output_may_not_be_a_file(tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(CheckpointError, match="is a file"):
+        check_output(tmp_path / "out", overwrite=True)
+
+
+def test_too_small_a_disk_is_noticed_before_the_work(tmp_path):
+    with pytest.raises(CheckpointError, match="needs about 1,000,000,000,000 MB"):
+        check_output(tmp_path / "out", needed_bytes=10**18)
+
+
+NO_PERMISSION = """
+import os, sys
+from pathlib import Path
+import lorap.checkpoint as checkpoint
+if os.getuid() == 0:
+    os.setuid(65534)
+try:
+    checkpoint.check_output(Path(sys.argv[1]) / "out")
+except checkpoint.CheckpointError as error:
+    print(error)
+"""
+
+
+def test_no_permission_to_write():
+    with tempfile.TemporaryDirectory() as name:
+        # Everybody may enter the folder above, so that only `locked` refuses.
+        Path(name).chmod(0o755)
+        locked = Path(name) / "locked"
+        locked.mkdir(mode=0o555)
+        command = [sys.executable, "-c", NO_PERMISSION, str(locked)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.stdout.strip() == f"no permission to write into {locked}; choose another output folder", run.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Completely or not at all
+
+
+def write_half(out: Path, raised: type[BaseException], overwrite: bool = False) -> None:
+    with staged_folder(out, overwrite=overwrite) as stage:
+        (stage / "half").touch()
+        raise raised
+
+
+@pytest.mark.parametrize("raised", [ValueError, KeyboardInterrupt, SystemExit])
+def test_interrupted_write_leaves_nothing(raised, tmp_path):
+    with pytest.raises(raised):
+        write_half(tmp_path / "deep" / "out", raised)
+    assert names(tmp_path / "deep") == []
+
+
+@pytest.mark.parametrize("raised", [ValueError, KeyboardInterrupt])
+def test_interrupted_replacement_keeps_the_old_folder(raised, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("precious")
+    with pytest.raises(raised):
+        write_half(out, raised, overwrite=True)
+    assert names(tmp_path) == ["out"]
+    assert (out / "old").read_text() == "precious"
+
+
+DISK_FULL = """
+import resource, signal, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from lorap.checkpoint import staged_folder
+from lorap.errors import CheckpointError
+out = Path(sys.argv[1])
+if sys.argv[2] == "limit":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+def by_safetensors(stage):
+    save_file({"a": torch.ones(2**20)}, stage / "model.safetensors")
+def by_python(stage):
+    (stage / "model.json").write_bytes(bytes(2**22))
+for write in (by_safetensors, by_python):
+    try:
+        with staged_folder(out) as stage:
+            write(stage)
+    except CheckpointError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "limit"])
+def test_full_disk_is_named_and_leaves_nothing(kind, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if kind == "tmpfs":
+        mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+        try:
+            mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            pytest.skip("no mount command")
+        if mounted.returncode:
+            pytest.skip(f"mount is not permitted: {mounted.stderr.strip()}")
+    try:
+        command = [sys.executable, "-c", DISK_FULL, str(disk / "out"), kind]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        left = names(disk)
+    finally:
+        if kind == "tmpfs":
+            subprocess.run(["umount", str(disk)], check=False)
+    sentences = run.stdout.splitlines()
+    assert len(sentences) == 2, run.stderr
+    assert all("the disk is full or a quota is reached" in sentence for sentence in sentences), sentences
+    assert left == []
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)], ids=["022", "027", "077"])
+def test_files_get_the_mode_that_the_umask_asks_for(umask, mode, make_model, compress_small, tokenizer, tmp_path):
+    """safetensors itself writes 0600, which nobody else on a shared machine could read."""
+    model, report = compress_small(make_model("llama-gqa"))
+    before = os.umask(umask)
+    try:
+        out = lorap.save(model, tmp_path / "out", report=report, tokenizer=tokenizer, max_shard_size="50KB")
+    finally:
+        os.umask(before)
+    assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in out.iterdir()} == dict.fromkeys(names(out), mode)
+    assert stat.S_IMODE(out.stat().st_mode) == 0o777 & ~umask
+    assert len(weight_files(out)) > 1
+
+
+def test_saved_folder_is_complete(make_model, compress_small, tokenizer, tmp_path):
+    model, report = compress_small(make_model("llama-gqa"))
+    out = lorap.save(model, tmp_path / "out", report=report, tokenizer=tokenizer)
+    assert {"README.md", "config.json", "lorap_report.json", WEIGHTS, "tokenizer.json"} <= set(names(out))
+    assert sum(info.numel for info in read_tensors(out).values() if not info.is_guard) == report.params_saved
+    assert json.loads((out / "lorap_report.json").read_text())["params_saved"] == report.params_saved
+
+
+def test_source_model_is_only_read(model_folder, tmp_path):
+    def digests() -> dict[str, str]:
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in model_folder.iterdir()}
+
+    before = digests()
+    config = lorap.CompressionConfig(sparsity=0.5, num_calibration_samples=8, calibration_seq_len=32)
+    model, report = lorap.compress(model_folder, config=config, progress=False)
+    lorap.save(model, tmp_path / "out", report=report)
+    assert digests() == before
+    assert names(tmp_path) == ["model", "out"]

@@ -1,0 +1,289 @@
+"""The command line: four commands that work, and mistakes that end in one sentence and exit code 2.
+
+Proved here: ``--json`` output is one parseable last line whose numbers agree with the files; mistakes name their cause
+without a traceback and leave no output folder; an interrupted or killed run exits with 130 and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import lorap
+from lorap.checkpoint import WEIGHTS, read_tensors
+from lorap.cli import app
+
+SMALL = ["--num-calibration-samples", "8", "--calibration-seq-len", "32", "--device", "cpu", "--quiet"]
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(autouse=True)
+def _keep_signal_handlers() -> Iterator[None]:
+    """The command installs its own SIGTERM handler; pytest wants its own back."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def run(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def last_json(result: Any) -> dict[str, Any]:
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def compressed_params(folder: Path) -> int:
+    tensors = read_tensors(folder)
+    return sum(
+        info.numel for name, info in tensors.items() if not info.is_guard and set(name.split(".")) & set(PROJECTIONS)
+    )
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+@pytest.fixture
+def small_folder(model_folder: Path, tmp_path: Path) -> Path:
+    """``model_folder``, compressed to half by the command itself."""
+    out = tmp_path / "small"
+    result = run("compress", model_folder, out, "--sparsity", 0.5, "--eval-text", "none", *SMALL)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What works
+
+
+def test_compress_reports_what_it_wrote(model_folder, small_text, tmp_path):
+    out = tmp_path / "out"
+    options = ["--sparsity", 0.5, "--calibration", small_text, "--eval-text", small_text, "--json"]
+    report = last_json(run("compress", model_folder, out, *options, *SMALL))
+    assert report["out"] == str(out)
+    assert report["params_after"] == compressed_params(out)
+    assert report["params_before"] == compressed_params(model_folder)
+    assert report["param_ratio"] == pytest.approx(compressed_params(out) / compressed_params(model_folder))
+    assert report["param_ratio"] == pytest.approx(0.5, abs=0.03)
+    saved = sum(info.numel for info in read_tensors(out).values() if not info.is_guard)
+    assert report["params_saved"] == saved
+    (evaluation,) = report["evaluations"]
+    assert evaluation["text"] == "text.txt"
+    assert evaluation["after"]["nats"] != evaluation["before"]["nats"]
+    assert (out / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("compressed", [False, True], ids=["dense", "compressed"])
+def test_eval(compressed, model_folder, small_folder, small_text):
+    folder = small_folder if compressed else model_folder
+    options = ["--text", small_text, "--seq-len", 32, "--max-tokens", 640, "--quiet", "--device", "cpu", "--json"]
+    (result,) = last_json(run("eval", folder, *options))["results"]
+    assert result["tokens"] == 640
+    assert result["seq_len"] == 32
+    assert result["perplexity"] == pytest.approx(torch.tensor(result["nats"]).exp().item(), rel=1e-4)
+    assert result["perplexity"] > 100  # random weights know nothing about 500 tokens
+
+
+def test_generate_is_greedy_and_agrees_with_transformers(small_folder, tokenizer):
+    prompt = "The capital of"
+    options = ["--prompt", prompt, "--max-new-tokens", 6, "--device", "cpu", "--json"]
+    (result,) = last_json(run("generate", small_folder, *options))["results"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(small_folder)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    new = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+    assert result["continuation"] == tokenizer.decode(new, skip_special_tokens=True)
+    assert result["new_tokens"] == len(new)
+
+
+def test_info_of_dense_and_compressed(model_folder, small_folder):
+    dense, small = (last_json(run("info", folder, "--json")) for folder in (model_folder, small_folder))
+    assert not dense["compressed_by_lorap"]
+    assert dense["param_ratio"] == 1.0
+    assert small["compressed_by_lorap"]
+    assert small["param_ratio"] == pytest.approx(compressed_params(small_folder) / compressed_params(model_folder))
+    assert small["params_before"] == dense["params"]
+    assert small["intermediate_size"] == [50]
+    assert small["dense_intermediate_size"] == 100
+    assert set(small["ranks"]) == set(PROJECTIONS[:4])
+
+
+@pytest.mark.parametrize("command", ["compress", "eval", "generate", "info"])
+def test_help_shows_an_example(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example:\n    lorap {command}" in result.stdout
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mistakes: each function breaks the model folder or returns other options
+
+
+def nothing_broken(_folder: Path) -> None:
+    pass
+
+
+def missing(folder: Path) -> None:
+    folder.rename(folder.with_name("elsewhere"))
+
+
+def half_written(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name != "config.json":
+            path.unlink()
+
+
+def truncated(folder: Path) -> None:
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[: len(data) // 2])
+
+
+def nan_in_a_weight(folder: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+
+    edit_weights(folder, change)
+
+
+def huge_norm(folder: Path) -> None:
+    edit_weights(folder, lambda tensors: tensors["model.layers.1.input_layernorm.weight"].fill_(1e30))
+
+
+def no_tokenizer(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "options", "message"),
+    [
+        pytest.param(nothing_broken, ["--sparsity", 1.0], "must lie in [0, 1)", id="sparsity-1"),
+        pytest.param(nothing_broken, ["--sparsity", 0.99], "leaves rank 0 for", id="rank-0"),
+        pytest.param(nothing_broken, ["--recipe", "magic"], "unknown recipe 'magic'; known: lorap", id="recipe"),
+        pytest.param(nothing_broken, ["--device", "gpu"], "device 'gpu' cannot be used", id="device"),
+        pytest.param(missing, [], "no model folder", id="missing-folder"),
+        pytest.param(half_written, [], "is incomplete: it has no model.safetensors", id="half-written"),
+        pytest.param(truncated, [], "is truncated or corrupt", id="truncated"),
+        pytest.param(
+            nan_in_a_weight,
+            [],
+            "model.layers.1.mlp.up_proj.weight contains 1 values that are NaN or infinite",
+            id="nan-weight",
+        ),
+        pytest.param(huge_norm, [], "the activations in layer 1 are not finite", id="inf-activations"),
+        pytest.param(no_tokenizer, [], "the model has no tokenizer", id="no-tokenizer"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(damage, options, message, model_folder, tmp_path):
+    damage(model_folder)
+    result = run("compress", model_folder, tmp_path / "out", "--eval-text", "none", *SMALL, *options)
+    assert_refused(result, message)
+    assert not (tmp_path / "out").exists()
+
+
+def assert_refused(result: Any, message: str) -> None:
+    assert result.exit_code == 2, result.output
+    assert isinstance(result.exception, SystemExit)
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("lorap: ")
+    assert message in lines[0]
+    assert "Traceback" not in result.output
+
+
+def test_tokenizer_of_another_model(make_model, tokenizer, tmp_path):
+    folder = tmp_path / "model"
+    make_model("llama-gqa", vocab_size=400).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    assert_refused(
+        run("compress", folder, tmp_path / "out", *SMALL), "the tokenizer has 500 tokens, but the model has 400"
+    )
+
+
+def test_too_short_a_text(model_folder, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("Once upon a time.")
+    result = run("compress", model_folder, tmp_path / "out", "--calibration", text, *SMALL)
+    assert_refused(result, "which is 0 windows of 32; 8 were asked for. Give a longer text or shorter windows")
+
+
+def test_output_on_top_of_the_model(model_folder):
+    before = (model_folder / WEIGHTS).read_bytes()
+    assert_refused(run("compress", model_folder, model_folder, "--overwrite", *SMALL), "overlaps the source model")
+    assert (model_folder / WEIGHTS).read_bytes() == before
+
+
+def test_compressed_model_is_not_compressed_again(small_folder, tmp_path):
+    result = run("compress", small_folder, tmp_path / "again", *SMALL)
+    assert_refused(result, "compressed by lorap already; start from the dense model")
+
+
+def test_fused_projections_are_refused_with_what_works(tokenizer, tmp_path):
+    config = transformers.Phi3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=100,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    transformers.Phi3ForCausalLM(config).save_pretrained(tmp_path / "phi")
+    tokenizer.save_pretrained(tmp_path / "phi")
+    result = run("compress", tmp_path / "phi", tmp_path / "out", *SMALL)
+    assert_refused(result, "cannot compress model type 'phi3' (Phi3ForCausalLM); supported: llama (Llama 1/2/3")
+
+
+def test_debug_raises_the_exception_itself(model_folder, tmp_path):
+    result = run("compress", model_folder, tmp_path / "out", "--sparsity", 1.0, "--debug")
+    assert isinstance(result.exception, lorap.ConfigError)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Interrupted
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "kill"])
+def test_interrupted_run_leaves_nothing(sent, make_model, tokenizer, tmp_path):
+    model, outputs = tmp_path / "model", tmp_path / "outputs"
+    make_model("llama-gqa", num_hidden_layers=24).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    outputs.mkdir()
+    command = [sys.executable, "-m", "lorap", "compress", model, outputs / "out", "--eval-text", "none"]
+    command += ["--num-calibration-samples", "1024", "--calibration-seq-len", "64", "--device", "cpu"]
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        # A background job of a shell inherits an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    seen = b""
+    while b"Compressing" not in seen:
+        piece = os.read(process.stderr.fileno(), 4096)
+        assert piece, seen.decode()
+        seen += piece
+    process.send_signal(sent)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130, rest.decode()
+    assert rest.decode().splitlines()[-1] == "lorap: interrupted; nothing was written"
+    assert "Traceback" not in rest.decode()
+    assert list(outputs.iterdir()) == []

@@ -1,0 +1,120 @@
+"""Every option out of range is refused by name and number, and a recipe is only a set of defaults."""
+
+import dataclasses
+import json
+
+import pytest
+
+from lorap.config import RECIPES, CompressionConfig
+from lorap.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"sparsity": -0.1}, ["sparsity is -0.1", "[0, 1)"]),
+        ({"sparsity": 1.0}, ["sparsity is 1.0", "[0, 1)"]),
+        ({"sparsity": 20}, ["sparsity is 20", "[0, 1)"]),
+        ({"sparsity": float("nan")}, ["sparsity is nan"]),
+        ({"sparsity": float("inf")}, ["sparsity is inf"]),
+        ({"sparsity": "0.2"}, ["sparsity is 0.2"]),
+        ({"sparsity": True}, ["sparsity is True"]),
+        ({"recipe": "nope"}, ["recipe 'nope'", "lorap"]),
+        ({"sublayers": ("self_attn", "ffn")}, ["['ffn']", "self_attn, mlp"]),
+        ({"sublayers": ()}, ["no sub-layer", "self_attn, mlp"]),
+        ({"attention_method": "pca"}, ["attention method 'pca'", "awsvd, svd, afm"]),
+        ({"mlp_method": "drop"}, ["mlp method 'drop'", "prune, factorize"]),
+        ({"vo_to_qk_ratio": 0}, ["vo_to_qk_ratio is 0"]),
+        ({"vo_to_qk_ratio": -3.0}, ["vo_to_qk_ratio is -3.0"]),
+        ({"vo_to_qk_ratio": float("inf")}, ["vo_to_qk_ratio is inf"]),
+        ({"least_important_kept": -0.01}, ["least_important_kept is -0.01"]),
+        ({"least_important_kept": 1.0}, ["least_important_kept is 1.0"]),
+        ({"num_calibration_samples": 0}, ["num_calibration_samples is 0", ">= 1"]),
+        ({"num_calibration_samples": 1.5}, ["num_calibration_samples is 1.5"]),
+        ({"calibration_seq_len": 1}, ["calibration_seq_len is 1", ">= 2"]),
+        ({"seed": -1}, ["seed is -1", ">= 0"]),
+        ({"seed": 0.5}, ["seed is 0.5"]),
+    ],
+    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_refuses_out_of_range(options: dict, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        CompressionConfig(**options)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sparsity": 0},
+        {"sparsity": 0.999},
+        {"least_important_kept": 0.0},
+        {"num_calibration_samples": 1, "calibration_seq_len": 2},
+        {"vo_to_qk_ratio": 0.5},
+    ],
+    ids=str,
+)
+def test_accepts_limits(options: dict) -> None:
+    config = CompressionConfig(**options)
+    assert {name: getattr(config, name) for name in options} == options
+
+
+def test_defaults_are_the_paper() -> None:
+    config = CompressionConfig()
+    assert config == CompressionConfig.from_recipe("lorap")
+    assert config.to_dict() == {
+        "recipe": "lorap",
+        "sparsity": 0.2,
+        "sublayers": ["self_attn", "mlp"],
+        "attention_method": "awsvd",
+        "mlp_method": "prune",
+        "vo_to_qk_ratio": 3.0,
+        "least_important_kept": 0.01,
+        "num_calibration_samples": 128,
+        "calibration_seq_len": 128,
+        "seed": 0,
+    }
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+
+
+def test_frozen_and_keyword_only() -> None:
+    config = CompressionConfig(sublayers=["mlp"])
+    assert config.sublayers == ("mlp",)
+    assert hash(config) == hash(CompressionConfig(sublayers=("mlp",)))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.sparsity = 0.5
+    with pytest.raises(TypeError):
+        CompressionConfig("lorap")
+    with pytest.raises(TypeError):
+        RECIPES["lorap"]["vo_to_qk_ratio"] = 1.0
+
+
+def test_from_recipe_overrides() -> None:
+    config = CompressionConfig.from_recipe("lorap", sparsity=0.5, vo_to_qk_ratio=1, sublayers=["self_attn"], seed=0)
+    assert (config.sparsity, config.vo_to_qk_ratio, config.sublayers, config.seed) == (0.5, 1, ("self_attn",), 0)
+    assert config.least_important_kept == 0.01
+
+
+def test_none_keeps_the_value_of_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = {**RECIPES["lorap"], "vo_to_qk_ratio": 2.0, "mlp_method": "factorize", "sparsity": 0.4}
+    monkeypatch.setattr("lorap.config.RECIPES", {**RECIPES, "other": other})
+    config = CompressionConfig.from_recipe("other", vo_to_qk_ratio=None, mlp_method=None, sparsity=None, seed=None)
+    assert config.recipe == "other"
+    assert (config.vo_to_qk_ratio, config.mlp_method, config.sparsity, config.seed) == (2.0, "factorize", 0.4, 0)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "words"),
+    [
+        ("nope", {}, ["'nope'", "lorap"]),
+        ("lorap", {"sparsty": 0.2}, ["sparsty", "sparsity"]),
+        ("lorap", {"sparsity": 1.5}, ["1.5"]),
+    ],
+    ids=["recipe", "option", "value"],
+)
+def test_from_recipe_refuses(recipe: str, overrides: dict, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        CompressionConfig.from_recipe(recipe, **overrides)
+    for word in words:
+        assert word in str(error.value)

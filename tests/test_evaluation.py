@@ -1,0 +1,123 @@
+"""``evaluate`` is the mean next-token loss of a hand-written loop, whatever the batch size and the padding."""
+
+import math
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lorap import CalibrationError, evaluate
+from lorap.calibration import TokenWindows
+
+VOCAB = 61
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def windows(count: int, seq_len: int, mask: torch.Tensor | None = None) -> TokenWindows:
+    ids = torch.randint(VOCAB, (count, seq_len), generator=torch.Generator().manual_seed(1))
+    return TokenWindows(ids, "random", "", mask)
+
+
+@torch.no_grad()
+def loop_nats(model: LlamaForCausalLM, tokens: list[list[int]]) -> float:
+    losses = []
+    for window in tokens:
+        log_p = model(input_ids=torch.tensor([window])).logits[0].double().log_softmax(-1)
+        losses += [-float(log_p[i, window[i + 1]]) for i in range(len(window) - 1)]
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize(("count", "seq_len"), [(1, 2), (1, 63), (7, 2), (13, 17)])
+def test_equals_a_loop_over_windows(model: LlamaForCausalLM, count: int, seq_len: int) -> None:
+    text = windows(count, seq_len)
+    result = evaluate(model, text)
+    assert result.nats == pytest.approx(loop_nats(model, text.input_ids.tolist()), rel=1e-5)
+    assert abs(result.nats - math.log(VOCAB)) > 0.01
+    assert result.perplexity == math.exp(result.nats)
+    assert (result.text, result.tokens, result.seq_len) == ("random", count * seq_len, seq_len)
+    assert result.seconds > 0
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 17, 34, 100, 10_000])
+def test_batch_size_does_not_matter(model: LlamaForCausalLM, batch_tokens: int) -> None:
+    text = windows(13, 17)
+    assert evaluate(model, text, batch_tokens=batch_tokens).nats == pytest.approx(evaluate(model, text).nats, rel=1e-6)
+
+
+def test_padding_does_not_count(model: LlamaForCausalLM) -> None:
+    lengths = [17, 9, 2, 1, 16]
+    mask = (torch.arange(17) < torch.tensor(lengths)[:, None]).long()
+    text = windows(5, 17, mask)
+    expected = loop_nats(model, [row[:n].tolist() for row, n in zip(text.input_ids, lengths, strict=True)])
+    result = evaluate(model, text)
+    assert result.nats == pytest.approx(expected, rel=1e-5)
+    assert result.tokens == sum(lengths)
+    text.input_ids[mask == 0] = 3
+    assert evaluate(model, text).nats == pytest.approx(expected, rel=1e-5)
+    assert evaluate(model, TokenWindows(text.input_ids, "all", "")).nats != pytest.approx(expected, rel=1e-3)
+
+
+def test_all_ones_mask_changes_nothing(model: LlamaForCausalLM) -> None:
+    plain, masked = windows(5, 17), windows(5, 17, torch.ones(5, 17, dtype=torch.long))
+    assert evaluate(model, masked).nats == pytest.approx(evaluate(model, plain).nats, rel=1e-6)
+    assert evaluate(model, masked).tokens == 85
+
+
+def test_windows_of_one_token_are_refused(model: LlamaForCausalLM) -> None:
+    with pytest.raises(CalibrationError, match=r"windows of 1 token .* at least 2"):
+        evaluate(model, windows(3, 1))
+
+
+def test_overflow_is_refused(model: LlamaForCausalLM) -> None:
+    weight = model.lm_head.weight.data
+    kept = weight.clone()
+    try:
+        weight.fill_(float("nan"))
+        with pytest.raises(CalibrationError, match=r"loss on random is nan.*float32"):
+            evaluate(model, windows(3, 5))
+    finally:
+        weight.copy_(kept)
+
+
+def test_no_gradients_are_kept(model: LlamaForCausalLM) -> None:
+    evaluate(model, windows(3, 5))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_nothing_to_predict_is_refused(model: LlamaForCausalLM) -> None:
+    mask = torch.zeros(3, 8, dtype=torch.long)
+    mask[:, 0] = 1
+    with pytest.raises(CalibrationError):
+        evaluate(model, windows(3, 8, mask))
+
+
+def test_left_padding_does_not_count(model: LlamaForCausalLM) -> None:
+    mask = torch.ones(3, 8, dtype=torch.long)
+    mask[:, :3] = 0
+    text = windows(3, 8, mask)
+    assert evaluate(model, text).nats == pytest.approx(loop_nats(model, text.input_ids[:, 3:].tolist()), rel=1e-4)
+
+
+def test_a_huge_finite_loss_raises_no_raw_error(model: LlamaForCausalLM) -> None:
+    kept = model.lm_head.weight.data.clone()
+    try:
+        model.lm_head.weight.data.mul_(1e4)
+        assert evaluate(model, windows(3, 8)).perplexity == math.inf
+    except CalibrationError:
+        pass  # refusing is as good
+    finally:
+        model.lm_head.weight.data.copy_(kept)

@@ -1,0 +1,171 @@
+"""SmolLM2-135M, a real pretrained model, on real text: size, quality, speed, memory, and the same bytes twice.
+
+The model and the texts come from PyPI wheels (benchmarks/assets.py). The dense model is opened from its GGUF file, as a user
+would. The bound on time is loose, because the machines that run this are shared; the report tells the real figure.
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lorap
+from lorap.calibration.data import consecutive_windows, draw_windows
+from lorap.checkpoint import read_tensors
+from lorap.loading import find_model, load_model, load_tokenizer
+
+pytestmark = pytest.mark.real_model
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / ".cache" / "SmolLM2-135M-Instruct"
+WIKI = ROOT / ".cache" / "wiki.txt"
+PROJECTIONS = 30 * (2 * 576 * 576 + 2 * 192 * 576 + 3 * 576 * 1536)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def assets() -> None:
+    subprocess.run([sys.executable, str(ROOT / "benchmarks" / "assets.py")], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One `lorap compress` in a process of its own, so that its peak memory is its own."""
+    out = tmp_path_factory.mktemp("real") / "small"
+    command = [sys.executable, "-m", "lorap", "compress", str(MODEL), str(out), "--eval-text", str(WIKI), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return out, json.loads(done.stdout.splitlines()[-1]), done
+
+
+def test_kept_share_counted_on_the_saved_tensors(run):
+    out, report, _ = run
+    tensors = read_tensors(out)
+    kept = sum(info.numel for name, info in tensors.items() if "_proj." in name and info.shape != (1,))
+    assert kept / PROJECTIONS == pytest.approx(0.8, abs=0.002)
+    assert report["param_ratio"] == pytest.approx(kept / PROJECTIONS)
+    assert json.loads((out / "config.json").read_text())["intermediate_size"] == 1229
+    assert tensors["model.layers.7.self_attn.q_proj.left.weight"].shape == (576, 172)
+    assert tensors["model.layers.7.self_attn.k_proj.right.weight"].shape == (86, 576)
+    assert tensors["model.layers.7.self_attn.v_proj.weight"].shape == (192, 576)
+
+
+def test_quality_time_and_memory(run):
+    _, report, _ = run
+    (evaluation,) = report["evaluations"]
+    assert 0.2 < evaluation["increase_nats"] < 0.6
+    work = sum(seconds for stage, seconds in report["seconds"].items() if stage != "evaluate")
+    assert work < 400, "150 s on two idle cores is the target"
+    assert report["peak_memory_bytes"] < 2.5e9
+
+
+def test_progress_and_table(run):
+    _, report, done = run
+    assert "Compressing" in done.stderr
+    assert "30/30" in done.stderr
+    assert f"{report['params_after']:,}" in done.stdout
+
+
+def test_loads_back_with_the_measured_quality(run):
+    out, report, _ = run
+    model = AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    windows = consecutive_windows(WIKI, tokenizer, seq_len=128, max_tokens=4096, vocab_size=49152)
+    assert lorap.evaluate(model, windows).nats == pytest.approx(report["evaluations"][0]["after"]["nats"], abs=1e-6)
+    ids = tokenizer("The capital of France is", return_tensors="pt")
+    text = tokenizer.decode(model.generate(**ids, max_new_tokens=8, do_sample=False)[0])
+    assert text.startswith("The capital of France is")
+    assert len(text.split()) > 6
+
+
+@torch.no_grad()
+def published_program(model, ids: torch.Tensor) -> None:
+    """The published program's steps written down literally: float32 SVD of W D, running sums by hook, channels set to zero."""
+    _, hidden, kwargs = first_layer_call(model, ids)
+    for layer in model.model.layers:
+        linears = {name: module for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
+        norms = {name: torch.zeros(module.in_features) for name, module in linears.items()}
+
+        def gather(total):
+            def hook(_module, args):
+                total.add_(args[0].flatten(0, 1).square().sum(0))
+
+            return hook
+
+        handles = [module.register_forward_pre_hook(gather(norms[name])) for name, module in linears.items()]
+        layer(hidden, **kwargs)
+        for handle in handles:
+            handle.remove()
+        for name, rank in (("self_attn.q_proj", 172), ("self_attn.k_proj", 86)):
+            scale = norms[name].sqrt()
+            scale[scale == 0] = 1e-4
+            u, s, vh = torch.linalg.svd(linears[name].weight * scale, full_matrices=False)
+            linears[name].weight.copy_((u[:, :rank] * s[:rank]) @ (vh[:rank] / scale))
+        gate, up, down = (linears[f"mlp.{role}_proj"].weight for role in ("gate", "up", "down"))
+        x, inner = norms["mlp.up_proj"].sqrt(), norms["mlp.down_proj"].sqrt()
+        importance = (gate * x).norm(dim=1) + (up * x).norm(dim=1) + (down * inner).norm(dim=0)
+        down[:, importance.argsort()[15:322]] = 0
+        hidden = layer(hidden, **kwargs)
+
+
+def first_layer_call(model, ids):
+    calls = []
+
+    def note(module, args, kwargs):
+        calls.append((module, args[0], {**kwargs, "attention_mask": None}))
+
+    handle = model.model.layers[0].register_forward_pre_hook(note, with_kwargs=True)
+    model(ids, use_cache=False)
+    handle.remove()
+    return calls[0]
+
+
+def test_equals_the_published_program():
+    source = find_model(MODEL)
+    tokenizer = load_tokenizer(source)
+    ids = draw_windows("default", tokenizer, num_samples=8, seq_len=128, seed=0, vocab_size=49152)
+    text = consecutive_windows(WIKI, tokenizer, seq_len=128, max_tokens=1024, vocab_size=49152)
+    literal = load_model(source)
+    published_program(literal, ids.input_ids)
+    ours, _ = lorap.compress(load_model(source), calibration=ids.input_ids, progress=False)
+    assert lorap.evaluate(ours, text).nats == pytest.approx(lorap.evaluate(literal, text).nats, abs=1e-3)
+
+
+def test_two_runs_give_the_same_bytes(tmp_path):
+    config = lorap.CompressionConfig(num_calibration_samples=8)
+    digests = []
+    for name in ("a", "b"):
+        model, report = lorap.compress(MODEL, config=config, progress=False)
+        lorap.save(model, tmp_path / name, report=report)
+        digests.append(hashlib.sha256((tmp_path / name / "model.safetensors").read_bytes()).hexdigest())
+    assert digests[0] == digests[1]
+
+
+def test_gguf_tokenizer_splits_numbers_into_digits():
+    tokenizer = load_tokenizer(find_model(MODEL))
+    assert tokenizer.tokenize("In 1984") == ["In", "Ġ", "1", "9", "8", "4"]
+
+
+def test_multi_head_twin_is_compressed_like_the_grouped_query_model():
+    """Repeating each k/v head three times changes nothing; q sees the same inputs, so it gets the same factors."""
+    source = find_model(MODEL)
+    grouped = load_model(source)
+    config = grouped.config.__class__(**{**grouped.config.to_dict(), "num_key_value_heads": 9})
+    twin = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    state = grouped.state_dict()
+    for name in list(state):
+        if "k_proj" in name or "v_proj" in name:
+            state[name] = state[name].view(3, 64, 576).repeat_interleave(3, dim=0).reshape(576, 576)
+    twin.load_state_dict(state)
+    windows = draw_windows(
+        "default", load_tokenizer(source), num_samples=4, seq_len=128, seed=0, vocab_size=49152
+    ).input_ids
+    torch.testing.assert_close(twin(windows).logits, grouped(windows).logits)
+    options = lorap.CompressionConfig(sublayers=("self_attn",))
+    small, _ = lorap.compress(grouped, calibration=windows, config=options, progress=False)
+    small_twin, _ = lorap.compress(twin, calibration=windows, config=options, progress=False)
+    first, first_twin = (model.model.layers[0].self_attn.q_proj for model in (small, small_twin))
+    assert first.rank == first_twin.rank == 172
+    torch.testing.assert_close(first.reconstruct(), first_twin.reconstruct(), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,262 @@
+"""Compressed models are ordinary transformers models.
+
+Proved here: what is saved loads again with bit-identical logits (every family, any dtype, sharded, re-saved, with a
+device map); generation and pipelines work; the factors are the optimum on the statistics that the paper prescribes; runs
+repeat byte for byte; and a host that does not know lorap fails instead of running a broken model.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES
+from transformers import AutoModelForCausalLM, pipeline
+
+import lorap
+from lorap.integrations.transformers import register
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@torch.no_grad()
+def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    return model(tokens.to(model.device)).logits.cpu()
+
+
+def cast(model: Any, dtype: torch.dtype) -> Any:
+    """Parameters to ``dtype``; ``.to`` would also round the rotary frequencies, which stay float32 when loaded."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+@torch.no_grad()
+def input_sq_norm(model: Any, module: str, tokens: torch.Tensor) -> torch.Tensor:
+    """Sum over tokens of the squared inputs of a linear layer, gathered by an ordinary forward pass."""
+    seen = []
+    hook = model.get_submodule(module).register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    model(tokens)
+    hook.remove()
+    return seen[0].reshape(-1, seen[0].shape[-1]).double().square().sum(0)
+
+
+def low_rank(model: Any) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, lorap.LowRankLinear)]
+
+
+@pytest.fixture
+def small(make_model, compress_small, tmp_path):
+    """(model in memory, report, folder) of a compressed llama-gqa."""
+    model, report = compress_small(make_model("llama-gqa"))
+    return model, report, lorap.save(model, tmp_path / "small", report=report)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_and_loaded_logits_are_bit_identical(family, dtype, make_model, compress_small, tokens, tmp_path):
+    dense = make_model(family)
+    before = logits(dense, tokens)
+    model, report = compress_small(dense)
+    assert len(low_rank(model)) == 4 * len(model.model.layers)
+    assert report.param_ratio == pytest.approx(0.5, abs=0.03)
+    out = lorap.save(model, tmp_path / "out", report=report)
+    expected = logits(cast(model, DTYPES[dtype]), tokens)
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype=DTYPES[dtype])
+    assert loaded.dtype == DTYPES[dtype]
+    assert low_rank(loaded) == low_rank(model)
+    assert torch.equal(logits(loaded, tokens), expected)
+    assert expected.isfinite().all()
+    assert not torch.allclose(expected.float(), before, atol=1e-2)
+
+
+def test_sharded_checkpoint_loads_and_saves_again(small, tokens, tmp_path):
+    model, report, _ = small
+    sharded = lorap.save(model, tmp_path / "sharded", report=report, max_shard_size="50KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    loaded = AutoModelForCausalLM.from_pretrained(sharded)
+    assert torch.equal(logits(loaded, tokens), logits(model, tokens))
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(logits(again, tokens), logits(model, tokens))
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (sharded, tmp_path / "again")]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto"])
+def test_device_map(device_map, small, tokens):
+    model, _, folder = small
+    loaded = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map)
+    assert low_rank(loaded) == low_rank(model)
+    if loaded.device.type == "cpu":
+        assert torch.equal(logits(loaded, tokens), logits(model, tokens))
+    else:
+        torch.testing.assert_close(logits(loaded, tokens), logits(model, tokens), rtol=1e-3, atol=1e-3)
+
+
+def test_generate_and_pipeline_give_the_same_greedy_tokens(small, tokens, tokenizer):
+    model, _, folder = small
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(tokens[:1, :8], **options)
+    assert torch.equal(loaded.generate(tokens[:1, :8], **options), expected)
+    prompt = tokenizer.decode(tokens[0, :8])
+    generator = pipeline("text-generation", model=loaded, tokenizer=tokenizer, device="cpu")
+    text = generator(prompt, return_full_text=True, **options)[0]["generated_text"]
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    assert text == tokenizer.decode(model.generate(ids, **options)[0], skip_special_tokens=True)
+
+
+def test_sparsity_0_changes_nothing(make_model, compress_small, tokens, tmp_path):
+    dense = make_model("llama-gqa")
+    before = logits(dense, tokens)
+    model, report = compress_small(dense, sparsity=0.0)
+    assert report.param_ratio == 1.0
+    assert torch.equal(logits(model, tokens), before)
+    out = lorap.save(model, tmp_path / "out", report=report)
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out), tokens), before)
+
+
+ATTENTION, FFN = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("options", "roles", "width"),
+    [
+        pytest.param({"sublayers": ("mlp",)}, [], 50, id="mlp-only"),
+        pytest.param({"sublayers": ("self_attn",)}, ATTENTION, 100, id="attention-only"),
+        pytest.param({"attention_method": "svd"}, ATTENTION, 50, id="svd"),
+        pytest.param({"attention_method": "afm"}, ATTENTION, 50, id="afm"),
+        pytest.param({"mlp_method": "factorize"}, ATTENTION + FFN, 100, id="ffn-factorized"),
+        pytest.param(
+            {"mlp_method": "factorize", "sublayers": ("mlp",), "attention_method": "afm"}, FFN, 100, id="ffn-afm"
+        ),
+    ],
+)
+def test_options_choose_what_becomes_low_rank(options, roles, width, make_model, compress_small, tokens, tmp_path):
+    model, report = compress_small(make_model("llama-biases"), **options)
+    assert [name.rsplit(".")[-1] for name in low_rank(model)] == roles * 2
+    assert model.model.layers[1].mlp.down_proj.in_features == width
+    out = lorap.save(model, tmp_path / "out", report=report)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out), tokens), logits(model, tokens))
+
+
+def test_attention_is_the_optimum_on_the_paper_s_statistics(make_model, compress_small, tokens):
+    """P holds the top eigenvectors of W C W^T, C the diagonal of squared channel norms; W' = P P^T W."""
+    dense = make_model("llama-mha")
+    model, _ = compress_small(copy.deepcopy(dense))
+    for role in ATTENTION:
+        name = f"model.layers.0.self_attn.{role}"
+        weight = dense.get_submodule(name).weight.detach()
+        found = model.get_submodule(name)
+        sq_norm = input_sq_norm(dense, name, tokens)
+        w = weight.double()
+        top = torch.linalg.eigh(w @ sq_norm.diag() @ w.T).eigenvectors[:, -found.rank :]
+        torch.testing.assert_close(found.reconstruct().double(), top @ top.T @ w, rtol=1e-4, atol=1e-5)
+        factors = lorap.factorize(weight, found.rank, sq_norm)
+        torch.testing.assert_close(found.reconstruct(), factors.left @ factors.right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "mistral", "smollm3"])
+def test_statistics_of_layer_1_come_from_the_compressed_layer_0(family, make_model, compress_small, tokens):
+    dense = make_model(family)
+    model, _ = compress_small(copy.deepcopy(dense))
+    half = copy.deepcopy(dense)
+    half.model.layers[0] = copy.deepcopy(model.model.layers[0])
+    for role in ATTENTION:
+        name = f"model.layers.1.self_attn.{role}"
+        weight, rank = dense.get_submodule(name).weight.detach(), model.get_submodule(name).rank
+        found = model.get_submodule(name).reconstruct()
+        right = lorap.factorize(weight, rank, input_sq_norm(half, name, tokens))
+        wrong = lorap.factorize(weight, rank, input_sq_norm(dense, name, tokens))
+        torch.testing.assert_close(found, right.left @ right.right, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(found, wrong.left @ wrong.right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "mistral"])
+def test_padding_never_counts(family, make_model, compress_small, tokens, tokenizer):
+    unpadded = tokens[:, :24]
+    pad = torch.full((len(tokens), 8), tokenizer.pad_token_id)
+    mask = torch.cat([torch.ones_like(unpadded), torch.zeros_like(pad)], dim=1)
+    padded = {"input_ids": torch.cat([unpadded, pad], dim=1), "attention_mask": mask}
+    expected, _ = compress_small(make_model(family), unpadded)
+    model, report = compress_small(make_model(family), padded)
+    assert report.calibration["tokens"] == unpadded.numel()
+    for name in low_rank(expected):
+        left, right = (found.get_submodule(name).reconstruct() for found in (model, expected))
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+    for layer, reference in zip(model.model.layers, expected.model.layers, strict=True):
+        assert torch.equal(layer.mlp.down_proj.weight, reference.mlp.down_proj.weight)
+
+
+def test_two_runs_write_the_same_bytes(make_model, compress_small, tmp_path):
+    written = []
+    for name in ("one", "two"):
+        model, report = compress_small(make_model("llama-gqa"))
+        written.append((lorap.save(model, tmp_path / name, report=report) / "model.safetensors").read_bytes())
+    assert written[0] == written[1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hosts and checkpoints that do not fit
+
+WITHOUT_LORAP = """
+import sys
+import transformers
+for loader in (transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM):
+    try:
+        loader.from_pretrained(sys.argv[1])
+    except Exception as error:
+        print("refused", type(error).__name__)
+assert "lorap" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize(
+    "options", [pytest.param({}, id="uniform-widths"), pytest.param({"sublayers": ("self_attn",)}, id="attention-only")]
+)
+def test_opened_without_lorap_it_is_refused(options, make_model, compress_small, tmp_path):
+    """Otherwise the host would run random attention weights and only print a warning."""
+    model, report = compress_small(make_model("llama-gqa"), **options)
+    out = lorap.save(model, tmp_path / "out", report=report)
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_LORAP, str(out)], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert [line.split()[0] for line in run.stdout.splitlines()] == ["refused"] * 2, run.stdout + run.stderr
+
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"format_version": 99}, "format version 99 and this lorap reads 1", id="newer-format"),
+        pytest.param({"colour": "red"}, "unknown field in quantization_config: colour", id="unknown-field"),
+        pytest.param({"ranks": {Q: 0}}, f"{Q} is 0, not a positive whole number", id="rank-0"),
+        pytest.param({"ranks": {Q: 64}}, f"rank 64 of {Q} does not fit its shape (64, 64)", id="rank-too-high"),
+        pytest.param({"ranks": {"model.nowhere": 4}}, "model.nowhere, but the model has no such", id="unknown-module"),
+        pytest.param({"ranks": {"model.norm": 4}}, "not a linear layer", id="not-linear"),
+    ],
+)
+def test_damaged_quantization_config_is_refused(change, message, small):
+    folder: Path = small[2]
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(lorap.CheckpointError) as error:
+        AutoModelForCausalLM.from_pretrained(folder)
+    assert message in str(error.value)
+
+
+def test_registering_twice_is_harmless():
+    register()
+    register()
