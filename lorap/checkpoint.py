@@ -122,7 +122,7 @@ def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 def _share(folder: Path) -> None:
     """Give everything the permissions of ordinary new files; temporary folders and safetensors are private at first."""
-    umask = os.umask(0)
+    umask = os.umask(0o077)  # it can only be read by setting it
     os.umask(umask)
     folder.chmod(0o777 & ~umask)
     for path in folder.iterdir():

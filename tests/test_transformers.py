@@ -1,8 +1,8 @@
 """Compressed models are ordinary transformers models.
 
 Proved here: what is saved loads again with bit-identical logits (every family, any dtype, sharded, re-saved, with a
-device map); generation and pipelines work; the factors are the optimum on the statistics that the paper prescribes; runs
-repeat byte for byte; and a host that does not know lorap fails instead of running a broken model.
+device map); generation and pipelines work; the factors are the optimum on the statistics that the paper prescribes;
+runs repeat byte for byte; and a host that does not know lorap fails instead of running a broken model.
 """
 
 from __future__ import annotations
