@@ -116,6 +116,7 @@ def compress(
       lorap compress ./llama ./small --sparsity 0.5 --calibration my.jsonl --eval-text wiki.txt
     """
     with _user_errors(debug):
+        _be_quiet(quiet)
         config = CompressionConfig.from_recipe(
             recipe,
             sparsity=sparsity,
@@ -179,6 +180,7 @@ def evaluate_model(
       lorap eval ./small --text wiki.txt --seq-len 128 --max-tokens 20000
     """
     with _user_errors(debug):
+        _be_quiet(quiet)
         loaded, tokenizer, source = _load(model, device, dtype)
         vocab_size = loaded.get_input_embeddings().weight.shape[0]
         results = []
@@ -274,6 +276,11 @@ def _continue(
         "new_tokens": len(new),
         "tokens_per_second": len(new) / seconds,
     }
+
+
+def _be_quiet(quiet: bool) -> None:
+    if quiet:
+        transformers_logging.disable_progress_bar()
 
 
 def _print_json(wanted: bool, value: dict[str, Any]) -> None:

@@ -233,6 +233,22 @@ def test_opened_without_lorap_it_is_refused(options, make_model, compress_small,
     assert [line.split()[0] for line in run.stdout.splitlines()] == ["refused"] * 2, run.stdout + run.stderr
 
 
+def test_pruned_to_one_width_it_is_an_ordinary_dense_checkpoint(make_model, compress_small, tokens, tmp_path):
+    """No low-rank layer, so nothing that another host could get wrong: it loads the very same weights."""
+    model, report = compress_small(make_model("llama-gqa"), sublayers=("mlp",))
+    out = lorap.save(model, tmp_path / "out", report=report)
+    torch.save(tokens, tmp_path / "tokens.pt")
+    code = (
+        "import sys, torch, transformers\n"
+        "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()\n"
+        "torch.save(model(torch.load('tokens.pt')).logits.detach(), 'logits.pt')\n"
+        "assert 'lorap' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(out)], cwd=tmp_path, check=True, capture_output=True)
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "logits.pt"), model(tokens).logits)
+
+
 Q = "model.layers.0.self_attn.q_proj"
 
 
