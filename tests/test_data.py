@@ -7,27 +7,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lorap import CalibrationError
 from lorap.calibration import TokenWindows, draw_windows, read_source
 from lorap.calibration.data import consecutive_windows, read_tokens, source_name
 
-VOCAB = 400
+VOCAB = 500  # of the tokenizer in conftest.py
 TEXT = "Über the river, 12 boats; naïve crews sang 歌.\n" * 40
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    bpe.train_from_iterator([read_source("default")[:50_000]], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe)
 
 
 def draw(source, tokenizer=None, *, samples: int = 3, seq_len: int = 7, seed: int = 0, vocab: int = VOCAB):
@@ -283,7 +270,7 @@ def test_a_text_instead_of_its_name_is_refused(tokenizer: PreTrainedTokenizerFas
         ),
         (torch.arange(6), {}, ["6 tokens", "0 windows of 7", "shorter windows"]),
         (torch.arange(64), {"vocab": 63}, ["token 63", "63 embeddings"]),
-        (torch.tensor([[1, -5]]), {}, ["token -5", "400 embeddings"]),
+        (torch.tensor([[1, -5]]), {}, ["token -5", "500 embeddings"]),
         (torch.rand(63), {}, ["whole numbers", "float32 of shape (63,)"]),
         (torch.zeros(2, 3, 4, dtype=torch.long), {}, ["int64 of shape (2, 3, 4)"]),
         (torch.tensor(3), {}, ["int64 of shape ()"]),
