@@ -61,8 +61,8 @@ def save(
     """
     out = Path(out)
     start = time.perf_counter()
-    check_output(out, overwrite=overwrite, needed_bytes=model.get_memory_footprint() + SPARE_BYTES)
-    with staged_folder(out, overwrite=overwrite) as stage:
+    needed_bytes = model.get_memory_footprint() + SPARE_BYTES
+    with staged_folder(out, overwrite=overwrite, needed_bytes=needed_bytes) as stage:
         model.save_pretrained(stage, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
@@ -103,9 +103,9 @@ def check_output(
 
 
 @contextmanager
-def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def staged_folder(out: Path, *, overwrite: bool = False, needed_bytes: int = 0) -> Iterator[Path]:
     """A hidden folder beside ``out`` that becomes ``out`` if the block succeeds and vanishes if it does not."""
-    check_output(out, overwrite=overwrite)
+    check_output(out, overwrite=overwrite, needed_bytes=needed_bytes)
     stage = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -131,11 +131,13 @@ def compress(
         )
         source = find_model(model)
         check_output(out, source=source.folder, overwrite=overwrite)
+        tokenizer = load_tokenizer(source)
         texts = [text for text in eval_text or [DEFAULT_EVALUATION] if text != "none"]
         small, report = compress_model(
             model,
             calibration=calibration,
             config=config,
+            tokenizer=tokenizer,
             evaluation=texts,
             device=device,
             dtype=dtype,
@@ -145,7 +147,7 @@ def compress(
             small,
             out,
             report=report,
-            tokenizer=load_tokenizer(source),
+            tokenizer=tokenizer,
             overwrite=overwrite,
             max_shard_size=max_shard_size,
         )
