@@ -11,10 +11,11 @@ help: ## this list
 setup: $(READY) ## .venv with lorap and everything the other targets need
 
 # torch 2.13.0 is installed only where none is: an existing build, with or without CUDA, is kept.
-$(READY): pyproject.toml setup.py
+$(READY): pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet 'setuptools>=77' wheel 'cmake>=3.24' ninja
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
 	touch $@
 
 demo: $(READY) ## compress SmolLM2-135M, judge it, save it, load it, let it speak
@@ -29,4 +30,5 @@ test: lint ## lint, then all tests, and each benchmark once
 	$(BIN)/pytest benchmarks --benchmark-disable --quiet
 
 bench: $(READY) ## measure kernels, layers and the factorization against their alternatives
-	$(BIN)/pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+	run=$$(mktemp) && $(BIN)/pytest benchmarks --benchmark-only --benchmark-quiet --benchmark-json=$$run && \
+		$(BIN)/python benchmarks/table.py $$run; status=$$?; rm -f $$run; exit $$status

@@ -1,12 +1,102 @@
-"""Packages are named one by one: the Triton kernels live in kernels/triton and are shipped as lorap.kernels.
+"""Builds csrc with CMake and names the packages.
 
-``kernels/`` itself must never become a package, because transformers imports an installed package of that name.
+    pip install --no-build-isolation -e .      with torch installed: builds the C++ part, and the CUDA part where nvcc is
+    LORAP_SKIP_CUDA_BUILD=1 pip install ...    no CUDA part
+    LORAP_SKIP_BUILD=1 pip install ...         Python only
+
+torch's headers come from the installed torch, hence ``--no-build-isolation``. Without torch, CMake or a compiler the package
+is installed without native code and works: torch and Triton do the work then, and ``lorap info`` says so.
+
+Packages are named one by one: the Triton kernels live in kernels/triton and are shipped as lorap.kernels. ``kernels/`` itself
+must never become a package, because transformers imports an installed package of that name.
 """
 
-from setuptools import setup
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+
+
+def find_torch() -> Path | None:
+    spec = importlib.util.find_spec("torch")
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def find_nvcc() -> str | None:
+    """nvcc, unless LORAP_SKIP_CUDA_BUILD=1; no GPU is needed to build for one."""
+    if os.environ.get("LORAP_SKIP_CUDA_BUILD") == "1":
+        return None
+    home = os.environ.get("CUDA_HOME", "")
+    return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+
+
+def reason_not_to_build() -> str | None:
+    if os.environ.get("LORAP_SKIP_BUILD") == "1":
+        return "LORAP_SKIP_BUILD=1"
+    if find_torch() is None:
+        return "torch is not importable here; use pip install --no-build-isolation with torch installed"
+    if not shutil.which("cmake"):
+        return "cmake is not installed"
+    return None
+
+
+class CMakeBuild(build_ext):
+    """Builds lorap/_native.so, a plain shared library that torch.ops.load_library opens: no Python.h, any Python."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split("."))) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        torch = find_torch()
+        options = [f"-DTORCH_INCLUDE={torch / 'include'}", f"-DTORCH_LIB={torch / 'lib'}"]
+        nvcc = find_nvcc()
+        if nvcc:
+            options += ["-DLORAP_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
+            if os.environ.get("LORAP_CUDA_ARCHS"):
+                options.append(f"-DLORAP_CUDA_ARCHS={os.environ['LORAP_CUDA_ARCHS']}")
+        if shutil.which("ninja"):
+            options += ["-G", "Ninja"]
+        with tempfile.TemporaryDirectory(prefix="lorap-build-") as build:
+            try:
+                subprocess.run(["cmake", "-S", ROOT, "-B", build, *options], check=True)
+                subprocess.run(["cmake", "--build", build, "--parallel"], check=True)
+            except subprocess.CalledProcessError as failure:
+                print(f"lorap: native code was not built ({failure}); installing without it", file=sys.stderr)
+                return
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(Path(build) / "_native.so", target)
+
+
+class Wheel(bdist_wheel):
+    """One wheel per platform for every Python: the library does not know Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, platform = super().get_tag()
+        return ("py3", "none", platform) if self.distribution.ext_modules else (python, abi, platform)
+
+
+reason = reason_not_to_build()
+if reason:
+    print(f"lorap: installing without native code: {reason}", file=sys.stderr)
 
 setup(
     packages=["lorap", "lorap.calibration", "lorap.integrations", "lorap.kernels"],
     package_dir={"lorap": "lorap", "lorap.kernels": "kernels/triton"},
-    package_data={"lorap": ["py.typed"], "lorap.calibration": ["texts/*"]},
+    package_data={
+        "lorap": ["py.typed"],
+        "lorap.calibration": ["texts/*"],
+        "lorap.kernels": ["configs/*.json"],
+    },
+    ext_modules=[] if reason else [Extension("lorap._native", sources=[], optional=True)],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
 )

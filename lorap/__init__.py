@@ -7,15 +7,18 @@ from lorap.checkpoint import save
 from lorap.config import CompressionConfig
 from lorap.errors import (
     ArchitectureError,
+    BackendError,
     CalibrationError,
     CheckpointError,
     ConfigError,
     FactorizationError,
     LoRAPError,
+    ShapeError,
 )
 from lorap.evaluation import Evaluation, evaluate
 from lorap.factorization import Factorization, factorize
 from lorap.integrations.transformers import register as _register
+from lorap.merging import merge_shared_inputs, optimize_for_decoding
 from lorap.modules import LowRankLinear
 from lorap.pipeline import compress
 from lorap.report import CompressionReport
@@ -25,6 +28,7 @@ _register()
 
 __all__ = [
     "ArchitectureError",
+    "BackendError",
     "CalibrationError",
     "CheckpointError",
     "CompressionConfig",
@@ -35,9 +39,12 @@ __all__ = [
     "FactorizationError",
     "LoRAPError",
     "LowRankLinear",
+    "ShapeError",
     "__version__",
     "compress",
     "evaluate",
     "factorize",
+    "merge_shared_inputs",
+    "optimize_for_decoding",
     "save",
 ]

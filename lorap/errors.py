@@ -23,3 +23,11 @@ class FactorizationError(LoRAPError):
 
 class CheckpointError(LoRAPError):
     """A model folder cannot be read or written."""
+
+
+class ShapeError(LoRAPError, ValueError):
+    """The tensors given to an op do not fit together."""
+
+
+class BackendError(LoRAPError):
+    """The kernels that were asked for cannot run here."""

@@ -5,6 +5,8 @@ Checkpoint keys of a projection ``q_proj``::
     q_proj.right.weight   (rank, in_features)      shrink: x to rank
     q_proj.left.weight    (out_features, rank)     expand: rank to out
     q_proj.left.bias      (out_features,)          where the dense layer had one
+    q_proj.pivot_rows     (rank,) int64            only in pivoted storage, where left.weight is (out_features - rank, rank)
+    q_proj.output_bias    (out_features,)          instead of left.bias in pivoted storage, whose bias covers more than left
     q_proj.weight         (1,)                     guard, see below
 
 The two factors are ordinary ``nn.Linear`` children, so that adapters and quantizers find them by name and type.
@@ -15,10 +17,14 @@ The guard makes a host that does not know lorap fail: it looks for a ``q_proj.we
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from lorap import ops, shapes
 from lorap.factorization import factorize
+from lorap.kernels import reference
 
 # Value of the guard; the format's version is in config.json.
 GUARD_VALUE = 1.0
@@ -27,13 +33,18 @@ GUARD_VALUE = 1.0
 class LowRankLinear(nn.Module):
     """y = x @ right.T @ left.T + bias, the drop-in for ``nn.Linear(in_features, out_features)``.
 
+    Runs ``torch.ops.lorap.low_rank_linear``: one fused call where a kernel of ours is the fastest, two matmuls elsewhere.
+    Adapters, quantizers, hooks and offloading work on the children ``right`` and ``left`` as on any ``nn.Linear``: as soon as
+    one of them is no longer a plain one, the layer simply calls both.
+
     Args:
         in_features: size of the last axis of the input.
         out_features: size of the last axis of the output.
-        rank: inner size; the layer holds rank * (in_features + out_features) weights.
+        rank: inner size; the layer holds rank * (in_features + out_features) weights, rank^2 fewer when pivoted.
         bias: whether the layer adds a bias.
         device: where the parameters are created.
         dtype: of the parameters.
+        pivoted: whether rank of the output rows are the outputs of ``right`` itself, see ``lorap.kernels.reference``.
     """
 
     def __init__(
@@ -44,30 +55,49 @@ class LowRankLinear(nn.Module):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        pivoted: bool = False,
     ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank
+        rows = out_features - rank if pivoted else out_features
         self.right = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.left = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+        self.left = nn.Linear(rank, rows, bias=bias and not pivoted, device=device, dtype=dtype)
+        own = torch.zeros(out_features, device=device, dtype=dtype) if bias and pivoted else None
+        self.output_bias = None if own is None else nn.Parameter(own)
         self.register_buffer("weight", torch.full((1,), GUARD_VALUE, device=device, dtype=dtype))
+        self.pivot_rows: Tensor | None
+        self.register_buffer("pivot_rows", torch.arange(rank, device=device) if pivoted else None)
+        self.group: Any = None  # a lorap.merging.SharedInput, when q, k and v run as one
 
     @property
     def bias(self) -> Tensor | None:
         """(out_features,) or None."""
-        return self.left.bias
+        return self.left.bias if self.output_bias is None else self.output_bias
 
     @classmethod
-    def from_factors(cls, left: Tensor, right: Tensor, bias: Tensor | None = None) -> LowRankLinear:
-        """Wrap left (out_features, rank) and right (rank, in_features); the tensors are used, not copied."""
-        (out_features, rank), in_features = left.shape, right.shape[1]
-        module = cls(in_features, out_features, rank, bias=bias is not None, device="meta", dtype=left.dtype)
+    def from_factors(
+        cls, left: Tensor, right: Tensor, bias: Tensor | None = None, pivot_rows: Tensor | None = None
+    ) -> LowRankLinear:
+        """Wrap left (out_features, rank) and right (rank, in_features); the tensors are used, not copied.
+
+        With ``pivot_rows`` (rank,), ascending int64, left is (out_features - rank, rank).
+
+        Raises:
+            ShapeError: the tensors do not fit together.
+        """
+        rank, in_features = right.shape
+        out_features = shapes.low_rank_linear(right.new_empty(0, in_features), right, left, bias, pivot_rows)
+        pivoted = pivot_rows is not None
+        module = cls(in_features, out_features, rank, bias is not None, "meta", left.dtype, pivoted)
         module.left.weight = nn.Parameter(left)
         module.right.weight = nn.Parameter(right)
         if bias is not None:
-            module.left.bias = nn.Parameter(bias)
+            owner, name = (module, "output_bias") if pivoted else (module.left, "bias")
+            setattr(owner, name, nn.Parameter(bias))
         module.weight = torch.full((1,), GUARD_VALUE, device=left.device, dtype=left.dtype)
+        module.pivot_rows = pivot_rows
         return module
 
     @classmethod
@@ -78,12 +108,68 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        y: Tensor = self.left(self.right(x))
-        return y
+        if self.group is not None:
+            merged: Tensor | None = self.group.output(self, x)
+            if merged is not None:
+                return merged
+        right, left = self.right, self.left
+        if is_plain(right) and is_plain(left) and not torch.is_autocast_enabled(x.device.type):
+            return ops.low_rank_linear(x, right.weight, left.weight, self.bias, self.pivot_rows)
+        return self._forward_by_children(x)
+
+    def _forward_by_children(self, x: Tensor) -> Tensor:
+        shrunk = self.right(x)
+        y: Tensor = self.left(shrunk)
+        if self.pivot_rows is not None:
+            y = torch.cat((shrunk, y), dim=-1)
+            y = y.index_select(-1, reference.output_order(self.pivot_rows, self.out_features))
+        return y if self.output_bias is None else y + self.output_bias
 
     def reconstruct(self) -> Tensor:
         """The dense weight (out_features, in_features) that this layer stands for."""
-        return self.left.weight @ self.right.weight
+        right, left = self.right.weight, self.left.weight
+        if self.pivot_rows is None:
+            return left @ right
+        rows = torch.cat((right, left @ right))
+        return rows[reference.output_order(self.pivot_rows, self.out_features)]
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, bias={self.bias is not None}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+        return f"{sizes}, bias={self.bias is not None}" + (", pivoted=True" if self.pivot_rows is not None else "")
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` through ``torch.ops.lorap.linear``: the same parameters, faster for few tokens on a CPU."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group: Any = None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> Linear:
+        """Take over the parameters of ``linear``; nothing is copied."""
+        module = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        module.weight, module.bias = linear.weight, linear.bias
+        module.training = linear.training
+        return module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        if self.group is not None:
+            merged: Tensor | None = self.group.output(self, x)
+            if merged is not None:
+                return merged
+        if torch.is_autocast_enabled(x.device.type) or type(self.weight) is not nn.Parameter:
+            return super().forward(x)
+        return ops.linear(x, self.weight, self.bias)
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """True where calling ``linear`` means no more than x @ weight.T + bias: no adapter, quantizer, hook or offloading."""
+    return (
+        type(linear) is nn.Linear
+        and not linear._forward_hooks
+        and not linear._forward_pre_hooks
+        and "forward" not in linear.__dict__
+        and type(linear.weight) is nn.Parameter
+    )

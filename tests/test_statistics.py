@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lorap.calibration import ActivationStats
-from lorap.calibration.statistics import CHUNK_TOKENS
+from lorap.kernels.reference import CHUNK_TOKENS
 
 
 def activations(*shape: int) -> Tensor:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# float32 sums of squares run over at most this many tokens before they are added up in float64.
-CHUNK_TOKENS = 1024
+from lorap import ops
+from lorap.kernels import reference
 
 
 class ActivationStats:
@@ -37,17 +37,17 @@ class ActivationStats:
     @torch.no_grad()
     def update(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Add activations x of shape (..., K); where ``mask`` of shape (...) is False the token does not count."""
-        x = x.detach().reshape(-1, x.shape[-1])
-        if mask is not None:
-            x = x[mask.reshape(-1).bool()]
-        self.tokens += x.shape[0]
-        for chunk in x.split(CHUNK_TOKENS):
-            self.sq_sum += chunk.float().square().sum(0).double()
-            if self.outer is not None and self.total is not None:
-                # In float64 throughout: the covariance subtracts numbers that may agree in all digits of a float32.
-                exact = chunk.double()
-                self.total += exact.sum(0)
-                self.outer += exact.T @ exact
+        sq_norm, tokens = ops.channel_sq_norm(x.detach(), mask)
+        self.sq_sum += sq_norm
+        # Without a mask the count is known, and a GPU need not be waited for.
+        self.tokens += x.numel() // x.shape[-1] if mask is None else int(tokens)
+        if self.outer is not None and self.total is not None:
+            exact = x.detach().reshape(-1, x.shape[-1])
+            if mask is not None:
+                exact = exact[mask.reshape(-1).bool()]
+            for chunk in exact.split(reference.CHUNK_TOKENS):
+                self.total += chunk.double().sum(0)
+            self.outer += ops.second_moment(x.detach(), mask)[0]
 
     def merge(self, other: ActivationStats) -> None:
         """Add the sums of another process or batch."""

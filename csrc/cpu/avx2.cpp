@@ -1,0 +1,97 @@
+// AVX2 + FMA + F16C: Intel since 2013, AMD since 2015. Built with -mavx2 -mfma -mf16c.
+#include <immintrin.h>
+
+#include "dot_tile.h"
+
+namespace {
+
+struct Avx2 {
+  using Packed = float;
+  using Acc = __m256;
+  static constexpr int kTileRows = 2;  // 2 rows x 4 tokens = 8 of 16 registers hold sums
+  static Acc zero() { return _mm256_setzero_ps(); }
+  static float sum(__m256 v) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+  }
+  static Packed from_float(float f) { return f; }
+};
+
+struct Float32 : Avx2 {
+  using Weight = float;
+  using Wide = __m256;
+  static constexpr int64_t kStep = 8;
+  static Wide widen(const float* w) { return _mm256_loadu_ps(w); }
+  static Wide widen_tail(const float* w, int64_t count) {
+    alignas(32) float buffer[kStep] = {};
+    std::memcpy(buffer, w, count * sizeof(float));
+    return _mm256_load_ps(buffer);
+  }
+  static Acc multiply_add(Wide wide, const float* packed, Acc acc) {
+    return _mm256_fmadd_ps(wide, _mm256_loadu_ps(packed), acc);
+  }
+  static int64_t place(int64_t i) { return i; }
+  static Packed from_weight(float w) { return w; }
+  static float to_float(float w) { return w; }
+  static float to_weight(float f) { return f; }
+};
+
+// 16 weights of two bytes, as two vectors of eight floats.
+struct Pair {
+  __m256 first, second;
+};
+
+template <class Half>
+struct TwoByte : Avx2 {
+  using Weight = uint16_t;
+  using Wide = Pair;
+  static constexpr int64_t kStep = 16;
+  static Wide widen(const uint16_t* w) { return Half::split(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w))); }
+  static Wide widen_tail(const uint16_t* w, int64_t count) {
+    alignas(32) uint16_t buffer[kStep] = {};
+    std::memcpy(buffer, w, count * sizeof(uint16_t));
+    return widen(buffer);
+  }
+  static Acc multiply_add(const Wide& wide, const float* packed, Acc acc) {
+    acc = _mm256_fmadd_ps(wide.first, _mm256_loadu_ps(packed), acc);
+    return _mm256_fmadd_ps(wide.second, _mm256_loadu_ps(packed + 8), acc);
+  }
+};
+
+// A bfloat16 is the upper half of a float32: even elements need a shift, odd ones a mask, and no shuffle at all; x is packed
+// with the even elements of a step before the odd ones.
+struct BFloat16 : TwoByte<BFloat16> {
+  static Pair split(__m256i w) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(w, 16)),
+            _mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
+  }
+  static int64_t place(int64_t i) { return (i & 1) * 8 + (i >> 1); }
+  static Packed from_weight(uint16_t w) { return from_bfloat16(w); }
+  static float to_float(uint16_t w) { return from_bfloat16(w); }
+  static uint16_t to_weight(float f) { return to_bfloat16(f); }
+};
+
+struct Float16 : TwoByte<Float16> {
+  static Pair split(__m256i w) {
+    return {_mm256_cvtph_ps(_mm256_castsi256_si128(w)), _mm256_cvtph_ps(_mm256_extracti128_si256(w, 1))};
+  }
+  static int64_t place(int64_t i) { return i; }
+  static Packed from_weight(uint16_t w) { return _cvtsh_ss(w); }
+  static float to_float(uint16_t w) { return _cvtsh_ss(w); }
+  static uint16_t to_weight(float f) { return _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT); }
+};
+
+}  // namespace
+
+namespace lorap::cpu {
+
+const RowKernel* avx2_kernel(Dtype dtype) {
+  static constexpr RowKernel float32 = make_kernel<Float32>("avx2");
+  static constexpr RowKernel bfloat16 = make_kernel<BFloat16>("avx2");
+  static constexpr RowKernel float16 = make_kernel<Float16>("avx2");
+  if (dtype == Dtype::kFloat32) return &float32;
+  return dtype == Dtype::kBFloat16 ? &bfloat16 : &float16;
+}
+
+}  // namespace lorap::cpu

@@ -1,0 +1,170 @@
+// The loop shared by all instruction sets. Each .cpp of an instruction set includes this file and supplies a `Lane` type:
+//
+//   Lane::Weight, Lane::Packed    element types in memory
+//   Lane::kStep                   elements per weight load
+//   Lane::kTileRows               rows that share the loads of x when several tokens are served
+//   Lane::Acc                     vector of partial sums; zero() makes one
+//   Lane::Wide                    one step of weights, ready to multiply
+//   widen(weight), widen_tail(weight, count), multiply_add(wide, packed, acc), sum(acc)
+//   place(i)                      where element i of a step goes when x is packed
+//   from_weight(w), from_float(f) to Packed; to_float(w), to_weight(f)
+//
+// Everything sits in an anonymous namespace: the same template compiled for AVX-512 must never be linked into the AVX2 file.
+#pragma once
+
+#include <cstring>
+
+#include "row_kernel.h"
+
+namespace {
+
+using lorap::cpu::kMaxTokens;
+
+inline uint32_t float_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float bits_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Round to nearest even; a NaN stays a NaN.
+inline uint16_t to_bfloat16(float value) {
+  uint32_t bits = float_bits(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+inline float from_bfloat16(uint16_t bits) { return bits_float(static_cast<uint32_t>(bits) << 16); }
+
+template <class Lane, class Source, class Convert>
+void pack_with(const Source* x, int64_t k, typename Lane::Packed* packed, Convert convert) {
+  constexpr int64_t step = Lane::kStep;
+  for (int64_t start = 0; start < k; start += step) {
+    for (int64_t i = 0; i < step; ++i) {
+      packed[start + Lane::place(i)] = start + i < k ? convert(x[start + i]) : typename Lane::Packed(0);
+    }
+  }
+}
+
+template <class Lane>
+void pack(const void* x, int64_t k, void* packed) {
+  pack_with<Lane>(static_cast<const typename Lane::Weight*>(x), k, static_cast<typename Lane::Packed*>(packed),
+                  [](typename Lane::Weight w) { return Lane::from_weight(w); });
+}
+
+template <class Lane>
+void pack_float(const float* x, int64_t k, void* packed) {
+  pack_with<Lane>(x, k, static_cast<typename Lane::Packed*>(packed), [](float f) { return Lane::from_float(f); });
+}
+
+template <class Lane>
+void load(const void* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = Lane::to_float(static_cast<const typename Lane::Weight*>(from)[i]);
+}
+
+template <class Lane>
+void store(const float* from, int64_t count, void* to) {
+  for (int64_t i = 0; i < count; ++i) static_cast<typename Lane::Weight*>(to)[i] = Lane::to_weight(from[i]);
+}
+
+// Rows x Tokens dot products with their sums in registers. `next_rows` are fetched into the cache meanwhile, because the
+// passes over later tokens read no memory that the processor could fetch ahead by itself.
+template <class Lane, int Rows, int Tokens, bool Prefetch>
+void dot_tile(const typename Lane::Weight* weight, int64_t weight_stride, int64_t k, const char* packed,
+              int64_t packed_stride, float* dots, int64_t dots_stride) {
+  using Packed = typename Lane::Packed;
+  typename Lane::Acc acc[Rows][Tokens];
+  for (int r = 0; r < Rows; ++r)
+    for (int m = 0; m < Tokens; ++m) acc[r][m] = Lane::zero();
+
+  auto step = [&](int64_t at, auto load) {
+    for (int r = 0; r < Rows; ++r) {
+      const typename Lane::Wide wide = load(weight + r * weight_stride + at);
+      for (int m = 0; m < Tokens; ++m) {
+        acc[r][m] = Lane::multiply_add(wide, reinterpret_cast<const Packed*>(packed + m * packed_stride) + at, acc[r][m]);
+      }
+    }
+  };
+  int64_t at = 0;
+  for (; at + Lane::kStep <= k; at += Lane::kStep) {
+    if (Prefetch) {
+      for (int r = 0; r < Rows; ++r) __builtin_prefetch(weight + (r + Rows) * weight_stride + at, 0, 2);
+    }
+    step(at, [](const typename Lane::Weight* w) { return Lane::widen(w); });
+  }
+  if (at < k) step(at, [&](const typename Lane::Weight* w) { return Lane::widen_tail(w, k - at); });
+
+  for (int r = 0; r < Rows; ++r)
+    for (int m = 0; m < Tokens; ++m) dots[m * dots_stride + r] = Lane::sum(acc[r][m]);
+}
+
+// One row and one token: a single stream, which the processor fetches ahead best, with four independent sums to hide the
+// latency of the multiply-add.
+template <class Lane>
+float dot_stream(const typename Lane::Weight* weight, int64_t k, const typename Lane::Packed* packed) {
+  constexpr int64_t step = Lane::kStep;
+  typename Lane::Acc acc[4] = {Lane::zero(), Lane::zero(), Lane::zero(), Lane::zero()};
+  int64_t at = 0;
+  for (; at + 4 * step <= k; at += 4 * step) {
+    for (int i = 0; i < 4; ++i) {
+      acc[i] = Lane::multiply_add(Lane::widen(weight + at + i * step), packed + at + i * step, acc[i]);
+    }
+  }
+  for (; at + step <= k; at += step) acc[0] = Lane::multiply_add(Lane::widen(weight + at), packed + at, acc[0]);
+  if (at < k) acc[1] = Lane::multiply_add(Lane::widen_tail(weight + at, k - at), packed + at, acc[1]);
+  return (Lane::sum(acc[0]) + Lane::sum(acc[1])) + (Lane::sum(acc[2]) + Lane::sum(acc[3]));
+}
+
+template <class Lane, int Rows>
+void dot_tokens(const typename Lane::Weight* weight, int64_t weight_stride, int64_t k, const char* packed,
+                int64_t packed_stride, int64_t tokens, float* dots, int64_t dots_stride) {
+  int64_t m = 0;
+  for (; m + 4 <= tokens; m += 4) {
+    const auto tile = m == 0 ? dot_tile<Lane, Rows, 4, true> : dot_tile<Lane, Rows, 4, false>;
+    tile(weight, weight_stride, k, packed + m * packed_stride, packed_stride, dots + m * dots_stride, dots_stride);
+  }
+  using Tile = decltype(&dot_tile<Lane, Rows, 1, false>);
+  constexpr Tile rest[] = {nullptr, dot_tile<Lane, Rows, 1, false>, dot_tile<Lane, Rows, 2, false>,
+                           dot_tile<Lane, Rows, 3, false>};
+  if (m < tokens) {
+    rest[tokens - m](weight, weight_stride, k, packed + m * packed_stride, packed_stride, dots + m * dots_stride,
+                     dots_stride);
+  }
+}
+
+template <class Lane>
+void dot(const void* weight_data, int64_t weight_stride, int64_t rows, int64_t k, const void* packed_data,
+         int64_t packed_stride, int64_t tokens, float* dots, int64_t dots_stride) {
+  const auto* weight = static_cast<const typename Lane::Weight*>(weight_data);
+  const auto* packed = static_cast<const char*>(packed_data);
+  if (tokens == 1) {
+    for (int64_t n = 0; n < rows; ++n) {
+      dots[n] = dot_stream<Lane>(weight + n * weight_stride, k, static_cast<const typename Lane::Packed*>(packed_data));
+    }
+    return;
+  }
+  constexpr int kRows = Lane::kTileRows;
+  int64_t n = 0;
+  for (; n + kRows <= rows; n += kRows) {
+    dot_tokens<Lane, kRows>(weight + n * weight_stride, weight_stride, k, packed, packed_stride, tokens, dots + n,
+                            dots_stride);
+  }
+  for (; n < rows; ++n) {
+    dot_tokens<Lane, 1>(weight + n * weight_stride, weight_stride, k, packed, packed_stride, tokens, dots + n,
+                        dots_stride);
+  }
+}
+
+template <class Lane>
+constexpr lorap::cpu::RowKernel make_kernel(const char* isa) {
+  return {isa,        sizeof(typename Lane::Weight), Lane::kStep, sizeof(typename Lane::Packed),
+          load<Lane>, store<Lane>,                   pack<Lane>,  pack_float<Lane>,
+          dot<Lane>};
+}
+
+}  // namespace

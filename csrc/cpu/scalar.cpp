@@ -1,0 +1,80 @@
+// Plain C++, for processors that none of the other files serves; also the reading aid for dot_tile.h.
+#include "dot_tile.h"
+
+namespace {
+
+inline float from_float16(uint16_t bits) {
+  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
+  const uint32_t exponent = (bits >> 10) & 0x1fu;
+  const uint32_t mantissa = bits & 0x3ffu;
+  if (exponent == 0x1fu) return bits_float(sign | 0x7f800000u | (mantissa << 13));
+  if (exponent != 0) return bits_float(sign | ((exponent + 112u) << 23) | (mantissa << 13));
+  const float subnormal = static_cast<float>(mantissa) * 5.9604644775390625e-8f;  // 2^-24
+  return sign ? -subnormal : subnormal;
+}
+
+// Round to nearest even.
+inline uint16_t to_float16(float value) {
+  const uint32_t bits = float_bits(value);
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return sign | 0x7e00u;
+  if (magnitude >= 0x477ff000u) return sign | 0x7c00u;  // 65520 and more round to infinity
+  if (magnitude < 0x38800000u) {                         // below 2^-14: subnormal in float16
+    const float shifted = bits_float(magnitude) + 0.5f;  // one unit in the last place of [0.5, 1) is 2^-24
+    return sign | static_cast<uint16_t>(float_bits(shifted) - 0x3f000000u);
+  }
+  const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
+  return sign | static_cast<uint16_t>((rounded - 0x38000000u) >> 13);
+}
+
+template <class WeightType, float (*ToFloat)(WeightType), WeightType (*FromFloat)(float)>
+struct ScalarLane {
+  using Weight = WeightType;
+  using Packed = float;
+  struct Wide {
+    float value[8];
+  };
+  struct Acc {
+    float value[8];
+  };
+  static constexpr int64_t kStep = 8;
+  static constexpr int kTileRows = 1;
+  static Acc zero() { return {}; }
+  static Wide widen(const Weight* w) { return widen_tail(w, kStep); }
+  static Wide widen_tail(const Weight* w, int64_t count) {
+    Wide wide = {};
+    for (int64_t i = 0; i < count; ++i) wide.value[i] = ToFloat(w[i]);
+    return wide;
+  }
+  static Acc multiply_add(const Wide& wide, const Packed* packed, Acc acc) {
+    for (int i = 0; i < 8; ++i) acc.value[i] += wide.value[i] * packed[i];
+    return acc;
+  }
+  static float sum(const Acc& acc) {
+    float total = 0;
+    for (int i = 0; i < 8; ++i) total += acc.value[i];
+    return total;
+  }
+  static int64_t place(int64_t i) { return i; }
+  static Packed from_weight(Weight w) { return ToFloat(w); }
+  static Packed from_float(float f) { return f; }
+  static float to_float(Weight w) { return ToFloat(w); }
+  static Weight to_weight(float f) { return FromFloat(f); }
+};
+
+inline float same(float f) { return f; }
+
+}  // namespace
+
+namespace lorap::cpu {
+
+const RowKernel* scalar_kernel(Dtype dtype) {
+  static constexpr RowKernel float32 = make_kernel<ScalarLane<float, same, same>>("scalar");
+  static constexpr RowKernel bfloat16 = make_kernel<ScalarLane<uint16_t, from_bfloat16, to_bfloat16>>("scalar");
+  static constexpr RowKernel float16 = make_kernel<ScalarLane<uint16_t, from_float16, to_float16>>("scalar");
+  if (dtype == Dtype::kFloat32) return &float32;
+  return dtype == Dtype::kBFloat16 ? &bfloat16 : &float16;
+}
+
+}  // namespace lorap::cpu

@@ -1,0 +1,125 @@
+"""What every kernel of lorap computes, in plain torch: the meaning of the ops, and their implementation where no kernel fits.
+
+Shapes: x (..., K), right (R, K), left (N, R), weights (N, K). A group is a list of layers that read the same x; a tensor
+without elements stands for "none" in a list. Nothing here needs triton, a compiler or a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# float32 sums run over at most this many tokens before they are added up in float64: over 2^21 tokens one float32
+# accumulator is off by 7e-4, this way by 2e-6.
+CHUNK_TOKENS = 1024
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias: (..., K) to (..., N)."""
+    return F.linear(x, weight, bias)
+
+
+def low_rank_linear(
+    x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None = None, pivot_rows: Tensor | None = None
+) -> Tensor:
+    """x @ right.T @ left.T + bias: (..., K) to (..., N).
+
+    With ``pivot_rows``, (R,) ascending int64, the layer is stored pivoted: output row ``pivot_rows[i]`` is the i-th output of
+    the shrink stage itself, and ``left`` (N - R, R) holds the other rows in their order. ``bias`` is always (N,).
+    """
+    shrunk = F.linear(x, right)
+    if pivot_rows is None:
+        return F.linear(shrunk, left, bias)
+    y = torch.cat((shrunk, F.linear(shrunk, left)), dim=-1)
+    y = y.index_select(-1, output_order(pivot_rows, y.shape[-1]))
+    return y if bias is None else y + bias
+
+
+def output_order(pivot_rows: Tensor, out_features: int) -> Tensor:
+    """(N,): where each output row is found in [pivot rows, other rows]. Works without reading values back from a GPU."""
+    rank = pivot_rows.shape[0]
+    is_pivot = torch.zeros(out_features, dtype=torch.bool, device=pivot_rows.device)
+    is_pivot = is_pivot.index_fill(0, pivot_rows, True)
+    before = is_pivot.cumsum(0)  # pivots up to and including this row
+    rows = torch.arange(out_features, device=pivot_rows.device)
+    return torch.where(is_pivot, before - 1, rank + rows - before)
+
+
+def low_rank_linear_group(
+    x: Tensor,
+    right: Sequence[Tensor],
+    left: Sequence[Tensor],
+    bias: Sequence[Tensor] | None = None,
+    pivot_rows: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """Several low-rank layers on one x, e.g. q, k and v: their outputs side by side, (..., N_1 + N_2 + ...).
+
+    ``bias`` and ``pivot_rows`` are None or empty, or hold one tensor per layer, without elements where a layer has none. A dense
+    layer joins a group as the pivoted layer whose every row is a pivot: left (0, N), pivot_rows 0 ... N - 1.
+    """
+    outputs = [
+        low_rank_linear(x, right[i], left[i], _item(bias, i), _item(pivot_rows, i)) for i in range(len(right))
+    ]
+    return torch.cat(outputs, dim=-1)
+
+
+def silu_gated_linear(
+    x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None
+) -> Tensor:
+    """silu(x @ gate.T + gate_bias) * (x @ up.T + up_bias): (..., K) to (..., N), the first half of a gated FFN."""
+    return F.silu(F.linear(x, gate, gate_bias)) * F.linear(x, up, up_bias)
+
+
+def low_rank_silu_gated_linear(
+    x: Tensor, right: Sequence[Tensor], left: Sequence[Tensor], bias: Sequence[Tensor] | None = None
+) -> Tensor:
+    """:func:`silu_gated_linear` where gate (first of each list) and up (second) are low-rank."""
+    gate, up = (low_rank_linear(x, right[i], left[i], _item(bias, i)) for i in range(2))
+    return F.silu(gate) * up
+
+
+def channel_sq_norm(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Sum over tokens of x_j^2, and the number of tokens: (K,) float64 and () int64.
+
+    ``mask`` of shape (...) marks the tokens that count; what stands in the others, NaN too, has no influence.
+    """
+    x = x.reshape(-1, x.shape[-1])
+    total = torch.zeros(x.shape[-1], dtype=torch.float64, device=x.device)
+    if mask is None:
+        count = torch.full((), x.shape[0], dtype=torch.int64, device=x.device)
+    else:
+        mask = mask.reshape(-1, 1).bool()
+        count = mask.sum()
+    for start in range(0, x.shape[0], CHUNK_TOKENS):
+        chunk = x[start : start + CHUNK_TOKENS].float()
+        if mask is not None:
+            chunk = chunk.where(mask[start : start + CHUNK_TOKENS], 0.0)
+        total += chunk.square().sum(0).double()
+    return total, count
+
+
+def second_moment(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Sum over tokens of x x^T, and the number of tokens: (K, K) float64 and () int64; mask as in channel_sq_norm.
+
+    Products and sums are float64: covariances subtract numbers that may agree in all digits of a float32.
+    """
+    x = x.reshape(-1, x.shape[-1])
+    total = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device)
+    if mask is None:
+        count = torch.full((), x.shape[0], dtype=torch.int64, device=x.device)
+    else:
+        mask = mask.reshape(-1, 1).bool()
+        count = mask.sum()
+    for start in range(0, x.shape[0], CHUNK_TOKENS):
+        chunk = x[start : start + CHUNK_TOKENS].double()
+        if mask is not None:
+            chunk = chunk.where(mask[start : start + CHUNK_TOKENS], 0.0)
+        total += chunk.T @ chunk
+    return total, count
+
+
+def _item(tensors: Sequence[Tensor] | None, index: int) -> Tensor | None:
+    return tensors[index] if tensors and tensors[index].numel() else None

@@ -1,0 +1,206 @@
+"""Which implementation runs an op: one table, with the reason beside each row.
+
+``LORAP_BACKEND`` in the environment, or :func:`use`, forces one: ``reference`` (plain torch), ``cpu`` (C++), ``triton``,
+``cuda`` (C++), or ``auto``. A forced backend that cannot run the call raises; ``auto`` falls back to the reference.
+
+Nothing on a GPU is trusted unseen: the first use of a kernel per device and dtype runs a small example beside the reference,
+and a kernel that fails or differs is never used again in this process, with one warning that shows the numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorap import native
+from lorap.errors import BackendError
+
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
+HALVES = frozenset({torch.bfloat16, torch.float16})
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``backend`` serves ``op`` on ``device`` for at most ``max_tokens`` tokens."""
+
+    op: str
+    device: str
+    backend: str
+    max_tokens: int | None
+    dtypes: frozenset[torch.dtype]
+    reason: str
+
+
+_DECODE_CPU = (
+    "decoding reads each weight once from memory; torch reaches half of the bandwidth or less (docs/kernels.md)"
+)
+_DECODE_GPU = "modelled, not measured: a skinny matmul starves cuBLAS's grid; split-K fills the GPU (docs/kernels.md)"
+_ONE_READ = "one read of x; torch reads it twice and writes a float32 copy (docs/kernels.md)"
+
+# The first row that fits wins. Above max_tokens, and for every dtype not listed, torch's own matmuls are the better choice:
+# at 256 tokens and more two cuBLAS GEMMs are within 7 % of anything fused.
+RULES = (
+    *(
+        Rule(op, "cpu", "cpu", 16, FLOATS, _DECODE_CPU)
+        for op in (
+            "linear",
+            "low_rank_linear",
+            "low_rank_linear_group",
+            "silu_gated_linear",
+            "low_rank_silu_gated_linear",
+        )
+    ),
+    *(
+        Rule(op, "cuda", "triton", 32, HALVES, _DECODE_GPU)
+        for op in ("low_rank_linear", "low_rank_linear_group", "silu_gated_linear", "low_rank_silu_gated_linear")
+    ),
+    Rule("channel_sq_norm", "cuda", "triton", None, FLOATS, _ONE_READ),
+)
+
+# What a forced backend can run at all, whether or not it wins. The one-launch CUDA kernel stays out of RULES until it has
+# been measured faster than the Triton pair.
+ABLE = {
+    "cpu": {(rule.op, rule.device): FLOATS for rule in RULES if rule.backend == "cpu"},
+    "triton": {(rule.op, "cuda"): FLOATS for rule in RULES if rule.backend == "triton"} | {("linear", "cuda"): FLOATS},
+    "cuda": {("low_rank_linear", "cuda"): HALVES},
+}
+
+
+def _checked(name: str) -> str:
+    if name not in BACKENDS:
+        raise BackendError(f"backend {name!r} is none of {', '.join(BACKENDS)} (LORAP_BACKEND)")
+    return name
+
+
+_FROM_ENVIRONMENT = _checked(os.environ.get("LORAP_BACKEND") or "auto")
+_forced: ContextVar[str] = ContextVar("lorap_backend", default=_FROM_ENVIRONMENT)
+
+
+@contextmanager
+def use(backend: str) -> Iterator[None]:
+    """Force a backend inside a ``with`` block.
+
+    Raises:
+        BackendError: there is no backend of that name.
+    """
+    token = _forced.set(_checked(backend))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def choose(op: str, x: Tensor, tokens: int) -> str:
+    """Name of the backend that runs ``op`` on ``x``, which holds ``tokens`` tokens.
+
+    Raises:
+        BackendError: the forced backend cannot run this call.
+    """
+    forced = _forced.get()
+    if forced == "reference" or tokens == 0:
+        return "reference"
+    device = "cpu" if x.is_cpu else x.device.type  # the property alone takes half a microsecond
+    backend = _best(op, device, x.dtype, tokens) if forced == "auto" else _able(forced, op, x)
+    if backend in ("triton", "cuda") and not _trusted(op, backend, x, forced):
+        return "reference"
+    return backend
+
+
+@functools.lru_cache(maxsize=4096)
+def _best(op: str, device: str, dtype: torch.dtype, tokens: int) -> str:
+    for rule in RULES:
+        fits = rule.op == op and rule.device == device and dtype in rule.dtypes
+        if fits and (rule.max_tokens is None or tokens <= rule.max_tokens) and _missing(rule.backend) is None:
+            return rule.backend
+    return "reference"
+
+
+def _missing(backend: str) -> str | None:
+    """Why a backend cannot run on this machine at all."""
+    if backend == "triton":
+        return None if _has_triton() else "triton is not installed"
+    if backend == "cuda" and not native.HAS_CUDA:
+        return native.MISSING or "this build has no CUDA part (nvcc was not there)"
+    return native.MISSING if backend == "cpu" else None
+
+
+def _has_triton() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ValueError:  # some hosts put an empty module of that name in the way
+        return False
+
+
+def _able(backend: str, op: str, x: Tensor) -> str:
+    device = "cuda" if backend == "triton" and _interpreting() else x.device.type
+    if reason := _missing(backend):
+        raise BackendError(f"LORAP_BACKEND={backend}: {reason}")
+    if x.dtype not in ABLE[backend].get((op, device), ()):
+        raise BackendError(f"LORAP_BACKEND={backend} cannot run {op} on {x.device.type} in {x.dtype}; use auto")
+    return backend
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+# Which kernels have passed on which device; False after a failure.
+_verdicts: dict[tuple[str, str, torch.device, torch.dtype], bool] = {}
+
+
+def _trusted(op: str, backend: str, x: Tensor, forced: str) -> bool:
+    if x.device.type == "cpu":
+        return True  # the interpreter
+    key = (op, backend, x.device, x.dtype)
+    if key not in _verdicts:
+        if torch.cuda.is_current_stream_capturing():
+            return False  # compiling and comparing inside a graph capture would break it; warm up before capturing
+        problem = self_check(op, backend, x.device, x.dtype)
+        _verdicts[key] = problem is None
+        if problem:
+            message = f"lorap's {backend} kernel {op} is not used on {x.device} in {x.dtype}: {problem}"
+            if forced != "auto":
+                raise BackendError(message)
+            warnings.warn(message + "; torch does its work", RuntimeWarning, stacklevel=4)
+    return _verdicts[key]
+
+
+def self_check(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Run a small example of an op beside the float64 reference; what is wrong with the result, or None."""
+    from lorap import ops
+
+    arguments = ops.example(op, device, dtype)
+    try:
+        got = _first(ops.implementation(op, backend)(*arguments))
+        exact = _first(ops.implementation(op, "reference")(*_to_double(arguments)))
+        error = float((got.double() - exact).norm() / exact.norm())
+    except Exception as failure:  # whatever a driver or compiler throws must not stop a model that torch can run
+        return f"{type(failure).__name__}: {failure}"
+    limit = 1e-5 if dtype == torch.float32 else 3e-2
+    return None if error <= limit else f"relative error {error:.3g} on a small example, more than {limit:g}"
+
+
+def _first(result: Any) -> Tensor:
+    return result[0] if isinstance(result, tuple) else result
+
+
+def _to_double(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    return type(value)(map(_to_double, value)) if isinstance(value, (list, tuple)) else value
+
+
+def describe() -> list[tuple[str, str, str]]:
+    """(backend, op, why) of every row of the table that can run here, and what is missing for the others."""
+    return [(rule.backend, rule.op, _missing(rule.backend) or rule.reason) for rule in RULES]

@@ -1,0 +1,200 @@
+"""Projections that read the same activations, run as one: q, k and v; gate and up.
+
+A decode step is bound by memory and by the number of kernel launches. Merging leaves every weight, name and checkpoint key
+where it is and changes only how forward runs: the first of q, k, v to be called computes all three in one grouped op and the
+others collect their share.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorap import ops
+from lorap.architectures import ARCHITECTURES, SHARED_INPUTS
+from lorap.errors import ArchitectureError
+from lorap.modules import Linear, LowRankLinear, is_plain
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class SharedInput:
+    """A group of projections that read the same x. Not a module: the projections own their parameters, as before."""
+
+    def __init__(self, members: Sequence[LowRankLinear | Linear]) -> None:
+        self.members = list(members)
+        self._waiting: tuple[Tensor, list[Tensor | None]] | None = None
+        for member in self.members:
+            member.group = self
+
+    def output(self, member: LowRankLinear | Linear, x: Tensor) -> Tensor | None:
+        """The output of one member, computed with the others or collected; None where it must run by itself."""
+        index = next(i for i, candidate in enumerate(self.members) if candidate is member)
+        waiting = self._waiting
+        if waiting is not None and waiting[0] is x and waiting[1][index] is not None:
+            y = waiting[1][index]
+            waiting[1][index] = None
+            if all(part is None for part in waiting[1]):
+                self._waiting = None
+            return y
+        if not self._can_merge(x):
+            return None
+        parts: list[Tensor | None] = list(self._run(x).split([member.out_features for member in self.members], dim=-1))
+        y, parts[index] = parts[index], None
+        self._waiting = (x, parts)
+        return y
+
+    def _can_merge(self, x: Tensor) -> bool:
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+            return False
+        plain = all(
+            is_plain(member.right) and is_plain(member.left)
+            if isinstance(member, LowRankLinear)
+            else type(member.weight) is nn.Parameter and not member._forward_hooks
+            for member in self.members
+        )
+        return plain and ops.serves("low_rank_linear_group", x)
+
+    def _factors(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        """right, left, bias and pivot_rows of each member; a dense one is a pivoted layer whose every row is a pivot."""
+        right, left, bias, pivots = [], [], [], []
+        for member in self.members:
+            if isinstance(member, LowRankLinear):
+                right.append(member.right.weight)
+                left.append(member.left.weight)
+                pivots.append(_or_empty(member.pivot_rows, member.right.weight))
+            else:
+                right.append(member.weight)
+                left.append(member.weight.new_empty(0, member.out_features))
+                pivots.append(_all_rows(member.out_features, member.weight.device))
+            bias.append(_or_empty(member.bias, right[-1]))
+        return right, left, bias, pivots
+
+    def _run(self, x: Tensor) -> Tensor:
+        right, left, bias, pivots = self._factors()
+        some_bias = bias if any(b.numel() for b in bias) else []
+        some_pivots = pivots if any(p.numel() for p in pivots) else []
+        return ops.low_rank_linear_group(x, right, left, some_bias, some_pivots)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"members": self.members, "_waiting": None}  # a copy of a model takes no activations along
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)) with gate, up and the product in one op; takes the place of a transformers MLP.
+
+    The children keep their names, so the state dict does too.
+    """
+
+    def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width of the FFN."""
+        width: Any = self.gate_proj.out_features
+        return int(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., hidden) to (..., hidden)."""
+        inner = self._gated(x)
+        if inner is None:
+            inner = F.silu(self.gate_proj(x)) * self.up_proj(x)
+        y: Tensor = self.down_proj(inner)
+        return y
+
+    def _gated(self, x: Tensor) -> Tensor | None:
+        gate: Any = self.gate_proj
+        up: Any = self.up_proj
+        if torch.is_autocast_enabled(x.device.type) or torch.is_grad_enabled():
+            return None
+        if is_plain(gate) and is_plain(up) and ops.serves("silu_gated_linear", x):
+            return ops.silu_gated_linear(x, gate.weight, up.weight, gate.bias, up.bias)
+        if isinstance(gate, LowRankLinear) and isinstance(up, LowRankLinear):
+            plain = all(is_plain(factor) for pair in (gate, up) for factor in (pair.right, pair.left))
+            pivoted = gate.pivot_rows is not None or up.pivot_rows is not None
+            if plain and not pivoted and ops.serves("low_rank_silu_gated_linear", x):
+                bias = [] if gate.bias is None and up.bias is None else [_bias_or_zeros(gate), _bias_or_zeros(up)]
+                right, left = [gate.right.weight, up.right.weight], [gate.left.weight, up.left.weight]
+                return ops.low_rank_silu_gated_linear(x, right, left, bias)
+        return None
+
+
+def merge_shared_inputs(model: Model) -> Model:
+    """Run q/k/v and gate/up of every decoder layer as one op each, for inference; changes ``model`` and returns it.
+
+    Weights, names and checkpoints stay as they are. Training, adapters, hooks and long inputs keep working: where the merged
+    op does not apply or does not pay, each projection runs by itself.
+
+    Raises:
+        ArchitectureError: the model's family is unknown, or its FFN does not use SiLU.
+    """
+    for layer in _decoder_layers(model):
+        _merge_attention(layer)
+        mlp: Any = layer.mlp
+        if not isinstance(mlp, GatedMLP):
+            layer.mlp = GatedMLP(mlp.gate_proj, mlp.up_proj, mlp.down_proj).train(mlp.training)
+    return model
+
+
+def optimize_for_decoding(model: Model) -> Model:
+    """:func:`merge_shared_inputs`, and every other dense projection and the output head through ``torch.ops.lorap.linear``.
+
+    For generation on a CPU, where torch reaches half of the memory's bandwidth or less. Changes ``model`` and returns it.
+
+    Raises:
+        ArchitectureError: as merge_shared_inputs.
+    """
+    merge_shared_inputs(model)
+    for layer in _decoder_layers(model):
+        for parent, name in ((layer.self_attn, "o_proj"), (layer.mlp, "down_proj")):
+            _swap_linear(parent, name)
+    if isinstance(getattr(model, "lm_head", None), nn.Linear):
+        _swap_linear(model, "lm_head")
+    return model
+
+
+def _decoder_layers(model: nn.Module) -> nn.ModuleList:
+    config: Any = model.config
+    architecture = ARCHITECTURES.get(getattr(config, "model_type", ""))
+    if architecture is None:
+        known = ", ".join(ARCHITECTURES)
+        raise ArchitectureError(f"cannot merge the projections of model type {config.model_type!r}; known: {known}")
+    if getattr(config, "hidden_act", "silu") not in ("silu", "swish"):
+        raise ArchitectureError(f"the FFN of this model uses {config.hidden_act!r}; the merged FFN computes SiLU only")
+    return architecture.decoder_layers(model)
+
+
+def _merge_attention(layer: nn.Module) -> None:
+    attention: Any = layer.self_attn
+    names = SHARED_INPUTS["attention_input"]
+    members = [_swap_linear(attention, name) for name in names]
+    ours = all(isinstance(member, (LowRankLinear, Linear)) for member in members)
+    if ours and any(member.group is None for member in members):
+        SharedInput(members)
+
+
+def _swap_linear(parent: Any, name: str) -> Any:
+    old = getattr(parent, name)
+    if is_plain(old):
+        setattr(parent, name, Linear.from_linear(old))
+    return getattr(parent, name)
+
+
+@functools.lru_cache(maxsize=64)
+def _all_rows(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device)
+
+
+def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if tensor is None else tensor
+
+
+def _bias_or_zeros(layer: LowRankLinear) -> Tensor:
+    return layer.left.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias

@@ -1,0 +1,32 @@
+"""The compiled part, lorap/_native.so: found and opened once; its absence is normal and never an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).with_name("_native.so")
+
+
+def _load() -> str | None:
+    """Open the library; the reason why there is none, or None."""
+    if not LIBRARY.exists():
+        return "not built; install with pip install --no-build-isolation, with torch, CMake and a C++ compiler at hand"
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        return f"{LIBRARY.name} cannot be opened by torch {torch.__version__}: {error}"
+    return None
+
+
+# Why the C++ and CUDA kernels are missing; None where they are there.
+MISSING = _load()
+HAS_CPU = MISSING is None
+HAS_CUDA = HAS_CPU and hasattr(torch.ops.lorap_cuda, "low_rank_linear")
+
+
+def cpu_isa(dtype: torch.dtype) -> str:
+    """The instruction set the CPU kernels use here for a dtype, e.g. ``avx512_bf16``."""
+    isa: str = torch.ops.lorap_cpu.isa(dtype) if HAS_CPU else "none"
+    return isa

@@ -1,0 +1,107 @@
+"""Do the tensors given to an op fit together? One function per op, with the op's arguments.
+
+Each returns the size of the output's last axis, and raises a ShapeError that names the tensor and the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lorap.errors import ShapeError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ShapeError(message)
+
+
+def _check_matrix(name: str, weight: Tensor, columns: int, source: str) -> None:
+    _require(weight.dim() == 2, f"{name} has shape {tuple(weight.shape)}; it must have 2 dimensions")
+    shape = tuple(weight.shape)
+    _require(weight.shape[1] == columns, f"{name} {shape} has {weight.shape[1]} columns, but {source} is {columns}")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> int:
+    _require(x.dim() >= 1, "x is a scalar; its last axis must hold the features")
+    _check_matrix("weight", weight, x.shape[-1], "the last axis of x")
+    _check_bias(bias, weight.shape[0])
+    return weight.shape[0]
+
+
+def _check_bias(bias: Tensor | None, out_features: int) -> None:
+    fits = bias is None or tuple(bias.shape) == (out_features,)
+    _require(
+        fits, f"bias has shape {None if bias is None else tuple(bias.shape)}, the output has {out_features} features"
+    )
+
+
+def low_rank_linear(
+    x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None = None, pivot_rows: Tensor | None = None
+) -> int:
+    _require(x.dim() >= 1, "x is a scalar; its last axis must hold the features")
+    _check_matrix("right", right, x.shape[-1], "the last axis of x")
+    _check_matrix("left", left, right.shape[0], "the rank (rows of right)")
+    out_features = left.shape[0]
+    if pivot_rows is not None:
+        shape, rank = tuple(pivot_rows.shape), right.shape[0]
+        _require(shape == (rank,), f"pivot_rows has shape {shape}; one row per rank is needed, ({rank},)")
+        _require(pivot_rows.dtype == torch.int64, f"pivot_rows is {pivot_rows.dtype}, not int64")
+        out_features += rank
+    _check_bias(bias, out_features)
+    return out_features
+
+
+def low_rank_linear_group(
+    x: Tensor,
+    right: Sequence[Tensor],
+    left: Sequence[Tensor],
+    bias: Sequence[Tensor] | None = None,
+    pivots: Sequence[Tensor] | None = None,
+) -> int:
+    count, biases, pivot_lists = len(right), bias or (), pivots or ()
+    sizes = f"{count} right, {len(left)} left, {len(biases)} bias, {len(pivot_lists)} pivot_rows"
+    fits = count > 0 and len(left) == count and len(biases) in (0, count) and len(pivot_lists) in (0, count)
+    _require(fits, f"a group needs as many of each, bias and pivot_rows may be empty: got {sizes}")
+
+    def item(tensors: Sequence[Tensor], index: int) -> Tensor | None:
+        return tensors[index] if tensors and tensors[index].numel() else None
+
+    return sum(low_rank_linear(x, right[i], left[i], item(biases, i), item(pivot_lists, i)) for i in range(count))
+
+
+def silu_gated_linear(
+    x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None
+) -> int:
+    _require(gate.shape == up.shape, f"gate has shape {tuple(gate.shape)}, up has {tuple(up.shape)}")
+    return max(linear(x, gate, gate_bias), linear(x, up, up_bias))
+
+
+def low_rank_silu_gated_linear(
+    x: Tensor, right: Sequence[Tensor], left: Sequence[Tensor], bias: Sequence[Tensor] | None = None
+) -> int:
+    _require(len(right) == 2, f"gate and up are two layers, got {len(right)}")
+    low_rank_linear_group(x, right, left, bias)
+    _require(left[0].shape[0] == left[1].shape[0], f"gate has width {left[0].shape[0]}, up {left[1].shape[0]}")
+    return left[0].shape[0]
+
+
+def statistics(x: Tensor, mask: Tensor | None = None) -> int:
+    _require(x.dim() >= 1, "x is a scalar; its last axis must hold the channels")
+    if mask is not None:
+        fits = mask.numel() == x.numel() // max(x.shape[-1], 1)
+        _require(fits, f"mask {tuple(mask.shape)} does not have one element per token of x {tuple(x.shape)}")
+    return x.shape[-1]
+
+
+CHECKS: dict[str, Callable[..., int]] = {
+    "linear": linear,
+    "low_rank_linear": low_rank_linear,
+    "low_rank_linear_group": low_rank_linear_group,
+    "silu_gated_linear": silu_gated_linear,
+    "low_rank_silu_gated_linear": low_rank_silu_gated_linear,
+    "channel_sq_norm": statistics,
+    "second_moment": statistics,
+}
