@@ -26,7 +26,8 @@ lint: $(READY) ## format, lint and types
 
 test: lint ## lint, then all tests, and each benchmark once
 	$(BIN)/python benchmarks/assets.py
-	$(BIN)/pytest tests
+	$(BIN)/pytest tests --ignore=tests/triton_interpreter
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/triton_interpreter --quiet
 	$(BIN)/pytest benchmarks --benchmark-disable --quiet
 
 bench: $(READY) ## measure kernels, layers and the factorization against their alternatives

@@ -59,22 +59,32 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         torch = find_torch()
         options = [f"-DTORCH_INCLUDE={torch / 'include'}", f"-DTORCH_LIB={torch / 'lib'}"]
-        nvcc = find_nvcc()
-        if nvcc:
-            options += ["-DLORAP_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
-            if os.environ.get("LORAP_CUDA_ARCHS"):
-                options.append(f"-DLORAP_CUDA_ARCHS={os.environ['LORAP_CUDA_ARCHS']}")
         if shutil.which("ninja"):
             options += ["-G", "Ninja"]
+        attempts = [options]
+        if nvcc := find_nvcc():
+            cuda = [*options, "-DLORAP_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
+            if archs := os.environ.get("LORAP_CUDA_ARCHS"):
+                cuda.append(f"-DLORAP_CUDA_ARCHS={archs}")
+            attempts.insert(0, cuda)
+        for attempt in attempts:
+            if self.build_with_cmake(attempt, target):
+                return
+            print("lorap: this build failed, trying with less", file=sys.stderr)
+        print("lorap: native code was not built, installing without it", file=sys.stderr)
+
+    def build_with_cmake(self, options: list[str], target: Path) -> bool:
         with tempfile.TemporaryDirectory(prefix="lorap-build-") as build:
             try:
                 subprocess.run(["cmake", "-S", ROOT, "-B", build, *options], check=True)
                 subprocess.run(["cmake", "--build", build, "--parallel"], check=True)
-            except subprocess.CalledProcessError as failure:
-                print(f"lorap: native code was not built ({failure}); installing without it", file=sys.stderr)
-                return
+            except subprocess.CalledProcessError:
+                return False
             target.parent.mkdir(parents=True, exist_ok=True)
+            # A running process may hold the old library open: it gets a new file, not new contents.
+            target.unlink(missing_ok=True)
             shutil.copy2(Path(build) / "_native.so", target)
+            return True
 
 
 class Wheel(bdist_wheel):

@@ -177,18 +177,24 @@ def _trusted(op: str, backend: str, x: Tensor, forced: str) -> bool:
 
 
 def self_check(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Run a small example of an op beside the float64 reference; what is wrong with the result, or None."""
+    """Run small examples of an op beside the float64 reference; what is wrong with the results, or None.
+
+    One token and several take different kernels, and a long K is split.
+    """
     from lorap import ops
 
-    arguments = ops.example(op, device, dtype)
-    try:
-        got = _first(ops.implementation(op, backend)(*arguments))
-        exact = _first(ops.implementation(op, "reference")(*_to_double(arguments)))
-        error = float((got.double() - exact).norm() / exact.norm())
-    except Exception as failure:  # whatever a driver or compiler throws must not stop a model that torch can run
-        return f"{type(failure).__name__}: {failure}"
     limit = 1e-5 if dtype == torch.float32 else 3e-2
-    return None if error <= limit else f"relative error {error:.3g} on a small example, more than {limit:g}"
+    for tokens, k in ((3, 176), (1, 176), (1, 4112)):
+        arguments = ops.example(op, device, dtype, tokens, k)
+        try:
+            got = _first(ops.implementation(op, backend)(*arguments))
+            exact = _first(ops.implementation(op, "reference")(*_to_double(arguments)))
+            error = float((got.double() - exact).norm() / exact.norm())
+        except Exception as failure:  # whatever a driver or compiler throws must not stop a model that torch can run
+            return f"{type(failure).__name__}: {failure}"
+        if not error <= limit:
+            return f"relative error {error:.3g} with {tokens} tokens of {k} features, more than {limit:g}"
+    return None
 
 
 def _first(result: Any) -> Tensor:

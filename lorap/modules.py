@@ -123,7 +123,7 @@ class LowRankLinear(nn.Module):
         if self.pivot_rows is not None:
             y = torch.cat((shrunk, y), dim=-1)
             y = y.index_select(-1, reference.output_order(self.pivot_rows, self.out_features))
-        return y if self.output_bias is None else y + self.output_bias
+        return y if self.output_bias is None else y + self.output_bias.to(y.dtype)
 
     def reconstruct(self) -> Tensor:
         """The dense weight (out_features, in_features) that this layer stands for."""

@@ -156,8 +156,11 @@ def _triton(module: str, function: str) -> Callable[..., Any]:
 
 
 def _triton_low_rank(x: Tensor, right: Tensor, left: Tensor, bias: Any = None, pivot_rows: Any = None) -> Any:
+    from lorap.kernels.low_rank_fused import low_rank_fused, one_launch_wins
     from lorap.kernels.low_rank_linear import low_rank_linear_group
 
+    if pivot_rows is None and one_launch_wins(_tokens(x), x.shape[-1], right.shape[0], left.shape[0]):
+        return low_rank_fused(x, right, left, bias)
     some = [] if bias is None else [bias]
     return low_rank_linear_group(x, [right], [left], some, [] if pivot_rows is None else [pivot_rows])
 
@@ -166,7 +169,7 @@ def _second_moment(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tenso
     """On a GPU, products of two bfloat16 or float16 are exact in float32, so tensor cores may do the work."""
     if not (x.is_cuda and x.dtype in backends.HALVES):
         return reference.second_moment(x, mask)
-    x = x.reshape(-1, x.shape[-1])
+    x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     count = torch.full((), x.shape[0], dtype=torch.int64, device=x.device)
     if mask is not None:
         mask = mask.reshape(-1, 1).bool()
@@ -197,14 +200,14 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
     return _IMPLEMENTATIONS[backend][op]
 
 
-def example(op: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+def example(op: str, device: torch.device, dtype: torch.dtype, tokens: int = 3, k: int = 176) -> tuple[Any, ...]:
     """Small arguments of ``op`` with sizes that are no powers of two; the same on every device."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator).mul(size[-1] ** -0.5).to(device, dtype)
 
-    tokens, k, rank, n = 3, 176, 48, 112
+    rank, n = 48, 112
     x = random(tokens, k)
     right, left = [random(rank, k), random(rank + 16, k)], [random(n, rank), random(n, rank + 16)]
     by_op: dict[str, tuple[Any, ...]] = {

@@ -59,8 +59,8 @@ struct TwoByte : Avx2 {
   }
 };
 
-// A bfloat16 is the upper half of a float32: even elements need a shift, odd ones a mask, and no shuffle at all; x is packed
-// with the even elements of a step before the odd ones.
+// A bfloat16 is the upper half of a float32: even elements need a shift, odd ones a mask, and no shuffle at all; x is
+// packed with the even elements of a step before the odd ones.
 struct BFloat16 : TwoByte<BFloat16> {
   static Pair split(__m256i w) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(w, 16)),

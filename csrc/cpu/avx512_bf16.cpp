@@ -19,9 +19,7 @@ struct BFloat16 {
   static Acc zero() { return _mm512_setzero_ps(); }
   static float sum(__m512 v) { return _mm512_reduce_add_ps(v); }
   static Wide widen(const uint16_t* w) { return _mm512_loadu_si512(w); }
-  static Wide widen_tail(const uint16_t* w, int64_t count) {
-    return _mm512_maskz_loadu_epi16((1u << count) - 1, w);
-  }
+  static Wide widen_tail(const uint16_t* w, int64_t count) { return _mm512_maskz_loadu_epi16((1u << count) - 1, w); }
   static Acc multiply_add(Wide wide, const uint16_t* packed, Acc acc) {
     return _mm512_dpbf16_ps(acc, (__m512bh)wide, (__m512bh)_mm512_loadu_si512(packed));
   }

@@ -34,7 +34,9 @@ std::unique_ptr<T[], Free> scratch(int64_t count) {
 class PackedTokens {
  public:
   PackedTokens(const RowKernel& kernel, int64_t tokens, int64_t k)
-      : kernel_(kernel), k_(k), stride_((k + kernel.step - 1) / kernel.step * kernel.step * kernel.packed_bytes),
+      : kernel_(kernel),
+        k_(k),
+        stride_((k + kernel.step - 1) / kernel.step * kernel.step * kernel.packed_bytes),
         data_(scratch<char>(tokens * stride_)) {}
   void pack(int64_t token, const void* x) { kernel_.pack(x, k_, at(token)); }
   void pack_float(int64_t token, const float* x) { kernel_.pack_float(x, k_, at(token)); }
@@ -242,7 +244,8 @@ void linear(Machine machine, const void* x, int64_t tokens, Matrix weight, const
   });
 }
 
-void low_rank_linear(Machine machine, const void* x, int64_t tokens, const LowRankLayer* layers, int64_t count, void* y) {
+void low_rank_linear(Machine machine, const void* x, int64_t tokens, const LowRankLayer* layers, int64_t count,
+                     void* y) {
   int64_t out_features = 0;
   for (int64_t i = 0; i < count; ++i) out_features += layers[i].out_features();
   for_token_blocks(machine, x, tokens, layers[0].right.cols, y, out_features,
@@ -263,8 +266,8 @@ void low_rank_silu_gated_linear(Machine machine, const void* x, int64_t tokens, 
   const int64_t first_output[2] = {0, 0};
   for_token_blocks(machine, x, tokens, gate.right.cols, y, gate.left.rows, [&](const Call& call, const void* some_x) {
     const Shrunk shrunk = shrink(call, some_x, layers, 2, first_output);
-    gated_stage(call, call.pack_float(shrunk[0].get(), gate.right.rows), call.pack_float(shrunk[1].get(), up.right.rows),
-                gate.left, up.left, gate.bias, up.bias);
+    gated_stage(call, call.pack_float(shrunk[0].get(), gate.right.rows),
+                call.pack_float(shrunk[1].get(), up.right.rows), gate.left, up.left, gate.bias, up.bias);
   });
 }
 

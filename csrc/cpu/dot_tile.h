@@ -1,4 +1,5 @@
-// The loop shared by all instruction sets. Each .cpp of an instruction set includes this file and supplies a `Lane` type:
+// The loop shared by all instruction sets. Each .cpp of an instruction set includes this file and supplies a `Lane`
+// type:
 //
 //   Lane::Weight, Lane::Packed    element types in memory
 //   Lane::kStep                   elements per weight load
@@ -9,7 +10,8 @@
 //   place(i)                      where element i of a step goes when x is packed
 //   from_weight(w), from_float(f) to Packed; to_float(w), to_weight(f)
 //
-// Everything sits in an anonymous namespace: the same template compiled for AVX-512 must never be linked into the AVX2 file.
+// Everything sits in an anonymous namespace: the same template compiled for AVX-512 must never be linked into the AVX2
+// file.
 #pragma once
 
 #include <cstring>
@@ -72,8 +74,8 @@ void store(const float* from, int64_t count, void* to) {
   for (int64_t i = 0; i < count; ++i) static_cast<typename Lane::Weight*>(to)[i] = Lane::to_weight(from[i]);
 }
 
-// Rows x Tokens dot products with their sums in registers. `next_rows` are fetched into the cache meanwhile, because the
-// passes over later tokens read no memory that the processor could fetch ahead by itself.
+// Rows x Tokens dot products with their sums in registers. `next_rows` are fetched into the cache meanwhile, because
+// the passes over later tokens read no memory that the processor could fetch ahead by itself.
 template <class Lane, int Rows, int Tokens, bool Prefetch>
 void dot_tile(const typename Lane::Weight* weight, int64_t weight_stride, int64_t k, const char* packed,
               int64_t packed_stride, float* dots, int64_t dots_stride) {
@@ -86,7 +88,8 @@ void dot_tile(const typename Lane::Weight* weight, int64_t weight_stride, int64_
     for (int r = 0; r < Rows; ++r) {
       const typename Lane::Wide wide = load(weight + r * weight_stride + at);
       for (int m = 0; m < Tokens; ++m) {
-        acc[r][m] = Lane::multiply_add(wide, reinterpret_cast<const Packed*>(packed + m * packed_stride) + at, acc[r][m]);
+        acc[r][m] =
+            Lane::multiply_add(wide, reinterpret_cast<const Packed*>(packed + m * packed_stride) + at, acc[r][m]);
       }
     }
   };
@@ -103,8 +106,8 @@ void dot_tile(const typename Lane::Weight* weight, int64_t weight_stride, int64_
     for (int m = 0; m < Tokens; ++m) dots[m * dots_stride + r] = Lane::sum(acc[r][m]);
 }
 
-// One row and one token: a single stream, which the processor fetches ahead best, with four independent sums to hide the
-// latency of the multiply-add.
+// One row and one token: a single stream, which the processor fetches ahead best, with four independent sums to hide
+// the latency of the multiply-add.
 template <class Lane>
 float dot_stream(const typename Lane::Weight* weight, int64_t k, const typename Lane::Packed* packed) {
   constexpr int64_t step = Lane::kStep;
@@ -162,8 +165,10 @@ void dot(const void* weight_data, int64_t weight_stride, int64_t rows, int64_t k
 
 template <class Lane>
 constexpr lorap::cpu::RowKernel make_kernel(const char* isa) {
-  return {isa,        sizeof(typename Lane::Weight), Lane::kStep, sizeof(typename Lane::Packed),
-          load<Lane>, store<Lane>,                   pack<Lane>,  pack_float<Lane>,
+  return {isa,         sizeof(typename Lane::Weight),
+          Lane::kStep, sizeof(typename Lane::Packed),
+          load<Lane>,  store<Lane>,
+          pack<Lane>,  pack_float<Lane>,
           dot<Lane>};
 }
 

@@ -1,6 +1,6 @@
-// The CPU kernels as torch operators, namespace lorap_cpu, through torch's stable ABI: the library works with the torch it was
-// built for and every later one, and with any Python. Checks name the tensor and the numbers; lorap/ops.py gives the operators
-// their gradients and picks them only where they win.
+// The CPU kernels as torch operators, namespace lorap_cpu, through torch's stable ABI: the library works with the torch
+// it was built for and every later one, and with any Python. Checks name the tensor and the numbers; lorap/ops.py gives
+// the operators their gradients and picks them only where they win.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -43,7 +43,8 @@ void check_like(const char* name, const Tensor& tensor, const Tensor& x) {
 Matrix matrix(const char* name, Tensor& weight, const Tensor& x, int64_t cols) {
   check_like(name, weight, x);
   STD_TORCH_CHECK(weight.dim() == 2, "lorap_cpu: ", name, " must have 2 dimensions, has ", weight.dim());
-  STD_TORCH_CHECK(weight.size(1) == cols, "lorap_cpu: ", name, " has ", weight.size(1), " columns, its input has ", cols);
+  STD_TORCH_CHECK(weight.size(1) == cols, "lorap_cpu: ", name, " has ", weight.size(1), " columns, its input has ",
+                  cols);
   if (weight.stride(1) != 1) weight = torch::stable::contiguous(weight);
   return {weight.const_data_ptr(), weight.size(0), weight.size(1), weight.stride(0)};
 }
@@ -64,7 +65,8 @@ const int64_t* pivot_data(const OptionalTensor& pivots, int64_t rank, int64_t ou
   const int64_t* rows = pivots->const_data_ptr<int64_t>();
   for (int64_t i = 0; i < rank; ++i) {
     STD_TORCH_CHECK(rows[i] > (i ? rows[i - 1] : -1) && rows[i] < out_features,
-                    "lorap_cpu: pivot_rows must ascend within [0, ", out_features, "), pivot_rows[", i, "] is ", rows[i]);
+                    "lorap_cpu: pivot_rows must ascend within [0, ", out_features, "), pivot_rows[", i, "] is ",
+                    rows[i]);
   }
   return rows;
 }
@@ -112,8 +114,8 @@ Tensor output_like(const Tensor& x, int64_t out_features) {
   int32_t dtype;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes.data(), strides.data(), dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -195,8 +197,7 @@ std::string isa(ScalarType dtype) {
 STABLE_TORCH_LIBRARY(lorap_cpu, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def("low_rank_linear(Tensor x, Tensor right, Tensor left, Tensor? bias=None, Tensor? pivot_rows=None) -> Tensor");
-  m.def(
-      "low_rank_linear_group(Tensor x, Tensor[] right, Tensor[] left, Tensor[] bias, Tensor[] pivot_rows) -> Tensor");
+  m.def("low_rank_linear_group(Tensor x, Tensor[] right, Tensor[] left, Tensor[] bias, Tensor[] pivot_rows) -> Tensor");
   m.def("silu_gated_linear(Tensor x, Tensor gate, Tensor up, Tensor? gate_bias=None, Tensor? up_bias=None) -> Tensor");
   m.def("low_rank_silu_gated_linear(Tensor x, Tensor[] right, Tensor[] left, Tensor[] bias) -> Tensor");
   m.def("isa(ScalarType dtype) -> str");
@@ -210,6 +211,4 @@ STABLE_TORCH_LIBRARY_IMPL(lorap_cpu, CPU, m) {
   m.impl("low_rank_silu_gated_linear", TORCH_BOX(&low_rank_silu_gated_linear));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(lorap_cpu, CompositeExplicitAutograd, m) {
-  m.impl("isa", TORCH_BOX(&isa));
-}
+STABLE_TORCH_LIBRARY_IMPL(lorap_cpu, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa)); }

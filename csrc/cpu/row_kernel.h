@@ -2,8 +2,9 @@
 //
 //   dots[m, n] = sum_k weight[n, k] * x[m, k]        weight (N, K) in its own dtype, sums in float32
 //
-// Decoding reads every weight once for a handful of tokens, so memory bandwidth is the limit: weights are streamed in their
-// storage dtype and widened in registers, and x is brought once into the order in which widening leaves the weights.
+// Decoding reads every weight once for a handful of tokens, so memory bandwidth is the limit: weights are streamed in
+// their storage dtype and widened in registers, and x is brought once into the order in which widening leaves the
+// weights.
 #pragma once
 
 #include <cstdint>

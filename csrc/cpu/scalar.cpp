@@ -19,7 +19,7 @@ inline uint16_t to_float16(float value) {
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
   const uint32_t magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return sign | 0x7e00u;
-  if (magnitude >= 0x477ff000u) return sign | 0x7c00u;  // 65520 and more round to infinity
+  if (magnitude >= 0x477ff000u) return sign | 0x7c00u;   // 65520 and more round to infinity
   if (magnitude < 0x38800000u) {                         // below 2^-14: subnormal in float16
     const float shifted = bits_float(magnitude) + 0.5f;  // one unit in the last place of [0.5, 1) is 2^-24
     return sign | static_cast<uint16_t>(float_bits(shifted) - 0x3f000000u);

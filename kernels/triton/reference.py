@@ -60,9 +60,7 @@ def low_rank_linear_group(
     ``bias`` and ``pivot_rows`` are None or empty, or hold one tensor per layer, without elements where a layer has none. A dense
     layer joins a group as the pivoted layer whose every row is a pivot: left (0, N), pivot_rows 0 ... N - 1.
     """
-    outputs = [
-        low_rank_linear(x, right[i], left[i], _item(bias, i), _item(pivot_rows, i)) for i in range(len(right))
-    ]
+    outputs = [low_rank_linear(x, right[i], left[i], _item(bias, i), _item(pivot_rows, i)) for i in range(len(right))]
     return torch.cat(outputs, dim=-1)
 
 
@@ -86,7 +84,7 @@ def channel_sq_norm(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tens
 
     ``mask`` of shape (...) marks the tokens that count; what stands in the others, NaN too, has no influence.
     """
-    x = x.reshape(-1, x.shape[-1])
+    x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     total = torch.zeros(x.shape[-1], dtype=torch.float64, device=x.device)
     if mask is None:
         count = torch.full((), x.shape[0], dtype=torch.int64, device=x.device)
@@ -106,7 +104,7 @@ def second_moment(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor
 
     Products and sums are float64: covariances subtract numbers that may agree in all digits of a float32.
     """
-    x = x.reshape(-1, x.shape[-1])
+    x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     total = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device)
     if mask is None:
         count = torch.full((), x.shape[0], dtype=torch.int64, device=x.device)

@@ -1,0 +1,290 @@
+// One-launch decode of a low-rank layer: y = (x @ right.T) @ left.T + bias, for M <= 8 tokens.
+//
+//   x (M, K), right (R, K), left (N, R), bias (N,), y (M, N) in bfloat16 or float16; sums, and shrunk = x @ right.T
+//   (M, R), in float32.
+//
+// At so few tokens the time is that of reading the two factors, and every output needs all of `shrunk`: two launches
+// leave the memory idle between them. Here one block per multiprocessor does both halves, and its share of `left` is
+// already on the way into shared memory while it waits for the others at the barrier:
+//
+//   block b:  shrink: rows of right | start copying rows of left | barrier of all blocks | expand: rows of left
+//              all threads along K  |      global -> shared      |                       | a warp per 4 rows, along R
+//
+// Every sum has a fixed order (no atomics on data), so results repeat bit for bit. Compiled for sm_80, sm_90a and
+// sm_100 and run on the host thread by thread (csrc/emulation); never run on a GPU.
+//
+// The barrier is the one of cooperative groups. Its counter belongs to the launch and is kept by the driver, whereas a
+// counter of our own would have to be cleared by one more launch, or live per stream; the latter fails with CUDA
+// graphs, which are captured on one stream and replayed, perhaps at the same time, on others. `shrunk` is allocated per
+// call for the same reason.
+#include <algorithm>
+
+#include "low_rank_decode.h"
+
+#ifndef LORAP_EMULATE_CUDA  // otherwise this very file runs on the host, see csrc/emulation
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_pipeline_primitives.h>
+
+extern __shared__ uint4 shared_memory[];
+#endif
+
+namespace lorap {
+namespace {
+
+constexpr int kWarpSize = 32;
+constexpr int kWarps = 8;  // few, so that each may use 255 registers: loads in flight rather than threads in flight
+constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kRows = 4;    // rows of a factor that share each activation a thread has loaded
+constexpr int kVector = 8;  // scalars in 16 bytes, the widest load
+
+struct Problem : LowRankDecode {
+  int right_rows = 0;       // rows of right per block
+  int left_rows = 0;        // rows of left per block
+  int prefetched_rows = 0;  // how many of them are copied to shared memory; a multiple of kRows, or all
+  int exchange_floats = 0;  // start of shared memory: partial sums in the shrink phase, `shrunk` in the expand phase
+};
+
+// One name for what each type spells differently.
+__device__ float2 widen(__nv_bfloat162 pair) { return __bfloat1622float2(pair); }
+__device__ float2 widen(__half2 pair) { return __half22float2(pair); }
+__device__ void narrow(float value, __nv_bfloat16& result) { result = __float2bfloat16_rn(value); }
+__device__ void narrow(float value, __half& result) { result = __float2half_rn(value); }
+__device__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ float to_float(__half value) { return __half2float(value); }
+
+template <typename Scalar>
+struct PairOf;
+template <>
+struct PairOf<__nv_bfloat16> {
+  using Type = __nv_bfloat162;
+};
+template <>
+struct PairOf<__half> {
+  using Type = __half2;
+};
+
+// Loads are 16 bytes wide, arithmetic is float32.
+template <typename Scalar>
+__device__ void unpack(uint4 packed, float (&values)[kVector]) {
+  using Pair = typename PairOf<Scalar>::Type;
+  const Pair* pairs = reinterpret_cast<const Pair*>(&packed);
+#pragma unroll
+  for (int i = 0; i < kVector / 2; ++i) {
+    const float2 pair = widen(pairs[i]);
+    values[2 * i] = pair.x;
+    values[2 * i + 1] = pair.y;
+  }
+}
+
+// Adds to sums[row][m] the products of `load_weight(row, v)` and `load_input(m, v)` over v = first, first + step, ...
+// Both phases are this loop; they differ in where weights and activations come from, so the loads are arguments. Two
+// steps at a time put 256 threads x 2 x kRows x 16 bytes = 32 KB of weights in flight on every multiprocessor.
+template <typename Scalar, int M, typename LoadWeight, typename LoadInput>
+__device__ void multiply(float (&sums)[kRows * M], int first, int step, int vectors, LoadWeight load_weight,
+                         LoadInput load_input) {
+#pragma unroll 2
+  for (int v = first; v < vectors; v += step) {
+    float weights[kRows][kVector];
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) unpack<Scalar>(load_weight(row, v), weights[row]);
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      float inputs[kVector];
+      load_input(m, v, inputs);
+#pragma unroll
+      for (int row = 0; row < kRows; ++row)
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) sums[row * M + m] = fmaf(weights[row][i], inputs[i], sums[row * M + m]);
+    }
+  }
+}
+
+// Sums each of V values over the warp; lane l returns the sum of values[l % V]. Halving what a lane is responsible for
+// at every exchange takes V - 1 shuffles for a full warp of values, a butterfly per value would take 5 V.
+template <int V>
+__device__ float sum_over_warp(float (&values)[V], int lane) {
+  static_assert(V <= kWarpSize && (V & (V - 1)) == 0, "a power of two, at most one value per lane");
+#pragma unroll
+  for (int half = V / 2; half > 0; half /= 2) {
+    const bool upper = lane & half;
+#pragma unroll
+    for (int i = 0; i < V / 2; ++i) {
+      if (i >= half) continue;  // constant bounds, so that the compiler keeps the values in registers
+      const float kept = upper ? values[i + half] : values[i];
+      const float given = upper ? values[i] : values[i + half];
+      values[i] = kept + __shfl_xor_sync(0xffffffffu, given, half);
+    }
+  }
+#pragma unroll
+  for (int offset = V; offset < kWarpSize; offset *= 2) values[0] += __shfl_xor_sync(0xffffffffu, values[0], offset);
+  return values[0];
+}
+
+// Tokens that fill up M repeat the last one; their results are not stored.
+__device__ int64_t token(const Problem& p, int m) { return m < p.m ? m : p.m - 1; }
+
+// Partial sums of this block's rows of right, one set per warp: partial (kWarps, rows, M). All threads run along K, so
+// that a block with few rows still has every thread loading, and each x is read by one thread, hence not staged.
+template <typename Scalar, int M>
+__device__ void shrink(const Problem& p, const uint4* right, int rows, float* partial) {
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int vectors = p.k / kVector;
+  const uint4* x = static_cast<const uint4*>(p.x);
+  for (int start = 0; start < rows; start += kRows) {
+    float sums[kRows * M] = {};
+    multiply<Scalar, M>(
+        sums, threadIdx.x, kThreads, vectors,
+        [&](int row, int v) {  // read once and never again: do not let it push x and shrunk out of the caches
+          return start + row < rows ? __ldcs(right + int64_t(start + row) * vectors + v) : uint4{};
+        },
+        [&](int m, int v, float (&inputs)[kVector]) { unpack<Scalar>(__ldg(x + token(p, m) * vectors + v), inputs); });
+    const float sum = sum_over_warp(sums, lane);
+    if (lane < kRows * M && start + lane / M < rows) partial[(warp * rows + start) * M + lane] = sum;
+  }
+}
+
+// Adds the warps' partial sums, always in the same order, and shows them to the other blocks.
+template <int M>
+__device__ void publish(const Problem& p, const float* partial, int first_row, int rows) {
+  for (int i = threadIdx.x; i < rows * M; i += kThreads) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) sum += partial[warp * rows * M + i];
+    const int row = i / M, m = i % M;
+    if (m < p.m) p.shrunk[m * p.r + first_row + row] = sum;
+  }
+}
+
+// Copies shrunk from the L2 cache, where the other blocks left it, to shared memory as (2, M, R / 8) float4: the eight
+// floats that meet one weight vector are 32 bytes, and lanes that step by 32 bytes would collide in the banks.
+template <int M>
+__device__ void gather(const Problem& p, float4* shrunk) {
+  const int vectors = p.r / kVector;
+  const float4* source = reinterpret_cast<const float4*>(p.shrunk);
+  for (int i = threadIdx.x; i < 2 * vectors; i += kThreads) {
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+      shrunk[((i % 2) * M + m) * vectors + i / 2] = __ldcg(source + token(p, m) * 2 * vectors + i);
+  }
+}
+
+// Outputs of this block's rows of left, a warp per kRows of them: from shared memory as far as they were prefetched,
+// the rest straight from global memory.
+template <typename Scalar, int M>
+__device__ void expand(const Problem& p, const float4* shrunk, const uint4* left, const uint4* prefetched,
+                       int first_row, int rows) {
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int vectors = p.r / kVector;
+  const auto load_shrunk = [&](int m, int v, float (&inputs)[kVector]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float4 four = shrunk[(half * M + m) * vectors + v];
+      inputs[4 * half] = four.x;
+      inputs[4 * half + 1] = four.y;
+      inputs[4 * half + 2] = four.z;
+      inputs[4 * half + 3] = four.w;
+    }
+  };
+  for (int start = warp * kRows; start < rows; start += kWarps * kRows) {
+    float sums[kRows * M] = {};
+    if (start < p.prefetched_rows) {
+      const auto load = [&](int row, int v) {
+        return start + row < rows ? prefetched[(start + row) * vectors + v] : uint4{};
+      };
+      multiply<Scalar, M>(sums, lane, kWarpSize, vectors, load, load_shrunk);
+    } else {
+      const auto load = [&](int row, int v) {
+        return start + row < rows ? __ldcs(left + int64_t(start + row) * vectors + v) : uint4{};
+      };
+      multiply<Scalar, M>(sums, lane, kWarpSize, vectors, load, load_shrunk);
+    }
+    float sum = sum_over_warp(sums, lane);
+    const int row = start + lane / M, m = lane % M;
+    if (lane < kRows * M && row < rows && m < p.m) {
+      if (p.bias != nullptr) sum += to_float(static_cast<const Scalar*>(p.bias)[first_row + row]);
+      narrow(sum, static_cast<Scalar*>(p.y)[m * p.n + first_row + row]);
+    }
+  }
+}
+
+// Rows of a factor that fall to this block, none for the last blocks when there are few.
+__device__ int share(int64_t total, int64_t first_row, int rows_per_block) {
+  const int64_t left_over = total - first_row;
+  return left_over <= 0 ? 0 : int(left_over < rows_per_block ? left_over : rows_per_block);
+}
+
+// Every block reaches the grid barrier exactly once, also one without rows: an early return would hang the others.
+template <typename Scalar, int M>
+__global__ void __launch_bounds__(kThreads, 1) low_rank_decode_kernel(Problem p) {
+  float* exchange = reinterpret_cast<float*>(shared_memory);
+  uint4* prefetched = shared_memory + p.exchange_floats / 4;
+  const int64_t first_right = int64_t(blockIdx.x) * p.right_rows, first_left = int64_t(blockIdx.x) * p.left_rows;
+  const int right_rows = share(p.r, first_right, p.right_rows), left_rows = share(p.n, first_left, p.left_rows);
+  const uint4* right = static_cast<const uint4*>(p.right) + first_right * (p.k / kVector);
+  const uint4* left = static_cast<const uint4*>(p.left) + first_left * (p.r / kVector);
+
+  shrink<Scalar, M>(p, right, right_rows, exchange);
+
+  // A block's rows of left are contiguous, so the copy is one flat range.
+  const int vectors = (left_rows < p.prefetched_rows ? left_rows : p.prefetched_rows) * int(p.r / kVector);
+  for (int i = threadIdx.x; i < vectors; i += kThreads)
+    __pipeline_memcpy_async(prefetched + i, left + i, sizeof(uint4));
+  __pipeline_commit();
+
+  __syncthreads();
+  publish<M>(p, exchange, first_right, right_rows);
+  cooperative_groups::this_grid().sync();
+
+  gather<M>(p, reinterpret_cast<float4*>(exchange));
+  __pipeline_wait_prior(0);
+  __syncthreads();
+  expand<Scalar, M>(p, reinterpret_cast<const float4*>(exchange), left, prefetched, first_left, left_rows);
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename Scalar, int M>
+cudaError_t launch(const LowRankDecode& arguments, cudaStream_t stream) {
+  const auto kernel = low_rank_decode_kernel<Scalar, M>;
+  int device, blocks, limit;
+  if (cudaError_t error = cudaGetDevice(&device)) return error;
+  if (cudaError_t error = cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device)) return error;
+  if (cudaError_t error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return error;
+  // Always the limit of the device, never what this call needs: another thread may be about to launch with more.
+  if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit))
+    return error;
+
+  Problem p{arguments};
+  p.right_rows = ceil_div(p.r, blocks);
+  p.left_rows = ceil_div(p.n, blocks);
+  p.exchange_floats = M * std::max<int64_t>(p.r, kWarps * p.right_rows);
+  const int64_t exchange_bytes = p.exchange_floats * sizeof(float);
+  if (exchange_bytes > limit) return cudaErrorInvalidConfiguration;
+  const int64_t row_bytes = p.r * sizeof(Scalar);
+  const int64_t fitting_rows = (limit - exchange_bytes) / (kRows * row_bytes) * kRows;
+  p.prefetched_rows = std::min<int64_t>(p.left_rows, fitting_rows);
+  const size_t shared_bytes = exchange_bytes + p.prefetched_rows * row_bytes;
+  void* kernel_arguments[] = {&p};
+  return cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(kThreads), kernel_arguments, shared_bytes, stream);
+}
+
+template <typename Scalar>
+cudaError_t launch_for_tokens(const LowRankDecode& arguments, cudaStream_t stream) {
+  if (arguments.m <= 1) return launch<Scalar, 1>(arguments, stream);
+  if (arguments.m <= 2) return launch<Scalar, 2>(arguments, stream);
+  if (arguments.m <= 4) return launch<Scalar, 4>(arguments, stream);
+  return launch<Scalar, 8>(arguments, stream);
+}
+
+}  // namespace
+
+cudaError_t low_rank_decode(const LowRankDecode& problem, DecodeType type, cudaStream_t stream) {
+  const bool fits = 1 <= problem.m && problem.m <= kMaxDecodeTokens && problem.n > 0 && problem.k > 0 && problem.r > 0;
+  if (!fits || problem.k % kVector || problem.r % kVector) return cudaErrorInvalidValue;
+  if (type == DecodeType::kBFloat16) return launch_for_tokens<__nv_bfloat16>(problem, stream);
+  return launch_for_tokens<__half>(problem, stream);
+}
+
+}  // namespace lorap

@@ -1,0 +1,32 @@
+// y = (x @ right.T) @ left.T + bias for a handful of tokens, in one launch. Plain C++: no torch, no templates.
+#pragma once
+
+#include <cstdint>
+#ifdef LORAP_EMULATE_CUDA
+#include "../emulation/cuda_emulation.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+namespace lorap {
+
+constexpr int64_t kMaxDecodeTokens = 8;
+
+enum class DecodeType { kBFloat16, kFloat16 };
+
+// All tensors are contiguous and start at a multiple of 16 bytes; K and R are multiples of 8, and 1 <= M <= 8.
+struct LowRankDecode {
+  const void* x;      // (M, K)
+  const void* right;  // (R, K)
+  const void* left;   // (N, R)
+  const void* bias;   // (N,), or null
+  float* shrunk;      // (M, R), written by the launch and no other that may run at the same time
+  void* y;            // (M, N)
+  int64_t m, n, k, r;
+};
+
+// Queues the kernel on `stream` of the current device. cudaErrorInvalidConfiguration means that M * R floats do not fit
+// the shared memory of one multiprocessor.
+cudaError_t low_rank_decode(const LowRankDecode& problem, DecodeType type, cudaStream_t stream);
+
+}  // namespace lorap
