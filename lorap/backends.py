@@ -45,7 +45,7 @@ class Rule:
 _DECODE_CPU = (
     "decoding reads each weight once from memory; torch reaches half of the bandwidth or less (docs/kernels.md)"
 )
-_DECODE_GPU = "modelled, not measured: a skinny matmul starves cuBLAS's grid; split-K fills the GPU (docs/kernels.md)"
+_DECODE_GPU = "modelled, not measured: inside a CUDA graph one pair of launches serves a group (docs/kernels.md)"
 _ONE_READ = "one read of x; torch reads it twice and writes a float32 copy (docs/kernels.md)"
 
 # The first row that fits wins. Above max_tokens, and for every dtype not listed, torch's own matmuls are the better choice:
@@ -205,6 +205,27 @@ def _to_double(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
     return type(value)(map(_to_double, value)) if isinstance(value, (list, tuple)) else value
+
+
+# Calls whose Triton kernels are compiled and loaded, so that a graph capture can use them.
+_warm: set[tuple[Any, ...]] = set()
+
+
+def better_in_graph(op: str, x: Tensor, shapes: tuple[Any, ...]) -> bool:
+    """Whether a decode kernel on a GPU should leave this call to torch, because no CUDA graph is being captured.
+
+    Launching a Triton kernel from Python takes 15 us and more, two cuBLAS calls about 10, and these kernels save 1 to 5: they
+    win inside a graph only (torch.compile with reduce-overhead, vLLM). The first call of each shape runs them nevertheless, so
+    that they are compiled before a capture, which cannot compile; a shape that was never seen is left to torch there.
+    """
+    if _forced.get() != "auto" or op == "channel_sq_norm":
+        return False
+    key = (op, x.device, x.dtype, x.shape, shapes)
+    if torch.cuda.is_current_stream_capturing():
+        return key not in _warm
+    seen = key in _warm
+    _warm.add(key)
+    return seen
 
 
 def describe() -> list[tuple[str, str, str]]:

@@ -124,6 +124,9 @@ def _needs_grad(x: Tensor, rest: tuple[Any, ...]) -> bool:
 
 def _run(op: str, x: Tensor, *rest: Any) -> Any:
     backend = backends.choose(op, x, _tokens(x))
+    if backend == "triton" and x.is_cuda:
+        sizes = tuple(t.shape for t in tree_flatten(rest)[0] if isinstance(t, Tensor))
+        backend = "reference" if backends.better_in_graph(op, x, sizes) else backend
     if backend == "reference":
         shapes.CHECKS[op](x, *rest)
     return _IMPLEMENTATIONS[backend][op](x, *rest)
@@ -139,7 +142,9 @@ def _cpu(op: str) -> Callable[..., Any]:
 
 
 def _cuda_low_rank(x: Tensor, right: Tensor, left: Tensor, bias: Any = None, pivot_rows: Any = None) -> Any:
-    if pivot_rows is not None:
+    # What the kernel is written for; a forced backend must not stop the prefill of a model.
+    fits = pivot_rows is None and _tokens(x) <= 8 and x.shape[-1] % 8 == 0 and right.shape[0] % 8 == 0
+    if not fits:
         return reference.low_rank_linear(x, right, left, bias, pivot_rows)
     return torch.ops.lorap_cuda.low_rank_linear.default(x.contiguous(), right.contiguous(), left.contiguous(), bias)
 

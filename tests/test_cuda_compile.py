@@ -1,0 +1,230 @@
+"""The CUDA decode kernel without a GPU: what the compiler made of it, and its own source run on the host.
+
+``csrc/emulation`` executes every CUDA thread of ``csrc/cuda/low_rank_decode.cu`` as a fiber; see the head of
+``cuda_emulation.h`` for what that shows. Speed is not tested here. Parts skip where nvcc or g++ is missing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+CSRC = Path(__file__).parents[1] / "csrc"
+KERNEL = CSRC / "cuda" / "low_rank_decode.cu"
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin")
+TORCH = Path(torch.__file__).parent
+STABLE_ABI = ["-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(TORCH / "include")]
+EMULATION = ["-O1", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-DLORAP_EMULATE_CUDA"]
+
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+def run(command: list[str], **options) -> str:
+    result = subprocess.run([str(word) for word in command], capture_output=True, text=True, **options)
+    assert result.returncode == 0, f"{' '.join(map(str, command))}\n{result.stdout}\n{result.stderr[-4000:]}"
+    return result.stdout + result.stderr
+
+
+# What the compiler made of the kernel
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ["80", "90a", "100"])
+def test_machine_code(arch, tmp_path):
+    cubin = tmp_path / "kernel.cubin"
+    target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    log = run([NVCC, "-std=c++20", "-cubin", target, "-Xptxas", "-v", "-o", cubin, KERNEL])
+
+    instances = set(re.findall(r"Function properties for \S*low_rank_decode_kernelI(\w+?Li\d)E", log))
+    assert instances == {f"{scalar}Li{m}" for scalar in ("13__nv_bfloat16", "6__half") for m in (1, 2, 4, 8)}
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    assert frames == [("0", "0", "0")] * 8
+    # One block of 256 threads per multiprocessor may use 255 registers a thread; a reserve, so that no change spills.
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", log)]
+    assert len(registers) == 8
+    assert max(registers) <= 232
+
+    triton = find_spec("triton")
+    cuobjdump = triton and Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not cuobjdump or not cuobjdump.exists():
+        pytest.skip("registers and spills hold; the instructions need cuobjdump, which comes with triton")
+    sass = run([cuobjdump, "-sass", cubin])
+    for name, code in re.findall(r"Function : (\S+)\n(.*?)(?=Function :|\Z)", sass, re.DOTALL):
+        loads = re.findall(r"\b(LDG\.\S+|LDGSTS\S+|LDL\S*)", code)
+        assert any(load.startswith("LDG.E.EF.128") for load in loads), name  # weights: evict first
+        assert any(load.startswith("LDGSTS.E.BYPASS.128") for load in loads), name  # prefetch of left
+        narrow = [load for load in loads if "128" not in load and "STRONG" not in load]
+        assert narrow == ["LDG.E.U16"], name  # the bias, once per output
+
+
+@needs_nvcc
+@needs_gxx
+def test_stable_abi(tmp_path):
+    """The object that meets torch needs nothing but torch's C interface, and loads into a torch without CUDA."""
+    operators, kernel, library = tmp_path / "ops.o", tmp_path / "kernel.cpp", tmp_path / "lorap_cuda.so"
+    run([NVCC, *STABLE_ABI, "-Xcompiler", "-fPIC", "-c", "-o", operators, CSRC / "cuda" / "ops.cpp"])
+    undefined = run(["nm", "-uC", operators])
+    assert "torch_library_impl" in undefined
+    assert not re.search(r"\b(at|c10|torch)::|\bPy", undefined), undefined
+
+    kernel.write_text(
+        f'#include "{KERNEL.with_suffix(".h")}"\nnamespace lorap {{ {LAUNCHER} {{ return cudaSuccess; }} }}'
+    )
+    compile_and_link = [NVCC, "-std=c++20", "-Xcompiler", "-fPIC", "-shared", "-cudart", "static"]
+    run([*compile_and_link, "-o", library, operators, kernel, *link_torch("-Xlinker")])
+    script = (
+        f"import torch; torch.ops.load_library({str(library)!r}); print(torch.ops.lorap_cuda.low_rank_linear.default)"
+    )
+    assert "lorap_cuda.low_rank_linear.default" in run([sys.executable, "-c", script])
+
+
+LAUNCHER = "cudaError_t low_rank_decode(const LowRankDecode&, DecodeType, cudaStream_t)"
+
+
+def link_torch(prefix: str = "") -> list[str]:
+    """libtorch brings libtorch_cuda where there is one; the linker must not drop it for being unused."""
+    no_as_needed = [prefix, "--no-as-needed"] if prefix else ["-Wl,--no-as-needed"]
+    return ["-L", str(TORCH / "lib"), *no_as_needed, "-ltorch", "-ltorch_cpu"]
+
+
+# The kernel's source on the host
+
+
+@cache
+def emulator(folder: Path, sanitizer: str = "", kernel: Path = KERNEL) -> Path:
+    program = folder / f"run_{sanitizer or 'plain'}"
+    options = [*EMULATION, *(["-g", f"-fsanitize={sanitizer}"] if sanitizer else [])]
+    sources = [CSRC / "emulation" / "run_low_rank_decode.cpp", "-x", "c++", kernel]
+    run(["g++", "-std=c++17", *options, "-I", CSRC / "cuda", "-o", program, *sources])
+    return program
+
+
+@pytest.fixture(scope="session")
+def emulate(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("emulation")
+
+    def start(case: str, sanitizer: str = "") -> tuple[float, float, int, int]:
+        result = subprocess.run([emulator(folder, sanitizer), *case.split()], capture_output=True, text=True)
+        if "FATAL: ThreadSanitizer" in result.stderr:  # some kernels place memory where it does not expect any
+            pytest.skip(result.stderr.splitlines()[0])
+        assert result.returncode == 0, result.stdout + result.stderr[:4000]
+        shrunk_error, y_error, shared_bytes, grid_barriers = result.stdout.split()
+        return float(shrunk_error), float(y_error), int(shared_bytes), int(grid_barriers)
+
+    return start
+
+
+# type, M, K, R, N, bias, blocks, shared memory of a block
+CASES = {
+    "one token": "bfloat16 1 64 8 63 1 3 65536",
+    "K longer than a block": "bfloat16 1 4104 264 63 1 3 65536",
+    "two tokens": "float16 2 2056 24 100 0 2 65536",
+    "tokens filled up to four": "bfloat16 3 72 40 130 1 3 65536",
+    "four tokens": "float16 4 136 64 33 1 2 65536",
+    "five tokens": "bfloat16 5 8 104 100 0 3 65536",
+    "six tokens": "float16 6 520 16 63 1 3 65536",
+    "seven tokens": "float16 7 2200 24 100 1 3 65536",
+    "eight tokens": "bfloat16 8 64 264 65 1 2 65536",
+    "one block": "bfloat16 2 64 72 70 1 1 65536",
+    "one output": "float16 8 64 104 1 1 2 65536",
+    "more blocks than rows": "float16 3 64 8 5 1 6 65536",
+    "left prefetched in part": "bfloat16 1 256 40 333 1 3 4000",
+    "left not prefetched": "bfloat16 5 8 16 333 1 4 1100",
+}
+
+
+@needs_gxx
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_emulated_kernel_matches_float64(case, emulate):
+    """Errors are relative to the sum of absolute products, and for y beyond its rounding to 16 bits."""
+    shrunk_error, y_error, shared_bytes, grid_barriers = emulate(case)
+    assert shrunk_error < 3e-7
+    assert y_error < 3e-7
+    assert shared_bytes <= int(case.split()[-1])
+    assert grid_barriers == 1
+
+
+@needs_gxx
+def test_emulated_prefetch_uses_the_shared_memory_there_is(emulate):
+    rank, rows_per_block, row_bytes = 40, 111, 80
+    exchange = 4 * max(rank, 8 * 14)  # `shrunk`, or one partial sum per warp and row: 14 rows of right per block
+    assert emulate("bfloat16 1 256 40 333 1 3 65536")[2] == exchange + rows_per_block * row_bytes
+    assert emulate("bfloat16 1 256 40 333 1 3 4000")[2] == exchange + 44 * row_bytes  # whole groups of 4 rows
+    assert emulate("bfloat16 5 8 16 333 1 4 1100")[2] == 8 * 8 * 4 * 4
+
+
+@needs_gxx
+@pytest.mark.parametrize("case", ["tokens filled up to four", "left prefetched in part"])
+@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+def test_emulated_kernel_has_no_races_and_stays_in_bounds(case, sanitizer, emulate):
+    emulate(CASES[case], sanitizer)
+
+
+@needs_gxx
+def test_emulator_notices_a_missing_barrier(tmp_path):
+    source = KERNEL.read_text()
+    broken = tmp_path / "broken.cu"
+    broken.write_text(source.replace("__pipeline_wait_prior(0);\n  __syncthreads();", "__pipeline_wait_prior(0);"))
+    assert broken.read_text() != source
+    program = emulator(tmp_path, kernel=broken)
+    result = subprocess.run([program, *CASES["one token"].split()], capture_output=True, text=True)
+    assert result.returncode == 1, result.stdout
+
+
+@needs_gxx
+def test_operator_around_the_emulated_kernel(tmp_path):
+    """cuda/ops.cpp with the CPU in place of the GPU, in its own process, since it takes the operator's name."""
+    library = tmp_path / "emulated_ops.so"
+    sources = [CSRC / "emulation" / "ops_on_cpu.cpp", "-x", "c++", KERNEL, "-x", "none"]
+    run(["g++", *STABLE_ABI, *EMULATION, "-fPIC", "-shared", "-o", library, *sources, *link_torch()])
+    run([sys.executable, "-c", OPERATOR_SCRIPT, library], env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+OPERATOR_SCRIPT = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+op = torch.ops.lorap_cuda.low_rank_linear
+
+x, right, left, bias = (torch.randn(size) for size in ((2, 3, 64), (24, 64), (100, 24), (100,)))
+for dtype, tolerance in ((torch.bfloat16, 2**-8), (torch.float16, 2**-11)):
+    args = [tensor.to(dtype) for tensor in (x, right, left, bias)]
+    exact = args[0].double() @ args[1].double().T @ args[2].double().T
+    for b in (args[3], None):
+        y = op(*args[:3], b)
+        assert y.dtype == dtype and y.shape == (2, 3, 100)
+        torch.testing.assert_close(y.double(), exact + (0 if b is None else b), rtol=tolerance, atol=1e-4)
+x, right, left, bias = args
+assert op(x[0, 0], right, left, bias).shape == (100,)
+assert op(x[:0], right, left, bias).shape == (0, 3, 100)
+torch.testing.assert_close(op(x, right, left[:99], bias[1:]), op(x, right, left[:99], bias[1:].clone()))  # odd start
+
+def refuses(message, *args):
+    try:
+        op(*args)
+    except RuntimeError as error:
+        assert message in str(error), (message, str(error))
+    else:
+        raise AssertionError(f"accepted: {message}")
+
+refuses("x has 12 tokens, at most 8", x.repeat(2, 1, 1), right, left, None)
+refuses("K = 64 and R = 20 must be positive multiples of 8", x, right[:20], left[:, :20].contiguous(), None)
+refuses("x (..., 64), right (24, 64) and left (100, 16) do not fit together", x, right, left[:, :16], None)
+refuses("expected x (..., K), right (R, K) and left (N, R), got 3, 1 and 2 dimensions", x, right[0], left, None)
+refuses("right must be contiguous", x, right.T.contiguous().T, left, None)
+refuses("left and x must have the same dtype", x, right, left.float(), None)
+refuses("x must be bfloat16 or float16", x.float(), right.float(), left.float(), None)
+refuses("bias has 99 elements, left 100 rows", x, right, left, bias[1:])
+refuses("right must start at a multiple of 16 bytes", x, torch.cat((bias[:1], right.flatten()))[1:].view(24, 64), left, None)
+big = [torch.zeros(size, dtype=dtype) for size in ((8, 8), (4096, 8), (8, 4096))]
+refuses("rank 4096 is too large for 8 tokens", *big, None)
+"""
