@@ -3,6 +3,7 @@
     pip install --no-build-isolation -e .      with torch installed: builds the C++ part, and the CUDA part where nvcc is
     LORAP_SKIP_CUDA_BUILD=1 pip install ...    no CUDA part
     LORAP_SKIP_BUILD=1 pip install ...         Python only
+    LORAP_REQUIRE_BUILD=1 pip install ...      stop where native code cannot be built
 
 torch's headers come from the installed torch, hence ``--no-build-isolation``. Without torch, CMake or a compiler the package
 is installed without native code and works: torch and Triton do the work then, and ``lorap info`` says so.
@@ -71,6 +72,8 @@ class CMakeBuild(build_ext):
             if self.build_with_cmake(attempt, target):
                 return
             print("lorap: this build failed, trying with less", file=sys.stderr)
+        if os.environ.get("LORAP_REQUIRE_BUILD") == "1":
+            raise SystemExit("lorap: native code was not built (LORAP_REQUIRE_BUILD=1)")
         print("lorap: native code was not built, installing without it", file=sys.stderr)
 
     def build_with_cmake(self, options: list[str], target: Path) -> bool:
@@ -107,6 +110,6 @@ setup(
         "lorap.calibration": ["texts/*"],
         "lorap.kernels": ["configs/*.json"],
     },
-    ext_modules=[] if reason else [Extension("lorap._native", sources=[], optional=True)],
+    ext_modules=[] if reason else [Extension("lorap._native", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
 )

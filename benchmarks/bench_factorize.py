@@ -23,15 +23,15 @@ def published(weight: torch.Tensor, rank: int, sq_norm: torch.Tensor) -> tuple[t
     return u @ root[:, :rank], root[:rank] @ vh @ torch.inverse(scale)
 
 
-@pytest.mark.parametrize("way", ["published", "lorap"])
+@pytest.mark.parametrize("kind", ["published", "lorap"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def bench_factorize(benchmark, shape, way):
+def bench_factorize(benchmark, shape, kind):
     out_features, in_features, rank = shape
     benchmark.group = f"{out_features}x{in_features} rank {rank}"
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(out_features, in_features, generator=generator)
     sq_norm = torch.randn(in_features, generator=generator).mul(2).exp()  # log-normal channels, as activations are
-    if way == "published":
+    if kind == "published":
         left, right = benchmark(published, weight, rank, sq_norm)
     else:
         factors = benchmark(lorap.factorize, weight, rank, sq_norm)

@@ -101,6 +101,11 @@ def use(backend: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def current() -> str:
+    """The backend that is forced, or ``auto``."""
+    return _forced.get()
+
+
 def choose(op: str, x: Tensor, tokens: int) -> str:
     """Name of the backend that runs ``op`` on ``x``, which holds ``tokens`` tokens.
 
@@ -121,12 +126,12 @@ def choose(op: str, x: Tensor, tokens: int) -> str:
 def _best(op: str, device: str, dtype: torch.dtype, tokens: int) -> str:
     for rule in RULES:
         fits = rule.op == op and rule.device == device and dtype in rule.dtypes
-        if fits and (rule.max_tokens is None or tokens <= rule.max_tokens) and _missing(rule.backend) is None:
+        if fits and (rule.max_tokens is None or tokens <= rule.max_tokens) and missing(rule.backend) is None:
             return rule.backend
     return "reference"
 
 
-def _missing(backend: str) -> str | None:
+def missing(backend: str) -> str | None:
     """Why a backend cannot run on this machine at all."""
     if backend == "triton":
         return None if _has_triton() else "triton is not installed"
@@ -144,7 +149,7 @@ def _has_triton() -> bool:
 
 def _able(backend: str, op: str, x: Tensor) -> str:
     device = "cuda" if backend == "triton" and _interpreting() else x.device.type
-    if reason := _missing(backend):
+    if reason := missing(backend):
         raise BackendError(f"LORAP_BACKEND={backend}: {reason}")
     if x.dtype not in ABLE[backend].get((op, device), ()):
         raise BackendError(f"LORAP_BACKEND={backend} cannot run {op} on {x.device.type} in {x.dtype}; use auto")
@@ -155,25 +160,28 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-# Which kernels have passed on which device; False after a failure.
-_verdicts: dict[tuple[str, str, torch.device, torch.dtype], bool] = {}
+# What is wrong with a kernel on a device; None where it has passed.
+_verdicts: dict[tuple[str, str, torch.device, torch.dtype], str | None] = {}
 
 
 def _trusted(op: str, backend: str, x: Tensor, forced: str) -> bool:
     if x.device.type == "cpu":
         return True  # the interpreter
     key = (op, backend, x.device, x.dtype)
-    if key not in _verdicts:
+    first = key not in _verdicts
+    if first:
         if torch.cuda.is_current_stream_capturing():
             return False  # compiling and comparing inside a graph capture would break it; warm up before capturing
-        problem = self_check(op, backend, x.device, x.dtype)
-        _verdicts[key] = problem is None
-        if problem:
-            message = f"lorap's {backend} kernel {op} is not used on {x.device} in {x.dtype}: {problem}"
-            if forced != "auto":
-                raise BackendError(message)
-            warnings.warn(message + "; torch does its work", RuntimeWarning, stacklevel=4)
-    return _verdicts[key]
+        _verdicts[key] = self_check(op, backend, x.device, x.dtype)
+    problem = _verdicts[key]
+    if problem is None:
+        return True
+    message = f"lorap's {backend} kernel {op} is not used on {x.device} in {x.dtype}: {problem}"
+    if forced != "auto":
+        raise BackendError(message)
+    if first:
+        warnings.warn(message + "; torch does its work", RuntimeWarning, stacklevel=4)
+    return False
 
 
 def self_check(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -187,9 +195,9 @@ def self_check(op: str, backend: str, device: torch.device, dtype: torch.dtype) 
     for tokens, k in ((3, 176), (1, 176), (1, 4112)):
         arguments = ops.example(op, device, dtype, tokens, k)
         try:
-            got = _first(ops.implementation(op, backend)(*arguments))
-            exact = _first(ops.implementation(op, "reference")(*_to_double(arguments)))
-            error = float((got.double() - exact).norm() / exact.norm())
+            got = _as_tuple(ops.implementation(op, backend)(*arguments))
+            exact = _as_tuple(ops.implementation(op, "reference")(*_to_double(arguments)))
+            error = max(float((g.double() - e).norm() / e.double().norm()) for g, e in zip(got, exact, strict=True))
         except Exception as failure:  # whatever a driver or compiler throws must not stop a model that torch can run
             return f"{type(failure).__name__}: {failure}"
         if not error <= limit:
@@ -197,8 +205,8 @@ def self_check(op: str, backend: str, device: torch.device, dtype: torch.dtype) 
     return None
 
 
-def _first(result: Any) -> Tensor:
-    return result[0] if isinstance(result, tuple) else result
+def _as_tuple(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
 
 
 def _to_double(value: Any) -> Any:
@@ -226,8 +234,3 @@ def better_in_graph(op: str, x: Tensor, shapes: tuple[Any, ...]) -> bool:
     seen = key in _warm
     _warm.add(key)
     return seen
-
-
-def describe() -> list[tuple[str, str, str]]:
-    """(backend, op, why) of every row of the table that can run here, and what is missing for the others."""
-    return [(rule.backend, rule.op, _missing(rule.backend) or rule.reason) for rule in RULES]

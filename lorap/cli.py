@@ -1,4 +1,4 @@
-"""The ``lorap`` command: compress, eval, generate, info.
+"""The ``lorap`` command: compress, eval, generate, info, profile.
 
 Tables go to stdout, progress to stderr; with ``--json`` the last line of stdout is one JSON object. A mistake of the user ends
 with one sentence and exit code 2; ``--debug`` shows the traceback instead.
@@ -27,6 +27,7 @@ from lorap.evaluation import evaluate
 from lorap.info import describe_model, format_info
 from lorap.loading import ModelSource, check_tokenizer, find_model, load_model, load_tokenizer, resolve_device
 from lorap.pipeline import compress as compress_model
+from lorap.profiling import deeper, profile_model, run_ranges
 
 app = typer.Typer(
     help="Compress LLaMA-family language models with LoRAP (arXiv 2404.09695), and judge and run the result.",
@@ -248,6 +249,58 @@ def info(model: Model, as_json: AsJson = False, debug: Debug = False) -> None:
         described = describe_model(find_model(model))
         typer.echo(format_info(described))
         _print_json(as_json, described)
+
+
+@app.command("profile")
+def profile_command(
+    model: Model,
+    tokens: Annotated[int, typer.Option(help="Tokens of the prompt that is read at once.", min=1)] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded one by one after it.", min=1)] = 16,
+    optimize: Annotated[
+        bool,
+        typer.Option("--optimize", help="Merge q/k/v and gate/up first, and use lorap's kernels for dense layers."),
+    ] = False,
+    trace: Annotated[
+        Optional[Path], typer.Option(help="Write a trace for https://ui.perfetto.dev or chrome://tracing.")
+    ] = None,
+    top: Annotated[int, typer.Option(help="Kernels to show.", min=1)] = 15,
+    ranges_only: Annotated[
+        bool, typer.Option("--ranges-only", help="Time the stages only, for running under nsys or ncu.")
+    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Where the time of MODEL goes, reading a prompt (prefill) and decoding: by stage, then by kernel.
+
+    \b
+    Reading the first table: decoding reads every weight once per token, so a stage takes as long as its weights are large,
+    and fewer weights help. Prefill computes with each weight many times; fewer multiplications help.
+    Reading the second: "self" is time in the kernel itself, not in what it called. Many calls of a few microseconds mean
+    that Python and launches take the time: try --optimize.
+
+    \b
+    Example:
+      lorap profile ./small --tokens 512 --trace trace.json
+      lorap profile ./small --optimize --dtype bfloat16
+    """
+    with _user_errors(debug):
+        if trace is not None and not trace.absolute().parent.is_dir():
+            raise ConfigError(f"cannot write {trace}: there is no folder {trace.parent}")
+        loaded, _, source = _load(model, device, dtype)
+        if optimize:
+            lorap.optimize_for_decoding(loaded)
+        if ranges_only:
+            run_ranges(loaded, tokens=tokens, new_tokens=new_tokens)
+            return
+        found = profile_model(loaded, tokens=tokens, new_tokens=new_tokens, trace=trace)
+        typer.echo(f"{source.name}, {loaded.dtype}, on {loaded.device}\n\n{found.table(top=top)}\n")
+        if trace is not None:
+            typer.echo(f"trace written to {trace}\n")
+        options = ["--tokens", str(tokens), "--new-tokens", str(new_tokens), "--dtype", dtype, "--device", "cuda"]
+        typer.echo(deeper(["lorap", "profile", model, *options, *(["--optimize"] if optimize else [])]))
+        _print_json(as_json, {"model": source.name, "optimized": optimize, **found.to_dict()})
 
 
 def _load(model: str, device: str, dtype: str) -> tuple[Any, Any, ModelSource]:

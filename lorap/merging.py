@@ -7,7 +7,6 @@ others collect their share.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from lorap import ops
 from lorap.architectures import ARCHITECTURES, SHARED_INPUTS
 from lorap.errors import ArchitectureError
-from lorap.modules import Linear, LowRankLinear, is_plain
+from lorap.modules import Linear, LowRankLinear, is_autocast, is_plain, is_untouched
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -28,37 +27,38 @@ class SharedInput:
 
     def __init__(self, members: Sequence[LowRankLinear | Linear]) -> None:
         self.members = list(members)
-        self._waiting: tuple[Tensor, list[Tensor | None]] | None = None
+        self._waiting: tuple[Tensor, int | None, list[Tensor | None]] | None = None
+        self._rows: dict[tuple[int, torch.device], Tensor] = {}
         for member in self.members:
             member.group = self
 
     def output(self, member: LowRankLinear | Linear, x: Tensor) -> Tensor | None:
         """The output of one member, computed with the others or collected; None where it must run by itself."""
         index = next(i for i, candidate in enumerate(self.members) if candidate is member)
-        waiting = self._waiting
-        if waiting is not None and waiting[0] is x and waiting[1][index] is not None:
-            y = waiting[1][index]
-            waiting[1][index] = None
-            if all(part is None for part in waiting[1]):
+        waiting, version = self._waiting, _version(x)
+        if waiting is not None and waiting[0] is x and waiting[1] == version and waiting[2][index] is not None:
+            y, waiting[2][index] = waiting[2][index], None
+            if all(part is None for part in waiting[2]):
                 self._waiting = None
             return y
         if not self._can_merge(x):
             return None
         parts: list[Tensor | None] = list(self._run(x).split([member.out_features for member in self.members], dim=-1))
         y, parts[index] = parts[index], None
-        self._waiting = (x, parts)
+        self._waiting = (x, version, parts)
         return y
 
     def _can_merge(self, x: Tensor) -> bool:
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        if torch.is_grad_enabled() or is_autocast(x):
             return False
         plain = all(
             is_plain(member.right) and is_plain(member.left)
             if isinstance(member, LowRankLinear)
-            else type(member.weight) is nn.Parameter and not member._forward_hooks
+            else type(member.weight) is nn.Parameter
             for member in self.members
         )
-        return plain and ops.serves("low_rank_linear_group", x)
+        untouched = all(is_untouched(member) for member in self.members)
+        return plain and untouched and ops.serves("low_rank_linear_group", x)
 
     def _factors(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
         """right, left, bias and pivot_rows of each member; a dense one is a pivoted layer whose every row is a pivot."""
@@ -71,9 +71,15 @@ class SharedInput:
             else:
                 right.append(member.weight)
                 left.append(member.weight.new_empty(0, member.out_features))
-                pivots.append(_all_rows(member.out_features, member.weight.device))
+                pivots.append(self._all_rows(member))
             bias.append(_or_empty(member.bias, right[-1]))
         return right, left, bias, pivots
+
+    def _all_rows(self, member: Linear) -> Tensor:
+        key = (member.out_features, member.weight.device)
+        if key not in self._rows:
+            self._rows[key] = torch.arange(member.out_features, device=member.weight.device)
+        return self._rows[key]
 
     def _run(self, x: Tensor) -> Tensor:
         right, left, bias, pivots = self._factors()
@@ -82,7 +88,7 @@ class SharedInput:
         return ops.low_rank_linear_group(x, right, left, some_bias, some_pivots)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"members": self.members, "_waiting": None}  # a copy of a model takes no activations along
+        return {"members": self.members, "_waiting": None, "_rows": {}}  # a copy of a model takes no activations along
 
 
 class GatedMLP(nn.Module):
@@ -112,11 +118,16 @@ class GatedMLP(nn.Module):
     def _gated(self, x: Tensor) -> Tensor | None:
         gate: Any = self.gate_proj
         up: Any = self.up_proj
-        if torch.is_autocast_enabled(x.device.type) or torch.is_grad_enabled():
+        if is_autocast(x) or torch.is_grad_enabled():
             return None
         if is_plain(gate) and is_plain(up) and ops.serves("silu_gated_linear", x):
             return ops.silu_gated_linear(x, gate.weight, up.weight, gate.bias, up.bias)
-        if isinstance(gate, LowRankLinear) and isinstance(up, LowRankLinear):
+        if (
+            isinstance(gate, LowRankLinear)
+            and isinstance(up, LowRankLinear)
+            and is_untouched(gate)
+            and is_untouched(up)
+        ):
             plain = all(is_plain(factor) for pair in (gate, up) for factor in (pair.right, pair.left))
             pivoted = gate.pivot_rows is not None or up.pivot_rows is not None
             if plain and not pivoted and ops.serves("low_rank_silu_gated_linear", x):
@@ -138,7 +149,7 @@ def merge_shared_inputs(model: Model) -> Model:
     for layer in _decoder_layers(model):
         _merge_attention(layer)
         mlp: Any = layer.mlp
-        if not isinstance(mlp, GatedMLP):
+        if not isinstance(mlp, GatedMLP) and is_untouched(mlp):
             layer.mlp = GatedMLP(mlp.gate_proj, mlp.up_proj, mlp.down_proj).train(mlp.training)
     return model
 
@@ -187,9 +198,9 @@ def _swap_linear(parent: Any, name: str) -> Any:
     return getattr(parent, name)
 
 
-@functools.lru_cache(maxsize=64)
-def _all_rows(count: int, device: torch.device) -> Tensor:
-    return torch.arange(count, device=device)
+def _version(x: Tensor) -> int | None:
+    """Grows when x is changed in place; None where torch does not count."""
+    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:

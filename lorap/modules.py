@@ -65,7 +65,8 @@ class LowRankLinear(nn.Module):
         self.right = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         self.left = nn.Linear(rank, rows, bias=bias and not pivoted, device=device, dtype=dtype)
         own = torch.zeros(out_features, device=device, dtype=dtype) if bias and pivoted else None
-        self.output_bias = None if own is None else nn.Parameter(own)
+        self.output_bias: nn.Parameter | None
+        self.register_parameter("output_bias", None if own is None else nn.Parameter(own))
         self.register_buffer("weight", torch.full((1,), GUARD_VALUE, device=device, dtype=dtype))
         self.pivot_rows: Tensor | None
         self.register_buffer("pivot_rows", torch.arange(rank, device=device) if pivoted else None)
@@ -74,7 +75,8 @@ class LowRankLinear(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         """(out_features,) or None."""
-        return self.left.bias if self.output_bias is None else self.output_bias
+        inner: Tensor | None = getattr(self.left, "bias", None)  # an adapter in place of left may have none
+        return inner if self.output_bias is None else self.output_bias
 
     @classmethod
     def from_factors(
@@ -112,9 +114,18 @@ class LowRankLinear(nn.Module):
             merged: Tensor | None = self.group.output(self, x)
             if merged is not None:
                 return merged
-        right, left = self.right, self.left
-        if is_plain(right) and is_plain(left) and not torch.is_autocast_enabled(x.device.type):
-            return ops.low_rank_linear(x, right.weight, left.weight, self.bias, self.pivot_rows)
+        # Straight from the dictionaries: nn.Module's attribute access would take 6 us of a call, more than a small layer.
+        right: Any = self._modules["right"]
+        left: Any = self._modules["left"]
+        if is_plain(right) and is_plain(left) and not is_autocast(x):
+            bias = left._parameters["bias"]
+            return ops.low_rank_linear(
+                x,
+                right._parameters["weight"],
+                left._parameters["weight"],
+                self._parameters["output_bias"] if bias is None else bias,
+                self._buffers["pivot_rows"],
+            )
         return self._forward_by_children(x)
 
     def _forward_by_children(self, x: Tensor) -> Tensor:
@@ -159,17 +170,22 @@ class Linear(nn.Linear):
             merged: Tensor | None = self.group.output(self, x)
             if merged is not None:
                 return merged
-        if torch.is_autocast_enabled(x.device.type) or type(self.weight) is not nn.Parameter:
+        weight = self._parameters["weight"]
+        if is_autocast(x) or type(weight) is not nn.Parameter:
             return super().forward(x)
-        return ops.linear(x, self.weight, self.bias)
+        return ops.linear(x, weight, self._parameters["bias"])
 
 
-def is_plain(linear: nn.Module) -> bool:
+def is_plain(linear: Any) -> bool:
     """True where calling ``linear`` means no more than x @ weight.T + bias: no adapter, quantizer, hook or offloading."""
-    return (
-        type(linear) is nn.Linear
-        and not linear._forward_hooks
-        and not linear._forward_pre_hooks
-        and "forward" not in linear.__dict__
-        and type(linear.weight) is nn.Parameter
-    )
+    return type(linear) is nn.Linear and is_untouched(linear) and type(linear._parameters["weight"]) is nn.Parameter
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """True where calling ``module`` runs its class's forward and nothing else: no hook, no replaced forward."""
+    return not module._forward_hooks and not module._forward_pre_hooks and "forward" not in module.__dict__
+
+
+def is_autocast(x: Tensor) -> bool:
+    """True where torch would choose another dtype for a linear layer on x."""
+    return torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)

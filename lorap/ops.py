@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lorap import backends, native, shapes
@@ -113,8 +114,12 @@ def serves(op: str, x: Tensor) -> bool:
 
 
 def _call(op: str, x: Tensor, *rest: Any) -> Any:
-    if type(x) is not Tensor or torch.compiler.is_compiling() or (torch.is_grad_enabled() and _needs_grad(x, rest)):
+    if type(x) is not Tensor or torch.compiler.is_compiling():
         return getattr(torch.ops.lorap, op)(x, *rest)
+    if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and _needs_grad(x, rest)):
+        # Training: torch's own matmuls keep the intermediate for the backward pass and have derivatives of every kind.
+        shapes.CHECKS[op](x, *rest)
+        return getattr(reference, op)(x, *rest)
     return _run(op, x, *rest)
 
 
@@ -128,8 +133,13 @@ def _run(op: str, x: Tensor, *rest: Any) -> Any:
         sizes = tuple(t.shape for t in tree_flatten(rest)[0] if isinstance(t, Tensor))
         backend = "reference" if backends.better_in_graph(op, x, sizes) else backend
     if backend == "reference":
-        shapes.CHECKS[op](x, *rest)
-    return _IMPLEMENTATIONS[backend][op](x, *rest)
+        shapes.CHECKS[op](x, *rest)  # plain torch lets some misfits pass
+        return _IMPLEMENTATIONS["reference"][op](x, *rest)
+    try:
+        return _IMPLEMENTATIONS[backend][op](x, *rest)
+    except RuntimeError:
+        shapes.CHECKS[op](x, *rest)  # names what does not fit; checking first would cost each call a microsecond
+        raise
 
 
 def _tokens(x: Tensor) -> int:
@@ -258,16 +268,17 @@ class _Backward:
         self.op = op
 
     def __call__(self, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
-        differentiable = [i for i, t in enumerate(saved) if isinstance(t, Tensor) and t.is_floating_point()]
+        again = torch.is_grad_enabled()  # create_graph: the result is differentiated once more
+        leaves = list(ctx.saved_tensors)
+        wanted = [i for i, needed in enumerate(tree_flatten(list(ctx.needs_input_grad))[0]) if needed]
         with torch.enable_grad():
-            leaves = list(saved)
-            for i in differentiable:
-                leaves[i] = saved[i].detach().requires_grad_()
+            for i in wanted:
+                if not (again and leaves[i].requires_grad):
+                    leaves[i] = leaves[i].detach().requires_grad_()
             y = getattr(reference, self.op)(*tree_unflatten(leaves, ctx.structure))
-        grads = torch.autograd.grad(y, [leaves[i] for i in differentiable], grad, allow_unused=True)
-        results: list[Any] = [None] * len(saved)
-        for i, gradient in zip(differentiable, grads, strict=True):
+        found = torch.autograd.grad(y, [leaves[i] for i in wanted], grad, create_graph=again, allow_unused=True)
+        results: list[Any] = [None] * len(leaves)
+        for i, gradient in zip(wanted, found, strict=True):
             results[i] = gradient
         return tuple(tree_unflatten(results, ctx.structure))
 

@@ -179,7 +179,7 @@ def _factorize(
         metric = _metric(config.attention_method, stats[role])
         factors = factorize(linear.weight.data, rank, metric, name=architecture.module_name(index, role))
         bias = None if linear.bias is None else linear.bias.data
-        modules[role] = LowRankLinear.from_factors(factors.left, factors.right, bias)
+        modules[role] = LowRankLinear.from_factors(factors.left, factors.right, bias).train(linear.training)
         errors[role] = factors.error
     return modules, errors
 

@@ -49,18 +49,20 @@ Matrix matrix(const char* name, Tensor& weight, const Tensor& x, int64_t cols) {
   return {weight.const_data_ptr(), weight.size(0), weight.size(1), weight.stride(0)};
 }
 
-const void* vector_data(const char* name, const OptionalTensor& vector, const Tensor& x, int64_t size) {
+const void* vector_data(const char* name, OptionalTensor& vector, const Tensor& x, int64_t size) {
   if (!vector || !vector->numel()) return nullptr;
   check_like(name, *vector, x);
-  STD_TORCH_CHECK(vector->numel() == size && vector->is_contiguous(), "lorap_cpu: ", name, " must be contiguous with ",
-                  size, " elements, has ", vector->numel());
+  STD_TORCH_CHECK(vector->numel() == size, "lorap_cpu: ", name, " must have ", size, " elements, has ",
+                  vector->numel());
+  if (!vector->is_contiguous()) *vector = torch::stable::contiguous(*vector);
   return vector->const_data_ptr();
 }
 
-const int64_t* pivot_data(const OptionalTensor& pivots, int64_t rank, int64_t out_features) {
+const int64_t* pivot_data(OptionalTensor& pivots, int64_t rank, int64_t out_features) {
   if (!pivots || !pivots->numel()) return nullptr;
-  STD_TORCH_CHECK(pivots->is_cpu() && pivots->scalar_type() == ScalarType::Long && pivots->is_contiguous(),
-                  "lorap_cpu: pivot_rows must be contiguous int64 on the CPU");
+  STD_TORCH_CHECK(pivots->is_cpu() && pivots->scalar_type() == ScalarType::Long,
+                  "lorap_cpu: pivot_rows must be int64 on the CPU");
+  if (!pivots->is_contiguous()) *pivots = torch::stable::contiguous(*pivots);
   STD_TORCH_CHECK(pivots->numel() == rank, "lorap_cpu: ", pivots->numel(), " pivot_rows for rank ", rank);
   const int64_t* rows = pivots->const_data_ptr<int64_t>();
   for (int64_t i = 0; i < rank; ++i) {
@@ -71,8 +73,7 @@ const int64_t* pivot_data(const OptionalTensor& pivots, int64_t rank, int64_t ou
   return rows;
 }
 
-LowRankLayer layer(const Tensor& x, Tensor& right, Tensor& left, const OptionalTensor& bias,
-                   const OptionalTensor& pivot_rows) {
+LowRankLayer layer(const Tensor& x, Tensor& right, Tensor& left, OptionalTensor& bias, OptionalTensor& pivot_rows) {
   LowRankLayer result{matrix("right", right, x, x.size(x.dim() - 1)), matrix("left", left, x, right.size(0)), nullptr,
                       nullptr};
   const int64_t pivots = pivot_rows && pivot_rows->numel() ? right.size(0) : 0;
@@ -82,7 +83,7 @@ LowRankLayer layer(const Tensor& x, Tensor& right, Tensor& left, const OptionalT
 }
 
 std::vector<LowRankLayer> layers(const Tensor& x, std::vector<Tensor>& right, std::vector<Tensor>& left,
-                                 const std::vector<Tensor>& bias, const std::vector<Tensor>& pivot_rows) {
+                                 std::vector<Tensor>& bias, std::vector<Tensor>& pivot_rows) {
   const size_t count = right.size();
   STD_TORCH_CHECK(count > 0 && left.size() == count, "lorap_cpu: ", count, " right and ", left.size(), " left factors");
   STD_TORCH_CHECK(bias.empty() || bias.size() == count, "lorap_cpu: ", bias.size(), " biases for ", count, " layers");
@@ -90,8 +91,12 @@ std::vector<LowRankLayer> layers(const Tensor& x, std::vector<Tensor>& right, st
                   " pivot_rows for ", count, " layers");
   std::vector<LowRankLayer> result;
   for (size_t i = 0; i < count; ++i) {
-    result.push_back(layer(x, right[i], left[i], bias.empty() ? OptionalTensor() : OptionalTensor(bias[i]),
-                           pivot_rows.empty() ? OptionalTensor() : OptionalTensor(pivot_rows[i])));
+    OptionalTensor one_bias, one_pivots;
+    if (!bias.empty()) one_bias = bias[i];
+    if (!pivot_rows.empty()) one_pivots = pivot_rows[i];
+    result.push_back(layer(x, right[i], left[i], one_bias, one_pivots));
+    if (one_bias) bias[i] = *one_bias;  // where layer() made a copy, it must outlive the call
+    if (one_pivots) pivot_rows[i] = *one_pivots;
   }
   return result;
 }
@@ -175,7 +180,8 @@ Tensor silu_gated_linear(Tensor x, Tensor gate, Tensor up, OptionalTensor gate_b
 Tensor low_rank_silu_gated_linear(Tensor x, std::vector<Tensor> right, std::vector<Tensor> left,
                                   std::vector<Tensor> bias) {
   const int64_t tokens = tokens_of(x);
-  const std::vector<LowRankLayer> pair = layers(x, right, left, bias, {});
+  std::vector<Tensor> no_pivots;
+  const std::vector<LowRankLayer> pair = layers(x, right, left, bias, no_pivots);
   STD_TORCH_CHECK(pair.size() == 2 && pair[0].left.rows == pair[1].left.rows,
                   "lorap_cpu: gate and up must be two layers of the same width");
   Tensor y = output_like(x, pair[0].left.rows);

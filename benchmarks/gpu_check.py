@@ -1,0 +1,191 @@
+"""The steps of gpu_check.sh: what can only be known on a GPU. Each step appends rows to WORK/STEP.jsonl as it finds them.
+
+    python benchmarks/gpu_check.py STEP --work DIR [--dry-run]
+
+A step that is cut off keeps the rows it has, and gpu_report.py says what is missing. With --dry-run everything runs on the
+CPU with a 32nd of the sizes, to test this program; its numbers mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gpu_timings
+import gpu_values
+import torch
+from gpu_timings import Item, Row
+from torch import Tensor
+
+PACKAGES = ("triton", "numpy", "transformers", "pytest", "pytest-benchmark", "setuptools")
+TOOLS = ("nvcc", "cmake", "ninja", "g++", "compute-sanitizer", "nsys", "ncu")
+SCALE = 32  # of a dry run
+
+
+def environment_rows(device: torch.device, _scale: int) -> Iterator[Item]:
+    """What this machine has, and what is missing."""
+    gpu_values.load_lorap()
+    from lorap import native
+
+    found: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
+    found["CUDA of torch"] = torch.version.cuda or "none: a CPU build"
+    found["GPU"] = None
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        found |= {"GPU": gpu.name, "compute capability": f"{gpu.major}.{gpu.minor}", "L2 bytes": gpu.L2_cache_size}
+        found |= {"multiprocessors": gpu.multi_processor_count}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    found |= {name: shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin") for name in TOOLS}
+    found["lorap's CUDA kernel"] = "built" if native.HAS_CUDA else None
+    for what, value in found.items():
+        yield ({"what": what, "found": value} if value is not None else {"what": what, "not_run": "not there"}), None
+
+
+def factorization_rows(device: torch.device, scale: int) -> Iterator[Item]:
+    """Drivers of eigenvalue and singular value decompositions. Predicted: eigh in float64 takes at most 0.8 s."""
+    n, wide = 4096 // scale, 11008 // scale
+    drivers = {"gesvdj": {"driver": "gesvdj"}, "gesvd": {"driver": "gesvd"}} if device.type == "cuda" else {"gesdd": {}}
+    weight = torch.randn(n, wide, device=device)
+    square = weight[:, :n].contiguous()
+
+    def gram(matrix: Tensor) -> Tensor:
+        matrix = matrix.double()
+        return matrix @ matrix.T
+
+    timed: list[tuple[str, float | None, Callable[[], Any]]] = [
+        (f"Gram matrix of {n}x{wide}, float64", None, lambda: gram(weight)),
+        (f"eigh of {n}x{n}, float64", 0.8, lambda: torch.linalg.eigh(gram(square))),
+        (f"eigh of {n}x{n}, float32", None, lambda: torch.linalg.eigh(gram(square).float())),
+    ]
+    for name, options in drivers.items():
+        timed.append((f"svd of {n}x{n}, {name}, float32", None, lambda options=options: _svd(square, options)))
+    for name, options in drivers.items():
+        timed.append((f"svd of {n}x{wide}, {name}, float32", None, lambda options=options: _svd(weight, options)))
+    torch.linalg.eigh(torch.eye(64, device=device, dtype=torch.float64))  # loads the library
+    for name, prediction, call in timed:
+
+        def measure(call: Callable[[], Any] = call) -> Row:
+            _wait(device)
+            start = time.perf_counter()
+            call()
+            _wait(device)
+            return {"seconds": time.perf_counter() - start}
+
+        yield {"kind": name} | ({"predicted_seconds": prediction} if prediction else {}), measure
+
+
+def _svd(matrix: Tensor, options: dict[str, str]) -> Any:
+    return torch.linalg.svd(matrix, full_matrices=False, **options)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def out_dtype_rows(device: torch.device, scale: int) -> Iterator[Item]:
+    """X^T X of bfloat16 with float32 sums: is it there, and how exact."""
+    for tokens in (1024, 8192):
+        x = torch.randn(tokens // scale, 4096 // scale, device=device, dtype=torch.bfloat16)
+
+        def measure(x: Tensor = x) -> Row:
+            exact = x.double().T @ x.double()
+            error = gpu_values.relative_error(torch.mm(x.T, x, out_dtype=torch.float32), exact)
+            seconds = gpu_timings.seconds_of(lambda x: torch.mm(x.T, x, out_dtype=torch.float32), [(x,)])
+            return {"error": error, "us": 1e6 * seconds, "tflop_per_s": 2 * x.numel() * x.shape[1] / seconds / 1e12}
+
+        yield {"kind": "mm(out_dtype=float32)", "tokens": len(x)}, measure
+
+
+def timed(rows: Callable[..., Iterator[Item]]) -> Callable[..., Iterator[Item]]:
+    """A step of gpu_timings, which needs the ops loaded."""
+
+    def step(device: torch.device, scale: int, **options: Any) -> Iterator[Item]:
+        gpu_values.load_lorap()
+        yield from rows(device, scale, **options)
+
+    return step
+
+
+LAYERS = timed(gpu_timings.layer_rows)
+STEPS: dict[str, Callable[[torch.device, int], Iterator[Item]]] = {
+    "environment": environment_rows,
+    "self-check": functools.partial(gpu_values.self_check_rows, cuda=False),
+    "self-check-cuda": functools.partial(gpu_values.self_check_rows, cuda=True),
+    "values": functools.partial(gpu_values.value_rows, cuda=False),
+    "values-cuda": functools.partial(gpu_values.value_rows, cuda=True),
+    "graphs": functools.partial(gpu_values.graph_rows, cuda=False),
+    "graphs-cuda": functools.partial(gpu_values.graph_rows, cuda=True),
+    "timings": functools.partial(LAYERS, kinds=("dense", "two GEMMs", "triton", "triton pdl")),
+    "timings-cuda": functools.partial(LAYERS, kinds=("cuda",)),
+    "merged": timed(gpu_timings.merged_rows),
+    "squares": timed(gpu_timings.squares_rows),
+    "launches": timed(gpu_timings.launch_rows),
+    "out-dtype": out_dtype_rows,
+    "factorization": factorization_rows,
+    "sanitizer": gpu_values.sanitizer_rows,
+    "one-call": gpu_values.one_call_rows,
+    "compiled": functools.partial(LAYERS, kinds=("compiled dense", "compiled two GEMMs")),
+}
+
+
+def passed(work: Path) -> set[tuple[str, str]] | None:
+    """(op, backend) that were right in bfloat16 in the self-check; None where there has been none."""
+    files = [work / f"{step}.jsonl" for step in ("self-check", "self-check-cuda")]
+    rows = [json.loads(line) for file in files if file.is_file() for line in file.read_text().splitlines()]
+    return (
+        {(row["op"], row["backend"]) for row in rows if row.get("ok") and row["dtype"] == "bfloat16"} if rows else None
+    )
+
+
+def run(what: Row, find: Callable[[], Row] | None) -> Row:
+    """The whole row, or the reason why it did not run."""
+    try:
+        return what | (find() if find and "not_run" not in what else {})
+    except Exception as failure:  # one kernel that fails must not cost the others their numbers
+        return what | {"not_run": f"{type(failure).__name__}: {str(failure)[:300]}"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=STEPS)
+    parser.add_argument("--work", type=Path, required=True, help="folder for the rows")
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, small: tests this program")
+    parser.add_argument("--skip", type=int, default=0, help="rows that are there already")
+    arguments = parser.parse_args()
+    if not arguments.dry_run and not torch.cuda.is_available():
+        raise SystemExit("gpu_check: torch sees no GPU here; --dry-run tests the program without one")
+    if arguments.work.is_dir() and not arguments.step.startswith("self-check"):
+        gpu_timings.allowed = passed(arguments.work)
+    device = torch.device("cpu" if arguments.dry_run else "cuda")
+    keep = arguments.work / f"{arguments.step}.jsonl" if arguments.work.is_dir() else Path(os.devnull)
+    with keep.open("a") as file:
+        items = STEPS[arguments.step](device, SCALE if arguments.dry_run else 1)
+        for number, (what, find) in enumerate(items):
+            if number < arguments.skip:
+                continue
+            row = run(what, find)
+            print(json.dumps(row), file=file, flush=True)
+            if any(
+                sign in row.get("not_run", "") for sign in ("CUDA error", "[CUDA]")
+            ):  # nothing works in this process any more: go on in a new one
+                options = [argument for argument in sys.argv if not argument.startswith("--skip")]
+                os.execv(sys.executable, [sys.executable, *options, f"--skip={number + 1}"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Models of real sizes with random weights: speed does not depend on the values, so nothing is downloaded or factorized.
+
+Ranks and FFN widths of the compressed ones are those that ``lorap.allocation`` gives the paper's recipe.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import common
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+import lorap
+from lorap.allocation import LayerPlan, plan_layer
+from lorap.architectures import ARCHITECTURES, ATTENTION
+
+SIZES: dict[str, dict[str, int]] = {
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
+    "llama-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    },
+    "llama-3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
+TINY = {"hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def plan(sizes: dict[str, int], sparsity: float) -> tuple[dict[str, tuple[int, int]], LayerPlan]:
+    """(out_features, in_features) of the seven projections, and the paper's ranks and width for them."""
+    hidden, width = sizes["hidden_size"], sizes["intermediate_size"]
+    narrow = hidden // sizes["num_attention_heads"] * sizes["num_key_value_heads"]
+    shapes = {"q_proj": (hidden, hidden), "k_proj": (narrow, hidden), "v_proj": (narrow, hidden)}
+    shapes |= {"o_proj": (hidden, hidden), "down_proj": (hidden, width)}
+    shapes |= dict.fromkeys(("gate_proj", "up_proj"), (width, hidden))
+    return shapes, plan_layer(shapes, lorap.CompressionConfig(sparsity=sparsity))
+
+
+@functools.lru_cache(maxsize=3)
+def random_model(
+    name: str, sparsity: float, dtype: torch.dtype, *, layers: int, vocab_size: int = 64, tie: bool = False
+) -> Any:
+    """A model as ``lorap compress`` would leave it, in evaluation mode; ``name`` is a key of SIZES, or ``tiny``."""
+    sizes = TINY if name == "tiny" else SIZES[name]
+    _, layer_plan = plan(sizes, sparsity)
+    options = sizes | {"intermediate_size": layer_plan.intermediate_size}
+    config = LlamaConfig(vocab_size=vocab_size, num_hidden_layers=layers, tie_word_embeddings=tie, **options)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        for layer in model.model.layers:
+            for role in layer_plan.ranks.keys() & set(ATTENTION):
+                old = getattr(layer.self_attn, role)
+                new = lorap.LowRankLinear(
+                    old.in_features, old.out_features, layer_plan.ranks[role], bias=False, dtype=dtype
+                )
+                setattr(layer.self_attn, role, new)
+    model.to_empty(device=common.DEVICE)
+    model.tie_weights()
+    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(common.DEVICE)  # its buffers are computed, not loaded
+    for parameter in model.parameters():
+        limit = (3 / parameter.shape[-1]) ** 0.5
+        nn.init.ones_(parameter) if parameter.ndim == 1 else nn.init.uniform_(parameter, -limit, limit)
+    return model
+
+
+def optimized(model: Any) -> Any:
+    """A copy that shares its weights with ``model``, optimized for decoding."""
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    return lorap.optimize_for_decoding(copy.deepcopy(model, memo=shared))
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The decoder layers, in order."""
+    return list(ARCHITECTURES[model.config.model_type].decoder_layers(model))

@@ -1,0 +1,139 @@
+"""Read what pytest-benchmark measured: one table per group, and a small file of medians and ratios for this machine.
+
+    pytest benchmarks --benchmark-only --benchmark-json=run.json && python benchmarks/table.py run.json
+
+``ratio`` is a row's median time over that of ``lorap`` in the same group: above 1 lorap is that many times as fast. GB/s are the
+bytes a call must move over its time; ``of memory`` is their share of this machine's bandwidth, measured in the same run by a
+copy and a sum. More than 100 % means that a part came from a cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+OURS = "lorap"
+HEADER = ("", "median", "ratio", "GB/s", "of memory", "GFLOP/s", "tokens/s")
+
+
+def read(run: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """group -> kind -> seconds of one call, ratio to ours, and what follows from bytes and FLOPs where they are known."""
+    groups: dict[str, dict[str, dict[str, float]]] = {}
+    for benchmark in run["benchmarks"]:
+        extra = benchmark["extra_info"]
+        seconds = benchmark["stats"]["median"] / extra.get("calls", 1)
+        row = {"seconds": seconds, "rounds": benchmark["stats"]["rounds"]}
+        if extra.get("bytes"):
+            row["gb_per_s"] = extra["bytes"] / seconds / 1e9
+            row["share_of_bandwidth"] = extra["bytes"] / seconds / extra["bandwidth"]
+        if extra.get("flops"):
+            row["gflop_per_s"] = extra["flops"] / seconds / 1e9
+        if extra.get("tokens"):
+            row["tokens_per_s"] = extra["tokens"] / seconds
+        row |= {key: extra[key] for key in ("weight_bytes", "peak_memory_bytes") if key in extra}
+        groups.setdefault(benchmark["group"] or benchmark["name"], {})[benchmark["params"]["kind"]] = row
+    for rows in groups.values():
+        for row in rows.values():
+            if OURS in rows:
+                row["ratio"] = row["seconds"] / rows[OURS]["seconds"]
+    return groups
+
+
+def table(groups: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Every group under its name, numbers to the right."""
+    lines = []
+    for group, rows in groups.items():
+        cells = [HEADER, *((kind, *_cells(row)) for kind, row in rows.items())]
+        used = [column for column in range(len(HEADER)) if any(line[column] for line in cells[1:])]
+        widths = {column: max(len(line[column]) for line in cells) for column in used}
+        lines += [group]
+        for line in cells:
+            rest = (line[column].rjust(widths[column]) for column in used[1:])
+            lines.append("  ".join([f"  {line[0].ljust(widths[0])}", *rest]))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cells(row: dict[str, float]) -> tuple[str, ...]:
+    return (
+        duration(row["seconds"]),
+        f"{row['ratio']:.2f}" if "ratio" in row else "",
+        f"{row['gb_per_s']:.1f}" if "gb_per_s" in row else "",
+        f"{row['share_of_bandwidth']:.0%}" if "share_of_bandwidth" in row else "",
+        f"{row['gflop_per_s']:.1f}" if "gflop_per_s" in row else "",
+        f"{row['tokens_per_s']:,.0f}" if "tokens_per_s" in row else "",
+    )
+
+
+def duration(seconds: float) -> str:
+    """Three significant digits, in us, ms or s."""
+    unit, scale = ("s", 1) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("us", 1e6)
+    return f"{seconds * scale:.3g} {unit}"
+
+
+def machine(run: dict[str, Any]) -> dict[str, Any]:
+    """What the numbers were measured on."""
+    cpu = run["machine_info"]["cpu"]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    return {
+        "machine": gpu or cpu.get("brand_raw") or run["machine_info"]["machine"],
+        "cores": cpu.get("count"),
+        "threads": _first_extra(run, "threads"),
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "date": run["datetime"][:10],
+        "bandwidth": _first_extra(run, "bandwidth"),
+    }
+
+
+def _first_extra(run: dict[str, Any], key: str) -> Any:
+    return next((one["extra_info"][key] for one in run["benchmarks"] if key in one["extra_info"]), None)
+
+
+def slug(name: str) -> str:
+    """A file name: lower case, with single hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def compact(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Medians and ratios only; four significant digits are more than a timing has."""
+    keys = ("seconds", "ratio")
+    return {kind: {key: float(f"{row[key]:.4g}") for key in keys if key in row} for kind, row in rows.items()}
+
+
+def write(folder: Path, found: dict[str, Any], groups: dict[str, dict[str, dict[str, float]]]) -> Path:
+    """One line per group, so that two runs compare well in a diff."""
+    lines = [f"  {json.dumps(group)}: {json.dumps(compact(rows))}" for group, rows in groups.items()]
+    path = folder / f"{slug(found['machine'])}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{{"machine": {json.dumps(found)},\n"groups": {{\n' + ",\n".join(lines) + "\n}}\n")
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="file written by --benchmark-json")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the small file")
+    arguments = parser.parse_args()
+    run = json.loads(arguments.run.read_text())
+    groups, found = read(run), machine(run)
+    print(table(groups))
+    bandwidth = f", {found['bandwidth'] / 1e9:.1f} GB/s of memory" if found["bandwidth"] else ""
+    print(f"{found['machine']}, {found['threads']} threads, torch {found['torch']}{bandwidth}")
+    print(f"written to {write(arguments.out, found, groups)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,394 @@
+"""Which implementation runs: the table, forcing a backend, self-checks, and life without the native library."""
+
+from __future__ import annotations
+
+import contextvars
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import lorap
+from lorap import BackendError, backends, native, ops
+from lorap.environment import describe_environment
+
+ROOT = Path(__file__).parents[1]
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+CPU_OPS = [rule.op for rule in backends.RULES if rule.backend == "cpu"]
+
+needs_cpu_kernels = pytest.mark.skipif(not native.HAS_CPU, reason="lorap/_native.so is not built")
+
+
+@pytest.fixture(autouse=True)
+def fresh_verdicts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(backends, "_verdicts", {})
+    backends._best.cache_clear()
+    yield
+    backends._best.cache_clear()
+
+
+def some_x(tokens: int = 1, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(tokens, 8, dtype=dtype)
+
+
+def python(code: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "LORAP_BACKEND"}
+    environment |= {"OMP_NUM_THREADS": "1"} | env
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+# --- choosing --------------------------------------------------------------------------------------------------------------
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("op", CPU_OPS)
+def test_the_cpu_kernels_serve_up_to_16_tokens_and_torch_the_rest(op: str, dtype: torch.dtype) -> None:
+    chosen = {tokens: backends.choose(op, some_x(tokens, dtype), tokens) for tokens in (0, 1, 16, 17, 500)}
+    assert chosen == {0: "reference", 1: "cpu", 16: "cpu", 17: "reference", 500: "reference"}
+
+
+def test_other_dtypes_and_other_ops_run_the_reference() -> None:
+    assert backends.choose("linear", some_x(dtype=torch.float64), 1) == "reference"
+    assert backends.choose("channel_sq_norm", some_x(), 1) == "reference"
+    assert backends.choose("second_moment", some_x(), 1) == "reference"
+
+
+@needs_cpu_kernels
+def test_the_forced_cpu_kernels_serve_any_number_of_tokens() -> None:
+    with backends.use("cpu"):
+        assert backends.choose("linear", some_x(500), 500) == "cpu"
+        assert backends.choose("linear", some_x(0), 0) == "reference"
+
+
+@needs_cpu_kernels
+def test_what_is_chosen_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    for name in ("cpu", "reference"):
+        monkeypatch.setitem(ops._IMPLEMENTATIONS[name], "linear", lambda x, *_, name=name: ran.append(name) or x)
+    weight = torch.zeros(4, 8)
+    ops.linear(some_x(1), weight)
+    ops.linear(some_x(17), weight)
+    torch.ops.lorap.linear(some_x(16), weight)
+    with backends.use("reference"):
+        ops.linear(some_x(1), weight)
+    assert ran == ["cpu", "reference", "cpu", "reference"]
+
+
+@needs_cpu_kernels
+def test_serves_says_where_a_kernel_of_ours_runs() -> None:
+    assert ops.serves("linear", torch.zeros(2, 8, 4))
+    assert not ops.serves("linear", torch.zeros(2, 9, 4))
+    assert not ops.serves("linear", torch.zeros(2, 0, 4))
+    assert not ops.serves("linear", torch.zeros(()))
+
+
+def test_every_row_has_a_reason_and_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "MISSING", "not built; do this")
+    rows = describe_environment()["kernels"]
+    assert [(row["backend"], row["op"]) for row in rows] == [(rule.backend, rule.op) for rule in backends.RULES]
+    assert all(row["reason"] for row in rows)
+    assert {row["missing"] for row in rows if row["backend"] == "cpu"} == {"not built; do this"}
+
+
+def test_current_is_what_is_forced() -> None:
+    with backends.use("reference"):
+        assert backends.current() == "reference"
+        with backends.use("auto"):
+            assert backends.current() == "auto"
+
+
+# --- forcing ---------------------------------------------------------------------------------------------------------------
+
+
+def test_use_refuses_an_unknown_name() -> None:
+    with (
+        pytest.raises(BackendError, match="backend 'fpga' is none of auto, reference, cpu, triton, cuda"),
+        backends.use("fpga"),
+    ):
+        pass
+
+
+def test_use_nests_and_ends_with_its_block() -> None:
+    before = backends.choose("linear", some_x(), 1)
+    with backends.use("reference"):
+        with backends.use("auto"):
+            assert backends.choose("linear", some_x(), 1) == before
+        assert backends.choose("linear", some_x(), 1) == "reference"
+        with pytest.raises(ZeroDivisionError), backends.use("auto"):
+            _ = 1 / 0
+        assert backends.choose("linear", some_x(), 1) == "reference"
+    assert backends.choose("linear", some_x(), 1) == before
+
+
+@needs_cpu_kernels
+def test_use_holds_in_its_own_thread_only() -> None:
+    seen = {}
+
+    def look(name: str) -> None:
+        seen[name] = backends.choose("linear", some_x(), 1)
+
+    with backends.use("reference"):
+        copied = contextvars.copy_context()
+        threads = [
+            threading.Thread(target=look, args=["plain"]),
+            threading.Thread(target=copied.run, args=[look, "with the context"]),
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert seen == {"plain": "cpu", "with the context": "reference"}
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_gpu_backend_refuses_cpu_tensors(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(native, "HAS_CUDA", True)
+    monkeypatch.setattr(backends, "_has_triton", lambda: True)
+    with (
+        backends.use(backend),
+        pytest.raises(
+            BackendError, match=f"LORAP_BACKEND={backend} cannot run linear on cpu in torch.float32; use auto"
+        ),
+    ):
+        ops.linear(some_x(), torch.zeros(4, 8))
+
+
+def test_a_forced_backend_that_is_missing_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "HAS_CUDA", False)
+    monkeypatch.setattr(native, "MISSING", None)
+    monkeypatch.setattr(backends, "_has_triton", lambda: False)
+    with backends.use("triton"), pytest.raises(BackendError, match="LORAP_BACKEND=triton: triton is not installed"):
+        backends.choose("linear", some_x(), 1)
+    with backends.use("cuda"), pytest.raises(BackendError, match="LORAP_BACKEND=cuda: this build has no CUDA part"):
+        backends.choose("linear", some_x(), 1)
+    monkeypatch.setattr(native, "MISSING", "not built; do this")
+    with backends.use("cpu"), pytest.raises(BackendError, match="LORAP_BACKEND=cpu: not built; do this"):
+        backends.choose("linear", some_x(), 1)
+
+
+@needs_cpu_kernels
+def test_the_forced_cpu_kernels_refuse_what_they_cannot_do() -> None:
+    with backends.use("cpu"):
+        with pytest.raises(BackendError, match=r"cannot run second_moment on cpu in torch.float32; use auto"):
+            ops.second_moment(some_x())
+        with pytest.raises(BackendError, match=r"cannot run linear on cpu in torch.float64; use auto"):
+            ops.linear(some_x(dtype=torch.float64), torch.zeros(4, 8, dtype=torch.float64))
+
+
+def test_environment_forces_a_backend(tmp_path: Path) -> None:
+    code = (
+        "import torch\n"
+        "from lorap import backends\n"
+        "x = torch.zeros(1, 8)\n"
+        "print(backends.choose('linear', x, 1))\n"
+        "with backends.use('auto'): print(backends.choose('linear', x, 1))\n"
+    )
+    run = python(code, tmp_path, LORAP_BACKEND="reference")
+    assert run.stdout.split() == ["reference", "cpu" if native.HAS_CPU else "reference"], run.stderr
+
+
+def test_environment_with_an_unknown_backend_stops_at_import(tmp_path: Path) -> None:
+    run = python("import lorap", tmp_path, LORAP_BACKEND="fpga")
+    assert run.returncode != 0
+    assert "backend 'fpga' is none of auto, reference, cpu, triton, cuda (LORAP_BACKEND)" in run.stderr
+
+
+# --- self-checks -----------------------------------------------------------------------------------------------------------
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("op", CPU_OPS)
+def test_the_cpu_kernels_pass_their_self_check(op: str, dtype: torch.dtype) -> None:
+    assert backends.self_check(op, "cpu", torch.device("cpu"), dtype) is None
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("op", list(ops.SCHEMAS))
+def test_the_reference_passes_its_self_check(op: str, dtype: torch.dtype) -> None:
+    assert backends.self_check(op, "reference", torch.device("cpu"), dtype) is None
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, implementation: Any) -> str:
+    monkeypatch.setitem(ops._IMPLEMENTATIONS["triton"], "linear", implementation)
+    problem = backends.self_check("linear", "triton", torch.device("cpu"), torch.float32)
+    assert problem is not None
+    return problem
+
+
+def test_self_check_names_the_error_of_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = broken(monkeypatch, lambda x, weight: x @ weight.T * 1.25)
+    assert problem == "relative error 0.25 with 3 tokens of 176 features, more than 1e-05"
+
+
+def test_self_check_tries_one_token_and_a_long_k(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which kernels serve by other code than several tokens."""
+    problem = broken(monkeypatch, lambda x, weight: x @ weight.T * (1.5 if len(x) == 1 else 1))
+    assert problem.startswith("relative error 0.5 with 1 tokens of 176 features")
+    problem = broken(monkeypatch, lambda x, weight: x[:, :4000] @ weight[:, :4000].T)
+    assert problem.endswith("with 1 tokens of 4112 features, more than 1e-05")
+
+
+def test_self_check_refuses_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = broken(monkeypatch, lambda x, weight: (x @ weight.T).index_fill(0, torch.tensor(0), torch.nan))
+    assert problem.startswith("relative error nan")
+
+
+def test_self_check_names_what_a_kernel_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("no such instruction")
+
+    assert broken(monkeypatch, fail) == "ValueError: no such instruction"
+
+
+@pytest.fixture
+def gpu_x(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Stands for a tensor on a GPU, of which ``choose`` reads no more than this."""
+    monkeypatch.setattr(backends, "_has_triton", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return SimpleNamespace(is_cpu=False, device=torch.device("cuda", 0), dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """``checks["problem"]`` is what self_check answers, ``checks["calls"]`` what it was asked."""
+    state: dict[str, Any] = {"problem": None, "calls": []}
+
+    def self_check(*key: Any) -> str | None:
+        state["calls"].append(key)
+        return state["problem"]
+
+    monkeypatch.setattr(backends, "self_check", self_check)
+    return state
+
+
+def test_a_gpu_kernel_is_checked_once_per_device_and_dtype(gpu_x: Any, checks: dict[str, Any]) -> None:
+    for _ in range(3):
+        assert backends.choose("low_rank_linear", gpu_x, 1) == "triton"
+    assert checks["calls"] == [("low_rank_linear", "triton", gpu_x.device, torch.bfloat16)]
+    gpu_x.device = torch.device("cuda", 1)
+    assert backends.choose("low_rank_linear", gpu_x, 1) == "triton"
+    assert len(checks["calls"]) == 2
+
+
+def test_a_gpu_kernel_that_fails_is_never_used_and_warned_of_once(gpu_x: Any, checks: dict[str, Any]) -> None:
+    checks["problem"] = "relative error 2"
+    message = (
+        r"lorap's triton kernel low_rank_linear is not used on cuda:0 in torch.bfloat16: relative error 2; torch does"
+    )
+    with pytest.warns(RuntimeWarning, match=message):
+        assert backends.choose("low_rank_linear", gpu_x, 1) == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.choose("low_rank_linear", gpu_x, 1) == "reference"
+    assert len(checks["calls"]) == 1
+
+
+def test_a_forced_gpu_kernel_that_fails_raises(gpu_x: Any, checks: dict[str, Any]) -> None:
+    checks["problem"] = "relative error 2"
+    with (
+        backends.use("triton"),
+        pytest.raises(BackendError, match=r"kernel low_rank_linear is not used.*relative error 2"),
+    ):
+        backends.choose("low_rank_linear", gpu_x, 1)
+
+
+@pytest.mark.filterwarnings("ignore:lorap's triton kernel")
+def test_a_forced_gpu_kernel_that_failed_before_raises_again(gpu_x: Any, checks: dict[str, Any]) -> None:
+    checks["problem"] = "relative error 2"
+    assert backends.choose("low_rank_linear", gpu_x, 1) == "reference"
+    with backends.use("triton"), pytest.raises(BackendError):
+        backends.choose("low_rank_linear", gpu_x, 1)
+
+
+def test_no_gpu_kernel_is_checked_while_a_graph_is_captured(
+    gpu_x: Any, checks: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert backends.choose("low_rank_linear", gpu_x, 1) == "reference"
+    assert not checks["calls"]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert backends.choose("low_rank_linear", gpu_x, 1) == "triton"
+
+
+def test_outside_a_graph_a_decode_kernel_runs_once_per_shape(gpu_x: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first call compiles it; a capture may use only what was compiled before."""
+    monkeypatch.setattr(backends, "_warm", set())
+    gpu_x.shape = (1, 8)
+
+    def left_to_torch(shapes: tuple[int, ...], op: str = "low_rank_linear") -> bool:
+        return backends.better_in_graph(op, gpu_x, shapes)
+
+    assert [left_to_torch((4, 8)) for _ in range(3)] == [False, True, True]
+    assert not left_to_torch((5, 8))
+    assert not left_to_torch((4, 8), "channel_sq_norm")
+    assert not left_to_torch((4, 8), "channel_sq_norm")
+    with backends.use("triton"):
+        assert not left_to_torch((4, 8))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not left_to_torch((4, 8))
+    assert left_to_torch((6, 8))
+    assert left_to_torch((6, 8))
+
+
+# --- without the native library --------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_library_is_a_reason_and_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    damaged = tmp_path / "_native.so"
+    damaged.write_bytes(b"not a library")
+    monkeypatch.setattr(native, "LIBRARY", damaged)
+    reason = native._load()
+    assert reason is not None
+    assert reason.startswith(f"_native.so cannot be opened by torch {torch.__version__}: ")
+
+
+def test_cpu_isa_names_what_this_processor_runs() -> None:
+    known = {"scalar", "avx2", "avx512", "avx512_bf16"} if native.HAS_CPU else {"none"}
+    assert {native.cpu_isa(dtype) for dtype in FLOATS} <= known
+
+
+WITHOUT_LIBRARY = """
+import torch, lorap
+from lorap import backends, native, ops
+assert lorap.__file__.startswith(sys.argv[1]), lorap.__file__
+assert native.MISSING.startswith("not built; install with"), native.MISSING
+assert not native.HAS_CPU and not native.HAS_CUDA and native.cpu_isa(torch.float32) == "none"
+x, right, left = torch.randn(2, 8), torch.randn(3, 8), torch.randn(5, 3)
+torch.testing.assert_close(ops.low_rank_linear(x, right, left), x @ right.T @ left.T)
+for op in ops.SCHEMAS:
+    arguments = ops.example(op, x.device, x.dtype)
+    assert backends.choose(op, x, 2) == "reference"
+    getattr(ops, op)(*arguments)
+layer = lorap.LowRankLinear.from_factors(left, right)
+torch.testing.assert_close(layer(x), x @ right.T @ left.T)
+layer(x).sum().backward()
+try:
+    with backends.use("cpu"):
+        ops.linear(x, right)
+except lorap.BackendError as error:
+    print(error)
+"""
+
+
+def test_without_the_library_everything_runs_through_torch(tmp_path: Path) -> None:
+    package, ignore = tmp_path / "lorap", shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(Path(lorap.__file__).parent, package, ignore=ignore)
+    shutil.copytree(ROOT / "kernels/triton", package / "kernels", ignore=ignore, dirs_exist_ok=True)
+    code = WITHOUT_LIBRARY.replace("sys.argv[1]", repr(str(tmp_path)))
+    run = python(code, tmp_path, PYTHONPATH=str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("LORAP_BACKEND=cpu: not built; install with pip install --no-build-isolation")

@@ -1,0 +1,461 @@
+"""Merged projections compute what each projection computed alone, and leave everything else of a model as it was."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+import lorap
+from lorap import ArchitectureError, LowRankLinear, merge_shared_inputs, native, ops, optimize_for_decoding
+from lorap.merging import GatedMLP, SharedInput
+from lorap.modules import Linear
+
+Merge = Callable[[Any], Any]
+MERGES: list[Merge] = [merge_shared_inputs, optimize_for_decoding]
+KINDS = ["dense", "compressed", "factorized-ffn"]
+QKV = ("q_proj", "k_proj", "v_proj")
+
+needs_cpu_kernels = pytest.mark.skipif(not native.HAS_CPU, reason="lorap/_native.so is not built")
+merges = pytest.mark.parametrize("merge", MERGES, ids=lambda merge: merge.__name__)
+families = pytest.mark.parametrize("family", FAMILIES)
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+_built: dict[tuple[str, str], Any] = {}
+
+
+@pytest.fixture
+def build(make_model: Any, compress_small: Any) -> Callable[..., Any]:
+    """``build(family, kind)``: a model of its own, compressed once per family."""
+
+    def make(family: str = "llama-gqa", kind: str = "compressed") -> Any:
+        if (family, kind) not in _built:
+            model = make_model(family)
+            if kind != "dense":
+                options = {"mlp_method": "factorize"} if kind == "factorized-ffn" else {}
+                model, _ = compress_small(model, **options)
+            _built[family, kind] = model
+        return copy.deepcopy(_built[family, kind])
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def assert_same(found: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+
+
+@torch.no_grad()
+def outputs(model: Any, tokens: Tensor) -> list[Tensor]:
+    """Logits of a long prompt, of a short one, and of a token after each."""
+    found = []
+    for prompt in (tokens[:1], tokens[:3, :5]):
+        first = model(prompt, use_cache=True)
+        step = model(tokens[4, : len(prompt)].view(-1, 1), past_key_values=first.past_key_values, use_cache=True)
+        found += [first.logits, step.logits]
+    return found
+
+
+def attention(model: Any, layer: int = 0) -> Any:
+    return model.model.layers[layer].self_attn
+
+
+def mlp(model: Any, layer: int = 0) -> Any:
+    return model.model.layers[layer].mlp
+
+
+def attention_input(model: Any, *shape: int) -> Tensor:
+    return torch.randn(*shape, model.config.hidden_size)
+
+
+# --- same results ----------------------------------------------------------------------------------------------------------
+
+
+@merges
+@kinds
+@families
+def test_logits_with_and_without_cache_are_as_before(family: str, kind: str, merge: Merge, build: Any, tokens: Tensor):
+    model = build(family, kind)
+    expected = outputs(model, tokens)
+    assert merge(model) is model
+    for found, want in zip(outputs(model, tokens), expected, strict=True):
+        assert_same(found, want)
+
+
+@kinds
+@families
+def test_greedy_generation_is_as_before(family: str, kind: str, build: Any, tokens: Tensor) -> None:
+    model, options = build(family, kind), {"max_new_tokens": 10, "do_sample": False}
+    expected = model.generate(tokens[:2, :6], **options)
+    assert torch.equal(optimize_for_decoding(model).generate(tokens[:2, :6], **options), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["dense", "compressed"])
+def test_two_byte_models(kind: str, dtype: torch.dtype, build: Any, tokens: Tensor) -> None:
+    """Also where the dtype changes after merging."""
+    model = build("llama-gqa", kind)
+    expected = outputs(model.float(), tokens)
+    optimize_for_decoding(model).to(dtype)
+    for found, want in zip(outputs(model, tokens), expected, strict=True):
+        assert found.dtype == dtype
+        assert_same(found.float(), want, 0.1)
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_decode_step_runs_one_op_for_q_k_v_and_one_for_gate_up(
+    kind: str, build: Any, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = dict.fromkeys(ops.SCHEMAS, 0)
+
+    def counted(name: str, run: Callable[..., Any], *arguments: Any) -> Any:
+        calls[name] += 1
+        return run(*arguments)
+
+    for name in ops.SCHEMAS:
+        monkeypatch.setattr(ops, name, functools.partial(counted, name, getattr(ops, name)))
+    model = optimize_for_decoding(build("llama-gqa", kind))
+    with torch.no_grad():
+        model(tokens[:1, :1])
+    gated = "low_rank_silu_gated_linear" if kind == "factorized-ffn" else "silu_gated_linear"
+    down_and_o = {"dense": (2, 0), "compressed": (1, 1), "factorized-ffn": (0, 2)}[kind]
+    expected = {
+        "low_rank_linear_group": 2,
+        gated: 2,
+        "linear": 2 * down_and_o[0] + 1,
+        "low_rank_linear": 2 * down_and_o[1],
+    }
+    assert {name: count for name, count in calls.items() if count} == {name: n for name, n in expected.items() if n}
+
+
+@needs_cpu_kernels
+def test_long_inputs_run_each_projection_by_itself(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = merge_shared_inputs(build())
+    monkeypatch.setattr(SharedInput, "_run", lambda *_: pytest.fail("merged"))
+    with torch.no_grad():
+        attention(model).q_proj(attention_input(model, 17))
+
+
+def pivoted_like(layer: Any, bias: bool) -> LowRankLinear:
+    rank, out_features = 7, layer.out_features
+    rows = torch.randperm(out_features)[:rank].sort().values
+    left, right = torch.randn(out_features - rank, rank) / 3, torch.randn(rank, layer.in_features) / 8
+    return LowRankLinear.from_factors(left, right, torch.randn(out_features) if bias else None, rows)
+
+
+@pytest.mark.parametrize("mixture", [QKV, ("q_proj",), ("k_proj", "v_proj")], ids="+".join)
+def test_pivoted_and_dense_members_mix(mixture: tuple[str, ...], build: Any, tokens: Tensor) -> None:
+    torch.manual_seed(0)
+    model = build("llama-gqa", "dense")
+    for layer in model.model.layers:
+        for name in mixture:
+            setattr(layer.self_attn, name, pivoted_like(getattr(layer.self_attn, name), bias=name != "v_proj"))
+        layer.mlp.gate_proj = pivoted_like(layer.mlp.gate_proj, bias=True)
+    expected = outputs(model, tokens)
+    for found, want in zip(outputs(optimize_for_decoding(model), tokens), expected, strict=True):
+        assert_same(found, want)
+
+
+# --- same model ------------------------------------------------------------------------------------------------------------
+
+
+@merges
+@kinds
+def test_parameters_and_keys_stay(kind: str, merge: Merge, build: Any) -> None:
+    model = build("qwen2", kind).eval()
+    state, pointers = model.state_dict(), {name: p.data_ptr() for name, p in model.named_parameters()}
+    merge(model)
+    assert list(model.state_dict()) == list(state)
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == pointers
+    assert not any(module.training for module in model.modules())
+
+
+@merges
+def test_tied_embeddings_stay_tied(merge: Merge, build: Any) -> None:
+    model = merge(build("llama-gqa"))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.get_output_embeddings() is model.lm_head
+
+
+@merges
+@pytest.mark.parametrize("kind", ["dense", "compressed"])
+@pytest.mark.parametrize("family", ["llama-gqa", "qwen2"])
+def test_saved_after_merging_it_loads_as_before(
+    family: str, kind: str, merge: Merge, make_model: Any, compress_small: Any, tokens: Tensor, tmp_path: Any
+) -> None:
+    model = make_model(family)
+    if kind == "compressed":
+        model, report = compress_small(model)
+        before = outputs(model, tokens)
+        lorap.save(merge(model), tmp_path, report=report)
+    else:
+        before = outputs(model, tokens)
+        merge(model).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not any(isinstance(module, (GatedMLP, Linear)) for module in loaded.modules())
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    for found, want in zip(outputs(loaded, tokens), before, strict=True):
+        assert_same(found, want, 1e-5)
+    loaded.save_pretrained(tmp_path / "again")
+    merge(loaded).save_pretrained(tmp_path / "merged")
+    again = (tmp_path / "again/model.safetensors").read_bytes()
+    assert again == (tmp_path / "merged/model.safetensors").read_bytes()
+
+
+@merges
+@kinds
+def test_training_gradients_are_as_before(kind: str, merge: Merge, build: Any, tokens: Tensor) -> None:
+    plain = build("qwen2", kind).train()
+    merged = merge(copy.deepcopy(plain))
+    for model in (plain, merged):
+        model(tokens[:2, :7], labels=tokens[:2, :7]).loss.backward()
+    pairs = zip(plain.named_parameters(), merged.named_parameters(), strict=True)
+    for (name, expected), (found_name, found) in pairs:
+        assert found_name == name
+        assert expected.grad is not None
+        assert_same(found.grad, expected.grad, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dense", "compressed"])
+def test_autocast_is_as_before(kind: str, build: Any, tokens: Tensor) -> None:
+    model = build("llama-gqa", kind)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(tokens[:1, :5]).logits
+        assert torch.equal(optimize_for_decoding(model)(tokens[:1, :5]).logits, expected)
+
+
+@pytest.mark.parametrize("merge_again", MERGES, ids=lambda merge: merge.__name__)
+@merges
+def test_merging_twice_changes_nothing(merge: Merge, merge_again: Merge, build: Any, tokens: Tensor) -> None:
+    model = merge(build())
+    expected = outputs(model, tokens)
+    group, ffn = attention(model).q_proj.group, mlp(model)
+    merge_again(model)
+    assert attention(model).q_proj.group is group
+    assert mlp(model) is ffn
+    for found, want in zip(outputs(model, tokens), expected, strict=True):
+        assert_same(found, want)
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
+def test_copies_are_independent(duplicate: Callable[[Any], Any], build: Any, tokens: Tensor) -> None:
+    model = optimize_for_decoding(build())
+    with torch.no_grad():
+        attention(model).q_proj(attention_input(model, 1))  # leaves k and v waiting
+    expected = outputs(model, tokens)
+    copied = duplicate(model)
+    group = attention(copied).q_proj.group
+    assert group is attention(copied).k_proj.group
+    assert group is not attention(model).q_proj.group
+    assert all(found is getattr(attention(copied), name) for found, name in zip(group.members, QKV, strict=True))
+    for found, want in zip(outputs(copied, tokens), expected, strict=True):
+        assert torch.equal(found, want)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    for found, want in zip(outputs(model, tokens), expected, strict=True):
+        assert torch.equal(found, want)
+    assert not any(found.any() for found in outputs(copied, tokens))
+
+
+@kinds
+def test_compiles_into_one_graph(kind: str, build: Any, tokens: Tensor) -> None:
+    """One layer for each number of tokens: decoding, and a prompt that is too long for the merged ops."""
+    model = build("llama-gqa", kind)
+    model.model.layers = model.model.layers[:1]
+    with torch.no_grad():
+        expected = [model(tokens[:1, :length], use_cache=False).logits for length in (1, 32)]
+        torch._dynamo.reset()
+        compiled = torch.compile(optimize_for_decoding(model), fullgraph=True, backend="aot_eager", dynamic=False)
+        for length, want in zip((1, 32), expected, strict=True):
+            assert_same(compiled(tokens[:1, :length], use_cache=False).logits, want)
+    torch._dynamo.reset()
+
+
+# --- the projections by themselves -----------------------------------------------------------------------------------------
+
+
+def qkv(model: Any, x: Tensor, order: tuple[str, ...] = QKV) -> dict[str, Tensor]:
+    return {name: getattr(attention(model), name)(x) for name in order}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dense", "compressed"])
+@pytest.mark.parametrize(
+    "order",
+    [("k_proj",), ("v_proj", "q_proj"), ("v_proj", "k_proj", "q_proj"), ("q_proj", "q_proj", "k_proj", "q_proj")],
+    ids="+".join,
+)
+def test_any_order_and_any_one_alone(order: tuple[str, ...], kind: str, build: Any) -> None:
+    model = build("llama-gqa", kind)
+    merged = merge_shared_inputs(copy.deepcopy(model))
+    for _ in range(2):
+        x = attention_input(model, 1, 3)
+        for name in order:
+            assert_same(getattr(attention(merged), name)(x), getattr(attention(model), name)(x), 1e-5)
+
+
+@torch.no_grad()
+def test_interleaved_inputs_do_not_mix(build: Any) -> None:
+    model = build()
+    merged = merge_shared_inputs(copy.deepcopy(model))
+    inputs = [attention_input(model, 1, 3) for _ in range(3)]
+    for name in ("q_proj", "k_proj", "v_proj", "k_proj"):
+        for x in inputs:
+            assert_same(getattr(attention(merged), name)(x), getattr(attention(model), name)(x), 1e-5)
+
+
+@needs_cpu_kernels
+@torch.no_grad()
+def test_an_input_changed_in_place_is_computed_again(build: Any) -> None:
+    model = build()
+    merged = merge_shared_inputs(copy.deepcopy(model))
+    x = attention_input(model, 1, 3)
+    attention(merged).q_proj(x)
+    x.mul_(2)
+    assert_same(attention(merged).k_proj(x), attention(model).k_proj(x), 1e-5)
+
+
+@torch.no_grad()
+@needs_cpu_kernels
+def test_nothing_waits_once_all_are_collected(build: Any) -> None:
+    model = merge_shared_inputs(build())
+    group, x = attention(model).q_proj.group, attention_input(model, 1)
+    attention(model).q_proj(x)
+    assert group._waiting is not None
+    attention(model).v_proj(x)
+    attention(model).k_proj(x)
+    assert group._waiting is None
+
+
+def test_two_threads_share_a_merged_model(build: Any, tokens: Tensor) -> None:
+    model = optimize_for_decoding(build())
+    prompts = [tokens[i : i + 1, :9] for i in range(2)]
+    with torch.no_grad():
+        expected = [model(prompt).logits for prompt in prompts]
+    wrong: list[int] = []
+
+    def run(index: int) -> None:
+        with torch.no_grad():
+            for _ in range(40):
+                if not torch.equal(model(prompts[index]).logits, expected[index]):
+                    wrong.append(index)
+
+    threads = [threading.Thread(target=run, args=[index]) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+# --- hooks and adapters ----------------------------------------------------------------------------------------------------
+
+
+class Adapter(nn.Module):
+    """What a LoRA library puts in the place of a linear layer."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.base_layer, self.added = base, nn.Linear(base.in_features, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.added(x)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_keep_working(kind: str, when: str, build: Any, tokens: Tensor) -> None:
+    torch.manual_seed(0)
+    model = build("llama-gqa", kind)
+    plain = copy.deepcopy(model)
+    if when == "after":
+        optimize_for_decoding(model)
+    for name in ("q_proj", "v_proj"):
+        adapter = Adapter(getattr(attention(plain), name))
+        setattr(attention(plain), name, adapter)
+        ours = Adapter(getattr(attention(model), name))
+        ours.added = copy.deepcopy(adapter.added)
+        setattr(attention(model), name, ours)
+    mlp(plain).up_proj = Adapter(mlp(plain).up_proj)
+    ours = Adapter(mlp(model).up_proj)
+    ours.added = copy.deepcopy(mlp(plain).up_proj.added)
+    mlp(model).up_proj = ours
+    if when == "before":
+        optimize_for_decoding(model)
+    for found, want in zip(outputs(model, tokens), outputs(plain, tokens), strict=True):
+        assert_same(found, want)
+
+
+HOOKED = [
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.o_proj",
+    "mlp",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "when"),
+    list(itertools.product(KINDS, HOOKED, ("before", "after"))),
+)
+def test_hooks_keep_firing(kind: str, name: str, when: str, build: Any, tokens: Tensor) -> None:
+    model, seen = build("llama-gqa", kind), []
+
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        seen.append(output.shape)
+        return output * 2
+
+    plain = copy.deepcopy(model)
+    plain.model.layers[0].get_submodule(name).register_forward_hook(hook)
+    expected = outputs(plain, tokens)
+    count = len(seen)
+    if when == "after":
+        optimize_for_decoding(model)
+    model.model.layers[0].get_submodule(name).register_forward_hook(hook)
+    optimize_for_decoding(model)
+    for found, want in zip(outputs(model, tokens), expected, strict=True):
+        assert_same(found, want)
+    assert len(seen) == 2 * count
+
+
+# --- what cannot be merged -------------------------------------------------------------------------------------------------
+
+
+@merges
+def test_an_unknown_family_is_refused(merge: Merge) -> None:
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=20))
+    with pytest.raises(
+        ArchitectureError, match="cannot merge the projections of model type 'gpt2'; known: llama, mistral"
+    ):
+        merge(model)
+
+
+@merges
+def test_another_activation_is_refused(merge: Merge, make_model: Any) -> None:
+    with pytest.raises(ArchitectureError, match="the FFN of this model uses 'gelu'; the merged FFN computes SiLU only"):
+        merge(make_model("llama-gqa", hidden_act="gelu"))
