@@ -26,53 +26,61 @@ from lorap import native
 from lorap.errors import BackendError
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
-FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
-HALVES = frozenset({torch.bfloat16, torch.float16})
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+
+
+LINEAR_OPS = ("linear", "low_rank_linear", "low_rank_linear_group", "silu_gated_linear", "low_rank_silu_gated_linear")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """``backend`` serves ``op`` on ``device`` for at most ``max_tokens`` tokens."""
+    """``backend`` serves ``ops`` on ``device`` in ``dtypes`` for at most ``max_tokens`` tokens, None for any number."""
 
-    op: str
+    ops: tuple[str, ...]
     device: str
     backend: str
+    dtypes: tuple[torch.dtype, ...]
     max_tokens: int | None
-    dtypes: frozenset[torch.dtype]
     reason: str
 
 
-_DECODE_CPU = (
-    "decoding reads each weight once from memory; torch reaches half of the bandwidth or less (docs/kernels.md)"
-)
-_DECODE_GPU = "modelled, not measured: inside a CUDA graph one pair of launches serves a group (docs/kernels.md)"
-_ONE_READ = "one read of x; torch reads it twice and writes a float32 copy (docs/kernels.md)"
+def _cpu_rules() -> tuple[Rule, ...]:
+    """4096 x 4096 at rank 1024 on two Zen 4 cores, and as two torch matmuls, gave the numbers (docs/kernels.md)."""
+    bf16_unit = native.cpu_isa(torch.bfloat16) == "avx512_bf16"
+    fp16_unit = bool(getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", bool)())
+    no_unit = (
+        "torch computes {} without hardware for it 2.4 to 4 times slower than these kernels, at 16 tokens and at 512"
+    )
+    few = "reads weights at memory speed where torch reaches half of it; {}"
+    rows: tuple[tuple[torch.dtype, int | None, str], ...] = (
+        (torch.float32, 32, few.format("1.6 x at 32 tokens, even at 64, torch wins at 512")),
+        (torch.bfloat16, 32, few.format("even at 32 tokens"))
+        if bf16_unit
+        else (torch.bfloat16, None, no_unit.format("bfloat16")),
+        (torch.float16, 32, few.format("beyond 32 unmeasured"))
+        if fp16_unit
+        else (torch.float16, None, no_unit.format("float16")),
+    )
+    return tuple(Rule(LINEAR_OPS, "cpu", "cpu", (dtype,), tokens, reason) for dtype, tokens, reason in rows)
 
-# The first row that fits wins. Above max_tokens, and for every dtype not listed, torch's own matmuls are the better choice:
-# at 256 tokens and more two cuBLAS GEMMs are within 7 % of anything fused.
+
+_DECODE_GPU = "modelled, not measured: inside a CUDA graph one pair of launches serves a group"
+_ONE_READ = "modelled, not measured: one read of x; torch reads it twice and writes a float32 copy"
+
+# The first row that fits wins; everything else is torch's. On a GPU, from 256 tokens on, two cuBLAS GEMMs are within 7 % of
+# anything fused.
 RULES = (
-    *(
-        Rule(op, "cpu", "cpu", 16, FLOATS, _DECODE_CPU)
-        for op in (
-            "linear",
-            "low_rank_linear",
-            "low_rank_linear_group",
-            "silu_gated_linear",
-            "low_rank_silu_gated_linear",
-        )
-    ),
-    *(
-        Rule(op, "cuda", "triton", 32, HALVES, _DECODE_GPU)
-        for op in ("low_rank_linear", "low_rank_linear_group", "silu_gated_linear", "low_rank_silu_gated_linear")
-    ),
-    Rule("channel_sq_norm", "cuda", "triton", None, FLOATS, _ONE_READ),
+    *_cpu_rules(),
+    Rule(tuple(op for op in LINEAR_OPS if op != "linear"), "cuda", "triton", HALVES, 32, _DECODE_GPU),
+    Rule(("channel_sq_norm",), "cuda", "triton", FLOATS, None, _ONE_READ),
 )
 
 # What a forced backend can run at all, whether or not it wins. The one-launch CUDA kernel stays out of RULES until it has
 # been measured faster than the Triton pair.
 ABLE = {
-    "cpu": {(rule.op, rule.device): FLOATS for rule in RULES if rule.backend == "cpu"},
-    "triton": {(rule.op, "cuda"): FLOATS for rule in RULES if rule.backend == "triton"} | {("linear", "cuda"): FLOATS},
+    "cpu": {(op, "cpu"): FLOATS for op in LINEAR_OPS},
+    "triton": {(op, "cuda"): FLOATS for op in (*LINEAR_OPS, "channel_sq_norm")},
     "cuda": {("low_rank_linear", "cuda"): HALVES},
 }
 
@@ -125,7 +133,7 @@ def choose(op: str, x: Tensor, tokens: int) -> str:
 @functools.lru_cache(maxsize=4096)
 def _best(op: str, device: str, dtype: torch.dtype, tokens: int) -> str:
     for rule in RULES:
-        fits = rule.op == op and rule.device == device and dtype in rule.dtypes
+        fits = op in rule.ops and rule.device == device and dtype in rule.dtypes
         if fits and (rule.max_tokens is None or tokens <= rule.max_tokens) and missing(rule.backend) is None:
             return rule.backend
     return "reference"
@@ -137,6 +145,8 @@ def missing(backend: str) -> str | None:
         return None if _has_triton() else "triton is not installed"
     if backend == "cuda" and not native.HAS_CUDA:
         return native.MISSING or "this build has no CUDA part (nvcc was not there)"
+    if backend == "cpu" and native.cpu_isa(torch.float32) == "scalar":
+        return "no vector instructions that lorap knows; torch has better kernels than its plain C++"
     return native.MISSING if backend == "cpu" else None
 
 

@@ -1,4 +1,4 @@
-"""The ``lorap`` command: compress, eval, generate, info, profile.
+"""The ``lorap`` command: compress, eval, generate, info, profile, env.
 
 Tables go to stdout, progress to stderr; with ``--json`` the last line of stdout is one JSON object. A mistake of the user ends
 with one sentence and exit code 2; ``--debug`` shows the traceback instead.
@@ -19,9 +19,11 @@ import typer
 from transformers.utils import logging as transformers_logging
 
 import lorap
+from lorap.architectures import ARCHITECTURES
 from lorap.calibration.data import DEFAULT_CALIBRATION, DEFAULT_EVALUATION, consecutive_windows
 from lorap.checkpoint import check_output, save
 from lorap.config import ATTENTION_METHODS, MLP_METHODS, RECIPES, CompressionConfig
+from lorap.environment import describe_environment, format_environment
 from lorap.errors import ConfigError, LoRAPError
 from lorap.evaluation import evaluate
 from lorap.info import describe_model, format_info
@@ -208,6 +210,9 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above 0 samples.", min=0)] = 0.0,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    optimize: Annotated[
+        bool, typer.Option(help="Merge q/k/v and gate/up, and use lorap's kernels for dense layers too.")
+    ] = True,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: AsJson = False,
@@ -227,6 +232,8 @@ def generate(
             raise ConfigError(f"{source.name} has no tokenizer, so it cannot read a prompt")
         if chat and not tokenizer.chat_template:
             raise ConfigError(f"the tokenizer of {source.name} has no chat template; leave out --chat")
+        if optimize and getattr(loaded.config, "model_type", None) in ARCHITECTURES:
+            lorap.optimize_for_decoding(loaded)
         results = []
         for text in prompt:
             result = _continue(loaded, tokenizer, text, max_new_tokens, temperature, chat, seed)
@@ -249,6 +256,20 @@ def info(model: Model, as_json: AsJson = False, debug: Debug = False) -> None:
         described = describe_model(find_model(model))
         typer.echo(format_info(described))
         _print_json(as_json, described)
+
+
+@app.command()
+def env(as_json: AsJson = False, debug: Debug = False) -> None:
+    """Versions, devices, and which kernels run what on this machine; paste it into a bug report.
+
+    \b
+    Example:
+      lorap env
+    """
+    with _user_errors(debug):
+        found = describe_environment()
+        typer.echo(format_environment(found))
+        _print_json(as_json, found)
 
 
 @app.command("profile")

@@ -35,7 +35,8 @@ def describe_environment() -> dict[str, Any]:
             {
                 "device": rule.device,
                 "backend": rule.backend,
-                "op": rule.op,
+                "ops": list(rule.ops),
+                "dtypes": [str(dtype).removeprefix("torch.") for dtype in rule.dtypes],
                 "max_tokens": rule.max_tokens,
                 "missing": backends.missing(rule.backend),
                 "reason": rule.reason,
@@ -56,13 +57,13 @@ def format_environment(found: dict[str, Any]) -> str:
         f"CUDA kernels: {'built' if found['native_cuda'] else 'not built'}",
         f"LORAP_BACKEND: {found['backend']}",
     ]
-    lines = [
-        f"{'op':26}  {'device':6}  {'backend':7}  {'tokens':>6}  why, or what is missing; torch does everything else"
-    ]
+    lines = ["which kernels run what; the first row that fits wins, and torch does everything else"]
     for row in found["kernels"]:
-        tokens = "any" if row["max_tokens"] is None else f"<= {row['max_tokens']}"
-        reason = row["missing"] or row["reason"]
-        lines.append(f"{row['op']:26}  {row['device']:6}  {row['backend']:7}  {tokens:>6}  {reason}")
+        tokens = "any number of tokens" if row["max_tokens"] is None else f"up to {row['max_tokens']} tokens"
+        lines.append(
+            f"  {row['backend']} on {row['device']}, {', '.join(row['dtypes'])}, {tokens}: {', '.join(row['ops'])}"
+        )
+        lines.append(f"    {'missing: ' + row['missing'] if row['missing'] else row['reason']}")
     return "\n".join([*facts, "", *lines])
 
 

@@ -197,7 +197,7 @@ def _second_moment(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tenso
 
 _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
     "reference": {op: getattr(reference, op) for op in SCHEMAS} | {"second_moment": _second_moment},
-    "cpu": {rule.op: _cpu(rule.op) for rule in backends.RULES if rule.backend == "cpu"},
+    "cpu": {op: _cpu(op) for op in backends.LINEAR_OPS},
     "triton": {
         "linear": _triton("linear", "linear"),
         "low_rank_linear": _triton_low_rank,

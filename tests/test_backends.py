@@ -23,7 +23,7 @@ from lorap.environment import describe_environment
 
 ROOT = Path(__file__).parents[1]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-CPU_OPS = [rule.op for rule in backends.RULES if rule.backend == "cpu"]
+CPU_OPS = backends.LINEAR_OPS
 
 needs_cpu_kernels = pytest.mark.skipif(not native.HAS_CPU, reason="lorap/_native.so is not built")
 
@@ -54,9 +54,17 @@ def python(code: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]
 @needs_cpu_kernels
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("op", CPU_OPS)
-def test_the_cpu_kernels_serve_up_to_16_tokens_and_torch_the_rest(op: str, dtype: torch.dtype) -> None:
-    chosen = {tokens: backends.choose(op, some_x(tokens, dtype), tokens) for tokens in (0, 1, 16, 17, 500)}
-    assert chosen == {0: "reference", 1: "cpu", 16: "cpu", 17: "reference", 500: "reference"}
+def test_the_cpu_kernels_serve_few_tokens_and_every_number_where_torch_lacks_hardware(
+    op: str, dtype: torch.dtype
+) -> None:
+    chosen = [backends.choose(op, some_x(tokens, dtype), tokens) for tokens in (0, 1, 32, 33, 500)]
+    fast_in_torch = {
+        torch.float32: True,
+        torch.bfloat16: native.cpu_isa(torch.bfloat16) == "avx512_bf16",
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    }
+    many = "reference" if fast_in_torch[dtype] else "cpu"
+    assert chosen == ["reference", "cpu", "cpu", many, many]
 
 
 def test_other_dtypes_and_other_ops_run_the_reference() -> None:
@@ -79,8 +87,8 @@ def test_what_is_chosen_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(ops._IMPLEMENTATIONS[name], "linear", lambda x, *_, name=name: ran.append(name) or x)
     weight = torch.zeros(4, 8)
     ops.linear(some_x(1), weight)
-    ops.linear(some_x(17), weight)
-    torch.ops.lorap.linear(some_x(16), weight)
+    ops.linear(some_x(33), weight)
+    torch.ops.lorap.linear(some_x(32), weight)
     with backends.use("reference"):
         ops.linear(some_x(1), weight)
     assert ran == ["cpu", "reference", "cpu", "reference"]
@@ -88,8 +96,8 @@ def test_what_is_chosen_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_cpu_kernels
 def test_serves_says_where_a_kernel_of_ours_runs() -> None:
-    assert ops.serves("linear", torch.zeros(2, 8, 4))
-    assert not ops.serves("linear", torch.zeros(2, 9, 4))
+    assert ops.serves("linear", torch.zeros(2, 16, 4))
+    assert not ops.serves("linear", torch.zeros(2, 17, 4))
     assert not ops.serves("linear", torch.zeros(2, 0, 4))
     assert not ops.serves("linear", torch.zeros(()))
 
@@ -97,7 +105,7 @@ def test_serves_says_where_a_kernel_of_ours_runs() -> None:
 def test_every_row_has_a_reason_and_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "MISSING", "not built; do this")
     rows = describe_environment()["kernels"]
-    assert [(row["backend"], row["op"]) for row in rows] == [(rule.backend, rule.op) for rule in backends.RULES]
+    assert [(row["backend"], row["ops"]) for row in rows] == [(rule.backend, list(rule.ops)) for rule in backends.RULES]
     assert all(row["reason"] for row in rows)
     assert {row["missing"] for row in rows if row["backend"] == "cpu"} == {"not built; do this"}
 
