@@ -9,11 +9,20 @@ struct Avx2 {
   using Packed = float;
   using Acc = __m256;
   static constexpr int kTileRows = 2;  // 2 rows x 4 tokens = 8 of 16 registers hold sums
+  static constexpr int kSums = 8;
   static Acc zero() { return _mm256_setzero_ps(); }
+  static Acc add(Acc a, Acc b) { return _mm256_add_ps(a, b); }
   static float sum(__m256 v) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+  }
+  // Adding neighbours of two vectors side by side, twice, leaves in each half of a vector four sums over that half.
+  static void sums(const __m256* v, float* out) {
+    const __m256 low = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+    const __m256 high = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
+    _mm256_storeu_ps(out,
+                     _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)));
   }
   static Packed from_float(float f) { return f; }
 };

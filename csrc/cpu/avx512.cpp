@@ -1,16 +1,11 @@
 // AVX-512 F + BW: Intel servers since 2017, AMD since 2022. Built with -mavx512f -mavx512bw -mavx512vl -mf16c.
-#include <immintrin.h>
-
+#include "avx512_sums.h"
 #include "dot_tile.h"
 
 namespace {
 
-struct Avx512 {
+struct Avx512 : Avx512Sums {
   using Packed = float;
-  using Acc = __m512;
-  static constexpr int kTileRows = 4;  // 4 rows x 4 tokens = 16 of 32 registers hold sums
-  static Acc zero() { return _mm512_setzero_ps(); }
-  static float sum(__m512 v) { return _mm512_reduce_add_ps(v); }
   static Packed from_float(float f) { return f; }
 };
 

@@ -3,21 +3,16 @@
 //
 // One instruction multiplies 32 pairs and adds neighbours: half the work per token of avx512.cpp. It treats subnormal
 // numbers as zero, and the outputs of the shrink stage are rounded to bfloat16, as two torch matmuls do too.
-#include <immintrin.h>
-
+#include "avx512_sums.h"
 #include "dot_tile.h"
 
 namespace {
 
-struct BFloat16 {
+struct BFloat16 : Avx512Sums {
   using Weight = uint16_t;
   using Packed = uint16_t;
-  using Acc = __m512;
   using Wide = __m512i;
   static constexpr int64_t kStep = 32;
-  static constexpr int kTileRows = 4;
-  static Acc zero() { return _mm512_setzero_ps(); }
-  static float sum(__m512 v) { return _mm512_reduce_add_ps(v); }
   static Wide widen(const uint16_t* w) { return _mm512_loadu_si512(w); }
   static Wide widen_tail(const uint16_t* w, int64_t count) { return _mm512_maskz_loadu_epi16((1u << count) - 1, w); }
   static Acc multiply_add(Wide wide, const uint16_t* packed, Acc acc) {

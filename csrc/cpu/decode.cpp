@@ -84,24 +84,34 @@ struct Call {
   }
 };
 
-// Calls body(job, row, rows) for blocks of rows of several weights, in parallel.
+// Rows of one weight in a parallel loop over the rows of several.
+struct Rows {
+  int64_t count;
+  int64_t weights;  // in each
+};
+
+// Calls body(job, row, rows) for blocks of rows of several weights. Threads share out the weights, not the rows: in a
+// group the ranks differ, and with them what a row costs.
 template <class Body>
-void for_row_blocks(const Call& call, const std::vector<int64_t>& job_rows, int64_t weights_per_row, const Body& body) {
+void for_row_blocks(const Call& call, const std::vector<Rows>& jobs, const Body& body) {
   int64_t total = 0;
-  for (int64_t rows : job_rows) total += rows;
+  for (const Rows& job : jobs) total += job.count * job.weights;
   auto run = [&](int64_t begin, int64_t end) {
-    int64_t first = 0;  // of this job, among the rows of all jobs
-    for (size_t job = 0; job < job_rows.size(); first += job_rows[job++]) {
-      const int64_t last = std::min(end - first, job_rows[job]);
-      for (int64_t row = std::max<int64_t>(begin - first, 0); row < last; row += kBlock) {
-        body(job, row, std::min(kBlock, last - row));
-      }
+    int64_t first = 0;  // weight of this job, among those of all jobs
+    for (size_t job = 0; job < jobs.size(); first += jobs[job].count * jobs[job].weights, ++job) {
+      // Whole blocks, wherever the threads part: the same rows share a tile, and so round alike, with any number of
+      // threads.
+      const int64_t block = kBlock * std::max<int64_t>(jobs[job].weights, 1);
+      const auto row_at = [&](int64_t weight) {
+        return std::clamp<int64_t>((weight - first + block - 1) / block * kBlock, 0, jobs[job].count);
+      };
+      const int64_t last = row_at(end);
+      for (int64_t row = row_at(begin); row < last; row += kBlock) body(job, row, std::min(kBlock, last - row));
     }
   };
-  const int64_t grain = kGrainWeights / std::max<int64_t>(weights_per_row, 1) + 1;
-  if (total <= grain) return run(0, total);
+  if (total <= kGrainWeights) return run(0, total);
   call.parallel_for(
-      0, total, grain,
+      0, total, kGrainWeights,
       [](int64_t begin, int64_t end, void* context) { (*static_cast<decltype(run)*>(context))(begin, end); }, &run);
 }
 
@@ -145,18 +155,18 @@ using Shrunk = std::vector<std::unique_ptr<float[], Free>>;
 // Stage 1 of a group: T of each layer, (tokens, rank) float32; pivot rows are finished here.
 Shrunk shrink(const Call& call, const void* x, const LowRankLayer* layers, int64_t count, const int64_t* first_output) {
   Shrunk shrunk;
-  std::vector<int64_t> ranks;
+  std::vector<Rows> jobs;
   for (int64_t i = 0; i < count; ++i) {
-    ranks.push_back(layers[i].right.rows);
-    shrunk.push_back(scratch<float>(call.tokens * ranks.back()));
+    jobs.push_back({layers[i].right.rows, layers[i].right.cols});
+    shrunk.push_back(scratch<float>(call.tokens * layers[i].right.rows));
   }
-  const int64_t k = layers[0].right.cols;
-  const PackedTokens packed = call.pack(x, k);
-  for_row_blocks(call, ranks, k, [&](size_t job, int64_t row, int64_t rows) {
+  const PackedTokens packed = call.pack(x, layers[0].right.cols);
+  for_row_blocks(call, jobs, [&](size_t job, int64_t row, int64_t rows) {
+    const int64_t rank = layers[job].right.rows;
     float dots[kMaxTokens * kBlock];
     call.dot(layers[job].right, row, rows, packed, dots);
     for (int64_t m = 0; m < call.tokens; ++m) {
-      std::memcpy(shrunk[job].get() + m * ranks[job] + row, dots + m * kBlock, rows * sizeof(float));
+      std::memcpy(shrunk[job].get() + m * rank + row, dots + m * kBlock, rows * sizeof(float));
     }
     if (layers[job].pivot_rows) {
       finish_scattered(call, layers[job], first_output[job], layers[job].pivot_rows + row, rows, dots);
@@ -166,22 +176,20 @@ Shrunk shrink(const Call& call, const void* x, const LowRankLayer* layers, int64
 }
 
 void low_rank_block(const Call& call, const void* x, const LowRankLayer* layers, int64_t count) {
-  std::vector<int64_t> first_output(count), rows;
+  std::vector<int64_t> first_output(count);
+  std::vector<Rows> jobs;
   std::vector<std::vector<int64_t>> others(count);
   for (int64_t i = 0, next = 0; i < count; next += layers[i++].out_features()) {
     first_output[i] = next;
-    rows.push_back(layers[i].left.rows);
+    jobs.push_back({layers[i].left.rows, layers[i].left.cols});
     if (layers[i].pivot_rows) others[i] = other_rows(layers[i]);
   }
   const Shrunk shrunk = shrink(call, x, layers, count, first_output.data());
   std::vector<PackedTokens> packed;
-  int64_t weights = 0, total_rows = 0;
   for (int64_t i = 0; i < count; ++i) {
     packed.push_back(call.pack_float(shrunk[i].get(), layers[i].right.rows));
-    weights += layers[i].left.rows * layers[i].left.cols;
-    total_rows += layers[i].left.rows;
   }
-  for_row_blocks(call, rows, weights / std::max<int64_t>(total_rows, 1), [&](size_t job, int64_t row, int64_t block) {
+  for_row_blocks(call, jobs, [&](size_t job, int64_t row, int64_t block) {
     const LowRankLayer& layer = layers[job];
     float dots[kMaxTokens * kBlock];
     call.dot(layer.left, row, block, packed[job], dots);
@@ -198,7 +206,7 @@ void low_rank_block(const Call& call, const void* x, const LowRankLayer* layers,
 // One stage: silu(gate_x gate^T + gate_bias) * (up_x up^T + up_bias).
 void gated_stage(const Call& call, const PackedTokens& gate_x, const PackedTokens& up_x, Matrix gate, Matrix up,
                  const void* gate_bias, const void* up_bias) {
-  for_row_blocks(call, {gate.rows}, gate.cols + up.cols, [&](size_t, int64_t row, int64_t rows) {
+  for_row_blocks(call, {{gate.rows, gate.cols + up.cols}}, [&](size_t, int64_t row, int64_t rows) {
     float gate_dots[kMaxTokens * kBlock], up_dots[kMaxTokens * kBlock];
     call.dot(gate, row, rows, gate_x, gate_dots);
     call.dot(up, row, rows, up_x, up_dots);
@@ -233,7 +241,7 @@ void for_token_blocks(Machine machine, const void* x, int64_t tokens, int64_t k,
 void linear(Machine machine, const void* x, int64_t tokens, Matrix weight, const void* bias, void* y) {
   for_token_blocks(machine, x, tokens, weight.cols, y, weight.rows, [&](const Call& call, const void* some_x) {
     const PackedTokens packed = call.pack(some_x, weight.cols);
-    for_row_blocks(call, {weight.rows}, weight.cols, [&](size_t, int64_t row, int64_t rows) {
+    for_row_blocks(call, {{weight.rows, weight.cols}}, [&](size_t, int64_t row, int64_t rows) {
       float dots[kMaxTokens * kBlock];
       call.dot(weight, row, rows, packed, dots);
       for (int64_t m = 0; m < call.tokens; ++m) {

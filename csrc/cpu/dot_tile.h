@@ -4,9 +4,10 @@
 //   Lane::Weight, Lane::Packed    element types in memory
 //   Lane::kStep                   elements per weight load
 //   Lane::kTileRows               rows that share the loads of x when several tokens are served
-//   Lane::Acc                     vector of partial sums; zero() makes one
+//   Lane::Acc                     vector of partial sums; zero() makes one, add(a, b) adds two, sum(a) adds its
+//   elements Lane::kSums, sums(acc, out)   sum() of kSums vectors at once, which takes a third of the instructions
 //   Lane::Wide                    one step of weights, ready to multiply
-//   widen(weight), widen_tail(weight, count), multiply_add(wide, packed, acc), sum(acc)
+//   widen(weight), widen_tail(weight, count), multiply_add(wide, packed, acc)
 //   place(i)                      where element i of a step goes when x is packed
 //   from_weight(w), from_float(f) to Packed; to_float(w), to_weight(f)
 //
@@ -80,16 +81,17 @@ template <class Lane, int Rows, int Tokens, bool Prefetch>
 void dot_tile(const typename Lane::Weight* weight, int64_t weight_stride, int64_t k, const char* packed,
               int64_t packed_stride, float* dots, int64_t dots_stride) {
   using Packed = typename Lane::Packed;
-  typename Lane::Acc acc[Rows][Tokens];
-  for (int r = 0; r < Rows; ++r)
-    for (int m = 0; m < Tokens; ++m) acc[r][m] = Lane::zero();
+  constexpr int kSums = Rows == 1 ? Tokens : Lane::kSums;
+  static_assert(Rows * Tokens <= kSums);
+  typename Lane::Acc acc[kSums];  // [token][row], and zeros up to what sums() takes
+  for (int i = 0; i < kSums; ++i) acc[i] = Lane::zero();
 
   auto step = [&](int64_t at, auto load) {
     for (int r = 0; r < Rows; ++r) {
       const typename Lane::Wide wide = load(weight + r * weight_stride + at);
       for (int m = 0; m < Tokens; ++m) {
-        acc[r][m] =
-            Lane::multiply_add(wide, reinterpret_cast<const Packed*>(packed + m * packed_stride) + at, acc[r][m]);
+        const Packed* x = reinterpret_cast<const Packed*>(packed + m * packed_stride) + at;
+        acc[m * Rows + r] = Lane::multiply_add(wide, x, acc[m * Rows + r]);
       }
     }
   };
@@ -102,8 +104,14 @@ void dot_tile(const typename Lane::Weight* weight, int64_t weight_stride, int64_
   }
   if (at < k) step(at, [&](const typename Lane::Weight* w) { return Lane::widen_tail(w, k - at); });
 
-  for (int r = 0; r < Rows; ++r)
-    for (int m = 0; m < Tokens; ++m) dots[m * dots_stride + r] = Lane::sum(acc[r][m]);
+  float sums[kSums];
+  if constexpr (Rows == 1) {
+    for (int m = 0; m < Tokens; ++m) sums[m] = Lane::sum(acc[m]);
+  } else {
+    Lane::sums(acc, sums);
+  }
+  for (int m = 0; m < Tokens; ++m)
+    for (int r = 0; r < Rows; ++r) dots[m * dots_stride + r] = sums[m * Rows + r];
 }
 
 // One row and one token: a single stream, which the processor fetches ahead best, with four independent sums to hide
@@ -120,7 +128,7 @@ float dot_stream(const typename Lane::Weight* weight, int64_t k, const typename 
   }
   for (; at + step <= k; at += step) acc[0] = Lane::multiply_add(Lane::widen(weight + at), packed + at, acc[0]);
   if (at < k) acc[1] = Lane::multiply_add(Lane::widen_tail(weight + at, k - at), packed + at, acc[1]);
-  return (Lane::sum(acc[0]) + Lane::sum(acc[1])) + (Lane::sum(acc[2]) + Lane::sum(acc[3]));
+  return Lane::sum(Lane::add(Lane::add(acc[0], acc[1]), Lane::add(acc[2], acc[3])));
 }
 
 template <class Lane, int Rows>

@@ -40,6 +40,7 @@ struct ScalarLane {
   };
   static constexpr int64_t kStep = 8;
   static constexpr int kTileRows = 1;
+  static constexpr int kSums = 1;
   static Acc zero() { return {}; }
   static Wide widen(const Weight* w) { return widen_tail(w, kStep); }
   static Wide widen_tail(const Weight* w, int64_t count) {
@@ -50,6 +51,10 @@ struct ScalarLane {
   static Acc multiply_add(const Wide& wide, const Packed* packed, Acc acc) {
     for (int i = 0; i < 8; ++i) acc.value[i] += wide.value[i] * packed[i];
     return acc;
+  }
+  static Acc add(Acc a, const Acc& b) {
+    for (int i = 0; i < 8; ++i) a.value[i] += b.value[i];
+    return a;
   }
   static float sum(const Acc& acc) {
     float total = 0;
