@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench
+.PHONY: help setup demo test lint bench targets
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' Makefile
@@ -33,3 +33,6 @@ test: lint ## lint, then all tests, and each benchmark once
 bench: $(READY) ## measure kernels, layers and the factorization against their alternatives
 	run=$$(mktemp) && $(BIN)/pytest benchmarks --benchmark-only --benchmark-quiet --benchmark-json=$$run && \
 		$(BIN)/python benchmarks/table.py $$run; status=$$?; rm -f $$run; exit $$status
+
+targets: $(READY) ## measure what the CPU kernels are meant to reach, contenders interleaved
+	$(BIN)/python benchmarks/targets.py

@@ -78,7 +78,7 @@ RULES = (
 
 # What a forced backend can run at all, whether or not it wins. The one-launch CUDA kernel stays out of RULES until it has
 # been measured faster than the Triton pair.
-ABLE = {
+ABLE: dict[str, dict[tuple[str, str], tuple[torch.dtype, ...]]] = {
     "cpu": {(op, "cpu"): FLOATS for op in LINEAR_OPS},
     "triton": {(op, "cuda"): FLOATS for op in (*LINEAR_OPS, "channel_sq_norm")},
     "cuda": {("low_rank_linear", "cuda"): HALVES},

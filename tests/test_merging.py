@@ -151,7 +151,7 @@ def test_long_inputs_run_each_projection_by_itself(build: Any, monkeypatch: pyte
     model = merge_shared_inputs(build())
     monkeypatch.setattr(SharedInput, "_run", lambda *_: pytest.fail("merged"))
     with torch.no_grad():
-        attention(model).q_proj(attention_input(model, 17))
+        attention(model).q_proj(attention_input(model, 33))
 
 
 def pivoted_like(layer: Any, bias: bool) -> LowRankLinear:

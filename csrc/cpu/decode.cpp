@@ -1,6 +1,7 @@
 #include "decode.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -12,10 +13,13 @@ namespace lorap::cpu {
 namespace {
 
 // Rows whose outputs are finished together: bias, activation and rounding run over vectors of this length.
-constexpr int64_t kBlock = 32;
+constexpr int64_t kBlock = 16;
 
 // Weights that are worth waking another thread for (about 5 us of reading from memory).
 constexpr int64_t kGrainWeights = 1 << 16;
+
+// Weights that a thread takes at a time: long enough to stream, short enough that none waits long for the last.
+constexpr int64_t kChunkWeights = 1 << 16;
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -54,6 +58,7 @@ class PackedTokens {
 struct Call {
   const RowKernel& kernel;
   ParallelFor parallel_for;
+  int64_t threads;
   int64_t tokens;
   int64_t element;  // bytes of one element of x, weights and y
   char* y;          // (tokens, out_features)
@@ -90,29 +95,34 @@ struct Rows {
   int64_t weights;  // in each
 };
 
-// Calls body(job, row, rows) for blocks of rows of several weights. Threads share out the weights, not the rows: in a
-// group the ranks differ, and with them what a row costs.
+// Calls body(job, row, rows) for blocks of rows of several weights. Threads take a chunk at a time, whoever is free: a
+// thread that wakes up late, or shares its core with another program, does less. Chunks are whole blocks, so the same
+// rows share a tile, and round alike, with any number of threads.
 template <class Body>
 void for_row_blocks(const Call& call, const std::vector<Rows>& jobs, const Body& body) {
-  int64_t total = 0;
-  for (const Rows& job : jobs) total += job.count * job.weights;
-  auto run = [&](int64_t begin, int64_t end) {
-    int64_t first = 0;  // weight of this job, among those of all jobs
-    for (size_t job = 0; job < jobs.size(); first += jobs[job].count * jobs[job].weights, ++job) {
-      // Whole blocks, wherever the threads part: the same rows share a tile, and so round alike, with any number of
-      // threads.
-      const int64_t block = kBlock * std::max<int64_t>(jobs[job].weights, 1);
-      const auto row_at = [&](int64_t weight) {
-        return std::clamp<int64_t>((weight - first + block - 1) / block * kBlock, 0, jobs[job].count);
-      };
-      const int64_t last = row_at(end);
-      for (int64_t row = row_at(begin); row < last; row += kBlock) body(job, row, std::min(kBlock, last - row));
+  int64_t weights = 0, chunks = 0;
+  std::vector<int64_t> chunk_rows;  // of each job
+  for (const Rows& job : jobs) {
+    const int64_t blocks = kChunkWeights / (kBlock * std::max<int64_t>(job.weights, 1)) + 1;
+    chunk_rows.push_back(blocks * kBlock);
+    chunks += (job.count + chunk_rows.back() - 1) / chunk_rows.back();
+    weights += job.count * job.weights;
+  }
+  auto run_chunk = [&](int64_t chunk) {
+    size_t job = 0;
+    for (int64_t before; chunk >= (before = (jobs[job].count + chunk_rows[job] - 1) / chunk_rows[job]); ++job) {
+      chunk -= before;
     }
+    const int64_t last = std::min((chunk + 1) * chunk_rows[job], jobs[job].count);
+    for (int64_t row = chunk * chunk_rows[job]; row < last; row += kBlock) body(job, row, std::min(kBlock, last - row));
   };
-  if (total <= kGrainWeights) return run(0, total);
+  std::atomic<int64_t> next{0};
+  auto work = [&] {
+    for (int64_t chunk; (chunk = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) run_chunk(chunk);
+  };
+  if (weights <= kGrainWeights || call.threads == 1) return work();
   call.parallel_for(
-      0, total, kGrainWeights,
-      [](int64_t begin, int64_t end, void* context) { (*static_cast<decltype(run)*>(context))(begin, end); }, &run);
+      0, call.threads, 1, [](int64_t, int64_t, void* context) { (*static_cast<decltype(work)*>(context))(); }, &work);
 }
 
 float silu(float x) { return x / (1.0f + std::exp(-x)); }
@@ -226,11 +236,9 @@ void for_token_blocks(Machine machine, const void* x, int64_t tokens, int64_t k,
                       const Body& body) {
   const int64_t element = machine.kernel->element_bytes;
   for (int64_t first = 0; first < tokens; first += kMaxTokens) {
-    const Call call{*machine.kernel,
-                    machine.parallel_for,
-                    std::min(kMaxTokens, tokens - first),
-                    element,
-                    static_cast<char*>(y) + first * out_features * element,
+    const Call call{*machine.kernel, machine.parallel_for,
+                    machine.threads, std::min(kMaxTokens, tokens - first),
+                    element,         static_cast<char*>(y) + first * out_features * element,
                     out_features};
     body(call, static_cast<const char*>(x) + first * k * element);
   }

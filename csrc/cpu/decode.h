@@ -30,10 +30,11 @@ struct LowRankLayer {
 using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, ParallelBody body, void* context);
 
-// How to compute: which instructions, which threads.
+// How to compute: which instructions, and how many threads.
 struct Machine {
   const RowKernel* kernel;
   ParallelFor parallel_for;
+  int64_t threads;
 };
 
 // All tensors have the kernel's dtype, x is (tokens, K) and y (tokens, N) without gaps; any number of tokens is right,

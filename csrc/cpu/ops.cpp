@@ -133,7 +133,7 @@ Machine machine(Dtype dtype) {
   const lorap::cpu::RowKernel* kernel = lorap::cpu::find_kernel(dtype, forced);
   STD_TORCH_CHECK(kernel, "lorap_cpu: this processor or build has no instructions called LORAP_CPU_ISA=", forced,
                   " for this dtype");
-  return {kernel, parallel_for};
+  return {kernel, parallel_for, torch::stable::get_num_threads()};
 }
 
 Tensor linear(Tensor x, Tensor weight, OptionalTensor bias) {
