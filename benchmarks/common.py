@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -164,18 +165,20 @@ def synchronize() -> None:
 
 @functools.cache
 def memory_bandwidth() -> float:
-    """Bytes per second of this machine's memory: the better of a copy (read and write) and a sum (read), best of five."""
+    """Bytes per second of this machine's memory: the better of a copy (read and write) and a sum (read), median of nine."""
     source = torch.ones(2**26 if DEVICE.type == "cpu" else 2**28, device=DEVICE)
     target = torch.empty_like(source)
-    best = 0.0
+    found = []
     for moved, call in ((2 * source.nbytes, lambda: target.copy_(source)), (source.nbytes, source.sum)):
-        for _ in range(5):
+        rates = []
+        for _ in range(9):
             synchronize()
             start = time.perf_counter()
             call()
             synchronize()
-            best = max(best, moved / (time.perf_counter() - start))
-    return best
+            rates.append(moved / (time.perf_counter() - start))
+        found.append(statistics.median(rates))
+    return max(found)
 
 
 def skip_if_slow(benchmark: Any, dtype: torch.dtype, flops: int) -> None:
