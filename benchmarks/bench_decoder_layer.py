@@ -28,7 +28,7 @@ class FixedCache:
         shape = (batch, config.num_key_value_heads, CACHE_LENGTH + 1, config.head_dim)
         self.pairs = [[common.random(*shape, dtype=torch.bfloat16) for _ in range(2)] for _ in range(layers)]
 
-    def update(self, key, value, layer_idx, *_):
+    def update(self, key, value, layer_idx, *_, **__):
         """Write the last position of a layer and return all of it, as transformers' caches do."""
         for kept, new in zip(self.pairs[layer_idx], (key, value), strict=True):
             kept[:, :, -1:] = new

@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -124,18 +125,31 @@ def measure(
         seconds = time.perf_counter() - start
     least = 5 if seconds < 1 else 2
     benchmark.pedantic(run, rounds=max(least, min(1000, int(SECONDS / seconds))))
-    annotate(benchmark, nbytes=nbytes, flops=flops, calls=calls, **extra)
+    # What turns a time into GB/s, FLOP/s and a share of this machine's bandwidth.
+    found = {
+        "bytes": nbytes,
+        "flops": flops,
+        "calls": calls,
+        "allocated_bytes": peak_allocated(lambda: call(*arguments[0])),
+    }
+    machine = {"bandwidth": memory_bandwidth(), "threads": torch.get_num_threads()}
+    benchmark.extra_info |= found | machine | extra
     return result
 
 
-def annotate(benchmark: Any, *, nbytes: int, flops: int = 0, calls: int = 1, **extra: Any) -> None:
-    """Leave in ``extra_info`` what turns a time into GB/s, FLOP/s and a share of this machine's bandwidth."""
-    if DEVICE.type == "cuda":
-        extra["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-    machine = {"bandwidth": memory_bandwidth(), "threads": torch.get_num_threads()}
-    benchmark.extra_info |= {"bytes": nbytes, "flops": flops, "calls": calls} | machine | extra
+def peak_allocated(call: Callable[[], Any]) -> int:
+    """The most bytes of tensors that ``call`` holds at once, beyond its arguments; buffers inside C++ kernels do not count."""
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(held, default=0)
 
 
 def capture(call: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> Callable[[], None]:

@@ -4,7 +4,8 @@
 
 ``ratio`` is a row's median time over that of ``lorap`` in the same group: above 1 lorap is that many times as fast. GB/s are the
 bytes a call must move over its time; ``of memory`` is their share of this machine's bandwidth, measured in the same run by a
-copy and a sum. More than 100 % means that a part came from a cache.
+copy and a sum. More than 100 % means that a part came from a cache. ``allocates`` is the most a call holds at once in new
+tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OURS = "lorap"
-HEADER = ("", "median", "ratio", "GB/s", "of memory", "GFLOP/s", "tokens/s")
+HEADER = ("", "median", "ratio", "GB/s", "of memory", "GFLOP/s", "tokens/s", "weights", "allocates")
 
 
 def read(run: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
@@ -36,7 +37,7 @@ def read(run: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
             row["gflop_per_s"] = extra["flops"] / seconds / 1e9
         if extra.get("tokens"):
             row["tokens_per_s"] = extra["tokens"] / seconds
-        row |= {key: extra[key] for key in ("weight_bytes", "peak_memory_bytes") if key in extra}
+        row |= {key: extra[key] for key in ("weight_bytes", "allocated_bytes") if key in extra}
         groups.setdefault(benchmark["group"] or benchmark["name"], {})[benchmark["params"]["kind"]] = row
     for rows in groups.values():
         for row in rows.values():
@@ -68,6 +69,8 @@ def _cells(row: dict[str, float]) -> tuple[str, ...]:
         f"{row['share_of_bandwidth']:.0%}" if "share_of_bandwidth" in row else "",
         f"{row['gflop_per_s']:.1f}" if "gflop_per_s" in row else "",
         f"{row['tokens_per_s']:,.0f}" if "tokens_per_s" in row else "",
+        f"{row['weight_bytes'] / 1e6:.1f} MB" if "weight_bytes" in row else "",
+        f"{row['allocated_bytes'] / 1e6:.2f} MB" if "allocated_bytes" in row else "",
     )
 
 
@@ -108,8 +111,8 @@ def slug(name: str) -> str:
 
 
 def compact(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Medians and ratios only; four significant digits are more than a timing has."""
-    keys = ("seconds", "ratio")
+    """Medians, ratios and memory; four significant digits are more than a timing has."""
+    keys = ("seconds", "ratio", "weight_bytes", "allocated_bytes")
     return {kind: {key: float(f"{row[key]:.4g}") for key in keys if key in row} for kind, row in rows.items()}
 
 
