@@ -20,9 +20,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # --no-build-isolation does not look at pyproject.toml's requirement
+    raise SystemExit(
+        f"lorap needs setuptools >= 77, this is {setuptools.__version__}: pip install --upgrade setuptools"
+    )
+from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).parent
 

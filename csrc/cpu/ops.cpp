@@ -1,14 +1,12 @@
 // The CPU kernels as torch operators, namespace lorap_cpu, through torch's stable ABI: the library works with the torch
 // it was built for and every later one, and with any Python. Checks name the tensor and the numbers; lorap/ops.py gives
 // the operators their gradients and picks them only where they win.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "../torch_stable.h"
 #include "decode.h"
 
 namespace {

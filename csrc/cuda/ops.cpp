@@ -1,14 +1,11 @@
 // The CUDA kernel as torch operator lorap_cuda::low_rank_linear, through torch's stable ABI: the library works with the
 // torch it was built for and every later one, and with any Python. The gradient is left to lorap/ops.py.
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <optional>
 #include <vector>
 
+#include "../torch_stable.h"
 #include "low_rank_decode.h"
 
 // Part of the stable C interface, but declared there only where torch itself is built with CUDA. Weak, so that a
