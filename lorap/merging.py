@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lorap import ops
 from lorap.architectures import ARCHITECTURES, SHARED_INPUTS
 from lorap.errors import ArchitectureError
-from lorap.modules import Linear, LowRankLinear, is_autocast, is_plain, is_untouched
+from lorap.modules import Linear, LowRankLinear, has_plain_factors, is_autocast, is_plain, is_untouched
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -52,13 +52,12 @@ class SharedInput:
         if torch.is_grad_enabled() or is_autocast(x):
             return False
         plain = all(
-            is_plain(member.right) and is_plain(member.left)
+            has_plain_factors(member)
             if isinstance(member, LowRankLinear)
-            else type(member.weight) is nn.Parameter
+            else is_untouched(member) and type(member.weight) is nn.Parameter
             for member in self.members
         )
-        untouched = all(is_untouched(member) for member in self.members)
-        return plain and untouched and ops.serves("low_rank_linear_group", x)
+        return plain and ops.serves("low_rank_linear_group", x)
 
     def _factors(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
         """right, left, bias and pivot_rows of each member; a dense one is a pivoted layer whose every row is a pivot."""
@@ -122,18 +121,13 @@ class GatedMLP(nn.Module):
             return None
         if is_plain(gate) and is_plain(up) and ops.serves("silu_gated_linear", x):
             return ops.silu_gated_linear(x, gate.weight, up.weight, gate.bias, up.bias)
-        if (
-            isinstance(gate, LowRankLinear)
-            and isinstance(up, LowRankLinear)
-            and is_untouched(gate)
-            and is_untouched(up)
-        ):
-            plain = all(is_plain(factor) for pair in (gate, up) for factor in (pair.right, pair.left))
-            pivoted = gate.pivot_rows is not None or up.pivot_rows is not None
-            if plain and not pivoted and ops.serves("low_rank_silu_gated_linear", x):
-                bias = [] if gate.bias is None and up.bias is None else [_bias_or_zeros(gate), _bias_or_zeros(up)]
-                right, left = [gate.right.weight, up.right.weight], [gate.left.weight, up.left.weight]
-                return ops.low_rank_silu_gated_linear(x, right, left, bias)
+        if not all(isinstance(one, LowRankLinear) and has_plain_factors(one) for one in (gate, up)):
+            return None
+        pivoted = gate.pivot_rows is not None or up.pivot_rows is not None
+        if not pivoted and ops.serves("low_rank_silu_gated_linear", x):
+            bias = [] if gate.bias is None and up.bias is None else [_bias_or_zeros(gate), _bias_or_zeros(up)]
+            right, left = [gate.right.weight, up.right.weight], [gate.left.weight, up.left.weight]
+            return ops.low_rank_silu_gated_linear(x, right, left, bias)
         return None
 
 

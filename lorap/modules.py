@@ -181,6 +181,11 @@ def is_plain(linear: Any) -> bool:
     return type(linear) is nn.Linear and is_untouched(linear) and type(linear._parameters["weight"]) is nn.Parameter
 
 
+def has_plain_factors(layer: LowRankLinear) -> bool:
+    """True where calling ``layer`` means no more than its two matmuls."""
+    return is_untouched(layer) and is_plain(layer.right) and is_plain(layer.left)
+
+
 def is_untouched(module: nn.Module) -> bool:
     """True where calling ``module`` runs its class's forward and nothing else: no hook, no replaced forward."""
     return not module._forward_hooks and not module._forward_pre_hooks and "forward" not in module.__dict__

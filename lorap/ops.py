@@ -184,15 +184,10 @@ def _second_moment(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tenso
     """On a GPU, products of two bfloat16 or float16 are exact in float32, so tensor cores may do the work."""
     if not (x.is_cuda and x.dtype in backends.HALVES):
         return reference.second_moment(x, mask)
-    x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    count = torch.full((), x.shape[0], dtype=torch.int64, device=x.device)
-    if mask is not None:
-        mask = mask.reshape(-1, 1).bool()
-        x, count = x.where(mask, 0.0), mask.sum()
     total = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device)
-    for chunk in x.split(reference.CHUNK_TOKENS):
+    for chunk in reference.masked_chunks(x, mask, x.dtype):
         total += torch.mm(chunk.T, chunk, out_dtype=torch.float32)
-    return total, count
+    return total, reference.token_count(x, mask)
 
 
 _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import Variant
-from .reference import CHUNK_TOKENS
+from .reference import CHUNK_TOKENS, token_count
 
 BLOCK_T = 16
 BLOCK_K = 256  # at 16 bits, 32 threads times 16 bytes: each warp reads whole rows of 512 bytes
@@ -60,14 +60,11 @@ def channel_sq_norm(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tens
     x = x.reshape(tokens, channels)
     if x.stride(-1) != 1:
         x = x.contiguous()
-    if mask is None:
-        count = torch.full((), tokens, dtype=torch.int64, device=x.device)
-    elif mask.numel() == tokens:
-        mask = mask.reshape(-1).bool().contiguous()
-        count = mask.sum()
-        mask = mask.view(torch.uint8)
-    else:
+    if mask is not None and mask.numel() != tokens:
         raise ValueError(f"mask of shape {tuple(mask.shape)} for {tokens} tokens")
+    count = token_count(x, mask)
+    if mask is not None:
+        mask = mask.reshape(-1).bool().contiguous().view(torch.uint8)
     if x.numel() == 0:
         return torch.zeros(channels, dtype=torch.float64, device=x.device), count
 

@@ -6,7 +6,7 @@ without elements stands for "none" in a list. Nothing here needs triton, a compi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -84,19 +84,10 @@ def channel_sq_norm(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tens
 
     ``mask`` of shape (...) marks the tokens that count; what stands in the others, NaN too, has no influence.
     """
-    x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     total = torch.zeros(x.shape[-1], dtype=torch.float64, device=x.device)
-    if mask is None:
-        count = torch.full((), x.shape[0], dtype=torch.int64, device=x.device)
-    else:
-        mask = mask.reshape(-1, 1).bool()
-        count = mask.sum()
-    for start in range(0, x.shape[0], CHUNK_TOKENS):
-        chunk = x[start : start + CHUNK_TOKENS].float()
-        if mask is not None:
-            chunk = chunk.where(mask[start : start + CHUNK_TOKENS], 0.0)
+    for chunk in masked_chunks(x, mask, torch.float32):
         total += chunk.square().sum(0).double()
-    return total, count
+    return total, token_count(x, mask)
 
 
 def second_moment(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -104,19 +95,27 @@ def second_moment(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor
 
     Products and sums are float64: covariances subtract numbers that may agree in all digits of a float32.
     """
-    x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     total = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device)
-    if mask is None:
-        count = torch.full((), x.shape[0], dtype=torch.int64, device=x.device)
-    else:
-        mask = mask.reshape(-1, 1).bool()
-        count = mask.sum()
-    for start in range(0, x.shape[0], CHUNK_TOKENS):
-        chunk = x[start : start + CHUNK_TOKENS].double()
-        if mask is not None:
-            chunk = chunk.where(mask[start : start + CHUNK_TOKENS], 0.0)
+    for chunk in masked_chunks(x, mask, torch.float64):
         total += chunk.T @ chunk
-    return total, count
+    return total, token_count(x, mask)
+
+
+def token_count(x: Tensor, mask: Tensor | None) -> Tensor:
+    """How many tokens of x (..., K) count: () int64, on the device of x."""
+    if mask is not None:
+        return mask.bool().sum()
+    return torch.full((), x.shape[:-1].numel(), dtype=torch.int64, device=x.device)
+
+
+def masked_chunks(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Iterator[Tensor]:
+    """x (..., K) as pieces (tokens, K) of at most CHUNK_TOKENS tokens in ``dtype``; tokens that do not count are zero."""
+    x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    if mask is not None:
+        mask = mask.reshape(-1, 1).bool()
+    for start in range(0, x.shape[0], CHUNK_TOKENS):
+        chunk = x[start : start + CHUNK_TOKENS].to(dtype)
+        yield chunk if mask is None else chunk.where(mask[start : start + CHUNK_TOKENS], 0.0)
 
 
 def _item(tensors: Sequence[Tensor] | None, index: int) -> Tensor | None:

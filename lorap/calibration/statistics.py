@@ -42,11 +42,8 @@ class ActivationStats:
         # Without a mask the count is known, and a GPU need not be waited for.
         self.tokens += x.numel() // x.shape[-1] if mask is None else int(tokens)
         if self.outer is not None and self.total is not None:
-            exact = x.detach().reshape(-1, x.shape[-1])
-            if mask is not None:
-                exact = exact[mask.reshape(-1).bool()]
-            for chunk in exact.split(reference.CHUNK_TOKENS):
-                self.total += chunk.double().sum(0)
+            for chunk in reference.masked_chunks(x.detach(), mask, torch.float64):
+                self.total += chunk.sum(0)
             self.outer += ops.second_moment(x.detach(), mask)[0]
 
     def merge(self, other: ActivationStats) -> None:
