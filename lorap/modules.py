@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lorap import ops, shapes
 from lorap.factorization import factorize
 from lorap.kernels import reference
+from lorap.pivoting import pivot
 
 # Value of the guard; the format's version is in config.json.
 GUARD_VALUE = 1.0
@@ -103,10 +104,22 @@ class LowRankLinear(nn.Module):
         return module
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, rank: int, metric: Tensor | None = None) -> LowRankLinear:
-        """Factorize a dense layer; ``metric`` as in :func:`lorap.factorize`."""
-        factors = factorize(linear.weight.data, rank, metric)
-        return cls.from_factors(factors.left, factors.right, None if linear.bias is None else linear.bias.data)
+    def from_linear(
+        cls, linear: nn.Linear, rank: int, metric: Tensor | None = None, *, pivoted: bool = False
+    ) -> LowRankLinear:
+        """Factorize a dense layer; ``metric`` as in :func:`lorap.factorize`, ``pivoted`` as in :func:`lorap.pivoting.pivot`.
+
+        Raises:
+            FactorizationError: the rank is impossible, or an entry is NaN or infinite.
+        """
+        weight, bias = linear.weight.data, None if linear.bias is None else linear.bias.data
+        if not pivoted:
+            factors = factorize(weight, rank, metric)
+            return cls.from_factors(factors.left, factors.right, bias)
+        # In float64, so that only the rows and coefficients that are stored get rounded.
+        exact = factorize(weight.double(), rank, metric)
+        stored = pivot(exact.left, exact.right)
+        return cls.from_factors(stored.left.to(weight.dtype), stored.right.to(weight.dtype), bias, stored.pivot_rows)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
@@ -136,9 +149,11 @@ class LowRankLinear(nn.Module):
             y = y.index_select(-1, reference.output_order(self.pivot_rows, self.out_features))
         return y if self.output_bias is None else y + self.output_bias.to(y.dtype)
 
-    def reconstruct(self) -> Tensor:
-        """The dense weight (out_features, in_features) that this layer stands for."""
+    def reconstruct(self, *, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight (out_features, in_features) that this layer stands for, in ``dtype`` or that of the factors."""
         right, left = self.right.weight, self.left.weight
+        if dtype is not None:
+            right, left = right.to(dtype), left.to(dtype)
         if self.pivot_rows is None:
             return left @ right
         rows = torch.cat((right, left @ right))

@@ -1,32 +1,35 @@
 """``compress()``: the only place where the order of the steps lives.
 
-text -> windows -> for each decoder layer: [observe -> factorize attention -> prune FFN -> advance] -> compressed model
+text -> windows -> plan of all layers -> for each decoder layer: [observe -> factorize attention -> prune FFN -> advance] -> model
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from lorap.allocation import LayerPlan, plan_layer
-from lorap.architectures import MLP, PROJECTIONS, SHARED_INPUTS, Architecture, find_architecture
-from lorap.calibration.data import DEFAULT_CALIBRATION, Source, TokenWindows, consecutive_windows, draw_windows
-from lorap.calibration.statistics import ActivationStats
+from lorap.allocation import LayerPlan
+from lorap.architectures import PROJECTIONS, Architecture, find_architecture
+from lorap.calibration.data import TokenWindows, consecutive_windows, draw_windows, fold_of
+from lorap.calibration.mixtures import Sources
+from lorap.calibration.samples import sample_windows
+from lorap.calibration.sources import DEFAULT_CALIBRATION, Source
 from lorap.calibration.stream import CalibrationStream
 from lorap.config import CompressionConfig
-from lorap.errors import CalibrationError, ConfigError, FactorizationError
+from lorap.errors import ConfigError, FactorizationError
 from lorap.evaluation import evaluate
-from lorap.factorization import factorize
 from lorap.integrations.transformers import LoRAPConfig, mark_compressed
+from lorap.layers import LayerCompressor, needs_folds
 from lorap.loading import check_tokenizer, find_model, load_model, load_tokenizer, resolve_device
-from lorap.modules import LowRankLinear
-from lorap.pruning import keep_inputs, keep_outputs, select_channels
-from lorap.report import CompressionReport, ProjectionReport, compressed_roles
+from lorap.planning import make_plan
+from lorap.report import CompressionReport
 from lorap.resources import Stopwatch, describe_environment, peak_memory_bytes
 from lorap.version import __version__
 
@@ -37,7 +40,7 @@ EVALUATION_TOKENS = 4096
 def compress(
     model_or_path: Any,
     *,
-    calibration: Source = DEFAULT_CALIBRATION,
+    calibration: Sources = DEFAULT_CALIBRATION,
     config: CompressionConfig | None = None,
     tokenizer: Any = None,
     evaluation: Sequence[Source] = (),
@@ -50,7 +53,9 @@ def compress(
     Args:
         model_or_path: a transformers model (compressed in place), a local folder, a hub name, or a GGUF file.
         calibration: a text or JSONL file, a ``datasets`` name, tokens of shape (tokens,) or (windows, seq_len), a mapping with
-            ``input_ids`` and ``attention_mask``, or the name of a text that ships with lorap.
+            ``input_ids`` and ``attention_mask``, the name of a text that ships with lorap, such as ``default/novel``, or
+            ``self``, what the model itself writes. Or a list of these and of pairs (source, weight): the samples are split by weight.
+            ``default`` is such a mixture: half the texts that ship with lorap, half ``self``.
         config: what to do; ``CompressionConfig()`` by default.
         tokenizer: for text; taken from the model's folder where a path is given.
         evaluation: texts on which to measure the perplexity before and after.
@@ -70,20 +75,27 @@ def compress(
         model, tokenizer, name = _open(model_or_path, tokenizer, device, dtype)
         architecture = find_architecture(model)
         layers = architecture.decoder_layers(model)
-        plans = [plan_layer(_shapes(architecture.linears(layer)), config) for layer in layers]
         check_finite(model)
         where = _home(model) if device == "auto" else resolve_device(device)
     with watch("tokenize"):
-        windows, texts = _read_texts(model, tokenizer, calibration, evaluation, config)
+        windows, texts = _read_texts(model, tokenizer, calibration, evaluation, config, progress=progress)
     report = CompressionReport(model=name, config=config, calibration=_describe(windows))
     report.params_total_before = count_parameters(model)
     with watch("evaluate"):
         before = [evaluate(model, text, progress=progress) for text in texts]
+    with watch("plan"):
+        bar = partial(tqdm, desc="Planning", unit="layer", total=len(layers), disable=not progress)
+        plan = make_plan(model, list(layers), windows, config, architecture, device=where, progress=bar)
     with watch("calibrate"):
-        stream = CalibrationStream.from_model(model, layers, windows, device=where)
+        halves = fold_of(windows) if needs_folds(config) else None
+        stream = CalibrationStream.from_model(model, layers, windows, device=where, fold_of=halves)
+    compressor = LayerCompressor(config, architecture, stream, where, watch)
     for index, layer in enumerate(tqdm(layers, desc="Compressing", unit="layer", disable=not progress)):
-        report.projections += compress_layer(index, layer, plans[index], stream, config, architecture, watch, where)
-    _mark(model, layers, plans, architecture, report)
+        metrics = {
+            role: plan.output_metrics.pop((index, role)) for role in PROJECTIONS if (index, role) in plan.output_metrics
+        }
+        report.projections += compressor.compress(index, layer, plan.layers[index], metrics)
+    _mark(model, plan.layers, architecture, report)
     with watch("evaluate"):
         for text, dense in zip(texts, before, strict=True):
             report.add_evaluation(dense, evaluate(model, text, progress=progress))
@@ -92,122 +104,6 @@ def compress(
     report.peak_memory_bytes = peak_memory_bytes()
     report.peak_device_memory_bytes = torch.cuda.max_memory_allocated(where) if where.type == "cuda" else 0
     return model, report
-
-
-def compress_layer(
-    index: int,
-    layer: nn.Module,
-    plan: LayerPlan,
-    stream: CalibrationStream,
-    config: CompressionConfig,
-    architecture: Architecture,
-    watch: Stopwatch,
-    device: torch.device,
-) -> list[ProjectionReport]:
-    """Observe one decoder layer, replace its projections, and send the calibration windows through what came out.
-
-    Raises:
-        CalibrationError: an activation is NaN or infinite.
-        FactorizationError: a weight is.
-    """
-    home = next(layer.parameters()).device
-    layer.to(device)
-    dense = architecture.linears(layer)
-    with watch("calibrate"):
-        stats = _observe(index, layer, dense, stream, config)
-    with watch("factorize"):
-        factored, errors = _factorize(index, dense, stats, plan, config, architecture)
-    with watch("prune"):
-        pruned, pruning_errors = _prune(dense, stats, config)
-    replaced = factored | pruned
-    for role, module in replaced.items():
-        layer.set_submodule(architecture.projections[role], module)
-    if pruned:
-        layer.get_submodule(architecture.mlp).intermediate_size = plan.intermediate_size  # type: ignore[assignment]
-    with watch("calibrate"):
-        stream.advance(index, layer)
-    layer.to(home)
-    errors |= pruning_errors
-    return [_compare(index, role, dense[role], replaced.get(role), errors.get(role, 0.0)) for role in PROJECTIONS]
-
-
-def _observe(
-    index: int, layer: nn.Module, dense: dict[str, nn.Linear], stream: CalibrationStream, config: CompressionConfig
-) -> dict[str, ActivationStats]:
-    """Statistics by projection; projections that read the same input share one object."""
-    roles = compressed_roles(config)
-    shared = {name: readers for name, readers in SHARED_INPUTS.items() if set(readers) & set(roles)}
-    afm = config.attention_method == "afm"
-    moments = {
-        name: afm and ("self_attn" if name.startswith("attention") else "mlp") in _factored(config) for name in shared
-    }
-    stats = stream.observe(index, layer, {name: dense[readers[0]] for name, readers in shared.items()}, moments=moments)
-    for name, found in stats.items():
-        if not found.is_finite:
-            raise CalibrationError(
-                f"the activations in layer {index} are not finite (input of {', '.join(shared[name])}): the calibration text or "
-                "the weights overflow this dtype; try --dtype float32, or check the model"
-            )
-    return {role: stats[name] for name, readers in shared.items() for role in readers}
-
-
-def _factored(config: CompressionConfig) -> set[str]:
-    """The sub-layers whose matrices become factor pairs."""
-    return {name for name in config.sublayers if name == "self_attn" or config.mlp_method == "factorize"}
-
-
-def _metric(method: str, stats: ActivationStats) -> Tensor | None:
-    """What a factorization is judged on: nothing (svd), the channel norms (awsvd) or the spread of the outputs (afm)."""
-    if method == "svd":
-        return None
-    return stats.channel_sq_norm if method == "awsvd" else stats.covariance
-
-
-def _factorize(
-    index: int,
-    dense: dict[str, nn.Linear],
-    stats: dict[str, ActivationStats],
-    plan: LayerPlan,
-    config: CompressionConfig,
-    architecture: Architecture,
-) -> tuple[dict[str, nn.Module], dict[str, float]]:
-    """Low-rank stand-ins for the projections that the plan names, and their weighted errors."""
-    modules: dict[str, nn.Module] = {}
-    errors: dict[str, float] = {}
-    for role, rank in plan.ranks.items():
-        linear = dense[role]
-        metric = _metric(config.attention_method, stats[role])
-        factors = factorize(linear.weight.data, rank, metric, name=architecture.module_name(index, role))
-        bias = None if linear.bias is None else linear.bias.data
-        modules[role] = LowRankLinear.from_factors(factors.left, factors.right, bias).train(linear.training)
-        errors[role] = factors.error
-    return modules, errors
-
-
-def _prune(
-    dense: dict[str, nn.Linear], stats: dict[str, ActivationStats], config: CompressionConfig
-) -> tuple[dict[str, nn.Module], dict[str, float]]:
-    """Narrower stand-ins for gate, up and down, and their weighted errors."""
-    if "mlp" not in config.sublayers or config.mlp_method != "prune":
-        return {}, {}
-    gate, up, down = (dense[role] for role in MLP)
-    channels = select_channels(
-        gate.weight.data,
-        up.weight.data,
-        down.weight.data,
-        stats["gate_proj"].channel_sq_norm,
-        stats["down_proj"].channel_sq_norm,
-        sparsity=config.sparsity,
-        least_important_kept=config.least_important_kept,
-    )
-    kept = channels.kept_channels
-    if len(kept) == gate.out_features:
-        return {}, {}
-    return {
-        "gate_proj": keep_outputs(gate, kept),
-        "up_proj": keep_outputs(up, kept),
-        "down_proj": keep_inputs(down, kept),
-    }, channels.errors
 
 
 def _open(model_or_path: Any, tokenizer: Any, device: str, dtype: str) -> tuple[Any, Any, str]:
@@ -228,7 +124,13 @@ def _open(model_or_path: Any, tokenizer: Any, device: str, dtype: str) -> tuple[
 
 
 def _read_texts(
-    model: Any, tokenizer: Any, calibration: Source, evaluation: Sequence[Source], config: CompressionConfig
+    model: Any,
+    tokenizer: Any,
+    calibration: Sources,
+    evaluation: Sequence[Source],
+    config: CompressionConfig,
+    *,
+    progress: bool,
 ) -> tuple[TokenWindows, list[TokenWindows]]:
     """Windows to calibrate on, and windows of each text to judge by."""
     vocab_size, seq_len = _vocab_size(model), config.calibration_seq_len
@@ -239,6 +141,9 @@ def _read_texts(
         seq_len=seq_len,
         seed=config.seed,
         vocab_size=vocab_size,
+        sampler=lambda count, length, seed: sample_windows(
+            model, tokenizer, count, length, seed=seed, progress=progress
+        ),
     )
     texts = [
         consecutive_windows(text, tokenizer, seq_len=seq_len, max_tokens=EVALUATION_TOKENS, vocab_size=vocab_size)
@@ -247,9 +152,7 @@ def _read_texts(
     return windows, texts
 
 
-def _mark(
-    model: Any, layers: nn.ModuleList, plans: Sequence[LayerPlan], architecture: Architecture, report: CompressionReport
-) -> None:
+def _mark(model: Any, plans: Sequence[LayerPlan], architecture: Architecture, report: CompressionReport) -> None:
     """Write the new shapes into the model's config, so that it saves as a lorap checkpoint; count what will be saved."""
     ranks = {
         architecture.module_name(index, role): rank
@@ -267,12 +170,24 @@ def _mark(
             ranks=ranks,
             intermediate_sizes={} if uniform else sizes,
             dense_intermediate_size=dense_width,
+            storage=report.config.storage if ranks else "factors",
+            biases=_new_biases(model, plans, architecture, report.config),
             sparsity=report.config.sparsity,
             recipe=report.config.recipe,
             lorap_version=__version__,
         )
         mark_compressed(model, shapes)
     report.params_saved = count_parameters(model)
+
+
+def _new_biases(
+    model: Any, plans: Sequence[LayerPlan], architecture: Architecture, config: CompressionConfig
+) -> list[str]:
+    """Down projections that gained a bias which the model's own config does not know."""
+    if not config.bias_compensation or getattr(model.config, "mlp_bias", False):
+        return []
+    names = [architecture.module_name(index, "down_proj") for index in range(len(plans))]
+    return [name for name in names if model.get_submodule(name).bias is not None]
 
 
 def check_finite(model: nn.Module) -> None:
@@ -294,25 +209,6 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _compare(index: int, role: str, before: nn.Linear, after: nn.Module | None, error: float) -> ProjectionReport:
-    shape = (before.out_features, before.in_features)
-    now = before if after is None else after
-    return ProjectionReport(
-        layer=index,
-        role=role,
-        shape_before=shape,
-        shape_after=(int(now.out_features), int(now.in_features)),  # type: ignore[arg-type]
-        rank=now.rank if isinstance(now, LowRankLinear) else None,
-        params_before=count_parameters(before),
-        params_after=count_parameters(now),
-        error=error,
-    )
-
-
-def _shapes(linears: dict[str, nn.Linear]) -> dict[str, tuple[int, int]]:
-    return {role: (linear.out_features, linear.in_features) for role, linear in linears.items()}
-
-
 def _describe(windows: TokenWindows) -> dict[str, Any]:
     count, seq_len = windows.input_ids.shape
     return {
@@ -321,6 +217,7 @@ def _describe(windows: TokenWindows) -> dict[str, Any]:
         "seq_len": seq_len,
         "tokens": windows.tokens,
         "sha256": windows.sha256,
+        "sources": [asdict(share) for share in windows.shares],
     }
 
 

@@ -6,25 +6,8 @@ the three, and it goes as a whole, so the pruned FFN is an ordinary dense FFN th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
-
-from lorap.allocation import pruned_positions
-
-
-@dataclass(frozen=True)
-class PrunedChannels:
-    """Which channels stay, and what leaving the others out costs.
-
-    Args:
-        kept_channels: (kept,) int64, ascending.
-        errors: activation-weighted relative norm of what is removed, by projection.
-    """
-
-    kept_channels: Tensor
-    errors: dict[str, float]
 
 
 def channel_importance(gate: Tensor, up: Tensor, down: Tensor, input_sq_norm: Tensor, inner_sq_norm: Tensor) -> Tensor:
@@ -43,27 +26,17 @@ def channel_importance(gate: Tensor, up: Tensor, down: Tensor, input_sq_norm: Te
     return sum(_weighted_norms(gate, up, down, input_sq_norm, inner_sq_norm).values())  # type: ignore[return-value]
 
 
-@torch.no_grad()
-def select_channels(
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor,
-    input_sq_norm: Tensor,
-    inner_sq_norm: Tensor,
-    *,
-    sparsity: float,
-    least_important_kept: float,
-) -> PrunedChannels:
-    """Drop the channels of lowest importance, except the very lowest: those stay (paper, section 3.4, "retain the least")."""
+def removed_shares(
+    gate: Tensor, up: Tensor, down: Tensor, input_sq_norm: Tensor, inner_sq_norm: Tensor, kept: Tensor
+) -> dict[str, float]:
+    """Activation-weighted norm of what leaves each of the three matrices, relative to the whole; arguments as above.
+
+    ``kept`` (kept,) int64 are the channels that stay.
+    """
+    keep = torch.zeros(gate.shape[0], dtype=torch.bool, device=gate.device)
+    keep[kept] = True
     norms = _weighted_norms(gate, up, down, input_sq_norm, inner_sq_norm)
-    importance = sum(norms.values())
-    assert isinstance(importance, Tensor)
-    order = torch.argsort(importance, stable=True)  # ties broken by position, so that two runs agree
-    start, stop = pruned_positions(len(order), sparsity, least_important_kept)
-    keep = torch.ones_like(order, dtype=torch.bool)
-    keep[order[start:stop]] = False
-    errors = {role: _removed_share(norm, keep) for role, norm in norms.items()}
-    return PrunedChannels(kept_channels=keep.nonzero().squeeze(1), errors=errors)
+    return {role: _removed_share(norm, keep) for role, norm in norms.items()}
 
 
 def _removed_share(norms: Tensor, keep: Tensor) -> float:
@@ -86,16 +59,17 @@ def _weighted_norms(
 def keep_outputs(linear: nn.Linear, channels: Tensor) -> nn.Linear:
     """``linear`` with only the given output channels."""
     bias = None if linear.bias is None else linear.bias.data[channels]
-    return _linear(linear.weight.data[channels], bias)
+    return new_linear(linear.weight.data[channels], bias)
 
 
 def keep_inputs(linear: nn.Linear, channels: Tensor) -> nn.Linear:
     """``linear`` with only the given input channels."""
     bias = None if linear.bias is None else linear.bias.data
-    return _linear(linear.weight.data[:, channels].contiguous(), bias)
+    return new_linear(linear.weight.data[:, channels].contiguous(), bias)
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def new_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer around the given tensors, which are used, not copied."""
     out_features, in_features = weight.shape
     linear = nn.Linear(in_features, out_features, bias=bias is not None, device="meta", dtype=weight.dtype)
     linear.weight = nn.Parameter(weight)

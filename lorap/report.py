@@ -26,6 +26,7 @@ class ProjectionReport:
         params_before: weights and bias.
         params_after: weights, factors and bias, as saved.
         error: activation-weighted relative error, ||(W - W') C^(1/2)|| / ||W C^(1/2)||; 0 where nothing changed.
+        storage_error: what rounding the factors to the checkpoint's dtype adds, relative in the same norm.
     """
 
     layer: int
@@ -36,6 +37,7 @@ class ProjectionReport:
     params_before: int
     params_after: int
     error: float
+    storage_error: float = 0.0
 
 
 @dataclass
@@ -45,7 +47,8 @@ class CompressionReport:
     Args:
         model: what was compressed.
         config: how.
-        calibration: name, windows, seq_len, tokens and sha256 of the calibration windows.
+        calibration: name, windows, seq_len, tokens and sha256 of the calibration windows; ``sources`` with name, weight and
+            windows of each source.
         projections: one entry per linear layer.
         params_total_before: parameters of the whole dense model, embeddings included; tied weights count once.
         params_saved: parameters of the whole compressed model, counted on the tensors that are saved.
@@ -231,7 +234,7 @@ model = AutoModelForCausalLM.from_pretrained("this folder")
 ## Calibration
 
 {calibration["windows"]} windows of {calibration["seq_len"]} tokens from `{calibration["name"]}`
-({calibration["tokens"]:,} tokens, sha256 of the ids {calibration["sha256"][:16]}).
+({calibration["tokens"]:,} tokens, sha256 of the ids {calibration["sha256"][:16]}).{_source_lines(calibration.get("sources", ()))}
 
 ## Options
 
@@ -239,3 +242,11 @@ model = AutoModelForCausalLM.from_pretrained("this folder")
 |---|---|
 {options}
 """
+
+
+def _source_lines(sources: Sequence[dict[str, Any]]) -> str:
+    """What each source of a mixture gave, as a list of its own; nothing for a single source."""
+    if len(sources) < 2:
+        return ""
+    rows = [f"- `{source['name']}`: {source['windows']} windows, weight {source['weight']:g}" for source in sources]
+    return "\n\n" + "\n".join(rows)

@@ -93,10 +93,10 @@ def tokens(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
 
 @pytest.fixture
 def compress_small(tokens: torch.Tensor) -> Callable[..., Any]:
-    """``compress_small(model, **config)``: lorap.compress in memory, at 50 % unless told otherwise."""
+    """``compress_small(model, **config)``: lorap.compress in memory, the paper's recipe at 50 % unless told otherwise."""
 
     def run(model: Any, calibration: Any = None, **options: Any) -> tuple[Any, lorap.CompressionReport]:
-        config = lorap.CompressionConfig(**(SMALL | {"sparsity": 0.5} | options))
+        config = lorap.CompressionConfig(**(SMALL | {"recipe": "lorap", "sparsity": 0.5} | options))
         return lorap.compress(
             model, calibration=tokens if calibration is None else calibration, config=config, progress=False
         )

@@ -53,7 +53,7 @@ def test_square_attention_is_the_published_arithmetic(h: int, sparsity: float, a
     shapes = layer_shapes(h, h, h)
     expected = published(h, sparsity, a)
     assert attention_ranks({role: shapes[role] for role in ATTENTION}, 1 - sparsity, a) == expected
-    config = CompressionConfig(sparsity=sparsity, vo_to_qk_ratio=a, sublayers=("self_attn",))
+    config = CompressionConfig(recipe="lorap", sparsity=sparsity, vo_to_qk_ratio=a, sublayers=("self_attn",))
     plan = plan_layer(shapes, config)
     assert plan.ranks == {role: rank for role, rank in expected.items() if rank < h / 2}
     assert plan.intermediate_size == 100
@@ -75,18 +75,20 @@ def test_square_attention_is_the_published_arithmetic(h: int, sparsity: float, a
     ids=["llama-7b-0.2", "llama-7b-0.5", "smollm2-0.2", "smollm2-0.5"],
 )
 def test_known_models(shapes: dict, sparsity: float, ranks: dict[str, int], width: int) -> None:
-    plan = plan_layer(shapes, CompressionConfig(sparsity=sparsity))
+    plan = plan_layer(shapes, CompressionConfig(recipe="lorap", sparsity=sparsity))
     assert plan.ranks == ranks
     assert plan.intermediate_size == width
 
 
 def test_ratio_below_one_leaves_qk_dense() -> None:
-    plan = plan_layer(layer_shapes(1000, 1000, 1000), CompressionConfig(sparsity=0.2, vo_to_qk_ratio=1 / 3))
+    plan = plan_layer(
+        layer_shapes(1000, 1000, 1000), CompressionConfig(recipe="lorap", sparsity=0.2, vo_to_qk_ratio=1 / 3)
+    )
     assert plan.ranks == {"v_proj": 300, "o_proj": 300}
 
 
 def test_factorized_mlp() -> None:
-    config = CompressionConfig(sparsity=0.5, sublayers=("mlp",), mlp_method="factorize")
+    config = CompressionConfig(recipe="lorap", sparsity=0.5, sublayers=("mlp",), mlp_method="factorize")
     plan = plan_layer(SMOLLM2, config)
     rank = int(0.5 * 1536 * 576 / (1536 + 576))
     assert rank == 209
@@ -123,7 +125,7 @@ def test_budget_holds_and_nothing_grows(
     head: int, key_heads: int, group: int, hidden: int, sparsity: float, ratio: float
 ) -> None:
     shapes = layer_shapes(hidden, head * key_heads * group, head * key_heads)
-    config = CompressionConfig(sparsity=sparsity, vo_to_qk_ratio=ratio, sublayers=("self_attn",))
+    config = CompressionConfig(recipe="lorap", sparsity=sparsity, vo_to_qk_ratio=ratio, sublayers=("self_attn",))
     dense = {role: shapes[role][0] * shapes[role][1] for role in ATTENTION}
     total = sum(dense.values())
     groups = (dense["q_proj"] + dense["k_proj"], dense["v_proj"] + dense["o_proj"])
@@ -161,7 +163,7 @@ def test_budget_holds_and_nothing_grows(
 )
 def test_too_much_sparsity_is_refused(shapes: dict, options: dict, words: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
-        plan_layer(shapes, CompressionConfig(**options))
+        plan_layer(shapes, CompressionConfig(**({"recipe": "lorap"} | options)))
     for word in [*words, "lower the sparsity"]:
         assert word in str(error.value)
 
@@ -178,6 +180,6 @@ def test_too_much_sparsity_is_refused(shapes: dict, options: dict, words: list[s
     ids=["square", "smollm2-attention", "odd", "llama-3-8b"],
 )
 def test_sparsity_zero_changes_nothing(shapes: dict, mlp_method: str) -> None:
-    plan = plan_layer(shapes, CompressionConfig(sparsity=0.0, mlp_method=mlp_method))
+    plan = plan_layer(shapes, CompressionConfig(recipe="lorap", sparsity=0.0, mlp_method=mlp_method))
     assert plan.ranks == {}
     assert plan.intermediate_size == shapes["gate_proj"][0]

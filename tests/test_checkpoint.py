@@ -18,11 +18,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from test_transformers import low_rank, with_pivoted_storage
 
 import lorap
 from lorap.checkpoint import INDEX, WEIGHTS, check_output, read_header, read_tensors, staged_folder, weight_files
 from lorap.errors import CheckpointError
+from lorap.info import describe_model, format_info
 from lorap.loading import find_model
 
 
@@ -270,6 +272,53 @@ def test_saved_folder_is_complete(make_model, compress_small, tokenizer, tmp_pat
     assert {"README.md", "config.json", "lorap_report.json", WEIGHTS, "tokenizer.json"} <= set(names(out))
     assert sum(info.numel for info in read_tensors(out).values() if not info.is_guard) == report.params_saved
     assert json.loads((out / "lorap_report.json").read_text())["params_saved"] == report.params_saved
+
+
+def test_pivoted_checkpoint_is_counted_without_its_index(make_model, compress_small, tmp_path):
+    dense = make_model("llama-biases")
+    before = sum(parameter.numel() for parameter in dense.parameters())
+    model, report = compress_small(dense)
+    by_factors = report.params_saved
+    model, report = with_pivoted_storage(model, report)
+    ranks = [model.get_submodule(name).rank for name in low_rank(model)]
+    assert report.params_saved == by_factors - sum(rank * rank for rank in ranks)
+    out = lorap.save(model, tmp_path / "out", report=report)
+    tensors = read_tensors(out)
+    index = [info for info in tensors.values() if info.is_index]
+    assert sorted(info.numel for info in index) == sorted(ranks)
+    assert not any(info.is_parameter for info in index)
+    assert sum(info.numel for info in tensors.values() if info.is_parameter) == report.params_saved
+    found = describe_model(find_model(out))
+    assert found["params"] == report.params_saved
+    assert found["params_before"] == before
+    assert found["index_bytes"] == 8 * sum(ranks)
+    assert found["bytes"] == 4 * (report.params_saved + len(ranks)) + 8 * sum(ranks)
+    assert (found["storage"], found["dtypes"]) == ("pivoted", ["F32"])
+    q = found["kinds"]["q_proj"]
+    q_rank = model.model.layers[0].self_attn.q_proj.rank
+    assert q == {"params": 2 * (q_rank * (128 - q_rank) + 64), "params_before": 2 * (64 * 64 + 64)}
+    assert f"low-rank layers are pivoted; their row index takes {8 * sum(ranks) / 1e3:.1f} kB" in format_info(found)
+
+
+def test_info_names_the_storage(make_model, compress_small, model_folder, tmp_path):
+    model, report = compress_small(make_model("llama-gqa"))
+    out = lorap.save(model, tmp_path / "out", report=report)
+    small, dense = (describe_model(find_model(folder)) for folder in (out, model_folder))
+    assert (small["storage"], small["index_bytes"]) == ("factors", 0)
+    assert (dense["storage"], dense["index_bytes"]) == (None, 0)
+    assert not any("pivoted" in format_info(found) for found in (small, dense))
+
+
+def test_info_of_half_a_low_rank_layer_is_refused(make_model, compress_small, tmp_path):
+    model, report = compress_small(make_model("llama-gqa"))
+    out = lorap.save(model, tmp_path / "out", report=report)
+    tensors = load_file(out / WEIGHTS)
+    del tensors["model.layers.1.self_attn.k_proj.left.weight"]
+    save_file(tensors, out / WEIGHTS)
+    with pytest.raises(
+        CheckpointError, match=r"k_proj\.right\.weight but no model\.layers\.1\.self_attn\.k_proj\.left\.weight"
+    ):
+        describe_model(find_model(out))
 
 
 def test_source_model_is_only_read(model_folder, tmp_path):

@@ -1,4 +1,4 @@
-"""The command line: four commands that work, and mistakes that end in one sentence and exit code 2.
+"""The command line: commands that work, and mistakes that end in one sentence and exit code 2.
 
 Proved here: ``--json`` output is one parseable last line whose numbers agree with the files; mistakes name their cause
 without a traceback and leave no output folder; an interrupted or killed run exits with 130 and leaves nothing behind.
@@ -12,18 +12,22 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+import typer
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import lorap
 from lorap.checkpoint import WEIGHTS, read_tensors
 from lorap.cli import app
+from lorap.cli.compress import chosen_config
+from lorap.config import CHOICES, RECIPES
 
 SMALL = ["--num-calibration-samples", "8", "--calibration-seq-len", "32", "--device", "cpu", "--quiet"]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -49,7 +53,7 @@ def last_json(result: Any) -> dict[str, Any]:
 def compressed_params(folder: Path) -> int:
     tensors = read_tensors(folder)
     return sum(
-        info.numel for name, info in tensors.items() if not info.is_guard and set(name.split(".")) & set(PROJECTIONS)
+        info.numel for name, info in tensors.items() if info.is_parameter and set(name.split(".")) & set(PROJECTIONS)
     )
 
 
@@ -61,9 +65,9 @@ def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]
 
 @pytest.fixture
 def small_folder(model_folder: Path, tmp_path: Path) -> Path:
-    """``model_folder``, compressed to half by the command itself."""
+    """``model_folder``, compressed to half by the command itself, by the paper's recipe."""
     out = tmp_path / "small"
-    result = run("compress", model_folder, out, "--sparsity", 0.5, "--eval-text", "none", *SMALL)
+    result = run("compress", model_folder, out, "--recipe", "lorap", "--sparsity", 0.5, "--eval-text", "none", *SMALL)
     assert result.exit_code == 0, result.output
     return out
 
@@ -81,12 +85,152 @@ def test_compress_reports_what_it_wrote(model_folder, small_text, tmp_path):
     assert report["params_before"] == compressed_params(model_folder)
     assert report["param_ratio"] == pytest.approx(compressed_params(out) / compressed_params(model_folder))
     assert report["param_ratio"] == pytest.approx(0.5, abs=0.03)
-    saved = sum(info.numel for info in read_tensors(out).values() if not info.is_guard)
+    saved = sum(info.numel for info in read_tensors(out).values() if info.is_parameter)
     assert report["params_saved"] == saved
     (evaluation,) = report["evaluations"]
     assert evaluation["text"] == "text.txt"
     assert evaluation["after"]["nats"] != evaluation["before"]["nats"]
     assert (out / "tokenizer.json").is_file()
+
+
+def test_compress_with_weighted_sources(model_folder, small_text, tmp_path):
+    options = ["--calibration", f"{small_text}=2", "--calibration", "default/law", "--eval-text", "none", "--json"]
+    found = last_json(run("compress", model_folder, tmp_path / "out", *options, *SMALL))["calibration"]
+    assert (found["name"], found["windows"]) == ("text.txt, default/law", 8)
+    assert found["sources"] == [
+        {"name": "text.txt", "weight": 2.0, "windows": 5},
+        {"name": "default/law", "weight": 1.0, "windows": 3},
+    ]
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert "- `text.txt`: 5 windows, weight 2\n- `default/law`: 3 windows, weight 1\n" in card
+
+
+def test_one_source_is_not_listed_in_the_model_card(model_folder, small_text, tmp_path):
+    options = ["--calibration", small_text, "--eval-text", "none", "--json"]
+    found = last_json(run("compress", model_folder, tmp_path / "out", *options, *SMALL))["calibration"]
+    assert found["sources"] == [{"name": "text.txt", "weight": 1.0, "windows": 8}]
+    assert "weight 1" not in (tmp_path / "out" / "README.md").read_text("utf-8")
+
+
+def test_every_field_of_the_config_is_an_option():
+    parameters = {parameter.name for parameter in typer.main.get_command(app).commands["compress"].params}
+    assert {field.name for field in fields(lorap.CompressionConfig)} <= parameters
+
+
+def test_options_reach_the_config(model_folder, tmp_path):
+    """Each by its name, whatever it is: numbers, names, and a list with spaces; the rest is the recipe's."""
+    options = [
+        "--sublayers",
+        "mlp, self_attn",
+        "--least-important-kept",
+        0.25,
+        "--attention-method",
+        "svd",
+        "--seed",
+        7,
+    ]
+    report = last_json(
+        run("compress", model_folder, tmp_path / "out", "--eval-text", "none", "--json", *options, *SMALL)
+    )
+    wanted = {"sublayers": ["mlp", "self_attn"], "least_important_kept": 0.25, "attention_method": "svd", "seed": 7}
+    wanted |= {"num_calibration_samples": 8, "calibration_seq_len": 32, "sparsity": 0.2, "recipe": "best"}
+    for name, value in RECIPES["best"].items():
+        wanted.setdefault(name, value)
+    assert report["config"] == wanted
+
+
+def parsed(*options: Any) -> dict[str, Any]:
+    """What click makes of a command line; nothing is run."""
+    command = typer.main.get_command(app).commands["compress"]
+    return command.make_context("compress", ["model", "out", *map(str, options)]).params
+
+
+def test_without_options_the_config_is_the_default():
+    assert chosen_config(parsed()) == lorap.CompressionConfig()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_alone(recipe):
+    assert chosen_config(parsed("--recipe", recipe)) == lorap.CompressionConfig(recipe=recipe)
+
+
+# A value for each option that differs from that of the recipe it is given with.
+WRITTEN: list[tuple[str, list[Any], Any]] = [
+    ("sublayers", ["--sublayers", " mlp"], ("mlp",)),
+    ("allocation", ["--allocation", "even"], "even"),
+    ("vo_to_qk_ratio", ["--vo-to-qk-ratio", "1.5"], 1.5),
+    ("shapes", ["--shapes", "uniform"], "uniform"),
+    ("rank_multiple", ["--rank-multiple", "24"], 24),
+    ("width_multiple", ["--width-multiple", "7"], 7),
+    ("attention_method", ["--attention-method", "afm"], "afm"),
+    ("metric_shrinkage", ["--metric-shrinkage", ".25"], 0.25),
+    ("output_weighting", ["--output-weighting", "none"], "none"),
+    ("token_weighting", ["--token-weighting", "none"], "none"),
+    ("mlp_method", ["--mlp-method", "factorize", "--allocation", "even"], "factorize"),
+    ("channel_score", ["--channel-score", "fluctuation"], "fluctuation"),
+    ("least_important_kept", ["--least-important-kept", "0.1"], 0.1),
+    ("repair", ["--no-repair"], False),
+    ("repair_ridge", ["--repair-ridge", "1e-3"], 0.001),
+    ("bias_compensation", ["--bias-compensation"], True),
+    ("sequential", ["--sequential", "layer"], "layer"),
+    ("storage", ["--storage", "factors"], "factors"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "value"), WRITTEN, ids=[name for name, _, _ in WRITTEN])
+def test_each_option_replaces_one_choice_of_best(name, options, value):
+    extra = {"allocation": "even"} if name == "mlp_method" else {}
+    assert value != RECIPES["best"][name]
+    found = chosen_config(parsed(*options))
+    assert found == lorap.CompressionConfig(**{name: value}, **extra)
+    assert type(getattr(found, name)) is type(value)
+
+
+def test_written_options_are_all_choices_of_a_recipe():
+    assert {name for name, _, _ in WRITTEN} == set(RECIPES["best"])
+
+
+def test_auto_and_yes_where_the_recipe_says_otherwise():
+    options = ["--rank-multiple", "auto", "--width-multiple", "auto", "--metric-shrinkage", "auto"]
+    options += ["--repair-ridge", "auto", "--repair", "--no-bias-compensation"]
+    found = chosen_config(parsed("--recipe", "lorap", *options))
+    assert (found.rank_multiple, found.width_multiple) == ("auto", "auto")
+    assert (found.metric_shrinkage, found.repair_ridge) == ("auto", "auto")
+    assert (found.repair, found.bias_compensation) == (True, False)
+    assert found.attention_method == "awsvd"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--rank-multiple", "eight", "rank_multiple is eight; it must be a whole number >= 1 or auto"),
+        ("--rank-multiple", "8.0", "rank_multiple is 8.0; it must be a whole number >= 1 or auto"),
+        ("--width-multiple", "0", "width_multiple is 0; it must be a whole number >= 1 or auto"),
+        ("--metric-shrinkage", "some", "metric_shrinkage is some; it must lie in [0, 1] or be auto"),
+        ("--metric-shrinkage", "1.01", "metric_shrinkage is 1.01; it must lie in [0, 1] or be auto"),
+        ("--metric-shrinkage", "nan", "metric_shrinkage is nan; it must lie in [0, 1] or be auto"),
+        ("--repair-ridge", "-0.1", "repair_ridge is -0.1; it must be 0 or more, or auto"),
+        ("--repair-ridge", "Auto", "repair_ridge is Auto; it must be 0 or more, or auto"),
+        ("--shapes", "square", "unknown shapes 'square'; choose from free, uniform"),
+        ("--mlp-method", "factorize", "allocation loss decides on FFN widths, but mlp_method is factorize"),
+    ],
+)
+def test_values_that_are_no_choice(option, value, message, model_folder, tmp_path):
+    assert_refused(run("compress", model_folder, tmp_path / "out", option, value, *SMALL), message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_says_what_each_recipe_and_option_is():
+    help_text = run("compress", "--help").stdout
+    for recipe in RECIPES:
+        assert any(line.strip().startswith(f"{recipe} ") for line in help_text.splitlines()), recipe
+    for name in RECIPES["best"]:
+        assert f"--{name.replace('_', '-')} " in help_text, name
+    words = " ".join(help_text.split())
+    for name, ways in CHOICES.items():
+        assert f"--{name.replace('_', '-')} {'|'.join(ways)} " in words, name
+    assert "--repair / --no-repair" in help_text
+    assert "--metric-shrinkage NUMBER|auto" in help_text
 
 
 @pytest.mark.parametrize("compressed", [False, True], ids=["dense", "compressed"])
@@ -173,8 +317,16 @@ def no_tokenizer(folder: Path) -> None:
     ("damage", "options", "message"),
     [
         pytest.param(nothing_broken, ["--sparsity", 1.0], "must lie in [0, 1)", id="sparsity-1"),
-        pytest.param(nothing_broken, ["--sparsity", 0.99], "leaves rank 0 for", id="rank-0"),
-        pytest.param(nothing_broken, ["--recipe", "magic"], "unknown recipe 'magic'; known: lorap", id="recipe"),
+        pytest.param(nothing_broken, ["--recipe", "lorap", "--sparsity", 0.99], "leaves rank 0 for", id="rank-0"),
+        pytest.param(
+            nothing_broken, ["--sparsity", 0.99], "lower the sparsity, or choose a smaller rank_multiple", id="budget"
+        ),
+        pytest.param(
+            nothing_broken,
+            ["--recipe", "magic"],
+            "unknown recipe 'magic'; known: best, lorap, svd-llm, flap",
+            id="recipe",
+        ),
         pytest.param(nothing_broken, ["--device", "gpu"], "device 'gpu' cannot be used", id="device"),
         pytest.param(missing, [], "no model folder", id="missing-folder"),
         pytest.param(half_written, [], "is incomplete: it has no model.safetensors", id="half-written"),
@@ -185,7 +337,18 @@ def no_tokenizer(folder: Path) -> None:
             "model.layers.1.mlp.up_proj.weight contains 1 values that are NaN or infinite",
             id="nan-weight",
         ),
-        pytest.param(huge_norm, [], "the activations in layer 1 are not finite", id="inf-activations"),
+        pytest.param(
+            huge_norm,
+            ["--recipe", "lorap", "--calibration", "default/law"],
+            "the activations in layer 1 are not finite",
+            id="inf-activations",
+        ),
+        pytest.param(
+            huge_norm,
+            ["--calibration", "default/law"],
+            "the gradients at model.layers.1.self_attn.q_proj are not finite in torch.float32",
+            id="inf-gradients",
+        ),
         pytest.param(no_tokenizer, [], "the model has no tokenizer", id="no-tokenizer"),
     ],
 )
@@ -220,6 +383,12 @@ def test_too_short_a_text(model_folder, tmp_path):
     text.write_text("Once upon a time.")
     result = run("compress", model_folder, tmp_path / "out", "--calibration", text, *SMALL)
     assert_refused(result, "which is 0 windows of 32; 8 were asked for. Give a longer text or shorter windows")
+
+
+@pytest.mark.parametrize("weight", ["0", "-2", "nan"])
+def test_weights_must_be_positive(weight, model_folder, tmp_path):
+    result = run("compress", model_folder, tmp_path / "out", "--calibration", f"heldout={weight}", *SMALL)
+    assert_refused(result, f"the weight of heldout is {float(weight)}; it must be a number above 0")
 
 
 def test_output_on_top_of_the_model(model_folder):

@@ -22,8 +22,30 @@ from lorap.errors import ConfigError
         ({"recipe": "nope"}, ["recipe 'nope'", "lorap"]),
         ({"sublayers": ("self_attn", "ffn")}, ["['ffn']", "self_attn, mlp"]),
         ({"sublayers": ()}, ["no sub-layer", "self_attn, mlp"]),
-        ({"attention_method": "pca"}, ["attention method 'pca'", "awsvd, svd, afm"]),
+        ({"attention_method": "pca"}, ["attention method 'pca'", "awsvd, svd, afm, second_moment"]),
         ({"mlp_method": "drop"}, ["mlp method 'drop'", "prune, factorize"]),
+        ({"allocation": "fair"}, ["allocation 'fair'", "paper, even, loss, flap"]),
+        ({"shapes": "same"}, ["shapes 'same'", "free, uniform"]),
+        ({"channel_score": "norm"}, ["channel score 'norm'", "lorap, output, fluctuation"]),
+        ({"output_weighting": "fisher"}, ["output weighting 'fisher'", "none, loss"]),
+        ({"token_weighting": True}, ["token weighting True", "none, residual"]),
+        ({"sequential": "model"}, ["sequential 'model'", "layer, sublayer"]),
+        ({"storage": "dense"}, ["storage 'dense'", "factors, pivoted"]),
+        ({"rank_multiple": 0}, ["rank_multiple is 0", ">= 1 or auto"]),
+        ({"rank_multiple": 8.0}, ["rank_multiple is 8.0"]),
+        ({"width_multiple": "most"}, ["width_multiple is most", ">= 1 or auto"]),
+        ({"width_multiple": True}, ["width_multiple is True"]),
+        ({"metric_shrinkage": 1.1}, ["metric_shrinkage is 1.1", "[0, 1]"]),
+        ({"metric_shrinkage": -0.1}, ["metric_shrinkage is -0.1"]),
+        ({"metric_shrinkage": "half"}, ["metric_shrinkage is half", "auto"]),
+        ({"repair_ridge": -1}, ["repair_ridge is -1", "auto"]),
+        ({"repair_ridge": float("nan")}, ["repair_ridge is nan"]),
+        ({"repair": 1}, ["repair is 1", "true or false"]),
+        ({"bias_compensation": "yes"}, ["bias_compensation is 'yes'"]),
+        ({"mlp_method": "factorize"}, ["allocation loss", "mlp_method is factorize", "paper or even"]),
+        ({"allocation": "flap", "mlp_method": "factorize"}, ["allocation flap", "paper or even"]),
+        ({"allocation": "flap", "shapes": "uniform"}, ["allocation flap", "shapes free"]),
+        ({"allocation": "flap", "sublayers": "self_attn"}, ["allocation flap", "mlp"]),
         ({"vo_to_qk_ratio": 0}, ["vo_to_qk_ratio is 0"]),
         ({"vo_to_qk_ratio": -3.0}, ["vo_to_qk_ratio is -3.0"]),
         ({"vo_to_qk_ratio": float("inf")}, ["vo_to_qk_ratio is inf"]),
@@ -52,6 +74,10 @@ def test_refuses_out_of_range(options: dict, words: list[str]) -> None:
         {"least_important_kept": 0.0},
         {"num_calibration_samples": 1, "calibration_seq_len": 2},
         {"vo_to_qk_ratio": 0.5},
+        {"metric_shrinkage": 0, "repair_ridge": 0},
+        {"metric_shrinkage": 1.0, "repair_ridge": 1e6},
+        {"rank_multiple": 1, "width_multiple": 1},
+        {"allocation": "even", "mlp_method": "factorize"},
     ],
     ids=str,
 )
@@ -60,22 +86,59 @@ def test_accepts_limits(options: dict) -> None:
     assert {name: getattr(config, name) for name in options} == options
 
 
-def test_defaults_are_the_paper() -> None:
-    config = CompressionConfig()
+def test_lorap_is_the_paper() -> None:
+    config = CompressionConfig(recipe="lorap")
     assert config == CompressionConfig.from_recipe("lorap")
     assert config.to_dict() == {
         "recipe": "lorap",
         "sparsity": 0.2,
         "sublayers": ["self_attn", "mlp"],
-        "attention_method": "awsvd",
-        "mlp_method": "prune",
+        "allocation": "paper",
         "vo_to_qk_ratio": 3.0,
+        "shapes": "free",
+        "rank_multiple": 1,
+        "width_multiple": 1,
+        "attention_method": "awsvd",
+        "metric_shrinkage": 0.0,
+        "output_weighting": "none",
+        "token_weighting": "none",
+        "mlp_method": "prune",
+        "channel_score": "lorap",
         "least_important_kept": 0.01,
+        "repair": False,
+        "repair_ridge": 0.0,
+        "bias_compensation": False,
+        "sequential": "layer",
+        "storage": "factors",
         "num_calibration_samples": 128,
         "calibration_seq_len": 128,
         "seed": 0,
     }
     assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+
+
+def test_best_is_the_default() -> None:
+    config = CompressionConfig()
+    assert config == CompressionConfig(recipe="best")
+    assert {name: getattr(config, name) for name in RECIPES["best"]} == dict(RECIPES["best"])
+    chosen = (config.allocation, config.attention_method, config.storage, config.sequential, config.repair)
+    assert chosen == ("loss", "second_moment", "pivoted", "sublayer", True)
+
+
+@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_a_recipe_says_every_choice(recipe: str) -> None:
+    given = {"recipe", "sparsity", "num_calibration_samples", "calibration_seq_len", "seed"}
+    assert set(RECIPES[recipe]) == {field.name for field in dataclasses.fields(CompressionConfig)} - given
+    config = CompressionConfig(recipe=recipe)
+    assert None not in config.to_dict().values()
+    assert CompressionConfig(**config.to_dict()) == config
+
+
+def test_falsy_values_are_given_values() -> None:
+    config = CompressionConfig(repair=False, least_important_kept=0.0, repair_ridge=0.0)
+    assert (config.repair, config.repair_ridge) == (False, 0.0)
+    config = CompressionConfig(recipe="lorap", least_important_kept=0)
+    assert config.least_important_kept == 0
 
 
 def test_frozen_and_keyword_only() -> None:
@@ -97,11 +160,11 @@ def test_from_recipe_overrides() -> None:
 
 
 def test_none_keeps_the_value_of_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    other = {**RECIPES["lorap"], "vo_to_qk_ratio": 2.0, "mlp_method": "factorize", "sparsity": 0.4}
+    other = {**RECIPES["lorap"], "vo_to_qk_ratio": 2.0, "mlp_method": "factorize"}
     monkeypatch.setattr("lorap.config.RECIPES", {**RECIPES, "other": other})
     config = CompressionConfig.from_recipe("other", vo_to_qk_ratio=None, mlp_method=None, sparsity=None, seed=None)
     assert config.recipe == "other"
-    assert (config.vo_to_qk_ratio, config.mlp_method, config.sparsity, config.seed) == (2.0, "factorize", 0.4, 0)
+    assert (config.vo_to_qk_ratio, config.mlp_method, config.sparsity, config.seed) == (2.0, "factorize", 0.2, 0)
 
 
 @pytest.mark.parametrize(

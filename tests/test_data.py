@@ -1,17 +1,17 @@
-"""Every kind of source becomes tokens, the seed alone draws windows, and bad sources are refused with numbers."""
+"""The seed alone draws windows, windows know their group, and folds keep groups whole."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from lorap import CalibrationError
-from lorap.calibration import TokenWindows, draw_windows, read_source
-from lorap.calibration.data import consecutive_windows, read_tokens, source_name
+from lorap.calibration import TokenWindows, draw_windows, fold_of, read_source
+from lorap.calibration.data import Share, consecutive_windows
 
 VOCAB = 500  # of the tokenizer in conftest.py
 TEXT = "Über the river, 12 boats; naïve crews sang 歌.\n" * 40
@@ -30,100 +30,6 @@ def refusal(source, tokenizer=None, **options) -> str:
     with pytest.raises(CalibrationError) as error:
         draw(source, tokenizer, **options)
     return str(error.value)
-
-
-# Sources
-
-
-@pytest.mark.parametrize("suffix", [".txt", ".md", ""])
-@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"], ids=["plain", "bom"])
-def test_text_file(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, suffix: str, bom: bytes) -> None:
-    path = write(tmp_path / f"text{suffix}", bom + TEXT.encode())
-    assert read_source(path) == read_source(str(path)) == TEXT
-    ids, mask = read_tokens(path, tokenizer, vocab_size=VOCAB)
-    assert ids.tolist() == tokenizer(TEXT)["input_ids"]
-    assert tokenizer.decode(ids) == TEXT
-    assert ids.dtype == torch.int64
-    assert mask is None
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson"])
-def test_jsonl(tmp_path: Path, suffix: str) -> None:
-    lines = [json.dumps({"text": "first é", "id": 1}), "", json.dumps({"text": "second\nline"}, ensure_ascii=False)]
-    path = write(tmp_path / f"rows{suffix}", "\ufeff" + "\r\n".join(lines))
-    assert read_source(path) == "first é\n\nsecond\nline"
-
-
-@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"], ids=ascii)
-def test_jsonl_may_hold_unicode_line_separators(tmp_path: Path, separator: str) -> None:
-    line = json.dumps({"text": f"one{separator}two"}, ensure_ascii=False)
-    assert read_source(write(tmp_path / "rows.jsonl", line + "\n")) == f"one{separator}two"
-
-
-def test_folder_of_jsonl_is_a_data_set(tmp_path: Path) -> None:
-    pytest.importorskip("datasets")
-    folder = tmp_path / "rows"
-    folder.mkdir()
-    write(folder / "part.jsonl", '{"text": "one two"}\n{"text": "three"}\n')
-    assert read_source(str(folder)) == "one two\n\nthree"
-    assert source_name(folder) == "rows"
-
-
-def test_large_file_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorap.calibration.data.MAX_TEXT_BYTES", 32 * 100)
-    lines = [f"line {number} é" for number in range(2000)]
-    text = read_source(write(tmp_path / "large.txt", "\n".join(lines)))
-    read = [line for line in text.split("\n") if line]
-    assert set(read) <= set(lines)
-    assert len(text.encode()) <= 32 * 101
-    numbers = [int(line.split()[1]) for line in read]
-    assert numbers == sorted(set(numbers))
-    assert numbers[0] == 0
-    assert numbers[-1] > 1900
-
-
-def test_large_file_of_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorap.calibration.data.MAX_TEXT_BYTES", 32 * 100)
-    text = read_source(write(tmp_path / "large.txt", "x" + "é" * 5000))
-    assert set(text) <= {"x", "é", "\n"}
-    assert text.count("é") > 1000
-
-
-@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.int64])
-@pytest.mark.parametrize("shape", [(63,), (9, 7)], ids=str)
-def test_npy(tmp_path: Path, shape: tuple[int, ...], dtype: type) -> None:
-    tokens = np.arange(63, dtype=dtype).reshape(shape)
-    np.save(tmp_path / "tokens.npy", tokens)
-    ids, mask = read_tokens(tmp_path / "tokens.npy", None, vocab_size=63)
-    assert ids.dtype == torch.int64
-    assert ids.tolist() == tokens.tolist()
-    assert mask is None
-
-
-def test_safetensors(tmp_path: Path) -> None:
-    ids = torch.arange(63).reshape(9, 7)
-    mask = (ids % 7 < 5).long()
-    save_file({"input_ids": ids, "attention_mask": mask}, tmp_path / "tokens.safetensors")
-    windows = draw(tmp_path / "tokens.safetensors")
-    assert torch.equal(windows.input_ids, ids)
-    assert torch.equal(windows.attention_mask, mask)
-    assert windows.tokens == 45
-    assert windows.name == "tokens.safetensors"
-    save_file({"input_ids": ids.flatten().int()}, tmp_path / "flat.safetensors")
-    assert draw(tmp_path / "flat.safetensors", samples=9).input_ids.shape == (9, 7)
-
-
-def test_windows_in_memory_are_used_as_they_are() -> None:
-    ids = torch.arange(15, dtype=torch.int32).reshape(3, 5)
-    windows = draw(ids, samples=100, seq_len=2)
-    assert torch.equal(windows.input_ids, ids.long())
-    assert (windows.name, windows.tokens, windows.attention_mask) == ("tokens", 15, None)
-    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
-    masked = draw({"input_ids": ids, "attention_mask": mask})
-    assert torch.equal(masked.input_ids, ids.long())
-    assert torch.equal(masked.attention_mask, mask)
-    assert masked.tokens == 8
-    assert draw({"input_ids": ids}).attention_mask is None
 
 
 # Windows
@@ -172,166 +78,17 @@ def test_consecutive_windows_refuses_a_short_text() -> None:
         consecutive_windows(torch.arange(6), None, seq_len=7, max_tokens=None, vocab_size=100)
 
 
-# Packaged texts
-
-
-@pytest.mark.parametrize("name", ["default", "heldout"])
-def test_packaged_texts(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    text = read_source(name)
-    assert len(text) > 10_000
-    assert "\0" not in text
-    assert "\ufffd" not in text
-    windows = draw(name, tokenizer, samples=16, seq_len=128)
-    assert windows.input_ids.shape == (16, 128)
-    assert windows.name == name
-
-
-def test_every_packaged_file_is_text_and_in_the_mixture() -> None:
-    folder = Path(__file__).parents[1] / "lorap" / "calibration" / "texts"
-    texts = {path.name: path.read_bytes().decode("utf-8") for path in folder.glob("*.txt")}
-    assert len(texts) >= 2
-    assert all(text.strip() for text in texts.values())
-    heldout = texts.pop("heldout.txt")
-    assert read_source("heldout") == heldout
-    mixture = read_source("default")
-    assert all(text in mixture for text in texts.values())
-
-
-def test_heldout_text_is_not_calibrated_on() -> None:
-    default = set(read_source("default").splitlines())
-    heldout = [line for line in read_source("heldout").splitlines() if len(line) > 40]
-    assert heldout
-    assert not [line for line in heldout if line in default]
-
-
-# Refusals
-
-
-@pytest.mark.parametrize(
-    ("file", "content", "words"),
-    [
-        ("empty.txt", b"", ["empty.txt", "no text"]),
-        ("blank.txt", b" \n\t\n", ["blank.txt", "no text"]),
-        ("empty.jsonl", b"\n\n", ["empty.jsonl", "no text"]),
-        ("binary.txt", b"abc\0def", ["binary.txt", "zero byte at offset 3"]),
-        ("latin1.txt", b"caf\xe9 au lait", ["latin1.txt", "not UTF-8", "offset 3"]),
-        ("bad.jsonl", b'{"text": "a"}\n\n{"text": \n', ["bad.jsonl", "line 3 is not JSON"]),
-        ("field.jsonl", b'{"text": "a"}\n{"content": "b"}\n', ["field.jsonl", "line 2 has no text field"]),
-        ("number.jsonl", b'{"text": 5}\n', ["number.jsonl", "line 1 has no text field"]),
-        ("list.jsonl", b'["a"]\n', ["list.jsonl", "line 1 has no text field"]),
-        ("bad.safetensors", b"xx", ["cannot read tokens from", "bad.safetensors"]),
-        ("bad.npy", b"not numpy", ["cannot read tokens from", "bad.npy"]),
-        pytest.param(
-            "empty.npy",
-            b"",
-            ["cannot read tokens from", "empty.npy"],
-        ),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_refuses_bad_files(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, file: str, content: bytes, words: list[str]
-) -> None:
-    message = refusal(write(tmp_path / file, content), tokenizer)
-    for word in words:
-        assert word in message
-
-
-@pytest.mark.parametrize("name", ["nope.txt", "nope.npy", "nope.safetensors"])
-def test_refuses_missing_files(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert str(tmp_path / name) in refusal(tmp_path / name, tokenizer)
-
-
-def test_refuses_an_empty_folder(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    assert "empty folder" in refusal(tmp_path, tokenizer)
-
-
-def test_refuses_a_data_set_without_text(tmp_path: Path) -> None:
-    pytest.importorskip("datasets")
-    write(tmp_path / "part.jsonl", '{"content": "one"}\n')
-    with pytest.raises(CalibrationError, match="no column `text`"):
-        read_source(str(tmp_path))
-
-
-def test_a_text_instead_of_its_name_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    refusal("once upon a time " * 100, tokenizer)
-
-
-@pytest.mark.parametrize(
-    ("source", "options", "words"),
-    [
-        (
-            torch.arange(20),
-            {"samples": 3},
-            ["tokens has 20 tokens", "2 windows of 7", "3 were asked", "ask for 2 samples"],
-        ),
-        (torch.arange(6), {}, ["6 tokens", "0 windows of 7", "shorter windows"]),
-        (torch.arange(64), {"vocab": 63}, ["token 63", "63 embeddings"]),
-        (torch.tensor([[1, -5]]), {}, ["token -5", "500 embeddings"]),
-        (torch.rand(63), {}, ["whole numbers", "float32 of shape (63,)"]),
-        (torch.zeros(2, 3, 4, dtype=torch.long), {}, ["int64 of shape (2, 3, 4)"]),
-        (torch.tensor(3), {}, ["int64 of shape ()"]),
-        (torch.zeros(0, dtype=torch.long), {}, ["int64 of shape (0,)"]),
-        (
-            {"input_ids": torch.ones(2, 7, dtype=torch.long), "attention_mask": torch.ones(2, 6)},
-            {},
-            ["attention_mask is float32 of shape (2, 6)", "input_ids are int64 of shape (2, 7)"],
-        ),
-        pytest.param(
-            {"ids": torch.ones(2, 7, dtype=torch.long)},
-            {},
-            ["no tensor `input_ids`"],
-        ),
-    ],
-    ids=[
-        "few-windows",
-        "short",
-        "too-high",
-        "negative",
-        "float",
-        "3-d",
-        "0-d",
-        "no-tokens",
-        "mask-shape",
-        "no-input-ids",
-    ],
-)
-def test_refuses_bad_tokens(source, options: dict, words: list[str]) -> None:
-    message = refusal(source, **options)
-    for word in words:
-        assert word in message
-
-
-def test_mask_of_a_token_stream_is_not_forgotten() -> None:
-    ids, mask = torch.arange(14), (torch.arange(14) < 10).long()
-    try:
-        windows = draw({"input_ids": ids, "attention_mask": mask}, samples=2)
-    except CalibrationError:
-        return  # refusing is as good
-    assert windows.tokens == 10
-
-
-def test_refuses_a_file_without_input_ids(tmp_path: Path) -> None:
-    save_file({"labels": torch.arange(3)}, tmp_path / "tokens.safetensors")
-    message = refusal(tmp_path / "tokens.safetensors")
-    assert "tokens.safetensors has no tensor `input_ids`, only labels" in message
-
-
-def test_refuses_text_without_a_tokenizer(tmp_path: Path) -> None:
-    message = refusal(write(tmp_path / "text.txt", TEXT))
-    assert "no tokenizer" in message
-    assert "text.txt" in message
-
-
-def test_refuses_the_tokenizer_of_another_model(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    path = write(tmp_path / "text.txt", TEXT)
-    top = max(tokenizer(TEXT)["input_ids"])
-    message = refusal(path, tokenizer, vocab=top)
-    assert f"text.txt gives token {top}, but the model has {top} embeddings" in message
-    assert draw(path, tokenizer, vocab=top + 1).input_ids.shape == (3, 7)
+def test_windows_in_memory_are_used_as_they_are() -> None:
+    ids = torch.arange(15, dtype=torch.int32).reshape(3, 5)
+    windows = draw(ids, samples=100, seq_len=2)
+    assert torch.equal(windows.input_ids, ids.long())
+    assert (windows.name, windows.tokens, windows.attention_mask) == ("tokens", 15, None)
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
+    masked = draw({"input_ids": ids, "attention_mask": mask})
+    assert torch.equal(masked.input_ids, ids.long())
+    assert torch.equal(masked.attention_mask, mask)
+    assert masked.tokens == 8
+    assert draw({"input_ids": ids}).attention_mask is None
 
 
 def test_short_text_names_its_numbers(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -339,3 +96,105 @@ def test_short_text_names_its_numbers(tmp_path: Path, tokenizer: PreTrainedToken
     count = len(tokenizer(TEXT)["input_ids"])
     message = refusal(path, tokenizer, samples=1000, seq_len=63)
     assert f"text.txt has {count:,} tokens, which is {count // 63} windows of 63; 1000 were asked for" in message
+
+
+@pytest.mark.parametrize(
+    ("seed", "sha256"),
+    [
+        (0, "09ba1cf0488eef919daf1ccd1bd9bf82f72ce9f163a6e12b6bee014d0019f05a"),
+        (1, "8051fd20ee2e288b713b9d0e2fbf68c5f494bf06402daedf9f66ea9904ec2ce4"),
+        (2, "8eb736656e0da3ed4ccf7da92c1aa9588f685261c0a455a36a51764d5779958a"),
+    ],
+)
+def test_draws_of_one_source_never_change(seed: int, sha256: str) -> None:
+    """Published results name a seed; it must draw the same windows in every version."""
+    for source in (torch.arange(1000), [torch.arange(1000)], [(torch.arange(1000), 3.5)]):
+        assert draw(source, samples=9, seq_len=63, seed=seed, vocab=1000).sha256 == sha256
+
+
+# Groups
+
+
+def test_windows_of_one_text_are_grouped_by_stretch(tmp_path: Path) -> None:
+    np.save(tmp_path / "my.npy", np.arange(100))
+    windows = draw(tmp_path / "my.npy", samples=14)
+    assert windows.group_names == ("my.npy [1/4]", "my.npy [2/4]", "my.npy [3/4]", "my.npy [4/4]")
+    assert windows.groups.dtype == torch.int64
+    position = windows.input_ids[:, 0] // 7
+    assert windows.groups.tolist() == (position * 4 // 14).tolist()
+    # 14 windows in 4 equal stretches of 3.5: windows 0-3, 4-6, 7-10, 11-13.
+    assert torch.bincount(windows.groups).tolist() == [4, 3, 4, 3]
+    few = draw(tmp_path / "my.npy", samples=3)
+    assert few.groups.tolist() == (few.input_ids[:, 0] // 7 * 4 // 14).tolist()
+    assert few.group_names == windows.group_names
+    assert few.shares == (Share("my.npy", 1.0, 3),)
+
+
+def test_consecutive_windows_are_grouped_by_stretch_of_what_was_read() -> None:
+    windows = consecutive_windows(torch.arange(100), None, seq_len=7, max_tokens=63, vocab_size=100)
+    assert windows.groups.tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("rows", "groups"),
+    [(1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (4, [0, 1, 2, 3]), (6, [0, 0, 1, 2, 2, 3]), (8, [0, 0, 1, 1, 2, 2, 3, 3])],
+)
+def test_rows_of_a_token_matrix_are_grouped_in_their_order(rows: int, groups: list[int]) -> None:
+    windows = draw(torch.zeros(rows, 63, dtype=torch.long))
+    assert windows.groups.tolist() == groups
+    count = groups[-1] + 1
+    names = [f"tokens [{index}/{count}]" for index in range(1, count + 1)] if count > 1 else ["tokens"]
+    assert list(windows.group_names) == names
+
+
+# Folds
+
+
+def grouped(groups: list[int]) -> TokenWindows:
+    ids = torch.zeros(len(groups), 1, dtype=torch.long)
+    return TokenWindows(ids, "made up", "", groups=torch.tensor(groups), group_names=("a", "b", "c", "d"))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "second"),
+    [
+        ([5], []),
+        ([3, 3], [1]),
+        ([2, 3], [0]),
+        ([1, 1, 1, 1], [1, 3]),
+        ([5, 4, 3, 2], [1, 2]),  # 5 | 4, then 5 | 4 + 3, then 5 + 2 | 7
+        ([1, 0, 1], [2]),
+        ([0, 4, 0], []),
+    ],
+    ids=str,
+)
+def test_folds_are_dealt_out_largest_first(sizes: list[int], second: list[int]) -> None:
+    groups = [group for group, size in enumerate(sizes) for _ in range(size)]
+    fold = fold_of(grouped(groups))
+    assert fold.dtype == torch.bool
+    assert fold.tolist() == [group in second for group in groups]
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=100))
+def test_folds_keep_groups_whole_and_are_nearly_equal(groups: list[int]) -> None:
+    fold = fold_of(grouped(groups))
+    sides = {(group, side) for group, side in zip(groups, fold.tolist(), strict=True)}
+    assert len(sides) == len(set(groups))
+    second = int(fold.sum())
+    largest = max(groups.count(group) for group in groups)
+    assert abs(len(groups) - 2 * second) <= largest
+    if len(set(groups)) > 1:
+        assert 0 < second < len(groups)
+    assert torch.equal(fold, fold_of(grouped(groups)))
+
+
+def test_windows_without_groups_are_one_fold() -> None:
+    assert fold_of(TokenWindows(torch.zeros(3, 2, dtype=torch.long), "made up", "")).tolist() == [False] * 3
+
+
+def test_folds_of_the_default_texts(tokenizer: PreTrainedTokenizerFast) -> None:
+    """100 windows, 20 of each text: two texts against three."""
+    windows = draw("default", tokenizer, samples=100)
+    fold = fold_of(windows)
+    assert int(fold.sum()) == 40
+    assert not set(windows.groups[fold].tolist()) & set(windows.groups[~fold].tolist())

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorap import Factorization, FactorizationError, factorize
+from lorap.factorization import root_of, spectrum
 
 SHAPES = [(40, 63), (63, 40), (50, 50), (100, 7), (1, 63), (63, 1)]
 
@@ -206,6 +207,121 @@ def test_never_worse_than_the_svd(
         assert relative_error(w, product(factors), s) <= limit
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# A metric of the outputs as well
+
+
+def positive(size: int, seed: int = 7, spread: float = 1.0) -> Tensor:
+    x = normal(3 * size + 5, size, seed=seed) * torch.logspace(-spread, spread, size, dtype=torch.float64)
+    return x.T @ x / len(x)
+
+
+def input_metric(kind: str, features: int) -> Tensor | None:
+    return {"none": None, "vector": sq_norms("gaussian", features), "matrix": positive(features, seed=3)}[kind]
+
+
+def right_root(c: Tensor | None, features: int) -> Tensor:
+    if c is None:
+        return torch.eye(features, dtype=torch.float64)
+    return torch.diag(c.sqrt()) if c.ndim == 1 else root(c)
+
+
+@pytest.mark.parametrize("kind", ["none", "vector", "matrix"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_two_sided_is_the_svd_between_the_roots(shape: tuple[int, int], kind: str) -> None:
+    w, rank, c, a = normal(*shape), middle_rank(shape), input_metric(kind, shape[1]), positive(shape[0])
+    lower, right = torch.linalg.cholesky(a), right_root(c, shape[1])
+    seen = lower.T @ w @ right
+    best = truncated_svd(seen, rank)
+    factors = factorize(w, rank, c, output_metric=a)
+    assert (factors.left.shape, factors.right.shape) == ((shape[0], rank), (rank, shape[1]))
+    difference = (lower.T @ product(factors) @ right - best).norm() / seen.norm()
+    assert difference < 1e-7
+    torch.testing.assert_close(
+        product(factors), torch.linalg.inv(lower.T) @ best @ torch.linalg.inv(right), rtol=1e-5, atol=1e-5
+    )
+    assert factors.error == pytest.approx(float((seen - best).norm() / seen.norm()), rel=1e-6, abs=1e-7)
+    values = torch.linalg.svdvals(seen)
+    torch.testing.assert_close(factors.singular_values, values, rtol=1e-6, atol=1e-6 * float(values[0]))
+    torch.testing.assert_close(spectrum(w, c, a), values.square(), rtol=1e-6, atol=1e-9 * float(values[0]) ** 2)
+
+
+@pytest.mark.parametrize("kind", ["none", "vector", "matrix"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_spectrum_is_that_of_the_factorization(shape: tuple[int, int], kind: str) -> None:
+    w, c = normal(*shape).float(), input_metric(kind, shape[1])
+    found, values = spectrum(w, c), factorize(w.double(), 1, c).singular_values.square()
+    assert found.shape == (min(shape),)
+    assert (found[:-1] >= found[1:]).all()
+    torch.testing.assert_close(found, values, rtol=1e-6, atol=1e-9 * float(values[0]))
+
+
+def test_the_weighed_output_is_approximated_better() -> None:
+    w, c = normal(40, 63), positive(63, seed=3)
+    weights = torch.ones(40, dtype=torch.float64)
+    weights[:5] = 1e4
+    plain, weighed = factorize(w, 10, c), factorize(w, 10, c, output_metric=torch.diag(weights))
+
+    def error(factors: Factorization, rows: slice) -> float:
+        return float(((w - product(factors))[rows] @ root(c)).norm())
+
+    assert error(weighed, slice(5)) < 0.1 * error(plain, slice(5))
+    assert error(weighed, slice(5, 40)) > error(plain, slice(5, 40))
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e6])
+def test_identity_as_output_metric_changes_nothing(scale: float) -> None:
+    w, c = normal(40, 63), positive(63, seed=3)
+    plain, weighed = factorize(w, 9, c), factorize(w, 9, c, output_metric=scale * torch.eye(40))
+    torch.testing.assert_close(product(weighed), product(plain), rtol=1e-7, atol=1e-7)
+    assert weighed.error == pytest.approx(plain.error, rel=1e-9)
+    torch.testing.assert_close(weighed.left.norm(dim=0), weighed.right.norm(dim=1), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(40, 63), (63, 40)], ids=["out<in", "in<out"])
+def test_factors_stay_balanced_under_an_output_metric(shape: tuple[int, int]) -> None:
+    factors = factorize(normal(*shape), 13, positive(shape[1], seed=3), output_metric=positive(shape[0], spread=2.0))
+    torch.testing.assert_close(factors.left.norm(dim=0), factors.right.norm(dim=1), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_full_rank_reconstructs_under_an_output_metric(shape: tuple[int, int]) -> None:
+    w = normal(*shape)
+    factors = factorize(w, min(shape), sq_norms("zero-channels", shape[1]), output_metric=positive(shape[0]))
+    torch.testing.assert_close(product(factors), w, rtol=1e-7, atol=1e-7)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    out_features=st.integers(1, 15),
+    in_features=st.integers(1, 15),
+    fraction=st.floats(0, 1),
+    seed=st.integers(0, 10**6),
+)
+def test_nothing_of_that_rank_is_better_in_the_two_sided_norm(
+    out_features: int, in_features: int, fraction: float, seed: int
+) -> None:
+    rank = 1 + int(fraction * (min(out_features, in_features) - 1))
+    w = normal(out_features, in_features, seed=seed)
+    a, c = positive(out_features, seed), positive(in_features, seed + 1)
+    lower, right = torch.linalg.cholesky(a), root(c)
+
+    def distance(approximation: Tensor) -> float:
+        return float((lower.T @ (w - approximation) @ right).norm() / (lower.T @ w @ right).norm())
+
+    factors = factorize(w, rank, c, output_metric=a)
+    assert factors.error == pytest.approx(distance(product(factors)), rel=1e-5, abs=1e-6)
+    rivals = [factorize(w, rank), factorize(w, rank, c), factorize(w, rank, output_metric=a)]
+    assert all(distance(product(factors)) <= distance(product(rival)) + 1e-7 for rival in rivals)
+
+
+@pytest.mark.parametrize("rank_of_metric", [0, 1, 4, 7])
+def test_root_of_also_singular_metrics(rank_of_metric: int) -> None:
+    x = normal(7, rank_of_metric)
+    found = root_of(x @ x.T)
+    torch.testing.assert_close(found @ found.T, x @ x.T, rtol=1e-7, atol=1e-7)
+
+
 NAN, INF = torch.ones(7, 5), torch.ones(7, 5)
 NAN[3, 2], INF[0, 0] = float("nan"), float("-inf")
 
@@ -244,5 +360,21 @@ NAN[3, 2], INF[0, 0] = float("nan"), float("-inf")
 def test_refuses(weight: Tensor, rank: int, metric: Tensor | None, words: list[str]) -> None:
     with pytest.raises(FactorizationError) as error:
         factorize(weight, rank, metric, name="layers.3.q_proj")
+    for word in ["layers.3.q_proj", *words]:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [
+        (torch.eye(5), ["output metric", "(5, 5)", "(7, 7)"]),
+        (torch.ones(7), ["output metric", "(7,)", "(7, 7)"]),
+        (torch.full((7, 7), float("nan")), ["output metric", "NaN or infinity"]),
+    ],
+    ids=["of-inputs", "vector", "nan"],
+)
+def test_refuses_output_metrics(metric: Tensor, words: list[str]) -> None:
+    with pytest.raises(FactorizationError) as error:
+        factorize(torch.ones(7, 5), 2, output_metric=metric, name="layers.3.q_proj")
     for word in ["layers.3.q_proj", *words]:
         assert word in str(error.value)

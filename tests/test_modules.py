@@ -174,6 +174,37 @@ def test_new_pivoted_layer_has_the_documented_parameters(bias: bool) -> None:
     assert module.extra_repr() == f"in_features=63, out_features=40, rank=11, bias={bias}, pivoted=True"
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(40, 63), (63, 40), (100, 7), (12, 100)], ids=str)
+def test_from_linear_pivoted_is_the_same_matrix_in_fewer_numbers(
+    shape: tuple[int, int], dtype: torch.dtype, bias: bool
+) -> None:
+    (out_features, in_features), rank = shape, min(shape) - 1
+    torch.manual_seed(0)
+    linear, metric = nn.Linear(in_features, out_features, bias=bias, dtype=dtype), torch.rand(in_features) * 10
+    module = LowRankLinear.from_linear(linear, rank, metric, pivoted=True)
+    assert {name: value.dtype for name, value in module.state_dict().items() if name != "pivot_rows"} == dict.fromkeys(
+        ["right.weight", "left.weight", "weight", *(["output_bias"] if bias else [])], dtype
+    )
+    assert module.right.weight.numel() + module.left.weight.numel() == rank * (out_features + in_features - rank)
+    assert (module.bias is None) == (not bias)
+    factors = factorize(linear.weight.data.double(), rank, metric)
+    expected, tolerance = factors.left @ factors.right, 16 * torch.finfo(dtype).eps
+    error = (module.reconstruct(dtype=torch.float64) - expected).norm() / expected.norm()
+    assert float(error.detach()) < tolerance
+    x = torch.randn(4, in_features, dtype=dtype)
+    by_hand = nn.functional.linear(x.double(), expected, None if module.bias is None else module.bias.double())
+    assert float(((module(x).double() - by_hand).norm() / by_hand.norm()).detach()) < tolerance
+
+
+def test_reconstruct_in_another_dtype_multiplies_there() -> None:
+    for module in (pivoted(dtype=torch.bfloat16), layer().bfloat16()):
+        exact = copy.deepcopy(module).double().reconstruct()
+        assert torch.equal(module.reconstruct(dtype=torch.float64), exact)
+        assert module.reconstruct().dtype == torch.bfloat16
+
+
 def test_pivoted_state_dict_round_trip() -> None:
     source, target, x = pivoted(), LowRankLinear(63, 40, 11, pivoted=True), torch.randn(4, 63)
     target.load_state_dict(source.state_dict())

@@ -1,10 +1,15 @@
-"""FFN channels leave in the published order: the band above the least important 1 %, the same every run."""
+"""FFN channels leave in the published order: the band above the least important 1 %, the same every run.
+
+How many stay is the plan's business (:func:`lorap.allocation.pruned_positions`), which ones is that of ``keep_best``.
+"""
 
 import pytest
 import torch
 from torch import nn
 
-from lorap.pruning import channel_importance, keep_inputs, keep_outputs, select_channels
+from lorap.allocation import pruned_positions
+from lorap.pruning import channel_importance, keep_inputs, keep_outputs, new_linear, removed_shares
+from lorap.repair import keep_best
 
 
 def ffn(width: int, hidden: int = 7, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -26,6 +31,13 @@ def loop_norms(gate, up, down, s, t) -> dict[str, list[float]]:
         norms["up_proj"].append(sum(float(up[c, j] ** 2 * s[j]) for j in range(up.shape[1])) ** 0.5)
         norms["down_proj"].append(sum(float(down[i, c] ** 2) for i in range(down.shape[0])) ** 0.5 * float(t[c]) ** 0.5)
     return norms
+
+
+def select(gate, up, down, s, t, *, sparsity: float, least_important_kept: float) -> torch.Tensor:
+    """The channels that stay, as the paper's recipe chooses them."""
+    start, stop = pruned_positions(len(gate), sparsity, least_important_kept)
+    scores = channel_importance(gate, up, down, s, t)
+    return keep_best(scores, len(gate) - (stop - start), least_important_kept=least_important_kept)
 
 
 def by_importance(order: list[int]) -> tuple[torch.Tensor, ...]:
@@ -62,10 +74,10 @@ def test_importance_is_the_sum_of_three_weighted_norms(width: int, dtype: torch.
 )
 def test_the_band_above_the_least_important_goes(width: int, sparsity: float, least: float, dropped: range) -> None:
     order = torch.randperm(width, generator=torch.Generator().manual_seed(1)).tolist()
-    pruned = select_channels(*by_importance(order), sparsity=sparsity, least_important_kept=least)
+    kept = select(*by_importance(order), sparsity=sparsity, least_important_kept=least)
     expected = sorted(set(order) - {order[position] for position in dropped})
-    assert pruned.kept_channels.dtype == torch.int64
-    assert pruned.kept_channels.tolist() == expected
+    assert kept.dtype == torch.int64
+    assert kept.tolist() == expected
 
 
 def test_importance_sees_all_three_matrices_and_both_norms() -> None:
@@ -75,35 +87,39 @@ def test_importance_sees_all_three_matrices_and_both_norms() -> None:
     down = torch.tensor([[0.0, 0.0, 2.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
     norms = torch.tensor([4.0, 1.0]), torch.tensor([1.0, 1.0, 9.0, 1.0])
     assert channel_importance(gate, up, down, *norms).tolist() == [4.0, 3.0, 6.0, 5.0]
-    pruned = select_channels(gate, up, down, *norms, sparsity=0.5, least_important_kept=0.0)
-    assert pruned.kept_channels.tolist() == [2, 3]
+    kept = select(gate, up, down, *norms, sparsity=0.5, least_important_kept=0.0)
+    assert kept.tolist() == [2, 3]
 
 
 def test_errors_are_the_weighted_share_of_what_left() -> None:
     gate, up, down, s, t = ffn(63)
-    pruned = select_channels(gate, up, down, s, t, sparsity=0.5, least_important_kept=0.02)
+    kept = select(gate, up, down, s, t, sparsity=0.5, least_important_kept=0.02)
+    errors = removed_shares(gate, up, down, s, t, kept)
     keep = torch.zeros(63, dtype=torch.bool)
-    keep[pruned.kept_channels] = True
+    keep[kept] = True
     assert int(keep.sum()) == 63 - (int(0.52 * 63) - 1)
     for role, weight, scale in (("gate_proj", gate, s), ("up_proj", up, s), ("down_proj", down.T, None)):
         weighted = weight.double() * (scale.double().sqrt() if scale is not None else t.double().sqrt()[:, None])
         expected = float(weighted[~keep].norm() / weighted.norm())
         assert 0.1 < expected < 0.9
-        assert pruned.errors[role] == pytest.approx(expected, rel=1e-12)
+        assert errors[role] == pytest.approx(expected, rel=1e-12)
 
 
 def test_nothing_dropped_and_nothing_active_cost_nothing() -> None:
     none = {"gate_proj": 0.0, "up_proj": 0.0, "down_proj": 0.0}
-    assert select_channels(*ffn(1), sparsity=0.2, least_important_kept=0.01).errors == none
+    kept = select(*ffn(1), sparsity=0.2, least_important_kept=0.01)
+    assert kept.tolist() == [0]
+    assert removed_shares(*ffn(1), kept) == none
     gate, up, down, s, t = ffn(63)
-    silent = select_channels(gate, up, down, s * 0, t * 0, sparsity=0.2, least_important_kept=0.01)
-    assert silent.errors == none
+    kept = select(gate, up, down, s * 0, t * 0, sparsity=0.2, least_important_kept=0.01)
+    assert len(kept) == 50
+    assert removed_shares(gate, up, down, s * 0, t * 0, kept) == none
 
 
 def test_ties_go_by_position() -> None:
     ones = torch.ones(100, 3), torch.ones(100, 3), torch.ones(3, 100), torch.ones(3), torch.ones(100)
-    pruned = select_channels(*ones, sparsity=0.2, least_important_kept=0.01)
-    assert pruned.kept_channels.tolist() == [0, *range(21, 100)]
+    kept = select(*ones, sparsity=0.2, least_important_kept=0.01)
+    assert kept.tolist() == [0, *range(21, 100)]
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
@@ -126,3 +142,13 @@ def test_keep_outputs_and_inputs(bias: bool, dtype: torch.dtype) -> None:
         assert inputs.bias is None
     x = torch.randn(4, 5, dtype=dtype)
     torch.testing.assert_close(outputs(x), linear(x)[:, [0, 2, 3]])
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_new_linear_takes_its_tensors(bias: bool) -> None:
+    weight = torch.randn(3, 5, dtype=torch.bfloat16)
+    linear = new_linear(weight, weight[:, 0] if bias else None)
+    assert (linear.in_features, linear.out_features) == (5, 3)
+    assert linear.weight.data_ptr() == weight.data_ptr()
+    assert linear.weight.dtype == torch.bfloat16
+    assert (linear.bias is not None) == bias

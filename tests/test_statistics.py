@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from lorap.calibration import ActivationStats
+from lorap.calibration.statistics import merged
 from lorap.kernels.reference import CHUNK_TOKENS
 
 
@@ -14,7 +15,7 @@ def activations(*shape: int) -> Tensor:
 
 
 def gathered(*batches: Tensor, moments: bool = True) -> ActivationStats:
-    stats = ActivationStats(batches[0].shape[-1], moments=moments)
+    stats = ActivationStats(batches[0].shape[-1], mean=moments, moments=moments)
     for batch in batches:
         stats.update(batch)
     return stats
@@ -61,17 +62,17 @@ def test_long_sums_are_kept_in_float64() -> None:
 @pytest.mark.parametrize("moments", [True, False], ids=["moments", "norms"])
 def test_merge_equals_one_pass(moments: bool) -> None:
     x = activations(100, 7)
-    merged, rest = gathered(x[:37], moments=moments), gathered(x[37:], moments=moments)
-    merged.merge(rest)
+    both, rest = gathered(x[:37], moments=moments), gathered(x[37:], moments=moments)
+    both.merge(rest)
     whole = gathered(x[:37], x[37:], moments=moments)
-    assert merged.tokens == whole.tokens == 100
-    assert torch.equal(merged.sq_sum, whole.sq_sum)
+    assert both.tokens == whole.tokens == 100
+    assert torch.equal(both.sq_sum, whole.sq_sum)
     if moments:
-        assert torch.equal(merged.total, whole.total)
-        assert torch.equal(merged.outer, whole.outer)
+        assert torch.equal(both.total, whole.total)
+        assert torch.equal(both.outer, whole.outer)
     else:
-        assert merged.total is None
-        assert merged.outer is None
+        assert both.total is None
+        assert both.outer is None
 
 
 def test_merge_refuses_missing_moments() -> None:
@@ -85,7 +86,7 @@ def test_masked_tokens_never_count(padding: float) -> None:
     mask = torch.ones(3, 21, dtype=torch.bool)
     mask[0, 15:], mask[2, :4], mask[1, 20] = False, False, False
     padded = torch.where(mask[..., None], x, padding)
-    stats = ActivationStats(7, moments=True)
+    stats = ActivationStats(7, mean=True, moments=True)
     stats.update(padded, mask)
     assert stats.tokens == 63 - 6 - 4 - 1
     assert stats.is_finite
@@ -93,7 +94,7 @@ def test_masked_tokens_never_count(padding: float) -> None:
 
 
 def test_everything_masked() -> None:
-    stats = ActivationStats(7, moments=True)
+    stats = ActivationStats(7, mean=True, moments=True)
     stats.update(activations(2, 3, 7), torch.zeros(2, 3, dtype=torch.bool))
     assert stats.tokens == 0
     assert torch.equal(stats.second_moment, torch.zeros(7, 7, dtype=torch.float64))
@@ -140,3 +141,67 @@ def test_covariance_of_channels_far_from_zero() -> None:
     x = torch.randn(4096, 4, generator=torch.Generator().manual_seed(0)) + 1000
     expected = torch.cov(x.double().T, correction=0)
     torch.testing.assert_close(gathered(x).covariance, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_mean_and_moments_are_gathered_only_when_asked_for() -> None:
+    x = activations(63, 7)
+    mean, moments = ActivationStats(7, mean=True), ActivationStats(7, moments=True)
+    for stats in (mean, moments):
+        stats.update(x)
+    assert mean.outer is None
+    assert moments.total is None
+    torch.testing.assert_close(mean.mean, x.double().mean(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(moments.second_moment, x.double().T @ x.double() / 63, rtol=1e-6, atol=1e-6)
+    with pytest.raises(AssertionError, match="mean=True"):
+        _ = moments.mean
+    with pytest.raises(AssertionError, match="moments=True"):
+        _ = mean.second_moment
+
+
+@pytest.mark.parametrize("features", [1, 7, 63])
+def test_variance_is_the_diagonal_of_the_covariance(features: int) -> None:
+    x = activations(101, features)
+    stats = gathered(*x.split(17))
+    torch.testing.assert_close(stats.variance, x.double().var(0, correction=0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(stats.variance, stats.covariance.diagonal(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_token_of_weight_w_counts_w_times(masked: bool) -> None:
+    x = activations(3, 21, 7)
+    weights = torch.rand(3, 21, generator=torch.Generator().manual_seed(1)) * 4 + 0.01
+    mask = torch.rand(3, 21, generator=torch.Generator().manual_seed(2)) > 0.3 if masked else None
+    counted = torch.ones(3, 21, dtype=torch.bool) if mask is None else mask
+    # What padding is, and what it would weigh, has no influence.
+    x, weights = torch.where(counted[..., None], x, float("nan")), torch.where(counted, weights, float("nan"))
+    stats = ActivationStats(7, mean=True, moments=True)
+    stats.update(x, mask, weights)
+    real, w = x[counted].double(), weights[counted].double()
+    assert stats.tokens == int(counted.sum())
+    assert stats.weight == pytest.approx(float(w.sum()), rel=1e-6)
+    torch.testing.assert_close(stats.sq_sum, w @ real.square(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(stats.mean, w @ real / w.sum(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(stats.second_moment, (real.T * w) @ real / w.sum(), rtol=1e-5, atol=1e-5)
+    spread = (real - w @ real / w.sum()).square()
+    torch.testing.assert_close(stats.variance, w @ spread / w.sum(), rtol=1e-4, atol=1e-6)
+
+
+def test_equal_weights_change_sums_and_no_mean() -> None:
+    x = activations(63, 7)
+    plain, heavy = gathered(x), ActivationStats(7, mean=True, moments=True)
+    heavy.update(x, None, torch.full((63,), 4.0))
+    assert heavy.weight == 4 * 63
+    torch.testing.assert_close(heavy.sq_sum, 4 * plain.sq_sum)
+    torch.testing.assert_close(heavy.covariance, plain.covariance)
+
+
+def test_merged_folds_are_left_alone() -> None:
+    x = activations(100, 7)
+    folds = (gathered(x[:37]), gathered(x[37:]))
+    before = [fold.outer.clone() for fold in folds]
+    both, whole = merged(folds), gathered(x[:37], x[37:])
+    assert (both.tokens, both.weight) == (100, 100.0)
+    for name in ("sq_sum", "total", "outer"):
+        torch.testing.assert_close(getattr(both, name), getattr(whole, name), rtol=1e-12, atol=1e-12)
+    assert all(torch.equal(fold.outer, old) for fold, old in zip(folds, before, strict=True))
+    assert merged(folds[:1]) is folds[0]

@@ -17,10 +17,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, pipeline
 
 import lorap
-from lorap.integrations.transformers import register
+from lorap.integrations.transformers import LoRAPConfig, check_pivot_rows, mark_compressed, register
+from lorap.pivoting import pivot
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -49,6 +51,21 @@ def input_sq_norm(model: Any, module: str, tokens: torch.Tensor) -> torch.Tensor
 
 def low_rank(model: Any) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, lorap.LowRankLinear)]
+
+
+def with_pivoted_storage(model: Any, report: Any) -> tuple[Any, Any]:
+    """The same compressed model with every low-rank layer pivoted."""
+    for name in low_rank(model):
+        old = model.get_submodule(name)
+        stored = pivot(old.left.weight.data, old.right.weight.data, name=name)
+        factors = stored.left.to(old.left.weight.dtype), stored.right.to(old.right.weight.dtype)
+        bias = None if old.bias is None else old.bias.data
+        model.set_submodule(name, lorap.LowRankLinear.from_factors(*factors, bias, stored.pivot_rows))
+    fields = model.config.quantization_config.to_dict()
+    fields["format_version"] = None
+    mark_compressed(model, LoRAPConfig(**fields, storage="pivoted"))
+    report.params_saved = sum(parameter.numel() for parameter in model.parameters())
+    return model, report
 
 
 @pytest.fixture
@@ -271,6 +288,165 @@ def test_damaged_quantization_config_is_refused(change, message, small):
     with pytest.raises(lorap.CheckpointError) as error:
         AutoModelForCausalLM.from_pretrained(folder)
     assert message in str(error.value)
+
+
+def test_an_incomplete_low_rank_layer_is_refused(small):
+    """transformers itself would fill it with random numbers and only print a warning."""
+    edit_weights(small[2], lambda tensors: tensors.pop(f"{Q}.left.weight"))
+    with pytest.raises(
+        lorap.CheckpointError, match=rf"1 tensors of low-rank layers are missing, first {Q}\.left\.weight"
+    ):
+        AutoModelForCausalLM.from_pretrained(small[2])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pivoted storage
+
+
+@pytest.fixture
+def pivoted(make_model, compress_small, tmp_path):
+    """(model in memory, report, folder) of a compressed llama with biases, pivoted."""
+    model, report = with_pivoted_storage(*compress_small(make_model("llama-biases")))
+    return model, report, lorap.save(model, tmp_path / "pivoted", report=report)
+
+
+def edit_weights(folder: Path, change: Any) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_config(folder: Path, **change: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= change
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["llama-biases", "llama-gqa", "qwen3"])
+def test_pivoted_saved_and_loaded_logits_are_bit_identical(family, dtype, make_model, compress_small, tokens, tmp_path):
+    model, report = compress_small(make_model(family))
+    by_factors = logits(model, tokens)
+    model, report = with_pivoted_storage(model, report)
+    torch.testing.assert_close(logits(model, tokens), by_factors, rtol=1e-3, atol=1e-3)
+    out = lorap.save(model, tmp_path / "out", report=report)
+    expected = logits(cast(model, DTYPES[dtype]), tokens)
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype=DTYPES[dtype])
+    assert low_rank(loaded) == low_rank(model)
+    assert torch.equal(logits(loaded, tokens), expected)
+    for name in low_rank(model):
+        rows = loaded.get_submodule(name).pivot_rows
+        assert rows.dtype == torch.int64
+        assert torch.equal(rows, model.get_submodule(name).pivot_rows)
+
+
+def test_pivoted_layers_survive_everything_a_model_goes_through(pivoted, tokens, tmp_path):
+    model, report, folder = pivoted
+    expected = logits(model, tokens)
+    sharded = lorap.save(model, tmp_path / "sharded", report=report, max_shard_size="50KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    loaded = AutoModelForCausalLM.from_pretrained(sharded, device_map="cpu")
+    assert torch.equal(logits(loaded, tokens), expected)
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(logits(again, tokens), expected)
+    configs = [json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "again")]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+    back = copy.deepcopy(again).to(torch.bfloat16).to(torch.float32)
+    assert torch.equal(back.get_submodule(Q).pivot_rows, model.get_submodule(Q).pivot_rows)
+    torch.testing.assert_close(logits(back, tokens), expected, rtol=0.2, atol=0.2)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(again.generate(tokens[:1, :8], **options), model.generate(tokens[:1, :8], **options))
+
+
+def test_pivoted_layers_offloaded_to_disk(pivoted, tokens, tmp_path):
+    model, _, folder = pivoted
+    where = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    where |= {"model.layers.0": "disk", "model.layers.1": "cpu"}
+    loaded = AutoModelForCausalLM.from_pretrained(folder, device_map=where, offload_folder=tmp_path / "offloaded")
+    assert torch.equal(logits(loaded, tokens), logits(model, tokens))
+
+
+def test_only_pivoted_checkpoints_need_a_newer_lorap(small, pivoted):
+    """An older lorap knows neither version 2 nor the field `storage`; it keeps opening what it understands."""
+    plain, newer = (
+        json.loads((folder / "config.json").read_text())["quantization_config"] for folder in (small[2], pivoted[2])
+    )
+    assert plain["format_version"] == 1
+    assert "storage" not in plain
+    assert (newer["format_version"], newer["storage"]) == (2, "pivoted")
+
+
+def test_versions_and_storages():
+    assert LoRAPConfig().format_version == 1
+    assert LoRAPConfig(storage="pivoted").format_version == 2
+    assert LoRAPConfig(format_version=2).storage == "factors"
+    for config in (LoRAPConfig(format_version=2), LoRAPConfig(storage="pivoted"), LoRAPConfig()):
+        assert LoRAPConfig(**config.to_dict()).__dict__ == config.__dict__
+
+
+def test_version_2_of_plain_factors_opens_too(small, tokens):
+    edit_config(small[2], format_version=2)
+    loaded = AutoModelForCausalLM.from_pretrained(small[2])
+    assert torch.equal(logits(loaded, tokens), logits(small[0], tokens))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 1}, "pivoted storage and format version 1, which has none; it must be 2"),
+        ({"format_version": 3}, "format version 3 and this lorap reads 1 and 2"),
+        ({"storage": "shuffled"}, "quantization_config.storage is 'shuffled'; known: factors, pivoted"),
+        ({"ranks": {Q: 64}}, f"rank 64 of {Q} does not fit its shape (64, 64)"),
+    ],
+)
+def test_contradictory_pivoted_config_is_refused(change, message, pivoted):
+    edit_config(pivoted[2], **change)
+    with pytest.raises(lorap.CheckpointError) as error:
+        AutoModelForCausalLM.from_pretrained(pivoted[2])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(lambda rows: rows.flip(0), "must ascend, but", id="descending"),
+        pytest.param(lambda rows: rows[0].repeat(len(rows)), "must ascend, but", id="repeated"),
+        pytest.param(lambda rows: rows * 0, "must ascend, but 0 follows 0", id="zero"),
+        pytest.param(lambda rows: rows + 64, "but the layer has rows 0 to 63", id="beyond"),
+        pytest.param(lambda rows: rows - 64, "but the layer has rows 0 to 63", id="negative"),
+        pytest.param(lambda rows: rows << 40, "but the layer has rows 0 to 63", id="huge"),
+        pytest.param(
+            lambda _rows: None, f"1 tensors of low-rank layers are missing, first {Q}.pivot_rows", id="missing"
+        ),
+    ],
+)
+def test_damaged_pivot_rows_are_refused(change, message, pivoted):
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        rows = change(tensors.pop(f"{Q}.pivot_rows"))
+        if rows is not None:
+            tensors[f"{Q}.pivot_rows"] = rows.contiguous()
+
+    edit_weights(pivoted[2], damage)
+    with pytest.raises(lorap.CheckpointError) as error:
+        AutoModelForCausalLM.from_pretrained(pivoted[2])
+    assert Q in str(error.value)
+    assert message in str(error.value)
+
+
+def test_pivot_rows_of_the_wrong_kind_are_refused():
+    for rows in (torch.tensor([0.0, 1]), torch.tensor([0, 1, 2])):
+        layer = lorap.LowRankLinear(5, 7, 2, pivoted=True)
+        layer.pivot_rows = rows
+        with pytest.raises(lorap.CheckpointError, match=r"q\.pivot_rows is torch.* int64 of shape \(2,\) is needed"):
+            check_pivot_rows(layer, "q")
+
+
+def test_pivoted_opened_without_lorap_is_refused(pivoted, tmp_path):
+    command = [sys.executable, "-c", WITHOUT_LORAP, str(pivoted[2])]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert run.returncode == 0, run.stderr
+    assert [line.split()[0] for line in run.stdout.splitlines()] == ["refused"] * 2, run.stdout + run.stderr
 
 
 def test_registering_twice_is_harmless():

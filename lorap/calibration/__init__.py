@@ -1,7 +1,8 @@
-"""Calibration: text to token windows (data), one decoder layer at a time (stream), sums over tokens (statistics)."""
+"""Calibration: sources to token windows (sources, mixtures, data), one decoder layer at a time (stream), sums (statistics)."""
 
-from lorap.calibration.data import TokenWindows, draw_windows, read_source
+from lorap.calibration.data import TokenWindows, draw_windows, fold_of
+from lorap.calibration.sources import read_source
 from lorap.calibration.statistics import ActivationStats
 from lorap.calibration.stream import CalibrationStream
 
-__all__ = ["ActivationStats", "CalibrationStream", "TokenWindows", "draw_windows", "read_source"]
+__all__ = ["ActivationStats", "CalibrationStream", "TokenWindows", "draw_windows", "fold_of", "read_source"]

@@ -1,40 +1,43 @@
-"""Text to token windows.
+"""Token windows from text.
 
-A source is anything people keep text in: a text file, a JSONL file with a text field, a file of tokens, a ``datasets`` name,
-one of the texts that ship with lorap, or tokens in memory. It is read, tokenized as one stream, cut into windows that do not
-overlap, and the seed draws which of them are used.
+Each source is cut into windows that do not overlap, and the seed draws which of them are used. Windows know the group that they
+belong to, a source or a stretch of one text, so that statistics of some groups can be judged on others.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from lorap.calibration.mixtures import Sources, mixture_name, split_by_weight, weighted_sources
+from lorap.calibration.sources import OWN_SAMPLES, Source, read_tokens, source_name
 from lorap.errors import CalibrationError
 
-Source = Union[str, Path, Tensor, Mapping[str, Tensor]]
+# A single text is cut into so many groups: enough to split in halves that do not just mean beginning and end.
+STRETCHES = 4
 
-# Texts inside the package (lorap/calibration/texts/SOURCES.md): a mixture to calibrate on, and another source to judge by.
-DEFAULT_CALIBRATION = "default"
-DEFAULT_EVALUATION = "heldout"
+# (windows, seq_len, seed) to token ids of that shape, written by a model.
+Sampler = Callable[[int, int, int], Tensor]
 
-TOKEN_SUFFIXES = (".safetensors", ".npy")
-# A longer name is no name but a text given by mistake.
-MAX_NAME = 1000
-# Of a larger text file, this many bytes are read, in equal pieces spread over the file.
-MAX_TEXT_BYTES = 32 * 2**20
-TEXT_PIECES = 32
+
+@dataclass(frozen=True)
+class Share:
+    """What one source of a mixture gave.
+
+    Args:
+        name: of the source, for reports.
+        weight: as it was asked for; only ratios count.
+        windows: drawn from this source.
+    """
+
+    name: str
+    weight: float
+    windows: int
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,19 @@ class TokenWindows:
         name: where they came from, for reports.
         sha256: of the ids, so that two runs can be told apart.
         attention_mask: (windows, seq_len), 0 on padding; None where every token is real.
+        groups: (windows,) int64, indices into ``group_names``; windows of one group are neighbours: of one source where there
+            are several, of one stretch of the text where there is one. None where nothing is known, as if all were one group.
+        group_names: one per group; a group may have no window.
+        shares: one per source.
     """
 
     input_ids: Tensor
     name: str
     sha256: str
     attention_mask: Tensor | None = None
+    groups: Tensor | None = None
+    group_names: tuple[str, ...] = ()
+    shares: tuple[Share, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -59,33 +69,58 @@ class TokenWindows:
         return int(self.input_ids.numel() if self.attention_mask is None else self.attention_mask.sum())
 
 
-def draw_windows(
-    source: Source, tokenizer: Any, *, num_samples: int, seq_len: int, seed: int, vocab_size: int
-) -> TokenWindows:
-    """Draw ``num_samples`` windows of ``seq_len`` tokens from ``source``.
+@dataclass(frozen=True)
+class _Stream:
+    """All windows of one source in order: ids (windows, seq_len), a mask of that shape or None, and the tokens before cutting.
 
-    Token matrices of shape (windows, seq_len), and mappings with ``input_ids`` and ``attention_mask``, are used as they are.
+    ``ready`` says that the source held windows, not a stream of tokens.
+    """
+
+    name: str
+    ids: Tensor
+    mask: Tensor | None
+    tokens: int
+    ready: bool
+
+
+def draw_windows(
+    sources: Sources,
+    tokenizer: Any,
+    *,
+    num_samples: int,
+    seq_len: int,
+    seed: int,
+    vocab_size: int,
+    sampler: Sampler | None = None,
+) -> TokenWindows:
+    """Draw ``num_samples`` windows of ``seq_len`` tokens from one source, or from several by weight.
+
+    Each of several sources gives its share of the windows (:func:`lorap.calibration.mixtures.split_by_weight`), and all of
+    them in the order of the sources. A token matrix of shape (windows, seq_len), or a mapping with ``input_ids`` and
+    ``attention_mask``, is used as it is where it is the only source; among others its share of windows is drawn. The share of
+    ``self`` is written by ``sampler``; without one, ``default`` is its texts alone.
 
     Raises:
-        CalibrationError: the source cannot be read, is binary, empty or too short, or the tokens do not fit the model.
+        CalibrationError: a source cannot be read, is binary, empty or too short for its share, the tokens do not fit the model,
+            a weight is not above 0, or the sources have windows of different lengths.
     """
-    name = source_name(source)
-    ids, mask = read_tokens(source, tokenizer, vocab_size=vocab_size)
-    if ids.ndim == 2:
-        return TokenWindows(ids, name, _sha256(ids), mask)
-    available = len(ids) // seq_len
-    if available < num_samples:
-        raise CalibrationError(
-            f"{name} has {len(ids):,} tokens, which is {available} windows of {seq_len}; {num_samples} were asked for. "
-            + (
-                f"Give a longer text or ask for {available} samples"
-                if available
-                else "Give a longer text or shorter windows"
-            )
-        )
-    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:num_samples]
-    windows = ids[: available * seq_len].view(available, seq_len)[order]
-    return TokenWindows(windows, name, _sha256(windows))
+    weighted = weighted_sources(sources, own_samples=sampler is not None)
+    weights = [weight for _, weight in weighted]
+    streams = []
+    for (source, _), share in zip(weighted, split_by_weight(num_samples, weights), strict=True):
+        if isinstance(source, str) and source == OWN_SAMPLES and sampler is not None:
+            ids = sampler(share, seq_len, seed)
+            streams.append(_Stream(OWN_SAMPLES, ids, None, ids.numel(), ready=False))
+        else:
+            streams.append(_cut(source, tokenizer, seq_len=seq_len, vocab_size=vocab_size))
+    if len(streams) == 1 and streams[0].ready:
+        positions = [torch.arange(len(streams[0].ids))]
+    else:
+        shares = split_by_weight(num_samples, weights)
+        _check_lengths(streams)
+        _check_shares(streams, weights, shares)
+        positions = [_draw(len(stream.ids), share, seed) for stream, share in zip(streams, shares, strict=True)]
+    return _gather(mixture_name(sources), streams, weights, positions)
 
 
 def consecutive_windows(
@@ -96,186 +131,114 @@ def consecutive_windows(
     Raises:
         CalibrationError: as :func:`draw_windows`.
     """
+    stream = _cut(source, tokenizer, seq_len=seq_len, vocab_size=vocab_size, max_tokens=max_tokens)
+    if not len(stream.ids):
+        raise CalibrationError(
+            f"{stream.name} has {stream.tokens:,} tokens, less than one window of {seq_len}; "
+            "give a longer text or shorter windows"
+        )
+    return _gather(stream.name, [stream], [1.0], [torch.arange(len(stream.ids))])
+
+
+def fold_of(windows: TokenWindows) -> Tensor:
+    """(windows,) bool: which of two folds each window is in. Whole groups go into one fold, and the folds are nearly equal.
+
+    Groups are dealt out by size, the largest first, each to the fold that has fewer windows; ties go to the earlier group and
+    to the first fold. So the folds differ by no more than the largest group. With one group all is in the first fold (False).
+    """
+    groups = windows.groups
+    if groups is None:
+        return torch.zeros(len(windows.input_ids), dtype=torch.bool)
+    sizes = torch.bincount(groups).tolist()
+    held, second = [0, 0], []
+    for group in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
+        fold = int(held[1] < held[0])
+        held[fold] += sizes[group]
+        if fold:
+            second.append(group)
+    return torch.isin(groups, torch.tensor(second, dtype=torch.int64))
+
+
+def _cut(source: Source, tokenizer: Any, *, seq_len: int, vocab_size: int, max_tokens: int | None = None) -> _Stream:
     name = source_name(source)
     ids, mask = read_tokens(source, tokenizer, vocab_size=vocab_size)
     if ids.ndim == 2:
-        return TokenWindows(ids, name, _sha256(ids), mask)
+        return _Stream(name, ids, mask, ids.numel(), ready=True)
     ids = ids[:max_tokens]
-    available = len(ids) // seq_len
-    if not available:
+    count = len(ids) // seq_len
+    return _Stream(name, ids[: count * seq_len].view(count, seq_len), None, len(ids), ready=False)
+
+
+def _draw(available: int, count: int, seed: int) -> Tensor:
+    return torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]
+
+
+def _check_lengths(streams: Sequence[_Stream]) -> None:
+    if len({stream.ids.shape[1] for stream in streams}) > 1:
+        found = ", ".join(f"{stream.name} {stream.ids.shape[1]}" for stream in streams)
         raise CalibrationError(
-            f"{name} has {len(ids):,} tokens, less than one window of {seq_len}; give a longer text or shorter windows"
+            f"the calibration sources have windows of different lengths ({found} tokens), but those of one run must be "
+            "equally long: cut the token matrices to one length, and set calibration_seq_len to it if there are texts too"
         )
-    windows = ids[: available * seq_len].view(available, seq_len)
-    return TokenWindows(windows, name, _sha256(windows))
 
 
-def read_tokens(source: Source, tokenizer: Any, *, vocab_size: int) -> tuple[Tensor, Tensor | None]:
-    """Token ids of a source: (tokens,) for a text, or (windows, seq_len) and a mask where it holds windows already."""
-    name = source_name(source)
-    mask = None
-    if isinstance(source, (str, Path)) and Path(source).suffix in TOKEN_SUFFIXES:
-        source = _read_token_file(Path(source))
-    if isinstance(source, Mapping):
-        if not isinstance(source.get("input_ids"), Tensor):
-            raise CalibrationError(f"{name} has no tensor `input_ids`, only {', '.join(sorted(source)) or 'nothing'}")
-        mask = source.get("attention_mask")
-        source = source["input_ids"]
-    if isinstance(source, Tensor):
-        ids = source
-        if ids.ndim not in (1, 2) or ids.is_floating_point() or ids.dtype == torch.bool or not ids.numel():
-            raise CalibrationError(
-                f"{name}: tokens must be whole numbers of shape (tokens,) or (windows, seq_len), not {_kind(ids)}"
-            )
-        if mask is not None and mask.shape != ids.shape:
-            raise CalibrationError(f"{name}: attention_mask is {_kind(mask)} but input_ids are {_kind(ids)}")
-    else:
-        if tokenizer is None:
-            raise CalibrationError(f"the model has no tokenizer, so {name} cannot be read; give tokens instead of text")
-        ids = torch.tensor(tokenizer(read_source(source), verbose=False)["input_ids"])
-        if not ids.numel():
-            raise CalibrationError(f"{name} gives no tokens")
-    ids = ids.long().cpu()
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab_size:
-        bad = low if low < 0 else high
-        raise CalibrationError(
-            f"{name} gives token {bad}, but the model has {vocab_size} embeddings: this tokenizer belongs to another model"
-        )
-    mask = None if mask is None else mask.bool().cpu()
-    if ids.ndim == 1 and mask is not None:
-        return ids[mask], None
-    return ids, mask
-
-
-def read_source(source: str | Path) -> str:
-    """The text of a file, of a ``datasets`` name, or of a text that ships with lorap; documents are joined by blank lines.
-
-    Raises:
-        CalibrationError: there is no such source, or it is empty or binary.
-    """
-    path = Path(source)
-    if str(source) in (DEFAULT_CALIBRATION, DEFAULT_EVALUATION):
-        text = _packaged_text(str(source))
-    elif len(str(source)) > MAX_NAME or "\n" in str(source):
-        raise CalibrationError(
-            f"{source_name(source)} is a text, not the name of one; write it to a file or give its tokens"
-        )
-    elif path.is_file():
-        text = _read_file(path)
-    elif path.is_dir() and not any(path.iterdir()):
-        raise CalibrationError(f"{path} is an empty folder")
-    else:
-        text = _read_dataset(str(source))
-    if not text.strip():
-        raise CalibrationError(f"{source} holds no text")
-    return text
-
-
-def source_name(source: Source) -> str:
-    """A short name for reports and messages: no folder names, because reports are published."""
-    if isinstance(source, (str, Path)):
-        if len(str(source)) > MAX_NAME:
-            return f"{str(source)[:40]!r}..."
-        path = Path(source)
-        return path.name if path.exists() else str(source)
-    return "tokens"
-
-
-def _packaged_text(name: str) -> str:
-    texts = resources.files("lorap.calibration") / "texts"
-    if name == DEFAULT_EVALUATION:
-        return (texts / "heldout.txt").read_text("utf-8")
-    parts = sorted(
-        entry.name for entry in texts.iterdir() if entry.name.endswith(".txt") and entry.name != "heldout.txt"
-    )
-    return "\n\n".join((texts / part).read_text("utf-8") for part in parts)
-
-
-def _read_file(path: Path) -> str:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if size <= MAX_TEXT_BYTES:
-            raw = file.read()
-        else:
-            raw = b"\n".join(_whole_lines(file, size * piece // TEXT_PIECES) for piece in range(TEXT_PIECES))
-    position = raw.find(b"\0")
-    if position >= 0:
-        raise CalibrationError(f"{path} is binary (a zero byte at offset {position}); give a UTF-8 text or JSONL file")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path} is not UTF-8 text (offset {error.start}); convert it first") from None
-    return _join_jsonl(path, text) if path.suffix in (".jsonl", ".ndjson") else text
-
-
-def _whole_lines(file: Any, offset: int) -> bytes:
-    file.seek(offset)
-    piece: bytes = file.read(MAX_TEXT_BYTES // TEXT_PIECES)
-    first = piece.find(b"\n") + 1 if offset else 0
-    last = piece.rfind(b"\n") + 1
-    if last > first:
-        return piece[first:last]
-    # One line longer than the piece: cut it between characters (a continuation byte of UTF-8 looks like 10xxxxxx).
-    return piece.decode("utf-8", errors="ignore").encode() if b"\0" not in piece else piece
-
-
-def _join_jsonl(path: Path, text: str) -> str:
-    documents = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
+def _check_shares(streams: Sequence[_Stream], weights: Sequence[float], shares: Sequence[int]) -> None:
+    for stream, weight, share in zip(streams, weights, shares, strict=True):
+        available, seq_len = stream.ids.shape
+        if share <= available:
             continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise CalibrationError(f"{path} line {number} is not JSON: {error}") from None
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        has = f"{stream.name} has {stream.tokens:,} tokens, which is {available} windows of {seq_len}; "
+        longer = "Give a longer text or shorter windows" if not available else "Give a longer text"
+        if len(streams) == 1:
             raise CalibrationError(
-                f'{path} line {number} has no text field; each line must look like {{"text": "..."}}'
+                f"{has}{share} were asked for. {longer}" + (f" or ask for {available} samples" if available else "")
             )
-        documents.append(row["text"])
-    return "\n\n".join(documents)
-
-
-def _read_dataset(name: str) -> str:
-    """``NAME``, ``NAME:CONFIG`` or ``NAME:CONFIG:SPLIT`` through the ``datasets`` package; the column is ``text``."""
-    try:
-        from datasets import load_dataset
-    except ImportError:
+        most = _most_samples([len(each.ids) for each in streams], weights, sum(shares))
         raise CalibrationError(
-            f"{name} is no file, and the package `datasets` is not installed to look for a data set of that name"
-        ) from None
-    path, config, split = [*name.split(":"), "", ""][:3]
-    try:
-        rows = load_dataset(path, config or None, split=split or "train", streaming=True)
-        texts, length = [], 0
-        for row in rows:
-            texts.append(row["text"])
-            length += len(row["text"])
-            if length >= MAX_TEXT_BYTES:
-                break
-    except KeyError:
-        raise CalibrationError(f"data set {name} has no column `text`") from None
-    except Exception as error:  # the hub client, the network and the data set's reader each raise their own kinds
-        raise CalibrationError(f"{name} is no file, and reading it as a data set failed: {error}") from error
-    return "\n\n".join(texts)
+            f"{has}its share of {sum(shares)} is {share} (weight {weight:g} of {sum(weights):g}). {longer}, give it less weight"
+            + (f", or ask for {most} samples" if most else ", or leave it out")
+        )
 
 
-def _read_token_file(path: Path) -> Tensor | Mapping[str, Tensor]:
-    readers: dict[str, Callable[[Path], Any]] = {
-        ".npy": lambda file: torch.from_numpy(np.load(file, allow_pickle=False)),
-        ".safetensors": load_file,
-    }
-    try:
-        tokens = readers[path.suffix](path)
-    except (OSError, EOFError, ValueError, TypeError, SafetensorError) as error:
-        raise CalibrationError(f"cannot read tokens from {path}: {error}") from error
-    return tokens
+def _most_samples(available: Sequence[int], weights: Sequence[float], below: int) -> int | None:
+    """The most samples below a number for which every source has windows enough; None where one has none at all."""
+    for total in range(below - 1, len(available) - 1, -1):
+        shares = split_by_weight(total, weights)
+        if all(share <= count for share, count in zip(shares, available, strict=True)):
+            return total
+    return None
 
 
-def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
+def _gather(
+    name: str, streams: Sequence[_Stream], weights: Sequence[float], positions: Sequence[Tensor]
+) -> TokenWindows:
+    """The windows at the given positions of each stream, one stream after the other."""
+    drawn = list(zip(streams, positions, strict=True))
+    ids = torch.cat([stream.ids[order] for stream, order in drawn])
+    mask = None
+    if any(stream.mask is not None for stream in streams):
+        mask = torch.cat([_mask(stream)[order] for stream, order in drawn])
+    counts = [len(order) for order in positions]
+    if len(streams) == 1:
+        groups, names = _stretches(streams[0], positions[0])
+    else:
+        groups = torch.arange(len(streams)).repeat_interleave(torch.tensor(counts))
+        names = tuple(stream.name for stream in streams)
+    shares = tuple(
+        Share(stream.name, weight, count) for stream, weight, count in zip(streams, weights, counts, strict=True)
+    )
+    sha256 = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+    return TokenWindows(ids, name, sha256, mask, groups, names, shares)
 
 
-def _sha256(ids: Tensor) -> str:
-    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+def _stretches(stream: _Stream, positions: Tensor) -> tuple[Tensor, tuple[str, ...]]:
+    """Groups of windows of one source: the equal stretch of it that each lies in."""
+    available = len(stream.ids)
+    count = min(STRETCHES, available)
+    if count == 1:
+        return torch.zeros_like(positions), (stream.name,)
+    return positions * count // available, tuple(f"{stream.name} [{index}/{count}]" for index in range(1, count + 1))
+
+
+def _mask(stream: _Stream) -> Tensor:
+    return torch.ones_like(stream.ids, dtype=torch.bool) if stream.mask is None else stream.mask

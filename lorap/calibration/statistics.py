@@ -6,11 +6,16 @@ same numbers. What the recipes want (norms, second moment, covariance) is derive
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from lorap import ops
 from lorap.kernels import reference
+
+# Keeps a division by no tokens at all from becoming NaN.
+TINY = 1e-300
 
 
 class ActivationStats:
@@ -18,43 +23,64 @@ class ActivationStats:
 
     Args:
         features: number of input channels K.
-        moments: also gather sum(x) and sum(x x^T), which costs a (K, K) float64 matrix and a matmul per batch.
+        mean: also gather sum(x).
+        moments: also gather sum(x x^T), which costs a (K, K) float64 matrix and a matmul per batch.
         device: where the sums live.
 
     Attributes:
         tokens: how many tokens were counted; padding never is.
+        weight: sum of the tokens' weights; equal to ``tokens`` where they have none.
         sq_sum: (K,) float64, sum over tokens of x_j^2.
-        total: (K,) float64, sum over tokens of x_j; only with ``moments``.
+        total: (K,) float64, sum over tokens of x_j; only with ``mean``.
         outer: (K, K) float64, sum over tokens of x x^T; only with ``moments``.
     """
 
-    def __init__(self, features: int, *, moments: bool = False, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, features: int, *, mean: bool = False, moments: bool = False, device: torch.device | str = "cpu"
+    ) -> None:
         self.tokens = 0
+        self.weight = 0.0
         self.sq_sum = torch.zeros(features, dtype=torch.float64, device=device)
-        self.total = torch.zeros(features, dtype=torch.float64, device=device) if moments else None
+        self.total = torch.zeros(features, dtype=torch.float64, device=device) if mean else None
         self.outer = torch.zeros(features, features, dtype=torch.float64, device=device) if moments else None
 
     @torch.no_grad()
-    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Add activations x of shape (..., K); where ``mask`` of shape (...) is False the token does not count."""
-        sq_norm, tokens = ops.channel_sq_norm(x.detach(), mask)
+    def update(self, x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> None:
+        """Add activations x of shape (..., K); where ``mask`` of shape (...) is False the token does not count.
+
+        With ``weights`` (...) > 0 each token counts as that many in all sums.
+        """
+        x = x.detach()
+        if self.total is not None:
+            counted = x if weights is None else x.double() * weights.double().unsqueeze(-1)
+            for chunk in reference.masked_chunks(counted, mask, torch.float64):
+                self.total += chunk.sum(0)
+        if weights is not None:
+            x = x.float() * weights.float().sqrt().unsqueeze(-1)
+        sq_norm, counted_tokens = ops.channel_sq_norm(x, mask)
         self.sq_sum += sq_norm
         # Without a mask the count is known, and a GPU need not be waited for.
-        self.tokens += x.numel() // x.shape[-1] if mask is None else int(tokens)
-        if self.outer is not None and self.total is not None:
-            for chunk in reference.masked_chunks(x.detach(), mask, torch.float64):
-                self.total += chunk.sum(0)
-            self.outer += ops.second_moment(x.detach(), mask)[0]
+        tokens = x.numel() // x.shape[-1] if mask is None else int(counted_tokens)
+        self.tokens += tokens
+        if weights is not None:
+            self.weight += float((weights if mask is None else weights[mask.bool()]).double().sum())
+        else:
+            self.weight += tokens
+        if self.outer is not None:
+            self.outer += ops.second_moment(x, mask)[0]
 
     def merge(self, other: ActivationStats) -> None:
         """Add the sums of another process or batch."""
         self.tokens += other.tokens
+        self.weight += other.weight
         self.sq_sum += other.sq_sum
-        if self.outer is not None and self.total is not None:
-            if other.outer is None or other.total is None:
+        for name in ("total", "outer"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine is None:
+                continue
+            if theirs is None:
                 raise ValueError("cannot merge statistics without moments into statistics with moments")
-            self.total += other.total
-            self.outer += other.outer
+            mine += theirs
 
     @property
     def is_finite(self) -> bool:
@@ -70,11 +96,34 @@ class ActivationStats:
     def second_moment(self) -> Tensor:
         """(K, K) float64, sum(x x^T) / tokens."""
         assert self.outer is not None, "gather with moments=True"
-        return self.outer / max(self.tokens, 1)
+        return self.outer / max(self.weight, TINY)
+
+    @property
+    def mean(self) -> Tensor:
+        """(K,) float64."""
+        assert self.total is not None, "gather with mean=True"
+        return self.total / max(self.weight, TINY)
+
+    @property
+    def variance(self) -> Tensor:
+        """(K,) float64, mean square deviation of each channel."""
+        return (self.sq_sum / max(self.weight, TINY) - self.mean.square()).clamp(min=0)
 
     @property
     def covariance(self) -> Tensor:
         """(K, K) float64, the second moment around the mean."""
-        assert self.total is not None, "gather with moments=True"
-        mean = self.total / max(self.tokens, 1)
+        mean = self.mean
         return self.second_moment - torch.outer(mean, mean)
+
+
+def merged(folds: Sequence[ActivationStats]) -> ActivationStats:
+    """The sums of all folds together; the folds themselves are left alone."""
+    if len(folds) == 1:
+        return folds[0]
+    first = folds[0]
+    both = ActivationStats(
+        len(first.sq_sum), mean=first.total is not None, moments=first.outer is not None, device=first.sq_sum.device
+    )
+    for fold in folds:
+        both.merge(fold)
+    return both

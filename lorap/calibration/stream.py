@@ -1,8 +1,11 @@
 """The calibration windows on their way through the decoder, one layer at a time.
 
-The stream starts as the inputs of the first layer. For each layer it is first *observed* (the layer runs, its linear inputs
-are summed up, the outputs are thrown away) and, once the layer is compressed, *advanced* (the outputs become the inputs of the
-next layer). So the statistics of layer i come from inputs that the compressed layers 0 .. i-1 produced.
+The stream starts as the inputs of the first layer. Each layer is *observed* (it runs, the inputs of its linear layers are summed
+up, the outputs are thrown away) and, once it is compressed, *advanced* (the outputs become the inputs of the next layer). So the
+statistics of layer i come from inputs that the compressed layers 0 .. i-1 produced. A layer may be observed several times
+while it is being compressed, each time as far as the last probe, so that its later parts see what became of its earlier ones.
+
+Windows may be split into two folds, whose sums are kept apart: what one says can then be judged on the other.
 
 What a layer wants besides the hidden states (rotary tables, a causal or sliding mask) is taken from the model's own forward
 pass, so that nothing here depends on the model family.
@@ -11,7 +14,7 @@ pass, so that nothing here depends on the model family.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +28,29 @@ from lorap.calibration.statistics import ActivationStats
 BATCH_TOKENS = 2048
 
 
+# Hidden states of norm 0 would weigh infinitely much.
+SMALLEST_SQ_NORM = 1e-9
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What to gather at the input of one linear layer.
+
+    Args:
+        linear: the layer; it may sit inside whatever reads the same input.
+        mean: the sum of x.
+        moments: the sum of x x^T.
+        weighted: each token counts by the inverse mean square of the hidden state that enters the decoder layer, to which the
+            output is added. The next normalisation divides by that norm, and without it the few tokens of huge norm that
+            language models have (attention sinks) outweigh all others.
+    """
+
+    linear: nn.Module
+    mean: bool = False
+    moments: bool = False
+    weighted: bool = False
+
+
 @dataclass
 class Batch:
     """Windows that travel together.
@@ -33,11 +59,13 @@ class Batch:
         hidden: (windows, seq_len, hidden_size), the inputs of the next layer.
         mask: (windows, seq_len) bool, False on padding; None where every token is real.
         layer_kwargs: keyword arguments of each decoder layer, as the model passes them.
+        fold: which half of the calibration text the windows belong to.
     """
 
     hidden: Tensor
     mask: Tensor | None
     layer_kwargs: Sequence[Mapping[str, Any]]
+    fold: int = 0
 
 
 class CalibrationStream:
@@ -55,17 +83,21 @@ class CalibrationStream:
         windows: TokenWindows,
         *,
         device: torch.device,
+        fold_of: Tensor | None = None,
         batch_tokens: int = BATCH_TOKENS,
     ) -> CalibrationStream:
-        """Run the embedding only: every decoder layer is bypassed, but notes what it was called with."""
+        """Run the embedding only: every decoder layer is bypassed, but notes what it was called with.
+
+        ``fold_of`` (windows,) bool says which windows form the second fold; without it there is one.
+        """
         home = next(model.parameters()).device
         layers = list(layers)
         size = max(1, batch_tokens // windows.input_ids.shape[1])
         batches = []
-        for start in range(0, len(windows.input_ids), size):
-            ids = windows.input_ids[start : start + size].to(home)
-            mask = None if windows.attention_mask is None else windows.attention_mask[start : start + size].bool()
-            with _bypassed(layers) as calls:
+        for fold, rows in _batches(len(windows.input_ids), size, fold_of):
+            ids = windows.input_ids[rows].to(home)
+            mask = None if windows.attention_mask is None else windows.attention_mask[rows].bool()
+            with bypassed(layers) as calls:
                 attention_mask = None if mask is None else mask.to(home)
                 model.base_model(input_ids=ids, attention_mask=attention_mask, use_cache=False)
             hidden = calls[0][0].to(device)
@@ -74,48 +106,84 @@ class CalibrationStream:
                     hidden=hidden,
                     mask=None if mask is None else mask.to(device),
                     layer_kwargs=[_to_device(kwargs, device) for _, kwargs in calls],
+                    fold=fold,
                 )
             )
         return cls(batches)
 
     @torch.no_grad()
     def observe(
-        self, index: int, layer: nn.Module, inputs: Mapping[str, nn.Linear], *, moments: Mapping[str, bool]
-    ) -> dict[str, ActivationStats]:
-        """Statistics of the inputs of the given linear layers, by the names of ``inputs``."""
-        stats = {
-            name: ActivationStats(linear.in_features, moments=moments.get(name, False), device=linear.weight.device)
-            for name, linear in inputs.items()
-        }
+        self, index: int, layer: nn.Module, probes: Mapping[str, Probe]
+    ) -> dict[str, tuple[ActivationStats, ...]]:
+        """Statistics of the inputs of the given linear layers by the names of ``probes``, one per fold.
+
+        The layer runs only as far as it has to.
+        """
+        folds = 1 + max(batch.fold for batch in self.batches)
+        stats = {name: tuple(_empty(probe) for _ in range(folds)) for name, probe in probes.items()}
         for batch in self.batches:
+            seen: set[str] = set()
             with ExitStack() as hooks:
-                for name, linear in inputs.items():
-                    handle = linear.register_forward_pre_hook(_updater(stats[name], batch.mask))
-                    hooks.callback(handle.remove)
-                _run(layer, batch, index)
+                for name, probe in probes.items():
+                    update = _updater(stats[name][batch.fold], batch, probe, name, seen, wanted=len(probes))
+                    hooks.callback(probe.linear.register_forward_pre_hook(update).remove)
+                with suppress(_SeenEnough):
+                    run_layer(layer, batch, index)
         return stats
 
     @torch.no_grad()
     def advance(self, index: int, layer: nn.Module) -> None:
         """Replace the hidden states by the outputs of ``layer``."""
         for batch in self.batches:
-            batch.hidden = _run(layer, batch, index)
+            batch.hidden = run_layer(layer, batch, index)
 
 
-def _run(layer: nn.Module, batch: Batch, index: int) -> Tensor:
+def run_layer(layer: nn.Module, batch: Batch, index: int) -> Tensor:
     output = layer(batch.hidden, **batch.layer_kwargs[index])
     return output[0] if isinstance(output, tuple) else output
 
 
-def _updater(stats: ActivationStats, mask: Tensor | None) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+class _SeenEnough(Exception):
+    """Ends the forward pass of a layer whose remaining outputs nobody needs."""
+
+
+def _updater(
+    stats: ActivationStats, batch: Batch, probe: Probe, name: str, seen: set[str], *, wanted: int
+) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    weights = None
+    if probe.weighted:
+        weights = 1 / batch.hidden.float().square().mean(-1).clamp(min=SMALLEST_SQ_NORM)
+
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        stats.update(args[0], mask)
+        stats.update(args[0], batch.mask, weights)
+        seen.add(name)
+        if len(seen) == wanted:
+            raise _SeenEnough
 
     return hook
 
 
+def _empty(probe: Probe) -> ActivationStats:
+    weight = next(probe.linear.parameters())
+    return ActivationStats(
+        int(probe.linear.in_features),  # type: ignore[arg-type]
+        mean=probe.mean,
+        moments=probe.moments,
+        device=weight.device,
+    )
+
+
+def _batches(count: int, size: int, fold_of: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+    """(fold, rows) of each batch; no batch mixes folds."""
+    rows = torch.arange(count)
+    folds = [rows] if fold_of is None else [rows[~fold_of], rows[fold_of]]
+    for fold, members in enumerate(members for members in folds if len(members)):
+        for start in range(0, len(members), size):
+            yield fold, members[start : start + size]
+
+
 @contextmanager
-def _bypassed(layers: list[nn.Module]) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
+def bypassed(layers: list[nn.Module]) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
     """While active, each layer returns its input unchanged and appends (hidden, keyword arguments) to the list."""
     calls: list[tuple[Tensor, dict[str, Any]]] = []
 

@@ -1,0 +1,92 @@
+"""What each choice of a recipe is worth: the recipe with one choice taken back at a time, on the default mixture.
+
+    python benchmarks/quality/ablation.py                  at 0.2 and 0.5; writes its tables into docs/results.md
+
+The cells lie among those of matrix.py and are not made twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cells import Cell
+from jobs import finish
+from matrix import SPARSITIES, add_common, make_cells, out_folder
+from records import read_cells
+from table import Cells, increase, markdown, mean, number
+from texts import DEFAULT, SOURCES, assets, gather
+
+RECIPE = "lorap"
+# What is taken back, and the options that do it.
+ABLATIONS: Sequence[tuple[str, dict[str, Any]]] = (
+    ("the least important channels go too", {"least_important_kept": 0.0}),
+    ("value and output get no more than query and key", {"vo_to_qk_ratio": 1.0}),
+    ("plain SVD, not weighted by activations", {"attention_method": "svd"}),
+)
+RESULTS = assets.CACHE.parent / "docs" / "results.md"
+BEGIN, END = "<!-- ablation: begin -->", "<!-- ablation: end -->"
+
+
+def cells_of(sparsities: Sequence[float]) -> list[Cell]:
+    """The recipe itself and each of its ablations at each sparsity."""
+    options = [{}, *(overrides for _, overrides in ABLATIONS)]
+    found = [Cell(recipe=RECIPE, sparsity=sparsity, overrides=one) for sparsity in sparsities for one in options]
+    for cell in found:
+        cell.config()  # a bad option is told before any work
+    return found
+
+
+def ablation_table(cells: Cells, sparsity: float) -> str:
+    """Increase in nats over the dense model of the whole recipe, and what each ablation adds to it."""
+    whole = cells.get(RECIPE, sparsity)
+    first = [increase(whole, text) for text in cells.texts]
+    rows = [[f"`{RECIPE}`", *(number(loss) for loss in [*first, mean(first)]), _kept(whole)]]
+    for label, overrides in ABLATIONS:
+        name = Cell(recipe=RECIPE, overrides=overrides).recipe_name
+        record = cells.get(name, sparsity)
+        added = [
+            None if loss is None or base is None else loss - base
+            for loss, base in zip((increase(record, text) for text in cells.texts), first, strict=True)
+        ]
+        rows.append([label, *(number(change) for change in [*added, mean(added)]), _kept(record)])
+    return markdown([f"sparsity {sparsity:g}", *cells.texts, "mean", "kept"], rows)
+
+
+def _kept(record: dict[str, Any] | None) -> str:
+    return "-" if record is None else f"{record['param_ratio']:.4f}"
+
+
+def insert(document: str, text: str) -> str:
+    """``text`` between the markers of ``document``, in place of what was there.
+
+    Raises:
+        ValueError: a marker is missing or there twice, or they are in the wrong order.
+    """
+    if document.count(BEGIN) != 1 or document.count(END) != 1 or document.index(BEGIN) > document.index(END):
+        raise ValueError(f"the document needs one line {BEGIN} and after it one line {END}")
+    before, rest = document.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}"
+
+
+def main() -> list[str]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
+    parser.add_argument("--texts", nargs="+", choices=tuple(SOURCES), default=tuple(SOURCES))
+    parser.add_argument("--document", type=Path, default=RESULTS, help="where the tables go")
+    add_common(parser)
+    arguments = parser.parse_args()
+    arguments.out = arguments.out or out_folder(arguments.model)
+    wanted = cells_of(arguments.sparsities)
+    failed = make_cells(wanted, gather(arguments.model, arguments.texts, (DEFAULT,)), arguments)
+    cells = Cells(read_cells(arguments.out / "cells"))
+    text = "\n\n".join(ablation_table(cells, sparsity) for sparsity in arguments.sparsities)
+    arguments.document.write_text(insert(arguments.document.read_text("utf-8"), text), "utf-8")
+    print(text)
+    return failed
+
+
+if __name__ == "__main__":
+    finish(main)

@@ -1,0 +1,51 @@
+"""The loss of every recipe on every text, calibrated on the default mixture, one panel per sparsity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+COLOURS = ("#9aa7b5", "#c8553d", "#3b6ea5", "#6a9c78", "#b08ec2", "#d9a441", "#4f5d75")
+GROUP_WIDTH = 0.8
+
+
+def draw(cells: Any, picture: Path) -> None:
+    """Write ``picture`` from a :class:`table.Cells`; what was not measured is a dash. Nothing where there is nothing."""
+    sparsities = [one for one in cells.sparsities if any(cells.get(name, one) for name in cells.recipes)]
+    if not sparsities:
+        return
+    style = {"svg.hashsalt": "lorap", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(9.5, 2.6 * len(sparsities) + 0.5), layout="constrained")
+        axes = figure.subplots(len(sparsities), 1, squeeze=False)[:, 0]
+        recipes = [name for name in cells.recipes if any(cells.get(name, sparsity) for sparsity in sparsities)]
+        # Ablations have tables of their own; here they would only crowd the bars.
+        recipes = [name for name in recipes if "+" not in name] or recipes
+        for axis, sparsity in zip(axes, sparsities, strict=True):
+            _panel(axis, cells, recipes, sparsity)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, frameon=False, ncols=max(1, len(recipes)), loc="outside upper right")
+        figure.suptitle("Calibrated on the default mixture", x=0.01, ha="left", fontsize=10)
+        figure.savefig(picture, metadata={"Date": None} if picture.suffix == ".svg" else None)
+
+
+def _panel(axis: Any, cells: Any, recipes: list[str], sparsity: float) -> None:
+    width = GROUP_WIDTH / len(recipes)
+    for index, recipe in enumerate(recipes):
+        losses = [cells.increase(recipe, sparsity, "default", text) for text in cells.texts]
+        places = [place - GROUP_WIDTH / 2 + (index + 0.5) * width for place in range(len(cells.texts))]
+        heights = [float("nan") if loss is None else loss for loss in losses]
+        bars = axis.bar(places, heights, width * 0.92, label=recipe, color=COLOURS[index % len(COLOURS)])
+        for bar, place, loss in zip(bars, places, losses, strict=True):
+            height, shown = (0, "-") if loss is None else (bar.get_height(), f"{loss:.2f}")
+            above = {"xytext": (0, 1), "textcoords": "offset points", "ha": "center", "va": "bottom"}
+            axis.annotate(shown, (place, height), fontsize=6.5, color="#555555", **above)
+    axis.set_xticks(range(len(cells.texts)), cells.texts)
+    axis.tick_params(axis="x", length=0)
+    axis.set_title(f"sparsity {sparsity:g}", loc="left", fontsize=9)
+    axis.set_ylabel("nats over dense")
+    axis.axhline(0, color="#888888", linewidth=0.6)
+    axis.margins(y=0.12)

@@ -1,0 +1,173 @@
+"""The paper's seven zero-shot tasks, for the dense model and for recipes calibrated on the default mixture.
+
+    python benchmarks/quality/tasks.py                                     all recipes at 0.2 and 0.5, 200 documents a task
+    python benchmarks/quality/tasks.py --recipes dense lorap --limit 50
+    python benchmarks/quality/tasks.py --model FOLDER --recipes dense      any folder, compressed ones too
+    python benchmarks/quality/tasks.py --against lorap-0.2-default         differences from another result
+
+One JSON file per model in OUT/tasks; those that are there already are not made again. Prompts are the ones of the packaged
+requests, so compare these numbers with each other, not with published ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cells import Cell, make_model, specification
+from jobs import Job, finish, run
+from matrix import OUT, SPARSITIES, WANTED, add_common, parse_recipe
+from records import DENSE, code_sha256, read_cells, read_json, write_json
+from scoring import average, encode, is_correct, log_probabilities, mean_and_error, read_documents
+from table import markdown
+from texts import assets, gather
+
+import lorap  # noqa: F401 - teaches transformers to open compressed folders
+from lorap.config import RECIPES
+from lorap.loading import find_model, load_tokenizer
+
+# Which accuracy is customary: the likelier text (False), or the likelier text per character (True).
+TASKS = {
+    "boolq": False,
+    "piqa": True,
+    "hellaswag": True,
+    "winogrande": False,
+    "arc_easy": False,
+    "arc_challenge": True,
+    "openbookqa": True,
+}
+LIMIT = 200
+TASK_FILES = {path.name.removesuffix(".jsonl.gz"): path for path in assets.TASKS}
+
+
+def request(cell: Cell, material: Any, *, limit: int, tasks: Sequence[str]) -> dict[str, Any]:
+    """What a process needs to score one model, and its key."""
+    given = specification(cell, material)
+    about = {"limit": limit, "tasks": {task: assets.TASK_SHA256[task] for task in tasks}}
+    key = hashlib.sha256(json.dumps([given["key"], about], sort_keys=True).encode()).hexdigest()
+    return given | about | {"key": key}
+
+
+def score(given: dict[str, Any]) -> dict[str, Any]:
+    """Make the model, score it on every task, and say everything about it."""
+    model, record = make_model(given)
+    tokenizer = load_tokenizer(find_model(given["model"]))
+    start = time.perf_counter()
+    tasks = {}
+    for task in given["tasks"]:
+        documents = read_documents(TASK_FILES[task], limit=given["limit"])
+        found = log_probabilities(model, [encode(document, tokenizer) for document in documents])
+        pairs = list(zip(documents, found, strict=True))
+        both = [[is_correct(*pair, per_character=per_character) for pair in pairs] for per_character in (False, True)]
+        tasks[task] = {
+            "documents": len(documents),
+            "metric": "acc_per_char" if TASKS[task] else "acc",
+            "acc": sum(both[0]) / len(documents),
+            "acc_per_char": sum(both[1]) / len(documents),
+            "correct": "".join("01"[right] for right in both[TASKS[task]]),
+            "sha256": given["tasks"][task],
+        }
+    record["seconds"]["tasks"] = round(time.perf_counter() - start, 3)
+    about = {"name": given["name"], "cell": given["cell"], "key": given["key"], "limit": given["limit"]}
+    return about | record | {"code_sha256": code_sha256(), "tasks": tasks}
+
+
+def answers(record: dict[str, Any], task: str) -> list[int] | None:
+    """1 for each document that was answered right, 0 for the others; None where the task was not run."""
+    found = record["tasks"].get(task)
+    return None if found is None else [int(right) for right in found["correct"]]
+
+
+def difference(record: dict[str, Any], other: dict[str, Any], task: str) -> tuple[float, float] | None:
+    """Accuracy over that of ``other``, and its standard error over the same documents; None where they are not the same."""
+    ours, theirs = answers(record, task), answers(other, task)
+    if ours is None or theirs is None or len(ours) != len(theirs):
+        return None
+    if record["tasks"][task]["sha256"] != other["tasks"][task]["sha256"]:
+        return None
+    return mean_and_error([a - b for a, b in zip(ours, theirs, strict=True)])
+
+
+def percent(found: tuple[float, float] | None, form: str = ".1f") -> str:
+    return "-" if found is None else f"{100 * found[0]:{form}} ± {100 * found[1]:.1f}"
+
+
+def render(records: Sequence[dict[str, Any]], against: dict[str, Any] | None) -> str:
+    """Accuracies, and below them the differences from one of the results."""
+    rows, differences = [], []
+    for record in records:
+        found = [None if (right := answers(record, task)) is None else mean_and_error(right) for task in TASKS]
+        rows.append([record["name"], *map(percent, found), percent(_average(found))])
+        if against and record["name"] != against["name"]:
+            paired = [difference(record, against, task) for task in TASKS]
+            shown = [percent(one, "+.1f") for one in [*paired, _average(paired)]]
+            differences.append([record["name"], *shown])
+    header = ["model", *TASKS, "average"]
+    limits = sorted({record["limit"] for record in records})
+    parts = [
+        "# Zero-shot tasks",
+        "Written by `benchmarks/quality/tasks.py`. Accuracy in percent ± standard error, "
+        f"{' or '.join(map(str, limits))} documents a task, evenly spread; the likelier choice, per character for "
+        f"{', '.join(task for task, per_character in TASKS.items() if per_character)}.",
+        markdown(header, rows),
+    ]
+    if differences:
+        parts += [f"Difference from `{against['name']}` on the same documents.", markdown(header, differences)]  # type: ignore[index]
+    return "\n\n".join(parts) + "\n"
+
+
+def _average(found: Sequence[tuple[float, float] | None]) -> tuple[float, float] | None:
+    """None where a task is missing: an average over other tasks is another number."""
+    known = [one for one in found if one is not None]
+    return average(known) if len(known) == len(found) else None
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    usual = [DENSE, *(name for name in WANTED if name in RECIPES)]
+    parser.add_argument("--recipes", nargs="+", default=usual, help=f"or {DENSE}: the model as it is")
+    parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
+    parser.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=tuple(TASKS))
+    parser.add_argument("--limit", type=int, default=LIMIT, help="documents of each task")
+    parser.add_argument("--against", default=DENSE, help="name of the result that differences are from")
+    add_common(parser)
+    return parser.parse_args(argv)
+
+
+def main() -> list[str]:
+    arguments = parse()
+    assets.fetch(assets.TASKS)
+    material = gather(arguments.model, (), ())
+    folder = (arguments.out or OUT) / "tasks"
+    cells = []
+    for name, overrides in map(parse_recipe, arguments.recipes):
+        sparsities = (0.0,) if name == DENSE else arguments.sparsities
+        cells += [Cell(recipe=name, sparsity=sparsity, overrides=overrides) for sparsity in sparsities]
+    jobs = []
+    for cell in cells:
+        given = request(cell, material, limit=arguments.limit, tasks=arguments.tasks)
+        given["name"] = cell.name if arguments.model == assets.MODEL else f"{arguments.model.name}-{cell.name}"
+        path = folder / f"{given['name']}.json"
+        if arguments.force or (read_json(path) or {}).get("key") != given["key"]:
+            command = [sys.executable, str(Path(__file__)), "--one", json.dumps(given | {"out": str(path)})]
+            jobs.append(Job(given["name"], command))
+    print(f"{len(cells)} models, {len(jobs)} to score", file=sys.stderr)
+    failed = run(jobs, processes=arguments.processes, threads=arguments.threads)
+    text = render(read_cells(folder), read_json(folder / f"{arguments.against}.json"))
+    (folder.parent / "tasks.md").write_text(text, "utf-8")
+    print(text)
+    return failed
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one"]:
+        one = json.loads(sys.argv[2])
+        write_json(Path(one["out"]), score(one))
+    else:
+        finish(main)

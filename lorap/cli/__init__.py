@@ -1,0 +1,54 @@
+"""The ``lorap`` command: compress, eval, generate, info, profile, env.
+
+Tables go to stdout, progress to stderr; with ``--json`` the last line of stdout is one JSON object. A mistake of the user ends
+with one sentence and exit code 2; ``--debug`` shows the traceback instead.
+"""
+
+from __future__ import annotations
+
+import signal
+from typing import Annotated
+
+import typer
+from transformers.utils import logging as transformers_logging
+
+import lorap
+from lorap.cli.common import interrupt
+from lorap.cli.compress import compress_command
+from lorap.cli.judge import evaluate_command, generate_command
+from lorap.cli.show import env_command, info_command, profile_command
+
+app = typer.Typer(
+    help="Compress LLaMA-family language models with LoRAP (arXiv 2404.09695), and judge and run the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+# In the order of `lorap --help`.
+app.command("compress")(compress_command)
+app.command("eval")(evaluate_command)
+app.command("generate")(generate_command)
+app.command("info")(info_command)
+app.command("env")(env_command)
+app.command("profile")(profile_command)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(f"lorap {lorap.__version__}")
+        raise typer.Exit
+    signal.signal(signal.SIGTERM, interrupt)
+    transformers_logging.set_verbosity_error()
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main() -> None:
+    """Entry point of the ``lorap`` command and of ``python -m lorap``."""
+    app()

@@ -1,0 +1,66 @@
+"""What the commands share: options, opening a model, output, and how a mistake ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, NoReturn
+
+import typer
+from transformers.utils import logging as transformers_logging
+
+from lorap.errors import LoRAPError
+from lorap.loading import ModelSource, check_tokenizer, find_model, load_model, load_tokenizer, resolve_device
+
+Model = Annotated[
+    str, typer.Argument(help="A model folder, a .gguf file or the folder it is in, or a name on the hub.")
+]
+Device = Annotated[str, typer.Option(help="auto (the first GPU, else the CPU), cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own; float32 for GGUF), float32, bfloat16, float16.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+
+
+def open_model(model: str, device: str, dtype: str) -> tuple[Any, Any, ModelSource]:
+    """The model, its tokenizer (None where it has none), and where they came from."""
+    source = find_model(model)
+    tokenizer = load_tokenizer(source)
+    loaded = load_model(source, dtype=dtype, device=resolve_device(device))
+    check_tokenizer(tokenizer, loaded.get_input_embeddings().weight.shape[0])
+    return loaded, tokenizer, source
+
+
+def be_quiet(quiet: bool) -> None:
+    """With ``--quiet``, no progress bars of transformers either."""
+    if quiet:
+        transformers_logging.disable_progress_bar()
+
+
+def print_json(wanted: bool, value: dict[str, Any]) -> None:
+    """With ``--json``, one line."""
+    if wanted:
+        typer.echo(json.dumps(value))
+
+
+@contextmanager
+def user_errors(debug: bool) -> Iterator[None]:
+    """A mistake of the user ends with one sentence and exit code 2, an interruption with 130; ``--debug`` lets both through."""
+    try:
+        yield
+    except LoRAPError as error:
+        if debug:
+            raise
+        typer.echo(f"lorap: {error}", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        typer.echo("lorap: interrupted; nothing was written", err=True)
+        raise typer.Exit(130) from None
+
+
+def interrupt(_signal: int, _frame: Any) -> NoReturn:
+    """A signal handler: a killed run cleans up like an interrupted one."""
+    raise KeyboardInterrupt

@@ -1,0 +1,236 @@
+"""``lorap compress``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from lorap.calibration.mixtures import parse_source
+from lorap.calibration.sources import DEFAULT_CALIBRATION, DEFAULT_EVALUATION
+from lorap.checkpoint import check_output, save
+from lorap.cli.common import AsJson, Debug, Device, Dtype, Model, Quiet, be_quiet, print_json, user_errors
+from lorap.config import CHOICES, DEFAULT_RECIPE, RECIPES, CompressionConfig
+from lorap.loading import find_model, load_tokenizer
+from lorap.pipeline import compress
+
+# Options that are written as a comma-separated list.
+LISTS = ("sublayers",)
+# Options that are numbers or `auto`.
+NUMBERS_OR_AUTO = ("rank_multiple", "width_multiple", "metric_shrinkage", "repair_ridge")
+
+
+def _option(name: str, text: str) -> Any:
+    """An option that is a field of CompressionConfig: its ways of being written, one sentence, and its value in ``best``."""
+    metavar = "|".join(CHOICES[name]) if name in CHOICES else "NUMBER|auto" if name in NUMBERS_OR_AUTO else None
+    value = RECIPES[DEFAULT_RECIPE][name]
+    shown = ",".join(value) if name in LISTS else str(value).lower()
+    return typer.Option(help=f"{text}  [{DEFAULT_RECIPE}: {shown}]", metavar=metavar)
+
+
+def compress_command(
+    context: typer.Context,
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Folder to write: new or empty. It appears complete or not at all.")],
+    # What becomes of the model. An option that is called like a field of CompressionConfig is that field; nothing else has to
+    # be written for it. None leaves the choice to the recipe.
+    sparsity: Annotated[
+        float,
+        typer.Option(
+            "--sparsity",
+            "--sparsity-ratio",
+            help="Fraction of the compressed sub-layers' parameters to remove, in [0, 1).",
+        ),
+    ] = 0.2,
+    recipe: Annotated[
+        str, typer.Option(help="Where options that are not given come from, see above.", metavar="|".join(RECIPES))
+    ] = DEFAULT_RECIPE,
+    sublayers: Annotated[
+        Optional[str], _option("sublayers", "Which sub-layers to compress; a list with commas.")
+    ] = None,
+    # Who gets the parameters that stay.
+    allocation: Annotated[
+        Optional[str],
+        _option(
+            "allocation",
+            "Who keeps how much: paper gives {v, o} more than {q, k}, even the same to every matrix, loss what costs least "
+            "by a backward pass, flap cuts FFNs only, at one threshold.",
+        ),
+    ] = None,
+    vo_to_qk_ratio: Annotated[
+        Optional[float], _option("vo_to_qk_ratio", "Parameters for {v, o} per one for {q, k}, under allocation paper.")
+    ] = None,
+    shapes: Annotated[
+        Optional[str], _option("shapes", "uniform: the same ranks and width in all layers, which some hosts want.")
+    ] = None,
+    rank_multiple: Annotated[
+        Optional[str],
+        _option(
+            "rank_multiple",
+            "Ranks are multiples of this; auto: up to 64, as GPUs like, as far as allocation loss can afford it.",
+        ),
+    ] = None,
+    width_multiple: Annotated[Optional[str], _option("width_multiple", "The same for FFN widths.")] = None,
+    # Low-rank pairs, and how errors are weighed.
+    attention_method: Annotated[
+        Optional[str],
+        _option(
+            "attention_method",
+            "What a low-rank pair is fitted to: inputs weighted by channel norms (awsvd) or with their correlations "
+            "(second_moment), the bare weight (svd), the outputs' principal components (afm).",
+        ),
+    ] = None,
+    metric_shrinkage: Annotated[
+        Optional[str],
+        _option(
+            "metric_shrinkage",
+            "How far to distrust correlations of inputs, 0 to 1; auto: as far as two halves of the calibration text disagree.",
+        ),
+    ] = None,
+    output_weighting: Annotated[
+        Optional[str],
+        _option(
+            "output_weighting", "loss: errors of outputs count by how much the loss minds them, by a backward pass."
+        ),
+    ] = None,
+    token_weighting: Annotated[
+        Optional[str],
+        _option(
+            "token_weighting",
+            "residual: for o_proj and down_proj tokens count relative to their hidden state, so that huge ones do not decide.",
+        ),
+    ] = None,
+    # The FFN.
+    mlp_method: Annotated[
+        Optional[str], _option("mlp_method", "Remove whole FFN channels, or make the FFN matrices low-rank as well.")
+    ] = None,
+    channel_score: Annotated[
+        Optional[str],
+        _option(
+            "channel_score",
+            "Which channels stay: largest weighted norms (lorap), largest share of the output (output), largest variance "
+            "(fluctuation).",
+        ),
+    ] = None,
+    least_important_kept: Annotated[
+        Optional[float],
+        _option("least_important_kept", "Fraction of least important FFN channels that stay; the paper: 0.01."),
+    ] = None,
+    repair: Annotated[
+        Optional[bool],
+        _option("repair", "Refit down_proj, so that the channels that stay do the work of those that went."),
+    ] = None,
+    repair_ridge: Annotated[
+        Optional[str],
+        _option(
+            "repair_ridge",
+            "Pull of the refit towards the old weights, 0 or more; auto: what serves the other half of the text best.",
+        ),
+    ] = None,
+    bias_compensation: Annotated[
+        Optional[bool], _option("bias_compensation", "Put the mean output of the channels that went into a bias.")
+    ] = None,
+    # The walk, and what is written.
+    sequential: Annotated[
+        Optional[str],
+        _option(
+            "sequential",
+            "When statistics are taken: once before a layer changes, or behind each part of it that has changed (slower).",
+        ),
+    ] = None,
+    storage: Annotated[
+        Optional[str],
+        _option("storage", "pivoted: higher ranks for the same parameters, without loss (checkpoint format 2)."),
+    ] = None,
+    num_calibration_samples: Annotated[int, typer.Option(help="Token windows to calibrate on.")] = 128,
+    calibration_seq_len: Annotated[int, typer.Option(help="Tokens in each window.")] = 128,
+    seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
+    # What it is calibrated and judged on.
+    calibration: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help="Text, JSONL (field `text`), .npy or .safetensors tokens, a `datasets` name, or default (ships with lorap); "
+            "may be repeated, with weights: NAME=WEIGHT.  [default: default]"
+        ),
+    ] = None,
+    eval_text: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help="Text to measure perplexity on before and after; may be repeated; none skips it.  [default: heldout]"
+        ),
+    ] = None,
+    # Where it runs and what comes out.
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Compress MODEL into the Hugging Face folder OUT.
+
+    A recipe is a set of values for the options below; an option that is given replaces the recipe's.
+
+    \b
+    Recipes:
+      best     low-rank attention, pruned and refitted FFN, sizes chosen by the loss: most quality, use it unless you compare
+      lorap    the paper exactly (arXiv 2404.09695): to reproduce it, or where there is no time for a backward pass
+      svd-llm  every linear layer low-rank, one share everywhere (arXiv 2403.07378): to compare, or where widths must stay
+      flap     FFN channels only, attention stays dense (arXiv 2312.11983): to compare, or where nothing may become low-rank
+
+    \b
+    Example:
+      lorap compress HuggingFaceTB/SmolLM2-135M ./small --sparsity 0.2
+      lorap compress ./llama ./small --sparsity 0.5 --calibration my.jsonl --eval-text wiki.txt
+      lorap compress ./llama ./small --recipe lorap --allocation even
+    """
+    with user_errors(debug):
+        be_quiet(quiet)
+        config = chosen_config(context.params)
+        source = find_model(model)
+        check_output(out, source=source.folder, overwrite=overwrite)
+        tokenizer = load_tokenizer(source)
+        small, report = compress(
+            model,
+            calibration=[parse_source(text) for text in calibration or [DEFAULT_CALIBRATION]],
+            config=config,
+            tokenizer=tokenizer,
+            evaluation=[text for text in eval_text or [DEFAULT_EVALUATION] if text != "none"],
+            device=device,
+            dtype=dtype,
+            progress=not quiet,
+        )
+        save(small, out, report=report, tokenizer=tokenizer, overwrite=overwrite, max_shard_size=max_shard_size)
+        typer.echo(report.table())
+        typer.echo(f"saved to {out}")
+        print_json(as_json, {"out": str(out), **report.to_dict()})
+
+
+def chosen_config(options: Mapping[str, Any]) -> CompressionConfig:
+    """The config that the options of a command line ask for, by the names of the fields; other options are passed over.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+    chosen = {field.name: options[field.name] for field in fields(CompressionConfig) if field.name in options}
+    for name in LISTS:
+        if chosen.get(name) is not None:
+            chosen[name] = tuple(part.strip() for part in chosen[name].split(","))
+    for name in NUMBERS_OR_AUTO:
+        if chosen.get(name) is not None:
+            chosen[name] = _number(chosen[name])
+    return CompressionConfig.from_recipe(**chosen)
+
+
+def _number(text: str) -> int | float | str:
+    """Text as the number that it spells; other text as it is, for the config to accept ``auto`` and to refuse the rest."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,93 @@
+"""``lorap info``, ``lorap env`` and ``lorap profile``: what a model is, what a machine offers, and where the time goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from lorap.cli.common import AsJson, Debug, Device, Dtype, Model, open_model, print_json, user_errors
+from lorap.environment import describe_environment, format_environment
+from lorap.errors import ConfigError
+from lorap.info import describe_model, format_info
+from lorap.loading import find_model
+from lorap.merging import optimize_for_decoding
+from lorap.profiling import deeper, profile_model, run_ranges
+
+
+def info_command(model: Model, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Parameters by kind, kept share, ranks, widths and bytes of MODEL, read from config and headers alone.
+
+    \b
+    Example:
+      lorap info ./small
+    """
+    with user_errors(debug):
+        described = describe_model(find_model(model))
+        typer.echo(format_info(described))
+        print_json(as_json, described)
+
+
+def env_command(as_json: AsJson = False, debug: Debug = False) -> None:
+    """Versions, devices, and which kernels run what on this machine; paste it into a bug report.
+
+    \b
+    Example:
+      lorap env
+    """
+    with user_errors(debug):
+        found = describe_environment()
+        typer.echo(format_environment(found))
+        print_json(as_json, found)
+
+
+def profile_command(
+    model: Model,
+    tokens: Annotated[int, typer.Option(help="Tokens of the prompt that is read at once.", min=1)] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded one by one after it.", min=1)] = 16,
+    optimize: Annotated[
+        bool,
+        typer.Option("--optimize", help="Merge q/k/v and gate/up first, and use lorap's kernels for dense layers."),
+    ] = False,
+    trace: Annotated[
+        Optional[Path], typer.Option(help="Write a trace for https://ui.perfetto.dev or chrome://tracing.")
+    ] = None,
+    top: Annotated[int, typer.Option(help="Kernels to show.", min=1)] = 15,
+    ranges_only: Annotated[
+        bool, typer.Option("--ranges-only", help="Time the stages only, for running under nsys or ncu.")
+    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Where the time of MODEL goes, reading a prompt (prefill) and decoding: by stage, then by kernel.
+
+    \b
+    Reading the first table: decoding reads every weight once per token, so a stage takes as long as its weights are large,
+    and fewer weights help. Prefill computes with each weight many times; fewer multiplications help.
+    Reading the second: "self" is time in the kernel itself, not in what it called. Many calls of a few microseconds mean
+    that Python and launches take the time: try --optimize.
+
+    \b
+    Example:
+      lorap profile ./small --tokens 512 --trace trace.json
+      lorap profile ./small --optimize --dtype bfloat16
+    """
+    with user_errors(debug):
+        if trace is not None and not trace.absolute().parent.is_dir():
+            raise ConfigError(f"cannot write {trace}: there is no folder {trace.parent}")
+        loaded, _, source = open_model(model, device, dtype)
+        if optimize:
+            optimize_for_decoding(loaded)
+        if ranges_only:
+            run_ranges(loaded, tokens=tokens, new_tokens=new_tokens)
+            return
+        found = profile_model(loaded, tokens=tokens, new_tokens=new_tokens, trace=trace)
+        typer.echo(f"{source.name}, {loaded.dtype}, on {loaded.device}\n\n{found.table(top=top)}\n")
+        if trace is not None:
+            typer.echo(f"trace written to {trace}\n")
+        options = ["--tokens", str(tokens), "--new-tokens", str(new_tokens), "--dtype", dtype, "--device", "cuda"]
+        typer.echo(deeper(["lorap", "profile", model, *options, *(["--optimize"] if optimize else [])]))
+        print_json(as_json, {"model": source.name, "optimized": optimize, **found.to_dict()})

@@ -1,0 +1,240 @@
+"""One decoder layer: observe, factorize attention, prune the FFN, and send the calibration windows through what came out.
+
+With ``sequential="layer"`` all statistics are taken before anything changes; with ``"sublayer"`` each part of the layer is
+observed behind the already compressed parts before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lorap.allocation import LayerPlan
+from lorap.architectures import MLP, PROJECTIONS, SHARED_INPUTS, Architecture
+from lorap.calibration.statistics import ActivationStats, merged
+from lorap.calibration.stream import CalibrationStream, Probe
+from lorap.config import CompressionConfig
+from lorap.errors import CalibrationError
+from lorap.factorization import factorize
+from lorap.metrics import choose_ridge, choose_shrinkage, shrunk
+from lorap.modules import LowRankLinear
+from lorap.pivoting import pivot, storage_error
+from lorap.pruning import channel_importance, keep_inputs, keep_outputs, new_linear, removed_shares
+from lorap.repair import fluctuation_scores, keep_best, output_scores, removed_share, repair_down
+from lorap.report import ProjectionReport
+from lorap.resources import Stopwatch
+
+Folds = tuple[ActivationStats, ...]
+
+
+@dataclass
+class LayerCompressor:
+    """Everything that the compression of all layers has in common.
+
+    Args:
+        config: what to do.
+        architecture: where the projections are.
+        stream: the calibration windows.
+        device: where layers are worked on.
+        watch: takes the time by stage.
+    """
+
+    config: CompressionConfig
+    architecture: Architecture
+    stream: CalibrationStream
+    device: torch.device
+    watch: Stopwatch = field(default_factory=Stopwatch)
+
+    def compress(
+        self, index: int, layer: nn.Module, plan: LayerPlan, output_metrics: Mapping[str, Tensor]
+    ) -> list[ProjectionReport]:
+        """Replace the projections of one layer and move the stream behind it.
+
+        Args:
+            index: of the layer.
+            layer: changed in place.
+            plan: its ranks and width.
+            output_metrics: by role, how errors of the outputs are weighed; empty for all alike.
+
+        Raises:
+            CalibrationError: an activation is NaN or infinite.
+            FactorizationError: a weight is.
+        """
+        home = next(layer.parameters()).device
+        layer.to(self.device)
+        dense = self.architecture.linears(layer)
+        work = _Layer(self.config, index, plan, dense, output_metrics)
+        for inputs in self._steps(plan, dense):
+            with self.watch("calibrate"):
+                folds = self._observe(index, layer, dense, inputs)
+            with self.watch("factorize"):
+                for role in plan.ranks:
+                    if role in folds:
+                        work.factorize(role, folds[role], self.architecture.module_name(index, role))
+            with self.watch("prune"):
+                if "mlp_inner" in inputs and plan.intermediate_size < dense["gate_proj"].out_features:
+                    work.prune(folds["gate_proj"], folds["down_proj"])
+                    layer.get_submodule(self.architecture.mlp).intermediate_size = plan.intermediate_size  # type: ignore[assignment]
+            for role, module in work.replaced.items():
+                layer.set_submodule(self.architecture.projections[role], module)
+        with self.watch("calibrate"):
+            self.stream.advance(index, layer)
+        layer.to(home)
+        return [work.report(role) for role in PROJECTIONS]
+
+    def _steps(self, plan: LayerPlan, dense: Mapping[str, nn.Linear]) -> list[tuple[str, ...]]:
+        """Which inputs are observed together, in order; those that nothing depends on are left out."""
+        pruned = plan.intermediate_size < dense["gate_proj"].out_features
+        needed = [
+            name
+            for name, readers in SHARED_INPUTS.items()
+            if set(readers) & set(plan.ranks) or (pruned and name.startswith("mlp"))
+        ]
+        if not needed or self.config.sequential == "layer":
+            return [tuple(needed)] if needed else []
+        steps: list[tuple[str, ...]] = [(name,) for name in needed if not (pruned and name.startswith("mlp"))]
+        return [*steps, ("mlp_input", "mlp_inner")] if pruned else steps
+
+    def _observe(
+        self, index: int, layer: nn.Module, dense: Mapping[str, nn.Linear], inputs: tuple[str, ...]
+    ) -> dict[str, Folds]:
+        """Statistics by projection; projections that read the same input share them."""
+        probes = {name: self._probe(name, dense[SHARED_INPUTS[name][0]]) for name in inputs}
+        found = self.stream.observe(index, layer, probes)
+        for name, folds in found.items():
+            if not all(stats.is_finite for stats in folds):
+                raise CalibrationError(
+                    f"the activations in layer {index} are not finite (input of {', '.join(SHARED_INPUTS[name])}): the "
+                    "calibration text or the weights overflow this dtype; try --dtype float32, or check the model"
+                )
+        return {role: found[name] for name in inputs for role in SHARED_INPUTS[name]}
+
+    def _probe(self, name: str, linear: nn.Linear) -> Probe:
+        config = self.config
+        weighted = config.token_weighting == "residual" and name in ("attention_output", "mlp_inner")
+        if name.startswith("mlp") and config.mlp_method == "prune":
+            inner = name == "mlp_inner"
+            mean = inner and (config.bias_compensation or config.channel_score == "fluctuation")
+            return Probe(linear, mean=mean, moments=inner and config.repair, weighted=weighted)
+        afm = config.attention_method == "afm"
+        return Probe(linear, mean=afm, moments=afm or config.attention_method == "second_moment", weighted=weighted)
+
+
+class _Layer:
+    """The projections of one layer on their way from dense to compressed."""
+
+    def __init__(
+        self,
+        config: CompressionConfig,
+        index: int,
+        plan: LayerPlan,
+        dense: Mapping[str, nn.Linear],
+        output_metrics: Mapping[str, Tensor],
+    ) -> None:
+        self.config, self.index, self.plan, self.dense = config, index, plan, dense
+        self.output_metrics = output_metrics
+        self.replaced: dict[str, nn.Module] = {}
+        self.errors: dict[str, float] = {}
+        self.storage_errors: dict[str, float] = {}
+
+    def factorize(self, role: str, folds: Folds, name: str) -> None:
+        linear = self.dense[role]
+        metric = self._metric(folds)
+        pivoted = self.config.storage == "pivoted"
+        # Rounded once, at the end: pivoting works on the factors in full precision.
+        weight = linear.weight.data.double() if pivoted else linear.weight.data
+        factors = factorize(
+            weight, self.plan.ranks[role], metric, output_metric=self._output_metric(role, weight), name=name
+        )
+        left, right, rows = factors.left, factors.right, None
+        if pivoted:
+            stored = pivot(left, right, name=name)
+            left, right, rows = stored.left, stored.right, stored.pivot_rows
+        dtype = linear.weight.dtype
+        bias = None if linear.bias is None else linear.bias.data
+        module = LowRankLinear.from_factors(left.to(dtype), right.to(dtype), bias, rows).train(linear.training)
+        self.replaced[role] = module
+        self.errors[role] = factors.error
+        exact = factors.left.double() @ factors.right.double()
+        self.storage_errors[role] = storage_error(exact, module.reconstruct(dtype=torch.float64), metric)
+
+    def prune(self, input_folds: Folds, inner_folds: Folds) -> None:
+        """Narrower gate, up and down."""
+        config = self.config
+        gate, up, down = (self.dense[role] for role in MLP)
+        inner = merged(inner_folds)
+        weights = (gate.weight.data, up.weight.data, down.weight.data)
+        norms = (merged(input_folds).channel_sq_norm, inner.channel_sq_norm)
+        metric = self._output_metric("down_proj", down.weight)
+        if config.channel_score == "lorap":
+            scores = channel_importance(*weights, *norms)
+        elif config.channel_score == "output":
+            scores = output_scores(down.weight.data, inner.channel_sq_norm, metric)
+        else:
+            scores = fluctuation_scores(down.weight.data, inner.variance)
+        kept = keep_best(scores, self.plan.intermediate_size, least_important_kept=config.least_important_kept)
+        self.errors |= removed_shares(*weights, *norms, kept)
+        narrow = keep_inputs(down, kept)
+        if config.repair:
+            weight = self._repaired(inner_folds, inner, kept)
+            self.errors["down_proj"] = removed_share(down.weight.data, inner.second_moment, kept, weight)
+            narrow = new_linear(weight.to(down.weight.dtype), None if down.bias is None else down.bias.data)
+        if config.bias_compensation:
+            narrow = _with_mean_output(down, narrow, kept, inner.mean)
+        self.replaced |= {"gate_proj": keep_outputs(gate, kept), "up_proj": keep_outputs(up, kept), "down_proj": narrow}
+
+    def _repaired(self, folds: Folds, inner: ActivationStats, kept: Tensor) -> Tensor:
+        down = self.dense["down_proj"].weight.data
+        shrinkage = self._shrinkage(folds)
+        ridge = self.config.repair_ridge
+        if ridge == "auto":
+            ridge = choose_ridge(down, folds, kept, shrinkage=shrinkage)
+        return repair_down(down, shrunk(inner.second_moment, shrinkage), kept, ridge=float(ridge))
+
+    def _metric(self, folds: Folds) -> Tensor | None:
+        """What a factorization is judged on: nothing, the channel norms, the second moment, or the spread of the outputs."""
+        method = self.config.attention_method
+        if method == "svd":
+            return None
+        stats = merged(folds)
+        if method == "awsvd":
+            return stats.channel_sq_norm
+        return stats.covariance if method == "afm" else shrunk(stats.second_moment, self._shrinkage(folds))
+
+    def _shrinkage(self, folds: Folds) -> float:
+        asked = self.config.metric_shrinkage
+        return choose_shrinkage(folds) if asked == "auto" else float(asked)
+
+    def _output_metric(self, role: str, weight: Tensor) -> Tensor | None:
+        metric = self.output_metrics.get(role)
+        return None if metric is None else metric.to(weight.device)
+
+    def report(self, role: str) -> ProjectionReport:
+        before, after = self.dense[role], self.replaced.get(role, self.dense[role])
+        return ProjectionReport(
+            layer=self.index,
+            role=role,
+            shape_before=(before.out_features, before.in_features),
+            shape_after=(int(after.out_features), int(after.in_features)),  # type: ignore[arg-type]
+            rank=after.rank if isinstance(after, LowRankLinear) else None,
+            params_before=sum(parameter.numel() for parameter in before.parameters()),
+            params_after=sum(parameter.numel() for parameter in after.parameters()),
+            error=self.errors.get(role, 0.0),
+            storage_error=self.storage_errors.get(role, 0.0),
+        )
+
+
+def _with_mean_output(down: nn.Linear, narrow: nn.Linear, kept: Tensor, mean: Tensor) -> nn.Linear:
+    """``narrow`` with a bias that makes up for the mean of what it no longer outputs (FLAP, arXiv 2312.11983, section 4.3)."""
+    lost = down.weight.data.double() @ mean - narrow.weight.data.double() @ mean[kept]
+    bias = lost if down.bias is None else down.bias.data.double() + lost
+    return new_linear(narrow.weight.data, bias.to(down.weight.dtype))
+
+
+def needs_folds(config: CompressionConfig) -> bool:
+    """Whether anything is to be judged on another half of the calibration text than it was fitted on."""
+    fitted = config.attention_method == "second_moment" or (config.mlp_method == "prune" and config.repair)
+    return fitted and "auto" in (config.metric_shrinkage, config.repair_ridge)

@@ -1,0 +1,236 @@
+"""Ranks and widths of all layers before the first one is touched.
+
+``paper`` and ``even`` follow from shapes alone. ``loss`` prices every size of every matrix by the increase of the loss to expect
+(:mod:`lorap.calibration.sensitivity`) and lets all of them share one budget (:mod:`lorap.budget`). ``flap`` cuts the channels of
+all FFNs at one score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorap.allocation import LayerPlan, Shape, plan_layer
+from lorap.architectures import ATTENTION, MLP, Architecture
+from lorap.budget import (
+    SMALLEST_RANK_MULTIPLE,
+    Offer,
+    affordable_multiple,
+    rank_offers,
+    spend,
+    suffix_sums,
+    tied,
+    width_offers,
+)
+from lorap.calibration.data import TokenWindows
+from lorap.calibration.sensitivity import Sensitivity, layer_sensitivities
+from lorap.calibration.stream import CalibrationStream, Probe
+from lorap.config import CompressionConfig
+from lorap.errors import CalibrationError, ConfigError
+from lorap.factorization import spectrum
+from lorap.metrics import output_metric, shrunk
+from lorap.repair import fluctuation_scores, output_scores, repaired_tail
+
+Key = tuple[int, str]  # (layer index, role); the FFN of a layer goes by the name of its down projection
+
+# A quarter of the default calibration text is enough to price errors, and the backward pass costs three forward passes.
+SENSITIVITY_TOKENS = 4096
+# Second moments of so few tokens are noisy; prices need less accuracy than factors do.
+PRICE_SHRINKAGE = 0.1
+PRICE_RIDGE = 0.01
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of each layer, and how errors are to be weighed.
+
+    Args:
+        layers: one per decoder layer.
+        output_metrics: by layer and role, (out_features, out_features) float32; empty where outputs are not weighed.
+    """
+
+    layers: Sequence[LayerPlan]
+    output_metrics: dict[Key, Tensor] = field(default_factory=dict)
+
+
+def make_plan(
+    model: Any,
+    layers: Sequence[nn.Module],
+    windows: TokenWindows,
+    config: CompressionConfig,
+    architecture: Architecture,
+    *,
+    device: torch.device,
+    progress: Any = iter,
+) -> Plan:
+    """Ranks and widths for ``config``; reads the model and changes nothing.
+
+    Raises:
+        ConfigError: the sparsity leaves too little.
+        CalibrationError: the gradients or activations are not finite.
+    """
+    shapes = [
+        {role: (linear.out_features, linear.in_features) for role, linear in architecture.linears(layer).items()}
+        for layer in layers
+    ]
+    if config.allocation == "flap" and config.sparsity > 0:
+        return Plan(_flap_widths(model, layers, windows, config, architecture, shapes, device))
+    by_shape = [plan_layer(shape, config) for shape in shapes] if config.allocation in ("paper", "even") else None
+    if config.sparsity == 0 or (by_shape is not None and config.output_weighting == "none"):
+        return Plan(by_shape or [LayerPlan(ranks={}, intermediate_size=shape["gate_proj"][0]) for shape in shapes])
+    roles = [role for role in _roles(config) if role not in MLP[:2]]
+    prices = _Prices(config, shapes)
+    metrics: dict[Key, Tensor] = {}
+    sampled = spread_sample(windows, SENSITIVITY_TOKENS)
+
+    def projections(layer: nn.Module) -> dict[str, nn.Linear]:
+        return {role: linear for role, linear in architecture.linears(layer).items() if role in roles}
+
+    for index, found in layer_sensitivities(model, layers, sampled, projections, device=device, progress=progress):
+        linears = architecture.linears(layers[index])
+        for role, sensitivity in found.items():
+            if not torch.isfinite(sensitivity.output).all():
+                raise CalibrationError(
+                    f"the gradients at {architecture.module_name(index, role)} are not finite in {model.dtype}: try "
+                    "--dtype float32 or bfloat16, or do without them: --allocation even --output-weighting none"
+                )
+            metric = output_metric(sensitivity.output)
+            if by_shape is None:
+                prices.add(index, role, linears[role].weight.data, sensitivity, metric)
+            if config.output_weighting == "loss":
+                metrics[index, role] = metric
+    return Plan(by_shape or prices.buy(), metrics)
+
+
+class _Prices:
+    """Offers of all matrices, gathered layer by layer."""
+
+    def __init__(self, config: CompressionConfig, shapes: Sequence[Mapping[str, Shape]]) -> None:
+        self.config = config
+        self.shapes = shapes
+        self.curves: dict[Key, list[Offer]] = {}
+        self.total = sum(_size(shape[role]) for shape in shapes for role in _roles(config))
+        together = len(shapes) if config.shapes == "uniform" else 1
+        self.multiples = {
+            role: _multiple(role, shapes[0][role], config, total=self.total, together=together)
+            for role in (*ATTENTION, "down_proj")
+        }
+
+    def add(self, index: int, role: str, weight: Tensor, sensitivity: Sensitivity, metric: Tensor) -> None:
+        # Second order of the loss: half the mean square of what the error moves along the gradient.
+        moment = shrunk(sensitivity.input.to(weight.device), PRICE_SHRINKAGE)
+        if role == "down_proj":
+            order = output_scores(weight, moment.diagonal(), metric).argsort(descending=True, stable=True)
+            tail = repaired_tail(weight, moment, order, ridge=PRICE_RIDGE, output_metric=metric)
+            offers = width_offers(weight.shape[0], tail / 2, multiple=self.multiples[role])
+        else:
+            tail = suffix_sums(spectrum(weight, moment, metric))
+            offers = rank_offers(
+                (weight.shape[0], weight.shape[1]),
+                tail / 2,
+                pivoted=self.config.storage == "pivoted",
+                multiple=self.multiples[role],
+            )
+        self.curves[index, role] = offers
+
+    def buy(self) -> list[LayerPlan]:
+        budget = (1 - self.config.sparsity) * self.total
+        if self.config.shapes == "uniform":
+            roles = dict.fromkeys(role for _, role in self.curves)  # a set would break ties by the hash seed
+            layers = range(len(self.shapes))
+            shared = spend({role: tied([self.curves[index, role] for index in layers]) for role in roles}, budget)
+            taken = {(index, role): shared[role].size for index in layers for role in roles}
+        else:
+            taken = {key: offer.size for key, offer in spend(self.curves, budget).items()}
+        plans = []
+        for index, shapes in enumerate(self.shapes):
+            ranks = {role: taken[index, role] for role in ATTENTION if (index, role) in taken}
+            plans.append(
+                LayerPlan(
+                    ranks={role: rank for role, rank in ranks.items() if rank < min(shapes[role])},
+                    intermediate_size=taken.get((index, "down_proj"), shapes["gate_proj"][0]),
+                )
+            )
+        return plans
+
+
+def _multiple(role: str, shape: Shape, config: CompressionConfig, *, total: int, together: int) -> int:
+    asked = config.width_multiple if role == "down_proj" else config.rank_multiple
+    if asked != "auto":
+        return int(asked)
+    if role == "down_proj":
+        return affordable_multiple(shape[1], 3 * shape[0] * together, total, smallest=1)
+    smallest = min(SMALLEST_RANK_MULTIPLE, max(1, min(shape) // 8))
+    return affordable_multiple(min(shape), sum(shape) * together, total, smallest=smallest)
+
+
+def _flap_widths(
+    model: Any,
+    layers: Sequence[nn.Module],
+    windows: TokenWindows,
+    config: CompressionConfig,
+    architecture: Architecture,
+    shapes: Sequence[Mapping[str, Shape]],
+    device: torch.device,
+) -> list[LayerPlan]:
+    """One threshold on the scores of all FFN channels, standardised within each layer (FLAP, section 4.2)."""
+    stream = CalibrationStream.from_model(model, layers, windows, device=device)
+    standardised = []
+    for index, layer in enumerate(layers):
+        home = next(layer.parameters()).device
+        layer.to(device)
+        down = architecture.linears(layer)["down_proj"]
+        (stats,) = stream.observe(index, layer, {"mlp_inner": Probe(down, mean=True)})["mlp_inner"]
+        scores = fluctuation_scores(down.weight.data, stats.variance)
+        standardised.append(((scores - scores.mean()) / scores.std().clamp(min=torch.finfo(torch.float64).tiny)).cpu())
+        stream.advance(index, layer)
+        layer.to(home)
+    kept = threshold_widths(standardised, _channels_to_drop(config, shapes))
+    return [LayerPlan(ranks={}, intermediate_size=width) for width in kept]
+
+
+def _channels_to_drop(config: CompressionConfig, shapes: Sequence[Mapping[str, Shape]]) -> int:
+    """Attention stays dense, so the FFNs give up what all compressed sub-layers are to lose."""
+    total = sum(_size(shape[role]) for shape in shapes for role in _roles(config))
+    return int(config.sparsity * total / sum(_size(shapes[0][role]) / shapes[0]["gate_proj"][0] for role in MLP))
+
+
+def threshold_widths(scores: Sequence[Tensor], drop: int) -> list[int]:
+    """Channels that stay in each layer when the ``drop`` lowest of all scores go; every layer keeps at least one.
+
+    Raises:
+        ConfigError: fewer channels than layers would stay.
+    """
+    protected = [layer.argmax() for layer in scores]
+    flat = torch.cat(
+        [layer.clone().index_fill(0, best, torch.inf) for layer, best in zip(scores, protected, strict=True)]
+    )
+    if drop > len(flat) - len(scores):
+        raise ConfigError(
+            f"{drop:,} of {len(flat):,} FFN channels would have to go; lower the sparsity, or compress attention as well "
+            "(another allocation)"
+        )
+    gone = torch.zeros_like(flat, dtype=torch.bool)
+    gone[flat.argsort(stable=True)[:drop]] = True
+    return [int((~part).sum()) for part in gone.split([len(layer) for layer in scores])]
+
+
+def spread_sample(windows: TokenWindows, tokens: int) -> TokenWindows:
+    """About ``tokens`` tokens of the windows, evenly spread over them, so that every source has its part."""
+    count, seq_len = windows.input_ids.shape
+    wanted = min(count, max(1, tokens // seq_len))
+    rows = torch.linspace(0, count - 1, wanted).round().long()
+    mask = None if windows.attention_mask is None else windows.attention_mask[rows]
+    return TokenWindows(windows.input_ids[rows], windows.name, windows.sha256, mask)
+
+
+def _roles(config: CompressionConfig) -> tuple[str, ...]:
+    return (ATTENTION if "self_attn" in config.sublayers else ()) + (MLP if "mlp" in config.sublayers else ())
+
+
+def _size(shape: Shape) -> int:
+    return shape[0] * shape[1]

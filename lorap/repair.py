@@ -1,0 +1,107 @@
+"""FFN channels: which stay, and what down_proj must be once the others are gone.
+
+The inner activations of a gated FFN are correlated, so the channels that stay can take over part of what the others did: with
+C the second moment of the inner activations, S the kept channels and a ridge r that pulls towards the old weights,
+``W_S' = (W C[:, S] + r W[:, S]) (C[S, S] + r I)^-1`` is the down projection that reproduces the old output best.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lorap.errors import FactorizationError
+
+# Relative to the mean channel energy: keeps the normal equations solvable where channels are collinear or never fire.
+SMALLEST_RIDGE = 1e-8
+
+
+def output_scores(down: Tensor, inner_sq_norm: Tensor, output_metric: Tensor | None = None) -> Tensor:
+    """(intermediate_size,) float64: ||A^(1/2) down_:c|| times the norm of channel c, what the channel adds to the FFN's output.
+
+    Args:
+        down: (hidden_size, intermediate_size).
+        inner_sq_norm: (intermediate_size,), squared norms of the inner activations.
+        output_metric: A (hidden_size, hidden_size); the identity where None.
+    """
+    w = down.double()
+    seen = w if output_metric is None else output_metric.to(w) @ w
+    return ((w * seen).sum(0).clamp(min=0) * inner_sq_norm.double()).sqrt()
+
+
+def fluctuation_scores(down: Tensor, variance: Tensor) -> Tensor:
+    """(intermediate_size,) float64: variance of channel c times ||down_:c||^2 (FLAP, arXiv 2312.11983, metric WIFV)."""
+    return variance.double() * down.double().square().sum(0)
+
+
+def keep_best(scores: Tensor, width: int, *, least_important_kept: float = 0.0) -> Tensor:
+    """(width,) int64 ascending: the channels of highest score, but for the lowest share, which stays (paper, section 3.4)."""
+    order = torch.argsort(scores, stable=True)
+    lowest = min(int(least_important_kept * len(order)), width)
+    kept = torch.cat((order[:lowest], order[len(order) - (width - lowest) :]))
+    return kept.sort().values
+
+
+def repair_down(down: Tensor, second_moment: Tensor, kept: Tensor, *, ridge: float) -> Tensor:
+    """Least-squares stand-in for ``down`` that reads the kept channels only.
+
+    Args:
+        down: (hidden_size, intermediate_size).
+        second_moment: C (intermediate_size, intermediate_size) float64 of the inner activations.
+        kept: (kept,) int64, the channels that stay.
+        ridge: relative to the mean diagonal of C.
+
+    Returns:
+        (hidden_size, kept) float64.
+    """
+    w, c = down.double(), second_moment.double()
+    pull = max(ridge, SMALLEST_RIDGE) * float(c.diagonal().mean())
+    if pull <= 0:  # no channel ever fired: nothing to take over
+        return w[:, kept]
+    root, pull = _ridged_cholesky(c[kept][:, kept], pull)
+    return torch.cholesky_solve((w @ c[:, kept] + pull * w[:, kept]).T, root).T.contiguous()
+
+
+def removed_share(down: Tensor, second_moment: Tensor, kept: Tensor, weight: Tensor) -> float:
+    """Root mean square change of the FFN's output when ``weight`` on the kept channels stands in for ``down``, relative to it."""
+    change = down.double().clone()
+    change[:, kept] -= weight.to(change)
+    before = _energy(down.double(), second_moment)
+    return (_energy(change, second_moment) / before) ** 0.5 if before > 0 else 0.0
+
+
+def repaired_tail(
+    down: Tensor, second_moment: Tensor, order: Tensor, *, ridge: float, output_metric: Tensor | None = None
+) -> Tensor:
+    """(intermediate_size + 1,) float64: ||A^(1/2) (W x - W' x_S)||^2 after the repair, for every width, from 0 on.
+
+    S are the first ``width`` channels of ``order``; the mean is over C + r I, so the ridge counts as noise on every channel.
+    With C + r I = L L^T in that order, what the first channels cannot explain of the
+    others is the trailing block of L, whose columns do not depend on where it begins: one Cholesky factor serves all widths.
+    """
+    w, c = down.double()[:, order], second_moment.double()[order][:, order]
+    mean = float(c.diagonal().mean())
+    if mean <= 0:
+        return c.new_zeros(len(order) + 1)
+    root, _ = _ridged_cholesky(c, max(ridge, SMALLEST_RIDGE) * mean)
+    unexplained = w @ root
+    seen = unexplained if output_metric is None else output_metric.to(w) @ unexplained
+    energy = (unexplained * seen).sum(0).clamp(min=0)
+    return torch.cat((energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)))
+
+
+def _ridged_cholesky(c: Tensor, pull: float) -> tuple[Tensor, float]:
+    """Cholesky factor of C + pull I, and the pull: ten times larger each time that rounding still makes it indefinite."""
+    if not bool(torch.isfinite(c).all()):
+        raise FactorizationError("the second moment of the FFN's inner activations contains NaN or infinity")
+    while True:
+        ridged = (c + c.T) / 2
+        ridged.diagonal().add_(pull)
+        root, failed = torch.linalg.cholesky_ex(ridged)
+        if not bool(failed):
+            return root, pull
+        pull *= 10
+
+
+def _energy(w: Tensor, c: Tensor) -> float:
+    return max(float(((w @ c) * w).sum()), 0.0)

@@ -1,0 +1,491 @@
+"""benchmarks/quality on hand-made cells and tiny random models: the arithmetic of its tables, resuming, and scoring.
+
+Proved here: increases, ratios and means are what they say; what is missing stays missing; a cell is made again exactly when
+what it was made from has changed; scoring through a shared cache is scoring each text by itself. Not proved: anything about a
+recipe.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = ("ablation", "assets", "cells", "jobs", "matrix", "plot", "records", "scoring", "table", "tasks", "texts")
+
+
+@pytest.fixture(autouse=True)
+def q(monkeypatch):
+    """The modules of benchmarks/quality by name; ``table`` is also the name of a file in benchmarks."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "quality"))
+    before = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
+    path = list(sys.path)
+
+    class Modules:
+        def __getattr__(self, name):
+            return importlib.import_module(name)
+
+    yield Modules()
+    sys.path[:] = path
+    for name in MODULES:
+        sys.modules.pop(name, None)
+    sys.modules.update(before)
+
+
+DENSE_NATS = {"wiki": 3.0, "web": 4.0, "novels": 3.5}
+
+
+def a_cell(recipe, calibration, losses, sparsity=0.2, **overrides):
+    """A record with increases ``losses`` by text; texts at (20000, 1024) lose half of it."""
+    texts = []
+    for main, tokens, seq_len, scale in ((True, 8000, 128, 1.0), (False, 20_000, 1024, 0.5)):
+        for text, loss in losses.items():
+            dense = DENSE_NATS[text]
+            entry = {"text": text, "kind": "any", "origin": "here", "main": main, "sha256": text, "tokens": tokens}
+            nats = {"nats": dense + scale * loss, "dense_nats": dense}
+            texts.append(entry | nats | {"tokens_asked": tokens, "seq_len": seq_len})
+    return {
+        "name": f"{recipe}-{calibration}",
+        "key": "k",
+        "cell": {
+            "recipe": recipe,
+            "sparsity": sparsity,
+            "calibration": calibration,
+            "overrides": overrides,
+            "windows": 128,
+        },
+        "param_ratio": 0.7998,
+        "params_saved": 84,
+        "params_total_before": 100,
+        "seconds": {"load": 5.0, "calibrate": 50.0, "factorize": 2.5, "evaluate": 1000.0},
+        "peak_memory_bytes": 1_500_000_000,
+        "environment": {"threads": 2},
+        "code_sha256": "c",
+        "texts": texts,
+    }
+
+
+@pytest.fixture
+def cells(q):
+    return q.table.Cells(
+        [
+            a_cell("dense", "default", dict.fromkeys(DENSE_NATS, 0.0), sparsity=0.0),
+            a_cell("lorap", "default", {"wiki": 0.5, "web": 0.8, "novels": 0.4}),
+            a_cell("best", "default", {"wiki": 0.25, "web": 0.4, "novels": 0.3}),
+            a_cell("lorap", "wiki", {"wiki": 0.4, "web": 1.0, "novels": 0.8}),
+            a_cell("best", "wiki", {"wiki": 0.3, "web": 0.9, "novels": 0.4}),
+            a_cell("lorap", "web", {"wiki": 0.4, "web": 0.5, "novels": 0.8}),
+        ]
+    )
+
+
+def test_ratios_to_the_baseline(cells):
+    assert cells.ratio("best", 0.2, "default", "web") == pytest.approx(0.5)
+    assert cells.ratio("best", 0.2, "wiki", "wiki") == pytest.approx(0.75)
+    assert cells.ratio("best", 0.2, "web", "wiki") is None
+    assert cells.ratio("best", 0.5, "wiki", "wiki") is None
+
+
+def test_no_ratio_where_the_baseline_loses_nothing(q):
+    cells = q.table.Cells([a_cell(name, "default", {"wiki": -0.01}) for name in ("lorap", "best")])
+    assert cells.ratio("best", 0.2, "default", "wiki") is None
+
+
+def test_cross_table(q, cells):
+    lines = q.table.cross_table(cells, 0.2).splitlines()
+    assert lines[0] == "| calibration | wiki | web | novels |"
+    assert lines[2] == "| default | +0.500 / +0.250 (0.50) | +0.800 / +0.400 (0.50) | +0.400 / +0.300 (0.75) |"
+    assert lines[3] == "| wiki | **+0.400 / +0.300 (0.75)** | +1.000 / +0.900 (0.90) | +0.800 / +0.400 (0.50) |"
+    assert lines[4] == "| web | +0.400 / - (-) | **+0.500 / - (-)** | +0.800 / - (-) |"
+
+
+def test_summary_of_a_full_matrix_and_of_one_with_holes(q, cells):
+    full = q.table.Cells([record for record in cells.records if record["cell"]["calibration"] != "web"])
+    row = q.table.summary(full, 0.2).splitlines()[2]
+    # Same kind: 0.75. Others: (0.9 + 0.5) / 2. Default: (0.5 + 0.5 + 0.75) / 3.
+    assert row == "| best | 0.750 | 0.700 | 0.583 | 0.900 (wiki -> web) | 6 of 6 |"
+    row = q.table.summary(cells, 0.2).splitlines()[2]
+    assert row == "| best | - | - | 0.583 | 0.900 (wiki -> web) | 6 of 9 |"
+
+
+def test_recipe_table_tells_what_a_recipe_costs(q, cells):
+    row = q.table.recipe_table(cells, 0.2).splitlines()[3]
+    # Means of (0.25, 0.4, 0.3); nothing at (20000, 128); half of it at (20000, 1024); neither loading nor judging counts.
+    assert row == "| best | 0.7998 | 0.8400 | +0.317 | - | +0.158 | 0.583 | 52 | 2 | 1.50 GB |"
+
+
+def test_loss_without_a_dense_one_is_missing(q):
+    record = a_cell("lorap", "default", {"wiki": 0.5})
+    assert q.table.increase(record, "wiki") == pytest.approx(0.5)
+    assert q.table.increase(record, "wiki", (20_000, 1024)) == pytest.approx(0.25)
+    assert q.table.increase(record, "web") is None
+    record["texts"][0]["dense_nats"] = None
+    assert q.table.increase(record, "wiki") is None
+
+
+def test_document_and_picture_are_written(q, cells, tmp_path):
+    for index, record in enumerate(cells.records):
+        q.records.write_json(tmp_path / "cells" / f"{index}.json", record)
+    text = q.table.write(tmp_path).read_text()
+    assert "## Sparsity 0.2" in text
+    assert "states of the library" not in text
+    assert "</svg>" in (tmp_path / "quality.svg").read_text()
+    q.records.write_json(tmp_path / "cells" / "0.json", cells.records[1] | {"code_sha256": "other"})
+    assert "made by 2 states of the library" in q.table.write(tmp_path).read_text()
+
+
+def test_tables_of_nothing_and_without_the_default_mixture(q, tmp_path):
+    (tmp_path / "cells").mkdir()
+    assert q.table.write(tmp_path).exists()
+    q.records.write_json(tmp_path / "cells" / "one.json", a_cell("flap", "wiki", {"wiki": 0.5}))
+    text = q.table.write(tmp_path).read_text()
+    assert "| wiki | **- / - (-)** |" in text
+    assert "No recipe was measured beside the baseline." in text
+
+
+# Cells: made once, made again when something they were made from changes.
+
+
+@pytest.fixture
+def material(q, model_folder, tokenizer, small_text, tmp_path):
+    ids = np.array(tokenizer(small_text.read_text())["input_ids"])
+    found = {}
+    for name, part in (("wiki", ids[:3000]), ("web", ids[3000:6000]), ("calibration", ids[6000:12_000])):
+        np.save(tmp_path / f"{name}.npy", part)
+        found[name] = q.texts.Tokens(tmp_path / f"{name}.npy", f"sha of {name}", len(part))
+    tests = {name: found[name] for name in ("wiki", "web")}
+    return q.texts.Material(model_folder, "sha of model", tests, {"wiki": found["calibration"]})
+
+
+def arguments(q, out, *options):
+    return q.matrix.parse(["--out", str(out), "--threads", "1", *options])
+
+
+@pytest.fixture
+def jobs_run(q, monkeypatch):
+    """The jobs of each call, made in this process."""
+    calls = []
+
+    def run(jobs, **_):
+        calls.append([job.name for job in jobs])
+        for job in jobs:
+            q.cells.main(job.command[2:])
+        return []
+
+    monkeypatch.setattr(q.matrix, "run", run)
+    return calls
+
+
+def test_cells_resume(q, material, jobs_run, tmp_path):
+    given = arguments(q, tmp_path)
+    cell = q.cells.Cell(recipe="lorap", sparsity=0.5, calibration="wiki", windows=8)
+    for _ in range(2):
+        assert q.matrix.make_cells([cell], material, given, count=1000) == []
+    assert jobs_run == [["dense", "lorap-0.5-wiki"], []]
+
+    changed = q.cells.Cell(recipe="lorap", sparsity=0.5, calibration="wiki", windows=9)
+    q.matrix.make_cells([changed], material, given, count=1000)
+    assert jobs_run[-1] == ["lorap-0.5-wiki"]
+
+    q.matrix.make_cells([changed], material, given, count=900)
+    assert jobs_run[-1] == ["dense", "lorap-0.5-wiki"]
+
+    fewer = q.texts.Material(material.model, "sha of model", {"web": material.tests["web"]}, material.calibrations)
+    q.matrix.make_cells([changed], fewer, given, count=900)
+    assert jobs_run[-1] == [], "a cell that has more texts than asked for is enough"
+
+    (tmp_path / "cells" / "lorap-0.5-wiki.json").unlink()
+    for wanted in (fewer, material):
+        q.matrix.make_cells([changed], wanted, given, count=900)
+        assert jobs_run[-1] == ["lorap-0.5-wiki"], "a cell that has only some of the texts is not enough"
+
+    other = q.texts.Material(material.model, "sha of another model", material.tests, material.calibrations)
+    q.matrix.make_cells([changed], other, given, count=900)
+    assert jobs_run[-1] == ["dense", "lorap-0.5-wiki"]
+
+    q.matrix.make_cells([changed], other, arguments(q, tmp_path, "--force"), count=900)
+    assert jobs_run[-1] == ["lorap-0.5-wiki"]
+
+
+def test_a_cell_says_what_was_measured(q, material, jobs_run, tmp_path):
+    import lorap
+    from lorap.evaluation import evaluate
+    from lorap.loading import find_model, load_model
+
+    cell = q.cells.Cell(recipe="lorap", sparsity=0.5, calibration="wiki", windows=8)
+    q.matrix.make_cells([cell], material, arguments(q, tmp_path), count=1000)
+    record = q.records.read_json(tmp_path / "cells" / "lorap-0.5-wiki.json")
+    assert [(entry["text"], entry["tokens"], entry["seq_len"]) for entry in record["texts"]] == [
+        ("wiki", 896, 128),
+        ("web", 896, 128),
+    ]
+    model = load_model(find_model(material.model))
+    ids = torch.from_numpy(np.load(material.tests["web"].path)[:896]).view(7, 128)
+    windows = lorap.calibration.TokenWindows(ids, "web", "")
+    assert record["texts"][1]["dense_nats"] == pytest.approx(evaluate(model, windows).nats)
+    calibration = torch.from_numpy(np.load(material.calibrations["wiki"].path))
+    small, report = lorap.compress(model, calibration=calibration, config=cell.config(), progress=False)
+    assert record["texts"][1]["nats"] == pytest.approx(evaluate(small, windows).nats, rel=1e-5)
+    assert record["params_saved"] == report.params_saved
+    assert record["calibration"]["sha256"] == report.calibration["sha256"]
+    assert record["calibration"]["windows"] == 8
+
+
+def test_a_cell_that_was_ready_before_the_dense_one_learns_of_it(q, tmp_path):
+    early = a_cell("lorap", "default", {"wiki": 0.5})
+    early["texts"][0]["dense_nats"] = None
+    early["texts"][1]["sha256"] = "another text"
+    q.records.write_json(tmp_path / "lorap-default.json", early)
+    dense = a_cell("dense", "default", {"wiki": 0.0}) | {"name": "dense"}
+    q.records.write_json(tmp_path / "dense.json", dense)
+    q.records.add_dense(tmp_path)
+    found = q.records.read_json(tmp_path / "lorap-default.json")["texts"]
+    assert [entry["dense_nats"] for entry in found] == [3.0, None]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense.json", "lorap-default.json"]
+
+
+def test_default_mixture_and_dense_model_are_judged_on_longer_text(q, material):
+    def probes(count, **options):
+        found = q.cells.specification(q.cells.Cell(**options), material, count=count)["probes"]
+        return [(probe["tokens"], probe["seq_len"], probe["main"]) for probe in found if probe["text"] == "web"]
+
+    long = [(8000, 128, True), (20_000, 128, False), (20_000, 1024, False)]
+    assert probes(8000, recipe="dense") == long
+    assert probes(8000, recipe="lorap", sparsity=0.2) == long
+    assert probes(8000, recipe="lorap", sparsity=0.2, calibration="wiki") == long[:1]
+    assert probes(8000, recipe="lorap", sparsity=0.2, overrides={"seed": 1}) == long[:1]
+    assert probes(2000, recipe="dense") == [(2000, 128, True)]
+
+
+def test_halves_do_not_meet(q, monkeypatch):
+    text = "\n".join(f"line {index}" for index in range(101))
+    monkeypatch.setitem(q.texts.SOURCES, "wiki", q.texts.Text("encyclopedia", lambda: text, True, "here"))
+    monkeypatch.setitem(q.texts.SOURCES, "wells", q.texts.Text("fiction", lambda: text, False, "here"))
+    first, second = (q.texts.half("wiki", part) for part in ("test", "calibration"))
+    assert f"{first}\n{second}" == text
+    assert abs(len(first) - len(second)) < 20
+    assert q.texts.half("wells", "test") == text
+    with pytest.raises(ValueError, match="only for judging"):
+        q.texts.half("wells", "calibration")
+
+
+def test_prose_of_a_reference(q):
+    kept = "* If the *target* list is a single target with no trailing comma,\n  the object is assigned to that target."
+    assert q.texts.prose(kept) == (
+        "If the target list is a single target with no trailing comma, the object is assigned to that target."
+    )
+    assert q.texts.prose("Assignment statements\n*********************") == ""
+    assert (
+        q.texts.prose('   target ::= identifier | "(" [target_list] ")" and so on until the twelve words are full.')
+        == ""
+    )
+
+
+def test_recipes_of_the_command_line(q):
+    assert q.matrix.parse_recipe("lorap") == ("lorap", {})
+    assert q.matrix.parse_recipe("lorap+mlp_method=factorize+vo_to_qk_ratio=1.5") == (
+        "lorap",
+        {"mlp_method": "factorize", "vo_to_qk_ratio": 1.5},
+    )
+    with pytest.raises(SystemExit, match="RECIPE"):
+        q.matrix.parse_recipe("lorap+svd")
+    quick = q.matrix.parse(["--quick", "--sparsities", "0.3"])
+    assert (quick.tokens, quick.windows, quick.sparsities, quick.calibrations) == (2000, 32, [0.3], ("default", "wiki"))
+    assert len(q.matrix.all_cells(quick)) == 2 * len(quick.recipes)
+
+
+def test_jobs_fail_alone(q, capsys, tmp_path):
+    write = "import os, pathlib; pathlib.Path(r'{}').write_text(os.environ['OMP_NUM_THREADS'])"
+    last = tmp_path / "last"
+    commands = {"good": "pass", "bad": "raise SystemExit('the reason')", "last": write.format(last)}
+    jobs = [q.jobs.Job(name, [sys.executable, "-c", code]) for name, code in commands.items()]
+    assert q.jobs.run(jobs, processes=2, threads=1) == ["bad"]
+    assert last.read_text() == "1"
+    assert "the reason" in capsys.readouterr().err
+
+
+def test_ablation_is_told_as_what_it_adds(q):
+    records = [
+        a_cell("lorap", "default", {"wiki": 0.5, "web": 0.7}),
+        a_cell("lorap", "default", {"wiki": 0.6, "web": 0.7}, vo_to_qk_ratio=1.0),
+    ]
+    lines = q.ablation.ablation_table(q.table.Cells(records), 0.2).splitlines()
+    assert lines[2] == "| `lorap` | +0.500 | +0.700 | +0.600 | 0.7998 |"
+    by_label = {line.split(" | ")[0]: line for line in lines}
+    assert by_label["| value and output get no more than query and key"].endswith(
+        "| +0.100 | +0.000 | +0.050 | 0.7998 |"
+    )
+    assert by_label["| the least important channels go too"].endswith("| - | - | - | - |")
+
+
+def test_ablation_in_one_command(q, material, jobs_run, monkeypatch, tmp_path):
+    label, overrides = q.ablation.ABLATIONS[0]
+    document = tmp_path / "results.md"
+    document.write_text(f"{q.ablation.BEGIN}\n{q.ablation.END}\n")
+    monkeypatch.setattr(q.ablation, "ABLATIONS", [(label, overrides)])
+    monkeypatch.setattr(q.ablation, "gather", lambda *_: material)
+    monkeypatch.setattr(
+        sys, "argv", ["ablation.py", "--out", str(tmp_path), "--document", str(document), "--sparsities", "0.5"]
+    )
+    for _ in range(2):
+        assert q.ablation.main() == []
+        rows = [line.split(" | ") for line in document.read_text().splitlines() if line.startswith("|")]
+        assert rows[0] == ["| sparsity 0.5", "wiki", "web", "mean", "kept |"]
+        assert [row[0] for row in rows[2:]] == [f"| `{q.ablation.RECIPE}`", f"| {label}"]
+        assert "-" not in itertools.chain(*rows[2:]), "every cell was made"
+    assert [len(names) for names in jobs_run] == [3, 0]
+
+
+def test_ablation_is_written_between_its_markers(q):
+    begin, end = q.ablation.BEGIN, q.ablation.END
+    document = f"before\n{begin}\nold\n{end}\nafter\n"
+    once = q.ablation.insert(document, "new")
+    assert once == f"before\n{begin}\n\nnew\n\n{end}\nafter\n"
+    assert q.ablation.insert(once, "new") == once
+    assert q.ablation.insert(q.ablation.RESULTS.read_text(), "new").count("new\n") == 1
+    with pytest.raises(ValueError, match="ablation: end"):
+        q.ablation.insert(f"{end} {begin}", "new")
+
+
+# Scoring.
+
+
+def requests(path, count):
+    """Requests of ``count`` documents in mixed order, with an unconditional one after each."""
+    rows = []
+    for number in reversed(range(count)):
+        for index in (1, 0):
+            request = {"context": f"Question {number}", "continuation": f" answer {index}"}
+            rows.append({"doc_id": number, "idx": index, "label": number % 2, "request": request})
+            rows.append({"doc_id": 1_000_000 + number, "idx": index, "label": 0, "request": request})
+    path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+
+
+def test_documents_are_grouped_and_spread(q, tmp_path):
+    requests(tmp_path / "r.jsonl.gz", 10)
+    documents = q.scoring.read_documents(tmp_path / "r.jsonl.gz")
+    assert [document.doc_id for document in documents] == list(range(10))
+    assert documents[3] == q.scoring.Document(3, (("Question 3", " answer 0"), ("Question 3", " answer 1")), label=1)
+    found = q.scoring.read_documents(tmp_path / "r.jsonl.gz", limit=4)
+    assert [document.doc_id for document in found] == [0, 2, 5, 7]
+
+
+@pytest.mark.parametrize(("count", "limit"), [(1, 1), (63, 20), (100, 99), (100, 7), (5, 9), (5, None)])
+def test_spread_is_even(q, count, limit):
+    found = q.scoring.spread(range(count), limit)
+    assert len(found) == min(count, limit or count)
+    gaps = {b - a for a, b in itertools.pairwise(found)}
+    assert not gaps or max(gaps) - min(gaps) <= 1
+    assert min(gaps, default=1) > 0
+
+
+CHOICES = [
+    (("The sky is", " blue"), ("The sky is", " made of very old and heavy stones")),
+    (("A long tale begins here and goes on for a while. Then", " it ends."), ("A long tale", " never ends, they say.")),
+    (("Sarah did it so Sarah", " was glad"), ("Sarah did it so Maria", " was glad")),
+    (("x", " yes"), ("completely different", " yes"), ("y y", " no")),
+    (("The sun is", " hot"), ("The sun is", " cold as ice")),
+]
+
+
+def plainly(model, tokenizer, context, continuation):
+    """One text alone, all logits, one addition after the other."""
+    ids = tokenizer(context + continuation)["input_ids"]
+    logits = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    start = len(tokenizer(context)["input_ids"])
+    return sum(float(logits[place - 1, ids[place]]) for place in range(start, len(ids)))
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "llama-biases", "mistral", "qwen3"])
+@pytest.mark.parametrize("batch_tokens", [1, 60, 100_000])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_scoring_with_a_shared_cache_is_plain_scoring(
+    q, make_model, compress_small, tokenizer, family, batch_tokens, compressed
+):
+    model = make_model(family)
+    if compressed:
+        model, _ = compress_small(model, recipe="lorap")
+    documents = [q.scoring.Document(number, choices, 0) for number, choices in enumerate(CHOICES)]
+    encoded = [q.scoring.encode(document, tokenizer) for document in documents]
+    found = q.scoring.log_probabilities(model, encoded, batch_tokens=batch_tokens)
+    with torch.no_grad():
+        for document, scores in zip(documents, found, strict=True):
+            expected = [plainly(model, tokenizer, *choice) for choice in document.choices]
+            assert scores == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_batches_hold_every_document_once_and_share_their_context(q, tokenizer):
+    encoded = [q.scoring.encode(q.scoring.Document(0, choices, 0), tokenizer) for choices in CHOICES * 3]
+    found = list(q.scoring.batches(encoded, 10_000))
+    assert sorted(itertools.chain(*found)) == list(range(len(encoded)))
+    assert all(len({(encoded[i].shared, len(encoded[i].ids)) for i in batch}) == 1 for batch in found)
+    assert max(map(len, found)) >= 3, "equal documents are scored together"
+    assert [len(batch) for batch in q.scoring.batches(encoded, 1)] == [1] * len(encoded)
+
+
+def test_shared_tokens_end_before_anything_is_predicted(q):
+    assert q.scoring.Encoded(((1, 2, 3, 4), (1, 2, 3, 5)), (3, 3)).shared == 2
+    assert q.scoring.Encoded(((1, 2, 3, 4, 5), (1, 2, 3, 4, 6)), (2, 3)).shared == 1
+    assert q.scoring.Encoded(((1, 2, 3), (1, 7, 3)), (2, 2)).shared == 1
+    assert q.scoring.Encoded(((1, 2), (3, 2)), (1, 1)).shared == 0
+
+
+def test_a_choice_without_context_is_refused(q, tokenizer):
+    with pytest.raises(ValueError, match="document 7"):
+        q.scoring.encode(q.scoring.Document(7, (("", "a"), ("b", "")), 0), tokenizer)
+
+
+def test_accuracy_by_text_and_by_character(q):
+    document = q.scoring.Document(0, (("c", " ab"), ("c", " abcdefgh")), label=1)
+    assert not q.scoring.is_correct(document, [-4.0, -8.0], per_character=False)
+    assert q.scoring.is_correct(document, [-4.0, -8.0], per_character=True)
+    # 2 characters, not 3: -4.5 / 2 is below -17.9 / 8, but -4.5 / 3 would be above -17.9 / 9.
+    assert q.scoring.is_correct(document, [-4.5, -17.9], per_character=True)
+
+
+def test_standard_errors(q):
+    value, error = q.scoring.mean_and_error([1, 1, 0, 0, 1])
+    assert value == pytest.approx(0.6)
+    assert error == pytest.approx(math.sqrt(0.6 * 0.4 / 4))
+    assert math.isnan(q.scoring.mean_and_error([1])[1])
+    assert q.scoring.average([(0.5, 0.03), (0.7, 0.04)]) == (pytest.approx(0.6), pytest.approx(0.025))
+
+
+def a_result(name, **correct):
+    tasks = {task: {"correct": right, "sha256": "s"} for task, right in correct.items()}
+    return {"name": name, "limit": 4, "tasks": tasks}
+
+
+def test_differences_are_paired(q):
+    ours, theirs = a_result("lorap", boolq="1100", piqa="1111"), a_result("dense", boolq="1010", piqa="111")
+    found = q.tasks.difference(ours, theirs, "boolq")
+    # Differences 0, 1, -1, 0: mean 0, variance 2 / 3 over 4 documents.
+    assert found == (pytest.approx(0.0), pytest.approx(math.sqrt(2 / 3 / 4)))
+    assert q.tasks.difference(ours, theirs, "piqa") is None, "not the same documents"
+    assert q.tasks.difference(ours, theirs, "arc_easy") is None
+    text = q.tasks.render([theirs, ours], theirs)
+    assert "| lorap | 50.0 ± 28.9 | 100.0 ± 0.0 | - | - | - | - | - | - |" in text
+    assert "| lorap | +0.0 ± 40.8 | - | - | - | - | - | - | - |" in text
+
+
+def test_a_model_is_scored_from_request_to_record(q, material, monkeypatch, tmp_path):
+    requests(tmp_path / "r.jsonl.gz", 9)
+    monkeypatch.setattr(q.tasks, "TASK_FILES", {"boolq": tmp_path / "r.jsonl.gz", "piqa": tmp_path / "r.jsonl.gz"})
+    cell = q.cells.Cell(recipe="dense")
+    given = q.tasks.request(cell, material, limit=6, tasks=["boolq", "piqa"]) | {"name": "dense"}
+    record = q.tasks.score(given)
+    assert record["tasks"]["boolq"]["documents"] == 6
+    assert record["tasks"]["boolq"]["metric"] == "acc"
+    assert record["tasks"]["piqa"]["metric"] == "acc_per_char"
+    assert record["tasks"]["boolq"]["acc"] == q.tasks.answers(record, "boolq").count(1) / 6
+    other = q.tasks.request(cell, material, limit=7, tasks=["boolq", "piqa"])
+    assert other["key"] != given["key"]

@@ -1,0 +1,172 @@
+"""The layer-by-layer backward pass gives what autograd gives on the whole model, and its price is that of real damage."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lorap.architectures import PROJECTIONS, find_architecture
+from lorap.calibration import TokenWindows
+from lorap.calibration.sensitivity import Sensitivity, layer_sensitivities
+
+CPU = torch.device("cpu")
+
+
+def windows(ids: Tensor, mask: Tensor | None = None) -> TokenWindows:
+    return TokenWindows(ids, "tokens", "", mask)
+
+
+def sensitivities(model: Any, text: TokenWindows, roles: tuple = PROJECTIONS) -> dict[tuple[int, str], Sensitivity]:
+    architecture = find_architecture(model)
+
+    def wanted(layer: Any) -> dict:
+        return {role: linear for role, linear in architecture.linears(layer).items() if role in roles}
+
+    found = layer_sensitivities(model, list(architecture.decoder_layers(model)), text, wanted, device=CPU)
+    return {(index, role): value for index, by_role in found for role, value in by_role.items()}
+
+
+def loss_of(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Summed over all tokens that have a real predecessor."""
+    logits = model(ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    targets = ids[:, 1:]
+    if mask is not None:
+        targets = targets.masked_fill((mask[:, 1:] * mask[:, :-1]) == 0, -100)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+def by_autograd(model: Any, ids: Tensor, mask: Tensor | None = None) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
+    """Means of g g^T and x x^T over real tokens, by hooks on the whole model."""
+    architecture = find_architecture(model)
+    seen: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+    handles = []
+    for index, layer in enumerate(architecture.decoder_layers(model)):
+        for role, linear in architecture.linears(layer).items():
+
+            def note(_module, args, output, key=(index, role)):
+                seen[key] = (args[0], output)
+
+            handles.append(linear.register_forward_hook(note))
+    loss = loss_of(model, ids, mask)
+    gradients = torch.autograd.grad(loss, [output for _, output in seen.values()])
+    for handle in handles:
+        handle.remove()
+    counted = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    moments = {}
+    for (key, (x, _)), g in zip(seen.items(), gradients, strict=True):
+        x, g = x.detach()[counted].double(), g[counted].double()
+        moments[key] = (g.T @ g / len(g), x.T @ x / len(x))
+    return moments
+
+
+@pytest.mark.parametrize("family", ["llama-mha", "llama-biases", "mistral", "qwen3", "smollm3"])
+def test_equals_autograd_on_the_whole_model(make_model: Callable[..., Any], tokens: Tensor, family: str) -> None:
+    model = make_model(family).double()
+    found, expected = sensitivities(model, windows(tokens)), by_autograd(model, tokens)
+    assert set(found) == set(expected)
+    for key, (output, moment) in expected.items():
+        assert found[key].output.dtype == torch.float32
+        size = float(output.diagonal().max())
+        torch.testing.assert_close(found[key].output.double(), output, rtol=1e-5, atol=1e-6 * size)
+        torch.testing.assert_close(found[key].input, moment, rtol=1e-5, atol=1e-6 * float(moment.max()))
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["left-padding", "right-padding"])
+def test_padding_never_counts(make_model: Callable[..., Any], tokens: Tensor, left: bool) -> None:
+    model = make_model("llama-gqa").double()
+    mask = torch.ones_like(tokens)
+    for row, count in enumerate((0, 5, 20, 31, 1, 0, 7, 12)):
+        mask[row, :count] = 0
+    mask = mask if left else mask.flip(1)
+    found, expected = sensitivities(model, windows(tokens, mask)), by_autograd(model, tokens, mask)
+    for key, (output, moment) in expected.items():
+        size = float(output.diagonal().max())
+        torch.testing.assert_close(found[key].output.double(), output, rtol=1e-4, atol=1e-5 * size)
+        torch.testing.assert_close(found[key].input, moment, rtol=1e-4, atol=1e-5 * float(moment.max()))
+    # What stands on the padding has no influence.
+    other = torch.where(mask.bool(), tokens, (tokens + 17) % 400)
+    again = sensitivities(model, windows(other, mask))
+    for key, value in found.items():
+        torch.testing.assert_close(again[key].output, value.output, rtol=1e-5, atol=1e-12)
+        torch.testing.assert_close(again[key].input, value.input, rtol=1e-9, atol=1e-12)
+
+
+def test_batches_add_up(make_model: Callable[..., Any], tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llama-gqa").double()
+    whole = sensitivities(model, windows(tokens))
+    monkeypatch.setattr("lorap.calibration.sensitivity.BATCH_TOKENS", 3 * tokens.shape[1])  # 3 + 3 + 2 windows
+    for key, value in sensitivities(model, windows(tokens)).items():
+        torch.testing.assert_close(value.output, whole[key].output, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(value.input, whole[key].input, rtol=1e-9, atol=1e-12)
+
+
+def test_predicts_the_increase_of_the_loss(make_model: Callable[..., Any], tokens: Tensor) -> None:
+    """Random damage of both signs: what the two signs do on average is second order, and in line with the price."""
+    model = make_model("llama-gqa").double()
+    architecture = find_architecture(model)
+    found = sensitivities(model, windows(tokens))
+    predicted, measured = [], []
+    count = tokens.shape[0] * (tokens.shape[1] - 1)
+    with torch.no_grad():
+        before = loss_of(model, tokens)
+        for (index, role), value in found.items():
+            weight = architecture.linears(architecture.decoder_layers(model)[index])[role].weight
+            generator = torch.Generator().manual_seed(index)
+            damage = torch.randn(weight.shape, generator=generator, dtype=torch.float64) * 0.01 * weight.std()
+            exact = weight.clone()
+            rise = 0.0
+            for sign in (1, -1):
+                weight.copy_(exact + sign * damage)
+                rise += float(loss_of(model, tokens) - before) / 2
+            weight.copy_(exact)
+            measured.append(rise / count)
+            price = value.output.double() @ damage @ value.input * damage
+            predicted.append(float(price.sum()) / 2)
+    predicted, measured = torch.tensor(predicted), torch.tensor(measured)
+    ranks = [one.argsort().argsort().double() for one in (predicted, measured.abs())]
+    assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) > 0.6, (predicted, measured)
+
+
+def test_gradients_leave_no_trace(make_model: Callable[..., Any], tokens: Tensor) -> None:
+    model = make_model("llama-biases")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    forwards = [vars(layer).get("forward") for layer in model.model.layers]
+    sensitivities(model, windows(tokens))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [vars(layer).get("forward") for layer in model.model.layers] == forwards
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    frozen = make_model("llama-biases").requires_grad_(False)
+    for key, value in sensitivities(frozen, windows(tokens)).items():
+        assert value.output.diagonal().sum() > 0, key
+
+
+def test_works_inside_no_grad(make_model: Callable[..., Any], tokens: Tensor) -> None:
+    model = make_model("llama-mha")
+    with torch.no_grad():
+        inside = sensitivities(model, windows(tokens))
+    for key, value in sensitivities(model, windows(tokens)).items():
+        assert torch.equal(value.output, inside[key].output)
+
+
+def test_projections_on_one_input_share_its_moment(make_model: Callable[..., Any], tokens: Tensor) -> None:
+    found = sensitivities(make_model("llama-gqa"), windows(tokens))
+    for index in range(2):
+        q, k, v, o, gate, up, down = (found[index, role] for role in PROJECTIONS)
+        assert q.input.shape == (64, 64)
+        for other in (k, v):
+            assert torch.equal(q.input, other.input)
+        assert torch.equal(gate.input, up.input)
+        assert not torch.equal(q.input, gate.input)
+        assert (k.output.shape, o.output.shape, down.input.shape) == ((32, 32), (64, 64), (100, 100))
+
+
+def test_layers_come_last_first_and_only_what_is_asked_for(make_model: Callable[..., Any], tokens: Tensor) -> None:
+    model = make_model("smollm3")
+    found = sensitivities(model, windows(tokens), roles=("o_proj", "down_proj"))
+    assert list(found) == [(index, role) for index in (2, 1, 0) for role in ("o_proj", "down_proj")]
+    everything = sensitivities(model, windows(tokens))
+    assert all(torch.equal(value.output, everything[key].output) for key, value in found.items())
