@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,6 +12,9 @@ from typing import Any
 from lorap.architectures import PROJECTIONS
 from lorap.config import CompressionConfig
 from lorap.evaluation import Evaluation
+
+# What rounding the factors adds is told from here on; in float32 it stays below.
+TOLD_STORAGE_ERROR = 1e-6
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,7 @@ class CompressionReport:
         lines.append(f"peak memory: {self.peak_memory_bytes / 1e9:.2f} GB")
         if self.peak_device_memory_bytes:
             lines.append(f"peak device memory: {self.peak_device_memory_bytes / 1e9:.2f} GB")
+        lines += storage_lines(self)
         lines += evaluation_lines(self.evaluations)
         return "\n".join(lines)
 
@@ -169,6 +174,18 @@ def _span(values: Sequence[int]) -> str:
     return str(low) if low == high else f"{low}-{high}"
 
 
+def storage_lines(report: CompressionReport) -> list[str]:
+    """One sentence on what rounding the factors added, naming the worst projection; none where it is next to nothing."""
+    worst = max(report.projections, key=lambda projection: projection.storage_error, default=None)
+    if worst is None or not worst.storage_error > TOLD_STORAGE_ERROR:
+        return []
+    dtype = report.environment.get("dtype", "the model's dtype")
+    return [
+        f"storing the factors in {dtype} adds at most {worst.storage_error:.2g} relative error "
+        f"(layer {worst.layer}, {worst.role})"
+    ]
+
+
 def evaluation_lines(evaluations: Sequence[dict[str, Any]]) -> list[str]:
     """One sentence per text."""
     lines = []
@@ -193,6 +210,52 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+# What the choices of a config do to a model, as parts of sentences for the model card.
+_NORMS = {
+    "awsvd": "weighted by the norms of their input channels ({2404.09695})",
+    "svd": "by the plain truncated SVD",
+    "afm": "along the principal components of their outputs",
+    "second_moment": "weighted by the second moment of their inputs ({2403.07378})",
+}
+_SCORES = {
+    "lorap": "those of largest activation-weighted norms stayed ({2404.09695})",
+    "output": "those that add most to the output stayed",
+    "fluctuation": "those whose output varies most stayed ({2312.11983})",
+}
+_SIZES = {
+    "paper": "Every layer kept the same share, v and o counting {ratio:g} times as much as q and k ({{2404.09695}}).",
+    "even": "Every matrix kept the same share.",
+    "loss": "Ranks and widths of all layers shared one budget, priced by the gradients of the loss.",
+    "flap": "Attention stayed dense, and one threshold cut the FFNs of all layers ({{2312.11983}}).",
+}
+
+
+def method_text(config: CompressionConfig) -> str:
+    """What was done, in sentences with links to papers, by the choices of ``config`` and not by the name of its recipe."""
+    if config.sparsity == 0:
+        return "Nothing was to be removed, and nothing was changed."
+    factorized = ["Attention"] if "self_attn" in config.sublayers and config.allocation != "flap" else []
+    pruned = "mlp" in config.sublayers and config.mlp_method == "prune"
+    if "mlp" in config.sublayers and not pruned:
+        factorized.append("FFN")
+    sentences = []
+    if factorized:
+        stored = ", stored as rows and coefficients ({2501.19090})" if config.storage == "pivoted" else ""
+        norm = _NORMS[config.attention_method]
+        sentences.append(f"{' and '.join(factorized)} projections became low-rank factor pairs, {norm}{stored}.")
+    if pruned:
+        sentences.append(f"FFN channels were pruned: {_SCORES[config.channel_score]}.")
+        if config.repair:
+            sentences.append("The down projections were refitted by least squares to the output of all channels.")
+        if config.bias_compensation:
+            sentences.append("The mean output of the channels that went is now a bias ({2312.11983}).")
+    sentences.append(_SIZES[config.allocation].format(ratio=config.vo_to_qk_ratio))
+    if config.output_weighting == "loss":
+        sentences.append("Errors of outputs were weighted by the gradients of the loss.")
+    text = " ".join([*sentences, "Nothing was trained."])
+    return re.sub(r"\{([\d.]+)\}", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
+
+
 def model_card(report: CompressionReport) -> str:
     """README.md of a compressed checkpoint, in the form that the Hugging Face hub reads."""
     config = report.config
@@ -215,8 +278,7 @@ Base model: **{report.model}**. Recipe: **{config.recipe}**. Sparsity asked for:
 {" and ".join(config.sublayers)}; kept share of these parameters: **{report.param_ratio:.4f}**
 ({report.params_before:,} -> {report.params_after:,}; the whole model {report.params_total_before:,} -> {report.params_saved:,}).
 
-The method is LoRAP ([arXiv 2404.09695](https://arxiv.org/abs/2404.09695)): attention projections became low-rank factor pairs
-weighted by input activations, FFN channels were pruned, nothing was trained.
+{method_text(config)}
 
 ## Use
 

@@ -44,10 +44,10 @@ def test_equal_folds_need_no_shrinkage(scale: float) -> None:
     assert choose_shrinkage((fold(x), fold(x))) == pytest.approx(0, abs=1e-12)
 
 
-def test_noise_is_shrunk_by_half() -> None:
-    # Correlations that have nothing to do with each other: agreement 0, and half of 1 - 0 is the rule.
+def test_noise_is_shrunk_away() -> None:
+    # Correlations that have nothing to do with each other: agreement 0, reliability 0.
     found = choose_shrinkage((fold(normal(200, 100, seed=1)), fold(normal(200, 100, seed=2))))
-    assert found == pytest.approx(0.5, abs=0.02)
+    assert found == pytest.approx(1.0, abs=0.05)
 
 
 def test_shrinkage_by_hand() -> None:
@@ -57,8 +57,8 @@ def test_shrinkage_by_hand() -> None:
         one.outer = 10 * torch.tensor([[4.0, 2 * correlation], [2 * correlation, 1.0]], dtype=torch.float64)
         return one
 
-    # <R1, R2> / mean(|R1|^2, |R2|^2) = 0.4 / 0.5
-    assert choose_shrinkage((stats(1.0), stats(0.5))) == pytest.approx((1 - 0.5 / 0.625) / 2)
+    # <R1, R2> / mean(|R1|^2, |R2|^2) = 0.5 / 0.625 = 0.8
+    assert choose_shrinkage((stats(1.0), stats(0.5))) == pytest.approx(0.2 / 1.8)
     assert choose_shrinkage((stats(0.5), stats(-0.5))) == pytest.approx(1.0)
 
 
@@ -77,8 +77,8 @@ def test_shrinkage_of_what_has_no_correlations() -> None:
     dead = normal(100, 5)
     dead[:, 2] = 0
     assert 0 <= choose_shrinkage((fold(dead), fold(dead.flip(0)))) < 1e-9
-    assert choose_shrinkage((fold(dead * 0), fold(dead * 0))) == 0.5
-    assert choose_shrinkage((fold(normal(9, 1)), fold(normal(9, 1, seed=2)))) == 0.5
+    assert choose_shrinkage((fold(dead * 0), fold(dead * 0))) == 1.0
+    assert choose_shrinkage((fold(normal(9, 1)), fold(normal(9, 1, seed=2)))) == 1.0
     assert 0 <= choose_shrinkage((fold(dead), fold(dead * 0))) <= 1
 
 

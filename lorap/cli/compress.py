@@ -152,8 +152,9 @@ def compress_command(
     calibration: Annotated[
         Optional[list[str]],
         typer.Option(
-            help="Text, JSONL (field `text`), .npy or .safetensors tokens, a `datasets` name, or default (ships with lorap); "
-            "may be repeated, with weights: NAME=WEIGHT.  [default: default]"
+            help="Text, JSONL (field `text`), .npy or .safetensors tokens, a `datasets` name, self (the model writes it), or "
+            "default (half texts that ship with lorap, half self); may be repeated, with weights: NAME=WEIGHT.  "
+            "[default: default]"
         ),
     ] = None,
     eval_text: Annotated[
