@@ -47,8 +47,8 @@ def choose_shrinkage(folds: Sequence[ActivationStats]) -> float:
     """How far to shrink the second moment, from how far the correlations of two folds agree.
 
     With R the correlations off the diagonal, ``a = <R_1, R_2> / mean(||R_1||^2, ||R_2||^2)`` is the reliability of what one fold
-    says about the other; both folds together are as reliable as ``2 a / (1 + a)`` (Spearman and Brown, 1910), and the rest is shrunk
-    away. On four layers of a real model this was near the shrinkage whose factors had the least error on a third text.
+    says about the other; both folds together are as reliable as ``2 a / (1 + a)`` (Spearman and Brown, 1910), and the rest is
+    shrunk away. On four layers of a real model this was near the shrinkage whose factors had the least error on a third text.
     """
     if len(folds) < 2:
         return DEFAULT_SHRINKAGE

@@ -99,13 +99,13 @@ class Probe:
         return [self.text, self.tokens, self.seq_len, self.sha256]
 
 
-def specification(cell: Cell, material: Material, *, count: int = TOKENS) -> dict[str, Any]:
+def specification(cell: Cell, material: Material, *, count: int = TOKENS, long_probes: bool = True) -> dict[str, Any]:
     """Everything a process needs to make a cell, and its key; every text of ``material`` is a test.
 
-    The dense model and the default mixture get the longer probes too, unless ``count`` tokens a text is less than usual.
+    The dense model and the default mixture get the longer probes too, if ``long_probes`` and ``count`` is as usual.
     """
     default = cell.calibration == DEFAULT
-    long = LONG if default and not cell.overrides and count == TOKENS else ()
+    long = LONG if long_probes and default and not cell.overrides and count == TOKENS else ()
     probes = [
         Probe(text=name, tokens=size, seq_len=length, main=main, sha256=test.sha256, path=str(test.path))
         for size, length, main in ((count, SEQ_LEN, True), *((*one, False) for one in long))

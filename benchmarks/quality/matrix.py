@@ -56,7 +56,7 @@ def make_cells(
     folder = arguments.out / "cells"
     jobs = []
     for cell in [Cell(recipe=DENSE), *cells]:
-        given = specification(cell, material, count=count)
+        given = specification(cell, material, count=count, long_probes=not arguments.no_long)
         path = folder / f"{cell.name}.json"
         if (arguments.force and cell.recipe != DENSE) or not is_done(path, given):
             command = [sys.executable, str(HERE / "cells.py"), json.dumps(given | {"out": str(path)})]
@@ -120,6 +120,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="folder of what is written (default: benchmarks/results/quality)")
     parser.add_argument("--processes", type=int, default=1, help="cells made at once")
     parser.add_argument("--threads", type=int, help="of each process (default: the cores are divided)")
+    parser.add_argument("--no-long", action="store_true", help="leave out the long probes of the default mixture")
     parser.add_argument("--force", action="store_true", help="make cells again, as after a change of the library")
 
 
