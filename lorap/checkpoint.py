@@ -21,8 +21,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from lorap.card import model_card
 from lorap.errors import CheckpointError
-from lorap.report import CompressionReport, model_card
+from lorap.report import CompressionReport
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

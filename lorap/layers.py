@@ -143,14 +143,12 @@ class _Layer:
     def factorize(self, role: str, folds: Folds, name: str) -> None:
         linear = self.dense[role]
         metric = self._metric(folds)
-        pivoted = self.config.storage == "pivoted"
-        # Rounded once, at the end: pivoting works on the factors in full precision.
-        weight = linear.weight.data.double() if pivoted else linear.weight.data
+        weight = linear.weight.data.double()  # rounded once, at the end
         factors = factorize(
             weight, self.plan.ranks[role], metric, output_metric=self._output_metric(role, weight), name=name
         )
         left, right, rows = factors.left, factors.right, None
-        if pivoted:
+        if self.config.storage == "pivoted":
             stored = pivot(left, right, name=name)
             left, right, rows = stored.left, stored.right, stored.pivot_rows
         dtype = linear.weight.dtype
@@ -158,7 +156,7 @@ class _Layer:
         module = LowRankLinear.from_factors(left.to(dtype), right.to(dtype), bias, rows).train(linear.training)
         self.replaced[role] = module
         self.errors[role] = factors.error
-        exact = factors.left.double() @ factors.right.double()
+        exact = factors.left @ factors.right
         self.storage_errors[role] = storage_error(exact, module.reconstruct(dtype=torch.float64), metric)
 
     def prune(self, input_folds: Folds, inner_folds: Folds) -> None:

@@ -1,9 +1,8 @@
-"""What a compression run did, as data, as a table for people, and as a model card."""
+"""What a compression run did, as data and as a table for people."""
 
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -208,107 +207,3 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
-
-
-# What the choices of a config do to a model, as parts of sentences for the model card.
-_NORMS = {
-    "awsvd": "weighted by the norms of their input channels ({2404.09695})",
-    "svd": "by the plain truncated SVD",
-    "afm": "along the principal components of their outputs",
-    "second_moment": "weighted by the second moment of their inputs ({2403.07378})",
-}
-_SCORES = {
-    "lorap": "those of largest activation-weighted norms stayed ({2404.09695})",
-    "output": "those that add most to the output stayed",
-    "fluctuation": "those whose output varies most stayed ({2312.11983})",
-}
-_SIZES = {
-    "paper": "Every layer kept the same share, v and o counting {ratio:g} times as much as q and k ({{2404.09695}}).",
-    "even": "Every matrix kept the same share.",
-    "loss": "Ranks and widths of all layers shared one budget, priced by the gradients of the loss.",
-    "flap": "Attention stayed dense, and one threshold cut the FFNs of all layers ({{2312.11983}}).",
-}
-
-
-def method_text(config: CompressionConfig) -> str:
-    """What was done, in sentences with links to papers, by the choices of ``config`` and not by the name of its recipe."""
-    if config.sparsity == 0:
-        return "Nothing was to be removed, and nothing was changed."
-    factorized = ["Attention"] if "self_attn" in config.sublayers and config.allocation != "flap" else []
-    pruned = "mlp" in config.sublayers and config.mlp_method == "prune"
-    if "mlp" in config.sublayers and not pruned:
-        factorized.append("FFN")
-    sentences = []
-    if factorized:
-        stored = ", stored as rows and coefficients ({2501.19090})" if config.storage == "pivoted" else ""
-        norm = _NORMS[config.attention_method]
-        sentences.append(f"{' and '.join(factorized)} projections became low-rank factor pairs, {norm}{stored}.")
-    if pruned:
-        sentences.append(f"FFN channels were pruned: {_SCORES[config.channel_score]}.")
-        if config.repair:
-            sentences.append("The down projections were refitted by least squares to the output of all channels.")
-        if config.bias_compensation:
-            sentences.append("The mean output of the channels that went is now a bias ({2312.11983}).")
-    sentences.append(_SIZES[config.allocation].format(ratio=config.vo_to_qk_ratio))
-    if config.output_weighting == "loss":
-        sentences.append("Errors of outputs were weighted by the gradients of the loss.")
-    text = " ".join([*sentences, "Nothing was trained."])
-    return re.sub(r"\{([\d.]+)\}", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
-
-
-def model_card(report: CompressionReport) -> str:
-    """README.md of a compressed checkpoint, in the form that the Hugging Face hub reads."""
-    config = report.config
-    base = f"base_model: {report.model}\nbase_model_relation: quantized\n" if "/" in report.model else ""
-    measured = "\n".join(f"- {line}" for line in evaluation_lines(report.evaluations))
-    options = "\n".join(f"| {name} | {value} |" for name, value in config.to_dict().items())
-    calibration = report.calibration
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- lorap
-- low-rank
-- pruned
-{base}---
-
-# {report.model}, compressed by lorap
-
-Base model: **{report.model}**. Recipe: **{config.recipe}**. Sparsity asked for: **{config.sparsity}** of
-{" and ".join(config.sublayers)}; kept share of these parameters: **{report.param_ratio:.4f}**
-({report.params_before:,} -> {report.params_after:,}; the whole model {report.params_total_before:,} -> {report.params_saved:,}).
-
-{method_text(config)}
-
-## Use
-
-```python
-import lorap  # teaches transformers to open this checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("this folder")
-```
-
-## Quality
-
-{measured or "Perplexity was not measured. Measure it with `lorap eval FOLDER --text FILE`."}
-
-## Calibration
-
-{calibration["windows"]} windows of {calibration["seq_len"]} tokens from `{calibration["name"]}`
-({calibration["tokens"]:,} tokens, sha256 of the ids {calibration["sha256"][:16]}).{_source_lines(calibration.get("sources", ()))}
-
-## Options
-
-| option | value |
-|---|---|
-{options}
-"""
-
-
-def _source_lines(sources: Sequence[dict[str, Any]]) -> str:
-    """What each source of a mixture gave, as a list of its own; nothing for a single source."""
-    if len(sources) < 2:
-        return ""
-    rows = [f"- `{source['name']}`: {source['windows']} windows, weight {source['weight']:g}" for source in sources]
-    return "\n\n" + "\n".join(rows)

@@ -315,16 +315,14 @@ def test_jobs_fail_alone(q, capsys, tmp_path):
 
 def test_ablation_is_told_as_what_it_adds(q):
     records = [
-        a_cell("lorap", "default", {"wiki": 0.5, "web": 0.7}),
-        a_cell("lorap", "default", {"wiki": 0.6, "web": 0.7}, vo_to_qk_ratio=1.0),
+        a_cell("best", "default", {"wiki": 0.5, "web": 0.7}),
+        a_cell("best", "default", {"wiki": 0.6, "web": 0.7}, repair=False),
     ]
     lines = q.ablation.ablation_table(q.table.Cells(records), 0.2).splitlines()
-    assert lines[2] == "| `lorap` | +0.500 | +0.700 | +0.600 | 0.7998 |"
+    assert lines[2] == "| `best` | +0.500 | +0.700 | +0.600 | 0.7998 |"
     by_label = {line.split(" | ")[0]: line for line in lines}
-    assert by_label["| value and output get no more than query and key"].endswith(
-        "| +0.100 | +0.000 | +0.050 | 0.7998 |"
-    )
-    assert by_label["| the least important channels go too"].endswith("| - | - | - | - |")
+    assert by_label["| down_proj not refitted"].endswith("| +0.100 | +0.000 | +0.050 | 0.7998 |")
+    assert by_label["| all tokens count alike"].endswith("| - | - | - | - |")
 
 
 def test_ablation_in_one_command(q, material, jobs_run, monkeypatch, tmp_path):

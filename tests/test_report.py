@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import lorap
+from lorap.card import method_text, model_card
 from lorap.config import CHOICES, RECIPES
-from lorap.report import CompressionReport, ProjectionReport, compressed_roles, method_text, model_card, storage_lines
+from lorap.report import CompressionReport, ProjectionReport, compressed_roles, storage_lines
 
 CALIBRATION = {"name": "a text", "windows": 3, "seq_len": 100, "tokens": 300, "sha256": "ab" * 32}
 

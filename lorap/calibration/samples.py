@@ -14,6 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from lorap.errors import CalibrationError
+
 # Windows that are written at once: each step reads every weight, so many together cost little more than one.
 BATCH_WINDOWS = 64
 # What separates documents in the training text of models that have it; others start a document with bos.
@@ -35,6 +37,9 @@ def sample_windows(
 
     Returns:
         (count, seq_len) int64 on the CPU.
+
+    Raises:
+        CalibrationError: the model's predictions are not finite.
     """
     device = model.get_input_embeddings().weight.device
     start = start_token(model, tokenizer)
@@ -82,11 +87,16 @@ def start_token(model: Any, tokenizer: Any) -> int:
 
 
 class _Tick(LogitsProcessor):
-    """Moves the bar by one at every step, and changes nothing."""
+    """Moves the bar by one at every step, and stops where there is nothing to draw from; changes nothing."""
 
     def __init__(self, bar: Any) -> None:
         self.bar = bar
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
+        if not bool(torch.isfinite(scores).any(-1).all()) or bool(torch.isnan(scores).any()):
+            raise CalibrationError(
+                "the model's predictions are not finite, so it cannot write its own calibration text: its weights or its dtype "
+                "overflow; try --dtype float32, or calibrate on texts: --calibration FILE"
+            )
         self.bar.update()
         return scores
