@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from lorap.allocation import LayerPlan
 from lorap.architectures import PROJECTIONS, Architecture, find_architecture
-from lorap.calibration.data import TokenWindows, consecutive_windows, draw_windows, fold_of
+from lorap.calibration.data import Sampler, TokenWindows, consecutive_windows, draw_windows, fold_of
 from lorap.calibration.mixtures import Sources
 from lorap.calibration.samples import sample_windows
 from lorap.calibration.sources import DEFAULT_CALIBRATION, Source
@@ -78,7 +78,12 @@ def compress(
         check_finite(model)
         where = _home(model) if device == "auto" else resolve_device(device)
     with watch("tokenize"):
-        windows, texts = _read_texts(model, tokenizer, calibration, evaluation, config, progress=progress)
+
+        def sampler(count: int, seq_len: int, seed: int) -> Tensor:
+            with watch("sample"):
+                return sample_windows(model, tokenizer, count, seq_len, seed=seed, progress=progress)
+
+        windows, texts = _read_texts(model, tokenizer, calibration, evaluation, config, sampler)
     report = CompressionReport(model=name, config=config, calibration=_describe(windows))
     report.params_total_before = count_parameters(model)
     with watch("evaluate"):
@@ -129,8 +134,7 @@ def _read_texts(
     calibration: Sources,
     evaluation: Sequence[Source],
     config: CompressionConfig,
-    *,
-    progress: bool,
+    sampler: Sampler,
 ) -> tuple[TokenWindows, list[TokenWindows]]:
     """Windows to calibrate on, and windows of each text to judge by."""
     vocab_size, seq_len = _vocab_size(model), config.calibration_seq_len
@@ -141,9 +145,7 @@ def _read_texts(
         seq_len=seq_len,
         seed=config.seed,
         vocab_size=vocab_size,
-        sampler=lambda count, length, seed: sample_windows(
-            model, tokenizer, count, length, seed=seed, progress=progress
-        ),
+        sampler=sampler,
     )
     texts = [
         consecutive_windows(text, tokenizer, seq_len=seq_len, max_tokens=EVALUATION_TOKENS, vocab_size=vocab_size)

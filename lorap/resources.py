@@ -16,20 +16,24 @@ from lorap.version import __version__
 
 
 class Stopwatch:
-    """Seconds by stage: ``with watch("load"): ...``. A stage may run many times; stages do not nest."""
+    """Seconds by stage: ``with watch("load"): ...``. A stage may run many times; a stage inside another is not counted in it."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._inside = [0.0]  # seconds of the stages inside each open one
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
+        self._inside.append(0.0)
         try:
             yield
         finally:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds - self._inside.pop()
+            self._inside[-1] += seconds
 
 
 def peak_memory_bytes() -> int:
