@@ -49,9 +49,8 @@ def sample_windows(
         top_k=0,
         top_p=1.0,
         max_new_tokens=seq_len,
-        min_new_tokens=seq_len,
+        min_new_tokens=seq_len,  # the end of a document is never drawn, so that every window is full
         pad_token_id=start,
-        eos_token_id=None,  # a document that ends is followed by the next, as in training
     )
     written = []
     devices = [device] if device.type == "cuda" else []
