@@ -99,3 +99,18 @@ def test_compress_on_what_the_model_writes(model_folder):
     _, report = lorap.compress(str(model_folder), calibration="self", config=config, progress=False)
     assert report.calibration["sources"] == [{"name": "self", "weight": 1.0, "windows": 8}]
     assert report.seconds["sample"] > 0
+
+
+def test_the_generation_settings_of_a_chat_model_are_not_used(make_model, tokenizer):
+    model = make_model("llama-gqa")
+    free = sample_windows(model, tokenizer, 3, 25)
+    for name, value in {
+        "temperature": 0.01,
+        "top_k": 1,
+        "top_p": 0.1,
+        "repetition_penalty": 9.0,
+        "num_beams": 3,
+    }.items():
+        setattr(model.generation_config, name, value)
+    assert torch.equal(sample_windows(model, tokenizer, 3, 25), free)
+    assert model.generation_config.top_k == 1, "and they are still there"

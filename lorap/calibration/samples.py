@@ -53,21 +53,31 @@ def sample_windows(
         pad_token_id=start,
     )
     written = []
+    # generate() takes what is not said from the model's own settings, and those of a chat model narrow the choice of words.
+    own, model.generation_config = (
+        model.generation_config,
+        GenerationConfig(eos_token_id=getattr(model.config, "eos_token_id", None)),
+    )
     devices = [device] if device.type == "cuda" else []
-    with (
-        torch.random.fork_rng(devices=devices),
-        tqdm(desc="Sampling", unit="token", total=-(-count // BATCH_WINDOWS) * seq_len, disable=not progress) as bar,
-    ):
-        torch.manual_seed(seed)
-        for first in range(0, count, BATCH_WINDOWS):
-            prompt = torch.full((min(BATCH_WINDOWS, count - first), 1), start, device=device)
-            output = model.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                generation_config=sampling,
-                logits_processor=LogitsProcessorList([_Tick(bar)]),
-            )
-            written.append(output[:, 1 : 1 + seq_len].cpu())
+    try:
+        with (
+            torch.random.fork_rng(devices=devices),
+            tqdm(
+                desc="Sampling", unit="token", total=-(-count // BATCH_WINDOWS) * seq_len, disable=not progress
+            ) as bar,
+        ):
+            torch.manual_seed(seed)
+            for first in range(0, count, BATCH_WINDOWS):
+                prompt = torch.full((min(BATCH_WINDOWS, count - first), 1), start, device=device)
+                output = model.generate(
+                    input_ids=prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    generation_config=sampling,
+                    logits_processor=LogitsProcessorList([_Tick(bar)]),
+                )
+                written.append(output[:, 1 : 1 + seq_len].cpu())
+    finally:
+        model.generation_config = own
     return torch.cat(written) if written else torch.empty(0, seq_len, dtype=torch.int64)
 
 
