@@ -70,6 +70,17 @@ def test_shares_add_up_and_follow_the_weights(total: int, weights: list[float]) 
     assert split_by_weight(total, [4 * weight for weight in weights]) == shares
 
 
+def test_half_of_the_default_is_the_models_own_where_there_is_one() -> None:
+    assert weighted_sources("default") == [(name, pytest.approx(0.2)) for name in SHIPPED]
+    half = [*((name, pytest.approx(0.1)) for name in SHIPPED), ("self", pytest.approx(0.5))]
+    assert weighted_sources("default", own_samples=True) == half
+    # Only `default` is divided: what was asked for by name stays as it was.
+    assert weighted_sources(["default/law", LOW], own_samples=True) == [("default/law", 1.0), (LOW, 1.0)]
+    found = dict(weighted_sources([("self", 2), ("default", 4)], own_samples=True))
+    assert found == {"self": pytest.approx(4.0)} | dict.fromkeys(SHIPPED, pytest.approx(0.4))
+    assert dict(weighted_sources([("self", 2), "default/law"])) == {"self": 2.0, "default/law": 1.0}
+
+
 # Windows of several sources
 
 

@@ -14,12 +14,13 @@ def model(make_model):
     return make_model("llama-gqa")
 
 
-@pytest.mark.parametrize(("count", "seq_len"), [(1, 1), (3, 17), (BATCH_WINDOWS + 1, 5)])
+@pytest.mark.parametrize(("count", "seq_len"), [(0, 5), (1, 1), (3, 17), (BATCH_WINDOWS + 1, 5)])
 def test_as_many_tokens_as_asked(model, tokenizer, count, seq_len):
     windows = sample_windows(model, tokenizer, count, seq_len)
     assert windows.shape == (count, seq_len)
     assert windows.dtype == torch.int64
-    assert 0 <= int(windows.min()) <= int(windows.max()) < len(tokenizer)
+    assert ((windows >= 0) & (windows < len(tokenizer))).all()
+    assert not (windows == tokenizer.eos_token_id).any()
 
 
 def test_the_seed_decides_and_the_global_state_is_left_alone(model, tokenizer):
@@ -69,6 +70,15 @@ def test_documents_start_as_the_tokenizer_says(model, tokenizer):
     assert start_token(model, None) == model.config.eos_token_id
 
 
+@pytest.mark.parametrize(
+    ("ids", "start"), [((7, 8), 7), ((None, 8), 8), ((None, [8, 9]), 0), ((None, None), 0), ((0, 8), 0)], ids=str
+)
+def test_without_a_tokenizer_the_config_says_how_documents_start(make_model, ids, start):
+    model = make_model("llama-gqa")
+    model.config.bos_token_id, model.config.eos_token_id = ids
+    assert start_token(model, None) == start
+
+
 def test_half_of_the_default_is_written_by_the_model(tokenizer):
     asked = []
 
@@ -87,6 +97,29 @@ def test_half_of_the_default_is_written_by_the_model(tokenizer):
     assert int(fold_of(windows).sum()) == 10
     without = draw_windows("default", tokenizer, num_samples=20, seq_len=16, seed=3, vocab_size=len(tokenizer))
     assert [share.windows for share in without.shares] == [4, 4, 4, 4, 4]
+
+
+def test_own_samples_alone_and_among_others(tokenizer):
+    def sampler(count: int, seq_len: int, seed: int) -> torch.Tensor:
+        return torch.arange(count * seq_len).view(count, seq_len) % 100 + 300
+
+    def draw(sources, samples: int):
+        return draw_windows(
+            sources, tokenizer, num_samples=samples, seq_len=7, seed=3, vocab_size=len(tokenizer), sampler=sampler
+        )
+
+    alone = draw("self", 9)
+    assert sorted(alone.input_ids.tolist()) == sorted(sampler(9, 7, 0).tolist())
+    assert alone.name == "self"
+    assert [(share.name, share.windows) for share in alone.shares] == [("self", 9)]
+    assert abs(2 * int(fold_of(alone).sum()) - 9) <= 3  # stretches, so that one half can be judged on the other
+    both = draw([("self", 1), (torch.arange(100), 2)], 9)
+    assert both.groups.tolist() == [0] * 3 + [1] * 6
+    assert both.group_names[0] == "self"
+    assert int(both.input_ids[:3].min()) >= 300 > int(both.input_ids[3:].max())
+    # Too few windows for everybody: the model writes nothing.
+    one = draw([("self", 1), (torch.arange(100), 2)], 1)
+    assert [share.windows for share in one.shares] == [0, 1]
 
 
 def test_own_samples_need_a_model(tokenizer):

@@ -170,6 +170,15 @@ def test_files_called_like_shipped_texts(tmp_path: Path, monkeypatch: pytest.Mon
     assert source_name("./default/novel") == "novel"
 
 
+def test_self_is_no_text_but_a_file_of_that_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "self", TEXT)
+    assert source_name("self") == "self"
+    with pytest.raises(CalibrationError, match=r"self stands for text that a model writes.* \./self"):
+        read_source("self")
+    assert read_source("./self") == TEXT
+
+
 def test_heldout_text_is_not_calibrated_on() -> None:
     default = set(read_source("default").splitlines())
     heldout = [line for line in read_source("heldout").splitlines() if len(line) > 40]
