@@ -71,7 +71,7 @@ def test_documents_start_as_the_tokenizer_says(model, tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("ids", "start"), [((7, 8), 7), ((None, 8), 8), ((None, [8, 9]), 0), ((None, None), 0), ((0, 8), 0)], ids=str
+    ("ids", "start"), [((7, 8), 7), ((None, 8), 8), ((None, [8, 9]), 8), ((None, None), 0), ((0, 8), 0)], ids=str
 )
 def test_without_a_tokenizer_the_config_says_how_documents_start(make_model, ids, start):
     model = make_model("llama-gqa")

@@ -106,17 +106,19 @@ def draw_windows(
     """
     weighted = weighted_sources(sources, own_samples=sampler is not None)
     weights = [weight for _, weight in weighted]
-    streams = []
-    for (source, _), share in zip(weighted, split_by_weight(num_samples, weights), strict=True):
-        if isinstance(source, str) and source == OWN_SAMPLES and sampler is not None:
-            ids = sampler(share, seq_len, seed)
-            streams.append(_Stream(OWN_SAMPLES, ids, None, ids.numel(), ready=False))
-        else:
-            streams.append(_cut(source, tokenizer, seq_len=seq_len, vocab_size=vocab_size))
+    shares = split_by_weight(num_samples, weights)
+    # What can fail is read first; the model's own samples take longest.
+    read = {
+        index: _cut(source, tokenizer, seq_len=seq_len, vocab_size=vocab_size)
+        for index, (source, _) in enumerate(weighted)
+        if sampler is None or not _is_own(source)
+    }
+    streams = [
+        read[index] if index in read else _written(sampler, share, seq_len, seed) for index, share in enumerate(shares)
+    ]
     if len(streams) == 1 and streams[0].ready:
         positions = [torch.arange(len(streams[0].ids))]
     else:
-        shares = split_by_weight(num_samples, weights)
         _check_lengths(streams)
         _check_shares(streams, weights, shares)
         positions = [_draw(len(stream.ids), share, seed) for stream, share in zip(streams, shares, strict=True)]
@@ -157,6 +159,16 @@ def fold_of(windows: TokenWindows) -> Tensor:
         if fold:
             second.append(group)
     return torch.isin(groups, torch.tensor(second, dtype=torch.int64))
+
+
+def _is_own(source: Source) -> bool:
+    return isinstance(source, str) and source == OWN_SAMPLES
+
+
+def _written(sampler: Sampler | None, count: int, seq_len: int, seed: int) -> _Stream:
+    assert sampler is not None
+    ids = sampler(count, seq_len, seed)
+    return _Stream(OWN_SAMPLES, ids, None, ids.numel(), ready=False)
 
 
 def _cut(source: Source, tokenizer: Any, *, seq_len: int, vocab_size: int, max_tokens: int | None = None) -> _Stream:

@@ -58,7 +58,7 @@ def sample_windows(
         model.generation_config,
         GenerationConfig(eos_token_id=getattr(model.config, "eos_token_id", None)),
     )
-    devices = [device] if device.type == "cuda" else []
+    devices = range(torch.cuda.device_count())  # manual_seed seeds all of them
     try:
         with (
             torch.random.fork_rng(devices=devices),
@@ -90,6 +90,7 @@ def start_token(model: Any, tokenizer: Any) -> int:
                 return int(vocabulary[token])
     for name in ("bos_token_id", "eos_token_id"):
         token_id = getattr(model.config, name, None)
+        token_id = token_id[0] if isinstance(token_id, list) and token_id else token_id
         if isinstance(token_id, int):
             return token_id
     return 0

@@ -94,7 +94,7 @@ class ActivationStats:
 
     @property
     def second_moment(self) -> Tensor:
-        """(K, K) float64, sum(x x^T) / tokens."""
+        """(K, K) float64, sum(x x^T) over the weight of all tokens."""
         assert self.outer is not None, "gather with moments=True"
         return self.outer / max(self.weight, TINY)
 

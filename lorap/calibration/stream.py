@@ -28,7 +28,8 @@ from lorap.calibration.statistics import ActivationStats
 BATCH_TOKENS = 2048
 
 
-# Hidden states of norm 0 would weigh infinitely much.
+# No token weighs more than so many times the median one; a hidden state of norm 0 would weigh infinitely much.
+LARGEST_WEIGHT = 100.0
 SMALLEST_SQ_NORM = 1e-9
 
 
@@ -152,7 +153,8 @@ def _updater(
 ) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     weights = None
     if probe.weighted:
-        weights = 1 / batch.hidden.float().square().mean(-1).clamp(min=SMALLEST_SQ_NORM)
+        sq_norm = batch.hidden.float().square().mean(-1)
+        weights = 1 / sq_norm.clamp(min=max(float(sq_norm.median()) / LARGEST_WEIGHT, SMALLEST_SQ_NORM))
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         stats.update(args[0], batch.mask, weights)
