@@ -22,6 +22,9 @@ from torch import Tensor
 
 from lorap.errors import FactorizationError
 
+# The root of a metric is not told from a singular one beyond this: the metric itself has 16 digits, its root half as many.
+SINGULAR = 1e-7
+
 
 @dataclass(frozen=True)
 class Factorization:
@@ -132,10 +135,11 @@ def spectrum(weight: Tensor, metric: Tensor | None = None, output_metric: Tensor
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """matrix^-1 right; where the matrix is singular, the smallest solution."""
+    """matrix^-1 right; where the matrix is singular up to rounding, the smallest solution."""
     solution, failed = torch.linalg.solve_ex(matrix, right)
-    usable = not bool(failed) and bool(torch.isfinite(solution).all())
-    return solution if usable else torch.linalg.pinv(matrix) @ right
+    growth = float(solution.norm() * matrix.norm() / right.norm())
+    usable = not bool(failed) and growth < 1 / SINGULAR  # NaN is not
+    return solution if usable else torch.linalg.pinv(matrix, rtol=SINGULAR) @ right
 
 
 def root_of(metric: Tensor) -> Tensor:

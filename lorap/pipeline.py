@@ -163,7 +163,9 @@ def _mark(model: Any, plans: Sequence[LayerPlan], architecture: Architecture, re
     }
     widths = [plan.intermediate_size for plan in plans]
     dense_width = model.config.intermediate_size
-    uniform = len(set(widths)) == 1
+    biases = _new_biases(model, plans, architecture, report.config)
+    # A host without lorap would leave the added biases out and only warn; at widths unlike the config's it refuses.
+    uniform = len(set(widths)) == 1 and not biases
     if uniform:
         model.config.intermediate_size = widths[0]
     sizes = {f"{architecture.layers}.{index}.{architecture.mlp}": width for index, width in enumerate(widths)}
@@ -173,7 +175,7 @@ def _mark(model: Any, plans: Sequence[LayerPlan], architecture: Architecture, re
             intermediate_sizes={} if uniform else sizes,
             dense_intermediate_size=dense_width,
             storage=report.config.storage if ranks else "factors",
-            biases=_new_biases(model, plans, architecture, report.config),
+            biases=biases,
             sparsity=report.config.sparsity,
             recipe=report.config.recipe,
             lorap_version=__version__,

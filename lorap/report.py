@@ -175,8 +175,13 @@ def _span(values: Sequence[int]) -> str:
 
 def storage_lines(report: CompressionReport) -> list[str]:
     """One sentence on what rounding the factors added, naming the worst projection; none where it is next to nothing."""
-    worst = max(report.projections, key=lambda projection: projection.storage_error, default=None)
-    if worst is None or not worst.storage_error > TOLD_STORAGE_ERROR:
+
+    def badness(projection: ProjectionReport) -> float:
+        # Factors that overflow their dtype can give NaN, which compares as neither more nor less than anything.
+        return math.inf if math.isnan(projection.storage_error) else projection.storage_error
+
+    worst = max(report.projections, key=badness, default=None)
+    if worst is None or badness(worst) <= TOLD_STORAGE_ERROR:
         return []
     dtype = report.environment.get("dtype", "the model's dtype")
     return [

@@ -233,6 +233,15 @@ def test_help_says_what_each_recipe_and_option_is():
     assert "--metric-shrinkage NUMBER|auto" in help_text
 
 
+def test_help_names_every_kind_of_calibration():
+    words = " ".join(run("compress", "--help").stdout.split())
+    start = words.index("--calibration FILE|NAME|NAME=WEIGHT ")
+    told = words[start : words.index("--eval-text", start)]
+    for kind in ("self (", "default (", "default/NAME", "NAME=WEIGHT.", "`datasets`", "JSONL", ".npy", ".safetensors"):
+        assert kind in told, kind
+    assert told.strip().endswith("[default: default]")
+
+
 @pytest.mark.parametrize("compressed", [False, True], ids=["dense", "compressed"])
 def test_eval(compressed, model_folder, small_folder, small_text):
     folder = small_folder if compressed else model_folder

@@ -322,6 +322,32 @@ def test_root_of_also_singular_metrics(rank_of_metric: int) -> None:
     torch.testing.assert_close(found @ found.T, x @ x.T, rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.parametrize("kind", ["none", "vector", "matrix"])
+@pytest.mark.parametrize("seen", [0, 1, 9, 20, 39])
+@pytest.mark.parametrize("shape", [(40, 63), (63, 40)], ids=["out<in", "in<out"])
+def test_singular_output_metric(shape: tuple[int, int], seen: int, kind: str) -> None:
+    """Directions that the metric does not see are lost; the others are approximated as well as can be, and nothing explodes."""
+    w, c, rank = normal(*shape), input_metric(kind, shape[1]), 12
+    x = normal(shape[0], seen, seed=5)
+    right = right_root(c, shape[1])
+    weighted = root(x @ x.T).T @ w @ right
+    factors = factorize(w, rank, c, output_metric=x @ x.T)
+    assert torch.isfinite(factors.left).all()
+    assert torch.isfinite(factors.right).all()
+    assert float(product(factors).norm()) < 100 * float(w.norm())
+    size = float(weighted.norm())
+    error = float((root(x @ x.T).T @ (w - product(factors)) @ right).norm())
+    best = float((weighted - truncated_svd(weighted, rank)).norm())
+    assert error <= best + 1e-6 * size
+    values = torch.linalg.svdvals(weighted).square()
+    found = spectrum(w, c, x @ x.T)
+    torch.testing.assert_close(found, values, rtol=1e-6, atol=1e-9 * max(float(values[0]), 1e-300))
+    if seen:
+        assert factors.error == pytest.approx(best / size, rel=1e-5, abs=1e-6)
+    else:
+        assert factors.error == 0.0
+
+
 NAN, INF = torch.ones(7, 5), torch.ones(7, 5)
 NAN[3, 2], INF[0, 0] = float("nan"), float("-inf")
 

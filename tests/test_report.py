@@ -56,8 +56,9 @@ def report(*errors: float, dtype: str = "bfloat16", **options: object) -> Compre
         ),
         ((1.2e-6,), "storing the factors in bfloat16 adds at most 1.2e-06 relative error (layer 0, q_proj)"),
         ((0.0, math.inf), "storing the factors in bfloat16 adds at most inf relative error (layer 1, q_proj)"),
+        ((0.1, math.nan, 0.2), "storing the factors in bfloat16 adds at most nan relative error (layer 1, q_proj)"),
     ],
-    ids=["largest", "just-above", "overflow"],
+    ids=["largest", "just-above", "overflow", "not-a-number"],
 )
 def test_storage_error_has_one_line_that_names_the_worst(errors, line):
     found = report(*errors)

@@ -103,31 +103,41 @@ def test_batches_add_up(make_model: Callable[..., Any], tokens: Tensor, monkeypa
         torch.testing.assert_close(value.input, whole[key].input, rtol=1e-9, atol=1e-12)
 
 
-def test_predicts_the_increase_of_the_loss(make_model: Callable[..., Any], tokens: Tensor) -> None:
-    """Random damage of both signs: what the two signs do on average is second order, and in line with the price."""
-    model = make_model("llama-gqa").double()
-    architecture = find_architecture(model)
-    found = sensitivities(model, windows(tokens))
-    predicted, measured = [], []
-    count = tokens.shape[0] * (tokens.shape[1] - 1)
+@torch.no_grad()
+def written_by(model: Any, windows: int, seq_len: int) -> Tensor:
+    """(windows, seq_len) tokens that follow the model's own distribution, where the Fisher information is the curvature."""
+    torch.manual_seed(1)
+    ids = torch.randint(2, 450, (windows, 1))
+    while ids.shape[1] < seq_len:
+        chances = model(ids, use_cache=False).logits[:, -1].softmax(-1)
+        ids = torch.cat([ids, torch.multinomial(chances, 1)], dim=1)
+    return ids
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "qwen3"])
+def test_predicts_the_increase_of_the_loss(make_model: Callable[..., Any], family: str) -> None:
+    """Random damage of 3 %, mean of both signs, so that only the second order is left: within a factor of 2 of the price.
+
+    But for v_proj, whose errors at many tokens are averaged by attention: they add up, and the price, which takes tokens for
+    independent, is up to 6 times too low where every token looks everywhere, as in random models.
+    """
+    model = make_model(family).double()
+    architecture, ids = find_architecture(model), written_by(model, 64, 32)
+    found = sensitivities(model, windows(ids))
+    count = len(ids) * (ids.shape[1] - 1)
     with torch.no_grad():
-        before = loss_of(model, tokens)
+        before = loss_of(model, ids)
         for (index, role), value in found.items():
             weight = architecture.linears(architecture.decoder_layers(model)[index])[role].weight
             generator = torch.Generator().manual_seed(index)
-            damage = torch.randn(weight.shape, generator=generator, dtype=torch.float64) * 0.01 * weight.std()
-            exact = weight.clone()
-            rise = 0.0
+            damage = torch.randn(weight.shape, generator=generator, dtype=torch.float64) * 0.03 * weight.std()
+            exact, rise = weight.clone(), 0.0
             for sign in (1, -1):
                 weight.copy_(exact + sign * damage)
-                rise += float(loss_of(model, tokens) - before) / 2
+                rise += float(loss_of(model, ids) - before) / (2 * count)
             weight.copy_(exact)
-            measured.append(rise / count)
-            price = value.output.double() @ damage @ value.input * damage
-            predicted.append(float(price.sum()) / 2)
-    predicted, measured = torch.tensor(predicted), torch.tensor(measured)
-    ranks = [one.argsort().argsort().double() for one in (predicted, measured.abs())]
-    assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) > 0.6, (predicted, measured)
+            price = float((value.output.double() @ damage @ value.input * damage).sum()) / 2
+            assert 0.5 < rise / price < (6 if role == "v_proj" else 2), (index, role)
 
 
 def test_gradients_leave_no_trace(make_model: Callable[..., Any], tokens: Tensor) -> None:
@@ -139,9 +149,11 @@ def test_gradients_leave_no_trace(make_model: Callable[..., Any], tokens: Tensor
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [vars(layer).get("forward") for layer in model.model.layers] == forwards
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
     frozen = make_model("llama-biases").requires_grad_(False)
     for key, value in sensitivities(frozen, windows(tokens)).items():
         assert value.output.diagonal().sum() > 0, key
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in frozen.parameters())
 
 
 def test_works_inside_no_grad(make_model: Callable[..., Any], tokens: Tensor) -> None:

@@ -434,6 +434,101 @@ def test_damaged_pivot_rows_are_refused(change, message, pivoted):
     assert message in str(error.value)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Biases that the model's own config does not have
+
+DOWN = "model.layers.0.mlp.down_proj"
+
+
+@pytest.fixture
+def flap(make_model, compress_small, tmp_path):
+    """(model in memory, report, folder) of a llama whose down projections have gained biases."""
+    model, report = compress_small(make_model("llama-gqa"), recipe="flap", sparsity=0.3)
+    return model, report, lorap.save(model, tmp_path / "flap", report=report)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_added_biases_load_with_identical_logits(dtype, flap, tokens):
+    model, _, folder = flap
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert settings["biases"] == [DOWN, DOWN.replace("0", "1")]
+    assert (settings["format_version"], settings["ranks"]) == (2, {})
+    assert "storage" not in settings
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
+    expected = logits(cast(copy.deepcopy(model), DTYPES[dtype]), tokens)
+    assert torch.equal(logits(loaded, tokens), expected)
+    for name in settings["biases"]:
+        bias = loaded.get_submodule(name).bias
+        assert bias.abs().max() > 0
+        assert torch.equal(bias, model.get_submodule(name).bias.to(DTYPES[dtype]))
+    assert loaded.model.layers[0].mlp.gate_proj.bias is None
+
+
+def test_added_biases_survive_sharding_and_saving_again(flap, tokens, tmp_path):
+    model, report, folder = flap
+    sharded = lorap.save(model, tmp_path / "sharded", report=report, max_shard_size="50KB")
+    loaded = AutoModelForCausalLM.from_pretrained(sharded, device_map="cpu")
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(logits(again, tokens), logits(model, tokens))
+    configs = [json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "again")]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+
+
+def test_a_model_that_has_biases_gains_none(make_model, compress_small, tokens, tmp_path):
+    model, report = compress_small(make_model("llama-biases"), recipe="flap", sparsity=0.3)
+    out = lorap.save(model, tmp_path / "out", report=report)
+    settings = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert "biases" not in settings
+    assert settings["format_version"] == 1
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out), tokens), logits(model, tokens))
+
+
+def test_versions_of_added_biases():
+    assert LoRAPConfig(biases=[DOWN]).format_version == 2
+    assert LoRAPConfig(biases=[DOWN], format_version=2).biases == [DOWN]
+    assert LoRAPConfig(biases=[]).format_version == 1
+    again = LoRAPConfig(**LoRAPConfig(biases=[DOWN]).to_dict())
+    assert again.__dict__ == LoRAPConfig(biases=[DOWN]).__dict__
+    with pytest.raises(lorap.CheckpointError, match="added biases and format version 1, which has none; it must be 2"):
+        LoRAPConfig(biases=[DOWN], format_version=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 1}, "added biases and format version 1, which has none; it must be 2"),
+        ({"biases": ["model.layers.9.mlp.down_proj"]}, "model.layers.9.mlp.down_proj, but the model has no such layer"),
+        ({"biases": ["model.norm"]}, "model.norm, which is a LlamaRMSNorm, not a linear layer"),
+        ({"biases": [DOWN, Q]}, f"1 tensors of low-rank layers are missing, first {Q}.bias"),
+    ],
+    ids=["old-format", "unknown-module", "not-linear", "not-stored"],
+)
+def test_contradictory_biases_are_refused(change, message, flap):
+    edit_config(flap[2], **change)
+    with pytest.raises(lorap.CheckpointError) as error:
+        AutoModelForCausalLM.from_pretrained(flap[2])
+    assert message in str(error.value)
+
+
+def test_a_missing_added_bias_is_refused(flap):
+    edit_weights(flap[2], lambda tensors: tensors.pop(f"{DOWN}.bias"))
+    with pytest.raises(lorap.CheckpointError, match=rf"first {DOWN}\.bias"):
+        AutoModelForCausalLM.from_pretrained(flap[2])
+
+
+def test_added_biases_opened_without_lorap_are_refused(make_model, compress_small, tmp_path):
+    """Also where all widths are equal, which the model's config could say: the host would leave the biases out and warn."""
+    options = {"sublayers": ("mlp",), "allocation": "even", "bias_compensation": True}
+    model, report = compress_small(make_model("llama-gqa"), **options)
+    assert {layer.mlp.down_proj.in_features for layer in model.model.layers} == {50}
+    out = lorap.save(model, tmp_path / "out", report=report)
+    command = [sys.executable, "-c", WITHOUT_LORAP, str(out)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert run.returncode == 0, run.stderr
+    assert [line.split()[0] for line in run.stdout.splitlines()] == ["refused"] * 2, run.stdout + run.stderr
+
+
 def test_pivot_rows_of_the_wrong_kind_are_refused():
     for rows in (torch.tensor([0.0, 1]), torch.tensor([0, 1, 2])):
         layer = lorap.LowRankLinear(5, 7, 2, pivoted=True)

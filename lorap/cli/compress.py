@@ -147,14 +147,15 @@ def compress_command(
     ] = None,
     num_calibration_samples: Annotated[int, typer.Option(help="Token windows to calibrate on.")] = 128,
     calibration_seq_len: Annotated[int, typer.Option(help="Tokens in each window.")] = 128,
-    seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Which windows are drawn, and what the model writes for self.")] = 0,
     # What it is calibrated and judged on.
     calibration: Annotated[
         Optional[list[str]],
         typer.Option(
-            help="Text, JSONL (field `text`), .npy or .safetensors tokens, a `datasets` name, self (the model writes it), or "
-            "default (half texts that ship with lorap, half self); may be repeated, with weights: NAME=WEIGHT.  "
-            "[default: default]"
+            help="What resembles the text you will run on: FILE (text, JSONL with a field `text`, .npy or .safetensors tokens), "
+            "a `datasets` name, self (the model writes it), default (half texts that ship with lorap, half self), or one of "
+            "those texts, default/NAME; may be repeated, with weights: NAME=WEIGHT.  [default: default]",
+            metavar="FILE|NAME|NAME=WEIGHT",
         ),
     ] = None,
     eval_text: Annotated[
