@@ -48,8 +48,12 @@ def method_text(config: CompressionConfig) -> str:
             sentences.append("The down projections were refitted by least squares to the output of all channels.")
         if config.bias_compensation:
             sentences.append("The mean output of the channels that went is now a bias ({2312.11983}).")
-    sentences.append(_SIZES[config.allocation].format(ratio=config.vo_to_qk_ratio))
-    if config.output_weighting == "loss":
+    # The ratio is between projections of attention; where attention is left alone, `paper` is `even`.
+    sizes = "even" if config.allocation == "paper" and "self_attn" not in config.sublayers else config.allocation
+    sentences.append(_SIZES[sizes].format(ratio=config.vo_to_qk_ratio))
+    # `flap` makes no backward pass, and only factors and the output score look at the outputs.
+    reads_outputs = bool(factorized) or (pruned and config.channel_score == "output")
+    if config.output_weighting == "loss" and config.allocation != "flap" and reads_outputs:
         sentences.append("Errors of outputs were weighted by the gradients of the loss.")
     text = " ".join([*sentences, "Nothing was trained."])
     return re.sub(r"\{([\d.]+)\}", r"[arXiv \1](https://arxiv.org/abs/\1)", text)

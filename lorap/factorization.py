@@ -22,8 +22,8 @@ from torch import Tensor
 
 from lorap.errors import FactorizationError
 
-# The root of a metric is not told from a singular one beyond this: the metric itself has 16 digits, its root half as many.
-SINGULAR = 1e-7
+# A metric is known to some 12 digits after all sums, so its root, which has the square root of its condition, to half as many.
+SINGULAR = 1e-6
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ def factorize(
         rank: between 1 and min(out_features, in_features).
         metric: None for the plain SVD; a vector (in_features,) C_jj >= 0 (pass ``channel_sq_norm``); or a positive
             semi-definite matrix (in_features, in_features).
-        output_metric: None, or a positive definite matrix (out_features, out_features).
+        output_metric: None, or a positive semi-definite matrix (out_features, out_features); the product is 0 in directions
+            that a singular one does not see.
         name: what to call the weight in messages.
 
     Raises:
@@ -136,10 +137,9 @@ def spectrum(weight: Tensor, metric: Tensor | None = None, output_metric: Tensor
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     """matrix^-1 right; where the matrix is singular up to rounding, the smallest solution."""
-    solution, failed = torch.linalg.solve_ex(matrix, right)
-    growth = float(solution.norm() * matrix.norm() / right.norm())
-    usable = not bool(failed) and growth < 1 / SINGULAR  # NaN is not
-    return solution if usable else torch.linalg.pinv(matrix, rtol=SINGULAR) @ right
+    inverse, failed = torch.linalg.inv_ex(matrix)
+    usable = not bool(failed) and float(inverse.norm() * matrix.norm()) < 1 / SINGULAR  # NaN is not
+    return (inverse if usable else torch.linalg.pinv(matrix, rtol=SINGULAR)) @ right
 
 
 def root_of(metric: Tensor) -> Tensor:

@@ -234,6 +234,23 @@ def test_recipes_run_save_and_open_again(
     assert report.params_saved == sum(parameter.numel() for parameter in loaded.parameters())
 
 
+@pytest.mark.parametrize("recipe", ["best", "svd-llm", "flap"])
+@pytest.mark.parametrize("family", ["llama-gqa", "qwen3"])
+def test_recipes_in_bfloat16(make_model, tokens, compress_small, tmp_path, family: str, recipe: str) -> None:
+    model = make_model(family)
+    for parameter in model.parameters():  # rotary frequencies stay float32, as when such a model is loaded
+        parameter.data = parameter.data.bfloat16()
+    model, report = compress_small(model, recipe=recipe)
+    assert {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()} == {torch.bfloat16}
+    loaded = AutoModelForCausalLM.from_pretrained(lorap.save(model, tmp_path / "out", report=report))
+    assert loaded.dtype == torch.bfloat16
+    with torch.no_grad():
+        logits = model(tokens).logits
+        assert torch.isfinite(logits).all()
+        assert torch.equal(loaded(tokens).logits, logits)
+    assert all((projection.storage_error > 0) == (projection.rank is not None) for projection in report.projections)
+
+
 @pytest.mark.parametrize("family", ["llama-mha", "llama-gqa", "qwen2"])
 def test_svd_llm_is_the_whitened_svd(make_model, tokens, family: str) -> None:
     """W' = U_r Sigma_r V_r^T S^-1 with S S^T = X X^T (SVD-LLM, section 3.1), in all seven projections of the first layer."""
@@ -326,14 +343,45 @@ def outlier(model: Any) -> None:
     model.model.layers[1].mlp.up_proj.weight.data[9] *= 1e4
 
 
+def outlier_token(model: Any) -> None:
+    """Whenever it is read, the hidden state is 1e4 times as large as that of others, in all layers."""
+    model.model.embed_tokens.weight.data[35] *= 1e4
+
+
+def silent_token(model: Any) -> None:
+    """A hidden state of 0, as of a padding token that stands in the text."""
+    model.model.embed_tokens.weight.data[35] = 0
+
+
 @pytest.mark.parametrize("recipe", list(RECIPES))
-@pytest.mark.parametrize("damage", [dead_channel, dead_ffn, dead_attention, outlier], ids=lambda one: one.__name__)
+@pytest.mark.parametrize(
+    "damage",
+    [dead_channel, dead_ffn, dead_attention, outlier, outlier_token, silent_token],
+    ids=lambda one: one.__name__,
+)
 def test_odd_weights_never_crash(make_model, tokens, compress_small, damage, recipe: str) -> None:
     model = make_model("llama-gqa")
     damage(model)
     model, report = compress_small(model, recipe=recipe, sparsity=0.3)
     assert torch.isfinite(model(tokens).logits).all()
     assert all(0 <= projection.error < 10 for projection in report.projections)
+
+
+@pytest.mark.parametrize("damage", [outlier_token, silent_token], ids=lambda one: one.__name__)
+def test_no_token_decides_alone(make_model, tokens, damage) -> None:
+    """Under residual weights, one token of huge or of no norm leaves the second moment nearly what the others make it."""
+    moments = {}
+    others = tokens[~(tokens == 35).any(1)]
+    for name, text in (("all", tokens), ("others", others)):
+        model = make_model("llama-gqa")
+        damage(model)
+        layer = model.model.layers[0]
+        probe = {"x": Probe(layer.self_attn.o_proj, moments=True, weighted=True)}
+        moments[name] = stream_of(model, text).observe(0, layer, probe)["x"][0]
+    assert len(others) < len(tokens)
+    per_token = [stats.weight / stats.tokens for stats in moments.values()]
+    assert 0.5 < per_token[0] / per_token[1] < 2
+    assert relative(moments["all"].second_moment, moments["others"].second_moment) < 1
 
 
 def one_window(tokens: Tensor) -> Tensor:

@@ -186,6 +186,19 @@ def test_method_leaves_out_what_was_not_done(options, start, absent):
     assert absent not in text
 
 
+@pytest.mark.parametrize(
+    ("options", "absent"),
+    [
+        ({"recipe": "flap", "output_weighting": "loss"}, "gradients"),
+        ({"recipe": "lorap", "output_weighting": "loss", "sublayers": ("mlp",)}, "gradients"),
+        ({"recipe": "lorap", "sublayers": ("mlp",)}, "v and o"),
+    ],
+    ids=["flap-has-no-backward-pass", "score-without-outputs", "no-ratio-without-attention"],
+)
+def test_method_does_not_tell_what_had_no_effect(options, absent):
+    assert absent not in method_text(lorap.CompressionConfig(**options))
+
+
 def test_ratio_is_the_one_that_was_used():
     assert "v and o counting 1.5 times as much" in method_text(
         lorap.CompressionConfig(recipe="lorap", vo_to_qk_ratio=1.5)

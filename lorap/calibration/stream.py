@@ -122,15 +122,25 @@ class CalibrationStream:
         """
         folds = 1 + max(batch.fold for batch in self.batches)
         stats = {name: tuple(_empty(probe) for _ in range(folds)) for name, probe in probes.items()}
+        floor = self._smallest_sq_norm() if any(probe.weighted for probe in probes.values()) else 0.0
         for batch in self.batches:
             seen: set[str] = set()
             with ExitStack() as hooks:
                 for name, probe in probes.items():
-                    update = _updater(stats[name][batch.fold], batch, probe, name, seen, wanted=len(probes))
+                    update = _updater(
+                        stats[name][batch.fold], batch, probe, name, seen, wanted=len(probes), floor=floor
+                    )
                     hooks.callback(probe.linear.register_forward_pre_hook(update).remove)
                 with suppress(_SeenEnough):
                     run_layer(layer, batch, index)
         return stats
+
+    def _smallest_sq_norm(self) -> float:
+        """The mean square that weights are bounded by: over all real tokens, so that it does not depend on batches."""
+        found = [
+            _sq_norm(batch) if batch.mask is None else _sq_norm(batch)[batch.mask.bool()] for batch in self.batches
+        ]
+        return max(float(torch.cat([part.flatten() for part in found]).median()) / LARGEST_WEIGHT, SMALLEST_SQ_NORM)
 
     @torch.no_grad()
     def advance(self, index: int, layer: nn.Module) -> None:
@@ -149,12 +159,11 @@ class _SeenEnough(Exception):
 
 
 def _updater(
-    stats: ActivationStats, batch: Batch, probe: Probe, name: str, seen: set[str], *, wanted: int
+    stats: ActivationStats, batch: Batch, probe: Probe, name: str, seen: set[str], *, wanted: int, floor: float
 ) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     weights = None
     if probe.weighted:
-        sq_norm = batch.hidden.float().square().mean(-1)
-        weights = 1 / sq_norm.clamp(min=max(float(sq_norm.median()) / LARGEST_WEIGHT, SMALLEST_SQ_NORM))
+        weights = 1 / _sq_norm(batch).clamp(min=floor)
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         stats.update(args[0], batch.mask, weights)
@@ -163,6 +172,11 @@ def _updater(
             raise _SeenEnough
 
     return hook
+
+
+def _sq_norm(batch: Batch) -> Tensor:
+    """(windows, seq_len) float32, mean square of each hidden state."""
+    return batch.hidden.float().square().mean(-1)
 
 
 def _empty(probe: Probe) -> ActivationStats:
