@@ -13,7 +13,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from lorap.allocation import Shape, break_even_rank
@@ -162,8 +161,3 @@ def affordable_multiple(axis: int, params_per_unit: int, total_params: int, *, s
     ):
         multiple //= 2
     return multiple
-
-
-def suffix_sums(values: Tensor) -> Tensor:
-    """(n + 1,): what remains when the first k of n values are taken, for k = 0 .. n."""
-    return torch.cat((values.flip(0).cumsum(0).flip(0), values.new_zeros(1)))

@@ -135,6 +135,11 @@ def spectrum(weight: Tensor, metric: Tensor | None = None, output_metric: Tensor
     return torch.linalg.eigvalsh(_gram(w, c)).flip(0).clamp(min=0)
 
 
+def suffix_sums(values: Tensor) -> Tensor:
+    """(n + 1,): what remains when the first k of n values are taken, for k = 0 .. n."""
+    return torch.cat((values.flip(0).cumsum(0).flip(0), values.new_zeros(1)))
+
+
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     """matrix^-1 right; where the matrix is singular up to rounding, the smallest solution."""
     inverse, failed = torch.linalg.inv_ex(matrix)

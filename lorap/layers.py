@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from lorap.allocation import LayerPlan
 from lorap.architectures import MLP, PROJECTIONS, SHARED_INPUTS, Architecture
 from lorap.calibration.statistics import ActivationStats, merged
-from lorap.calibration.stream import CalibrationStream, Probe
+from lorap.calibration.stream import CalibrationStream, Probe, on_device
 from lorap.config import CompressionConfig
 from lorap.errors import CalibrationError
 from lorap.factorization import factorize
 from lorap.metrics import choose_ridge, choose_shrinkage, shrunk
-from lorap.modules import LowRankLinear
+from lorap.modules import LowRankLinear, count_parameters
 from lorap.pivoting import pivot, storage_error
 from lorap.pruning import channel_importance, keep_inputs, keep_outputs, new_linear, removed_shares
 from lorap.repair import fluctuation_scores, keep_best, output_scores, removed_share, repair_down
@@ -63,27 +63,36 @@ class LayerCompressor:
             CalibrationError: an activation is NaN or infinite.
             FactorizationError: a weight is.
         """
-        home = next(layer.parameters()).device
-        layer.to(self.device)
         dense = self.architecture.linears(layer)
         work = _Layer(self.config, index, plan, dense, output_metrics)
-        for inputs in self._steps(plan, dense):
+        with on_device(layer, self.device):
+            for inputs in self._steps(plan, dense):
+                self._compress_part(index, layer, work, inputs)
             with self.watch("calibrate"):
-                folds = self._observe(index, layer, dense, inputs)
-            with self.watch("factorize"):
-                for role in plan.ranks:
-                    if role in folds:
-                        work.factorize(role, folds[role], self.architecture.module_name(index, role))
-            with self.watch("prune"):
-                if "mlp_inner" in inputs and plan.intermediate_size < dense["gate_proj"].out_features:
-                    work.prune(folds["gate_proj"], folds["down_proj"])
-                    layer.get_submodule(self.architecture.mlp).intermediate_size = plan.intermediate_size  # type: ignore[assignment]
-            for role, module in work.replaced.items():
-                layer.set_submodule(self.architecture.projections[role], module)
-        with self.watch("calibrate"):
-            self.stream.advance(index, layer)
-        layer.to(home)
+                self.stream.advance(index, layer)
         return [work.report(role) for role in PROJECTIONS]
+
+    def _compress_part(self, index: int, layer: nn.Module, work: _Layer, inputs: tuple[str, ...]) -> None:
+        """Replace the projections that read ``inputs``, judged on what these are now."""
+        plan, dense = work.plan, work.dense
+        with self.watch("calibrate"):
+            folds = self._observe(index, layer, dense, inputs)
+        with self.watch("factorize"):
+            for name in inputs:
+                work.factorize(
+                    {
+                        role: self.architecture.module_name(index, role)
+                        for role in SHARED_INPUTS[name]
+                        if role in plan.ranks
+                    },
+                    folds[name],
+                )
+        with self.watch("prune"):
+            if "mlp_inner" in inputs and plan.intermediate_size < dense["gate_proj"].out_features:
+                work.prune(folds["mlp_input"], folds["mlp_inner"])
+                layer.get_submodule(self.architecture.mlp).intermediate_size = plan.intermediate_size  # type: ignore[assignment]
+        for role, module in work.replaced.items():
+            layer.set_submodule(self.architecture.projections[role], module)
 
     def _steps(self, plan: LayerPlan, dense: Mapping[str, nn.Linear]) -> list[tuple[str, ...]]:
         """Which inputs are observed together, in order; those that nothing depends on are left out."""
@@ -101,7 +110,7 @@ class LayerCompressor:
     def _observe(
         self, index: int, layer: nn.Module, dense: Mapping[str, nn.Linear], inputs: tuple[str, ...]
     ) -> dict[str, Folds]:
-        """Statistics by projection; projections that read the same input share them."""
+        """Statistics by the name of the input."""
         probes = {name: self._probe(name, dense[SHARED_INPUTS[name][0]]) for name in inputs}
         found = self.stream.observe(index, layer, probes)
         for name, folds in found.items():
@@ -110,7 +119,7 @@ class LayerCompressor:
                     f"the activations in layer {index} are not finite (input of {', '.join(SHARED_INPUTS[name])}): the "
                     "calibration text or the weights overflow this dtype; try --dtype float32, or check the model"
                 )
-        return {role: found[name] for name in inputs for role in SHARED_INPUTS[name]}
+        return found
 
     def _probe(self, name: str, linear: nn.Linear) -> Probe:
         config = self.config
@@ -140,9 +149,15 @@ class _Layer:
         self.errors: dict[str, float] = {}
         self.storage_errors: dict[str, float] = {}
 
-    def factorize(self, role: str, folds: Folds, name: str) -> None:
+    def factorize(self, names: Mapping[str, str], folds: Folds) -> None:
+        """Low-rank stand-ins for projections that read one input, given by role and full name."""
+        if names:
+            metric = self._metric(folds)
+            for role, name in names.items():
+                self._factorize(role, metric, name)
+
+    def _factorize(self, role: str, metric: Tensor | None, name: str) -> None:
         linear = self.dense[role]
-        metric = self._metric(folds)
         weight = linear.weight.data.double()  # rounded once, at the end
         factors = factorize(
             weight, self.plan.ranks[role], metric, output_metric=self._output_metric(role, weight), name=name
@@ -218,8 +233,8 @@ class _Layer:
             shape_before=(before.out_features, before.in_features),
             shape_after=(int(after.out_features), int(after.in_features)),  # type: ignore[arg-type]
             rank=after.rank if isinstance(after, LowRankLinear) else None,
-            params_before=sum(parameter.numel() for parameter in before.parameters()),
-            params_after=sum(parameter.numel() for parameter in after.parameters()),
+            params_before=count_parameters(before),
+            params_after=count_parameters(after),
             error=self.errors.get(role, 0.0),
             storage_error=self.storage_errors.get(role, 0.0),
         )

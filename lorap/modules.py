@@ -209,3 +209,8 @@ def is_untouched(module: nn.Module) -> bool:
 def is_autocast(x: Tensor) -> bool:
     """True where torch would choose another dtype for a linear layer on x."""
     return torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Elements of all parameters; tied ones count once, as they are saved once."""
+    return sum(parameter.numel() for parameter in model.parameters())

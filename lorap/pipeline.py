@@ -28,6 +28,7 @@ from lorap.evaluation import evaluate
 from lorap.integrations.transformers import LoRAPConfig, mark_compressed
 from lorap.layers import LayerCompressor, needs_folds
 from lorap.loading import check_tokenizer, find_model, load_model, load_tokenizer, resolve_device
+from lorap.modules import count_parameters
 from lorap.planning import make_plan
 from lorap.report import CompressionReport
 from lorap.resources import Stopwatch, describe_environment, peak_memory_bytes
@@ -206,11 +207,6 @@ def check_finite(model: nn.Module) -> None:
             raise FactorizationError(
                 f"{name} contains {bad:,} values that are NaN or infinite; the checkpoint is damaged"
             )
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Elements of all parameters; tied ones count once, as they are saved once."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _describe(windows: TokenWindows) -> dict[str, Any]:

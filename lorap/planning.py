@@ -22,18 +22,18 @@ from lorap.budget import (
     affordable_multiple,
     rank_offers,
     spend,
-    suffix_sums,
     tied,
     width_offers,
 )
 from lorap.calibration.data import TokenWindows
 from lorap.calibration.sensitivity import Sensitivity, layer_sensitivities
-from lorap.calibration.stream import CalibrationStream, Probe
+from lorap.calibration.stream import CalibrationStream, Probe, on_device
 from lorap.config import CompressionConfig
 from lorap.errors import CalibrationError, ConfigError
-from lorap.factorization import spectrum
+from lorap.factorization import spectrum, suffix_sums
 from lorap.metrics import output_metric, shrunk
 from lorap.repair import fluctuation_scores, output_scores, repaired_tail
+from lorap.report import compressed_roles
 
 Key = tuple[int, str]  # (layer index, role); the FFN of a layer goes by the name of its down projection
 
@@ -82,7 +82,7 @@ def make_plan(
     by_shape = [plan_layer(shape, config) for shape in shapes] if config.allocation in ("paper", "even") else None
     if config.sparsity == 0 or (by_shape is not None and config.output_weighting == "none"):
         return Plan(by_shape or [LayerPlan(ranks={}, intermediate_size=shape["gate_proj"][0]) for shape in shapes])
-    roles = [role for role in _roles(config) if role not in MLP[:2]]
+    roles = [role for role in compressed_roles(config) if role not in MLP[:2]]
     prices = _Prices(config, shapes)
     metrics: dict[Key, Tensor] = {}
     sampled = spread_sample(windows, SENSITIVITY_TOKENS)
@@ -113,7 +113,7 @@ class _Prices:
         self.config = config
         self.shapes = shapes
         self.curves: dict[Key, list[Offer]] = {}
-        self.total = sum(_size(shape[role]) for shape in shapes for role in _roles(config))
+        self.total = sum(_size(shape[role]) for shape in shapes for role in compressed_roles(config))
         together = len(shapes) if config.shapes == "uniform" else 1
         self.multiples = {
             role: _multiple(role, shapes[0][role], config, total=self.total, together=together)
@@ -181,21 +181,19 @@ def _flap_widths(
     stream = CalibrationStream.from_model(model, layers, windows, device=device)
     standardised = []
     for index, layer in enumerate(layers):
-        home = next(layer.parameters()).device
-        layer.to(device)
         down = architecture.linears(layer)["down_proj"]
-        (stats,) = stream.observe(index, layer, {"mlp_inner": Probe(down, mean=True)})["mlp_inner"]
-        scores = fluctuation_scores(down.weight.data, stats.variance)
+        with on_device(layer, device):
+            (stats,) = stream.observe(index, layer, {"mlp_inner": Probe(down, mean=True)})["mlp_inner"]
+            scores = fluctuation_scores(down.weight.data, stats.variance)
+            stream.advance(index, layer)
         standardised.append(((scores - scores.mean()) / scores.std().clamp(min=torch.finfo(torch.float64).tiny)).cpu())
-        stream.advance(index, layer)
-        layer.to(home)
     kept = threshold_widths(standardised, _channels_to_drop(config, shapes))
     return [LayerPlan(ranks={}, intermediate_size=width) for width in kept]
 
 
 def _channels_to_drop(config: CompressionConfig, shapes: Sequence[Mapping[str, Shape]]) -> int:
     """Attention stays dense, so the FFNs give up what all compressed sub-layers are to lose."""
-    total = sum(_size(shape[role]) for shape in shapes for role in _roles(config))
+    total = sum(_size(shape[role]) for shape in shapes for role in compressed_roles(config))
     return int(config.sparsity * total / sum(_size(shapes[0][role]) / shapes[0]["gate_proj"][0] for role in MLP))
 
 
@@ -226,10 +224,6 @@ def spread_sample(windows: TokenWindows, tokens: int) -> TokenWindows:
     rows = torch.linspace(0, count - 1, wanted).round().long()
     mask = None if windows.attention_mask is None else windows.attention_mask[rows]
     return TokenWindows(windows.input_ids[rows], windows.name, windows.sha256, mask)
-
-
-def _roles(config: CompressionConfig) -> tuple[str, ...]:
-    return (ATTENTION if "self_attn" in config.sublayers else ()) + (MLP if "mlp" in config.sublayers else ())
 
 
 def _size(shape: Shape) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lorap.errors import FactorizationError
+from lorap.factorization import suffix_sums
 
 # Relative to the mean channel energy: keeps the normal equations solvable where channels are collinear or never fire.
 SMALLEST_RIDGE = 1e-8
@@ -87,7 +88,7 @@ def repaired_tail(
     unexplained = w @ root
     seen = unexplained if output_metric is None else output_metric.to(w) @ unexplained
     energy = (unexplained * seen).sum(0).clamp(min=0)
-    return torch.cat((energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)))
+    return suffix_sums(energy)
 
 
 def _ridged_cholesky(c: Tensor, pull: float) -> tuple[Tensor, float]:

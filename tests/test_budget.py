@@ -13,11 +13,11 @@ from lorap.budget import (
     lower_hull,
     rank_offers,
     spend,
-    suffix_sums,
     tied,
     width_offers,
 )
 from lorap.errors import ConfigError
+from lorap.factorization import suffix_sums
 
 
 def offers(*rows: tuple[int, int, float]) -> list[Offer]:

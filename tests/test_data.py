@@ -5,32 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from drawing import TEXT, draw, refusal, write
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from lorap import CalibrationError
-from lorap.calibration import TokenWindows, draw_windows, fold_of, read_source
+from lorap.calibration import TokenWindows, fold_of, read_source
 from lorap.calibration.data import Share, consecutive_windows
-
-VOCAB = 500  # of the tokenizer in conftest.py
-TEXT = "Über the river, 12 boats; naïve crews sang 歌.\n" * 40
-
-
-def draw(source, tokenizer=None, *, samples: int = 3, seq_len: int = 7, seed: int = 0, vocab: int = VOCAB):
-    return draw_windows(source, tokenizer, num_samples=samples, seq_len=seq_len, seed=seed, vocab_size=vocab)
-
-
-def write(path: Path, content: str | bytes) -> Path:
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
-
-
-def refusal(source, tokenizer=None, **options) -> str:
-    with pytest.raises(CalibrationError) as error:
-        draw(source, tokenizer, **options)
-    return str(error.value)
-
 
 # Windows
 

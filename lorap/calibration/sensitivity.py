@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorap import ops
 from lorap.calibration.data import TokenWindows
-from lorap.calibration.stream import Batch, CalibrationStream, bypassed, run_layer
+from lorap.calibration.statistics import ActivationStats
+from lorap.calibration.stream import Batch, CalibrationStream, bypassed, on_device, run_layer
 
 # Tokens that run backward at once. Each keeps all activations of one layer, and once the logits.
 BATCH_TOKENS = 512
@@ -63,21 +63,18 @@ def layer_sensitivities(
     stream = CalibrationStream.from_model(model, layers, windows, device=device, batch_tokens=BATCH_TOKENS)
     inputs = []
     for index, layer in enumerate(layers):
-        home = next(layer.parameters()).device
-        layer.to(device)
         inputs.append([batch.hidden for batch in stream.batches])
-        stream.advance(index, layer)
-        layer.to(home)
+        with on_device(layer, device):
+            stream.advance(index, layer)
     gradients = _loss_gradients(model, layers, windows, stream.batches)
     for index in progress(reversed(range(len(layers)))):
         layer, hidden = layers[index], inputs.pop()
-        home = next(layer.parameters()).device
-        layer.to(device)
         sums = _Sums()
-        for batch, states, position in zip(stream.batches, hidden, range(len(hidden)), strict=True):
-            batch.hidden = states
-            gradients[position] = _backward(index, layer, batch, gradients[position], projections(layer), sums)
-        layer.to(home)
+        with on_device(layer, device):
+            linears = projections(layer)
+            for position, (batch, states) in enumerate(zip(stream.batches, hidden, strict=True)):
+                batch.hidden = states
+                gradients[position] = _backward(index, layer, batch, gradients[position], linears, sums)
         yield index, sums.sensitivities()
 
 
@@ -105,30 +102,30 @@ def _loss_gradients(
 
 
 class _Sums:
-    """Running sums of x x^T and g g^T by role."""
+    """Second moments of the inputs and of the output gradients, by role; roles that read one tensor share its sums."""
 
     def __init__(self) -> None:
-        self.inputs: dict[str, Tensor] = {}
-        self.outputs: dict[str, Tensor] = {}
-        self.tokens: dict[str, int] = {}
-        self.source: dict[str, str] = {}
+        self.inputs: dict[str, ActivationStats] = {}  # by the first role that reads the tensor
+        self.outputs: dict[str, ActivationStats] = {}
+        self.reads: dict[str, str] = {}  # role to the first role that reads the same tensor
 
-    def add(self, role: str, x: Tensor, g: Tensor, mask: Tensor | None, *, same_input_as: str | None) -> None:
-        self.source[role] = same_input_as or role
-        if same_input_as is None:
-            moment, tokens = ops.second_moment(x, mask)
-            self.inputs[role] = self.inputs.get(role, 0) + moment
-            self.tokens[role] = self.tokens.get(role, 0) + int(tokens)
-        self.outputs[role] = self.outputs.get(role, 0) + ops.second_moment(g, mask)[0]
+    def add(self, role: str, x: Tensor, g: Tensor, mask: Tensor | None, *, first_reader: str) -> None:
+        self.reads[role] = first_reader
+        if role == first_reader:
+            _moments(self.inputs, role, x).update(x, mask)
+        _moments(self.outputs, role, g).update(g, mask)
 
     def sensitivities(self) -> dict[str, Sensitivity]:
         return {
-            role: Sensitivity(
-                output=(outer / max(self.tokens[self.source[role]], 1)).float(),
-                input=self.inputs[self.source[role]] / max(self.tokens[self.source[role]], 1),
-            )
-            for role, outer in self.outputs.items()
+            role: Sensitivity(output=stats.second_moment.float(), input=self.inputs[self.reads[role]].second_moment)
+            for role, stats in self.outputs.items()
         }
+
+
+def _moments(stats: dict[str, ActivationStats], role: str, x: Tensor) -> ActivationStats:
+    if role not in stats:
+        stats[role] = ActivationStats(x.shape[-1], moments=True, device=x.device)
+    return stats[role]
 
 
 def _backward(
@@ -147,9 +144,8 @@ def _backward(
         output = run_layer(layer, batch, index)
         wanted = [batch.hidden, *(seen[role][1] for role in linears)]
         below, *at_outputs = torch.autograd.grad(output, wanted, gradient)
-    first_reader: dict[int, str] = {}
+    first_readers: dict[int, str] = {}
     for role, g in zip(linears, at_outputs, strict=True):
         x = seen[role][0]
-        same = first_reader.setdefault(id(x), role)
-        sums.add(role, x.detach(), g, batch.mask, same_input_as=None if same == role else same)
+        sums.add(role, x.detach(), g, batch.mask, first_reader=first_readers.setdefault(id(x), role))
     return below

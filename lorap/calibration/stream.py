@@ -27,7 +27,6 @@ from lorap.calibration.statistics import ActivationStats
 # Tokens that run through a layer at once: large enough for efficient matmuls, small next to a layer's weights.
 BATCH_TOKENS = 2048
 
-
 # No token weighs more than so many times the median one; a hidden state of norm 0 would weigh infinitely much.
 LARGEST_WEIGHT = 100.0
 SMALLEST_SQ_NORM = 1e-9
@@ -147,6 +146,17 @@ class CalibrationStream:
         """Replace the hidden states by the outputs of ``layer``."""
         for batch in self.batches:
             batch.hidden = run_layer(layer, batch, index)
+
+
+@contextmanager
+def on_device(layer: nn.Module, device: torch.device) -> Iterator[None]:
+    """``layer`` is on ``device`` while this is active, and afterwards where it was."""
+    home = next(layer.parameters()).device
+    layer.to(device)
+    try:
+        yield
+    finally:
+        layer.to(home)
 
 
 def run_layer(layer: nn.Module, batch: Batch, index: int) -> Tensor:
