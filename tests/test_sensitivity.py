@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lorap.architectures import PROJECTIONS, find_architecture
 from lorap.calibration import TokenWindows
-from lorap.calibration.sensitivity import Sensitivity, layer_sensitivities
+from lorap.calibration.sensitivity import Sensitivity, _Sums, layer_sensitivities
 
 CPU = torch.device("cpu")
 
@@ -39,7 +39,7 @@ def loss_of(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def by_autograd(model: Any, ids: Tensor, mask: Tensor | None = None) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
-    """Means of g g^T and x x^T over real tokens, by hooks on the whole model."""
+    """Means of g g^T |x| / |g| and x x^T |g| / |x| over real tokens, by hooks on the whole model."""
     architecture = find_architecture(model)
     seen: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
     handles = []
@@ -58,6 +58,9 @@ def by_autograd(model: Any, ids: Tensor, mask: Tensor | None = None) -> dict[tup
     moments = {}
     for (key, (x, _)), g in zip(seen.items(), gradients, strict=True):
         x, g = x.detach()[counted].double(), g[counted].double()
+        sizes = [part.norm(dim=1, keepdim=True) for part in (x, g)]
+        both = (sizes[0] * sizes[1]).sqrt()  # the length that either gets
+        x, g = (torch.nan_to_num(part / size) * both for part, size in zip((x, g), sizes, strict=True))
         moments[key] = (g.T @ g / len(g), x.T @ x / len(x))
     return moments
 
@@ -116,15 +119,16 @@ def written_by(model: Any, windows: int, seq_len: int) -> Tensor:
 
 @pytest.mark.parametrize("family", ["llama-gqa", "qwen3"])
 def test_predicts_the_increase_of_the_loss(make_model: Callable[..., Any], family: str) -> None:
-    """Random damage of 3 %, mean of both signs, so that only the second order is left: within a factor of 2 of the price.
+    """Random damage of 3 %, mean of both signs, so that only the second order is left: 0.5 to 2.5 times the price.
 
-    But for v_proj, whose errors at many tokens are averaged by attention: they add up, and the price, which takes tokens for
-    independent, is up to 6 times too low where every token looks everywhere, as in random models.
+    But for k_proj and v_proj, whose errors at many tokens are averaged by attention: they add up, and the price, which takes
+    tokens for independent, is up to 3 and 8 times too low where every token looks everywhere, as in random models.
     """
     model = make_model(family).double()
     architecture, ids = find_architecture(model), written_by(model, 64, 32)
     found = sensitivities(model, windows(ids))
     count = len(ids) * (ids.shape[1] - 1)
+    highest = {"k_proj": 3, "v_proj": 9}
     with torch.no_grad():
         before = loss_of(model, ids)
         for (index, role), value in found.items():
@@ -137,7 +141,7 @@ def test_predicts_the_increase_of_the_loss(make_model: Callable[..., Any], famil
                 rise += float(loss_of(model, ids) - before) / (2 * count)
             weight.copy_(exact)
             price = float((value.output.double() @ damage @ value.input * damage).sum()) / 2
-            assert 0.5 < rise / price < (6 if role == "v_proj" else 2), (index, role)
+            assert 0.5 < rise / price < highest.get(role, 2.5), (index, role, rise / price)
 
 
 def test_gradients_leave_no_trace(make_model: Callable[..., Any], tokens: Tensor) -> None:
@@ -164,16 +168,14 @@ def test_works_inside_no_grad(make_model: Callable[..., Any], tokens: Tensor) ->
         assert torch.equal(value.output, inside[key].output)
 
 
-def test_projections_on_one_input_share_its_moment(make_model: Callable[..., Any], tokens: Tensor) -> None:
+def test_shapes(make_model: Callable[..., Any], tokens: Tensor) -> None:
     found = sensitivities(make_model("llama-gqa"), windows(tokens))
-    for index in range(2):
-        q, k, v, o, gate, up, down = (found[index, role] for role in PROJECTIONS)
-        assert q.input.shape == (64, 64)
-        for other in (k, v):
-            assert torch.equal(q.input, other.input)
-        assert torch.equal(gate.input, up.input)
-        assert not torch.equal(q.input, gate.input)
-        assert (k.output.shape, o.output.shape, down.input.shape) == ((32, 32), (64, 64), (100, 100))
+    sizes = {"q_proj": (64, 64), "k_proj": (32, 64), "v_proj": (32, 64), "o_proj": (64, 64)}
+    sizes |= {"gate_proj": (100, 64), "up_proj": (100, 64), "down_proj": (64, 100)}
+    for (_, role), value in found.items():
+        out_features, in_features = sizes[role]
+        assert value.output.shape == (out_features, out_features)
+        assert value.input.shape == (in_features, in_features)
 
 
 def test_layers_come_last_first_and_only_what_is_asked_for(make_model: Callable[..., Any], tokens: Tensor) -> None:
@@ -182,3 +184,26 @@ def test_layers_come_last_first_and_only_what_is_asked_for(make_model: Callable[
     assert list(found) == [(index, role) for index in (2, 1, 0) for role in ("o_proj", "down_proj")]
     everything = sensitivities(model, windows(tokens))
     assert all(torch.equal(value.output, everything[key].output) for key, value in found.items())
+
+
+def test_neither_huge_activations_nor_sinks_outweigh_the_rest() -> None:
+    """A token of huge x and tiny g, and one the other way round, count as much as any other; one without gradient not at all."""
+    generator = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(200, size, generator=generator) for size in (5, 3))
+    scale = torch.ones(200, 1)
+    scale[0], scale[1] = 1e4, 1e-4
+    sums, plain = _Sums(), _Sums()
+    sums.add("down_proj", x * scale, g / scale, None)
+    plain.add("down_proj", x, g, None)
+    found, expected = sums.sensitivities()["down_proj"], plain.sensitivities()["down_proj"]
+    torch.testing.assert_close(found.output, expected.output, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.input, expected.input, rtol=1e-4, atol=1e-5)
+    g[7:] = 0
+    sums = _Sums()
+    sums.add("down_proj", x, g, None)
+    first = _Sums()
+    first.add("down_proj", x[:7], g[:7], None)
+    alone = first.sensitivities()["down_proj"]
+    assert torch.isfinite(sums.sensitivities()["down_proj"].input).all()
+    torch.testing.assert_close(sums.sensitivities()["down_proj"].output, alone.output * 7 / 200)
+    torch.testing.assert_close(sums.sensitivities()["down_proj"].input, alone.input * 7 / 200)
