@@ -94,15 +94,15 @@ def test_compress_reports_what_it_wrote(model_folder, small_text, tmp_path):
 
 
 def test_compress_with_weighted_sources(model_folder, small_text, tmp_path):
-    options = ["--calibration", f"{small_text}=2", "--calibration", "default/law", "--eval-text", "none", "--json"]
+    options = ["--calibration", f"{small_text}=2", "--calibration", "default/news", "--eval-text", "none", "--json"]
     found = last_json(run("compress", model_folder, tmp_path / "out", *options, *SMALL))["calibration"]
-    assert (found["name"], found["windows"]) == ("text.txt, default/law", 8)
+    assert (found["name"], found["windows"]) == ("text.txt, default/news", 8)
     assert found["sources"] == [
         {"name": "text.txt", "weight": 2.0, "windows": 5},
-        {"name": "default/law", "weight": 1.0, "windows": 3},
+        {"name": "default/news", "weight": 1.0, "windows": 3},
     ]
     card = (tmp_path / "out" / "README.md").read_text("utf-8")
-    assert "- `text.txt`: 5 windows, weight 2\n- `default/law`: 3 windows, weight 1\n" in card
+    assert "- `text.txt`: 5 windows, weight 2\n- `default/news`: 3 windows, weight 1\n" in card
 
 
 def test_one_source_is_not_listed_in_the_model_card(model_folder, small_text, tmp_path):
@@ -348,13 +348,13 @@ def no_tokenizer(folder: Path) -> None:
         ),
         pytest.param(
             huge_norm,
-            ["--recipe", "lorap", "--calibration", "default/law"],
+            ["--recipe", "lorap", "--calibration", "default/news"],
             "the activations in layer 1 are not finite",
             id="inf-activations",
         ),
         pytest.param(
             huge_norm,
-            ["--calibration", "default/law"],
+            ["--calibration", "default/news"],
             "the gradients at model.layers.1.self_attn.q_proj are not finite in torch.float32",
             id="inf-gradients",
         ),

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from lorap import CalibrationError
 from lorap.calibration import TokenWindows, fold_of, read_source
 from lorap.calibration.data import Share, consecutive_windows
+from lorap.calibration.sources import shipped_texts
 
 # Windows
 
@@ -175,8 +176,9 @@ def test_windows_without_groups_are_one_fold() -> None:
 
 
 def test_folds_of_the_default_texts(tokenizer: PreTrainedTokenizerFast) -> None:
-    """100 windows, 20 of each text: two texts against three."""
-    windows = draw("default", tokenizer, samples=100)
+    """10 windows of each text: one half of the texts against the other, and an odd one among the first."""
+    texts = len(shipped_texts())
+    windows = draw("default", tokenizer, samples=10 * texts)
     fold = fold_of(windows)
-    assert int(fold.sum()) == 40
+    assert int(fold.sum()) == 10 * (texts // 2)
     assert not set(windows.groups[fold].tolist()) & set(windows.groups[~fold].tolist())

@@ -13,8 +13,10 @@ from lorap import CalibrationError
 from lorap.calibration import TokenWindows, draw_windows, read_source
 from lorap.calibration.data import Share
 from lorap.calibration.mixtures import parse_source, split_by_weight, weighted_sources
+from lorap.calibration.sources import shipped_texts
 
-SHIPPED = [f"default/{name}" for name in ("encyclopedic", "law", "novel", "stories", "technical")]
+SHIPPED = list(shipped_texts())
+EACH = 1 / len(SHIPPED)
 LOW, HIGH = torch.arange(100), torch.arange(100, 500)
 
 
@@ -71,14 +73,14 @@ def test_shares_add_up_and_follow_the_weights(total: int, weights: list[float]) 
 
 
 def test_half_of_the_default_is_the_models_own_where_there_is_one() -> None:
-    assert weighted_sources("default") == [(name, pytest.approx(0.2)) for name in SHIPPED]
-    half = [*((name, pytest.approx(0.1)) for name in SHIPPED), ("self", pytest.approx(0.5))]
+    assert weighted_sources("default") == [(name, pytest.approx(EACH)) for name in SHIPPED]
+    half = [*((name, pytest.approx(EACH / 2)) for name in SHIPPED), ("self", pytest.approx(0.5))]
     assert weighted_sources("default", own_samples=True) == half
     # Only `default` is divided: what was asked for by name stays as it was.
-    assert weighted_sources(["default/law", LOW], own_samples=True) == [("default/law", 1.0), (LOW, 1.0)]
+    assert weighted_sources(["default/news", LOW], own_samples=True) == [("default/news", 1.0), (LOW, 1.0)]
     found = dict(weighted_sources([("self", 2), ("default", 4)], own_samples=True))
-    assert found == {"self": pytest.approx(4.0)} | dict.fromkeys(SHIPPED, pytest.approx(0.4))
-    assert dict(weighted_sources([("self", 2), "default/law"])) == {"self": 2.0, "default/law": 1.0}
+    assert found == {"self": pytest.approx(4.0)} | dict.fromkeys(SHIPPED, pytest.approx(2 * EACH))
+    assert dict(weighted_sources([("self", 2), "default/news"])) == {"self": 2.0, "default/news": 1.0}
 
 
 # Windows of several sources
@@ -100,9 +102,9 @@ def test_each_source_gives_its_share_as_it_would_alone() -> None:
 def test_names(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = tmp_path / "my.txt"
     path.write_text(read_source("heldout")[:5000], "utf-8")
-    windows = draw([(str(path), 2), "default/law"], tokenizer, samples=9)
-    assert windows.name == "my.txt, default/law"
-    assert windows.group_names == ("my.txt", "default/law")
+    windows = draw([(str(path), 2), "default/news"], tokenizer, samples=9)
+    assert windows.name == "my.txt, default/news"
+    assert windows.group_names == ("my.txt", "default/news")
     assert [share.windows for share in windows.shares] == [6, 3]
 
 
@@ -120,13 +122,14 @@ def test_a_token_matrix_among_others_gives_its_share() -> None:
     assert two.input_ids.shape == (4, 7)
 
 
-def test_default_is_its_five_texts_in_equal_parts(tokenizer: PreTrainedTokenizerFast) -> None:
-    windows = draw("default", tokenizer, samples=12)
+def test_default_is_its_texts_in_equal_parts(tokenizer: PreTrainedTokenizerFast) -> None:
+    samples = 2 * len(SHIPPED) + 2
+    windows = draw("default", tokenizer, samples=samples)
     assert windows.name == "default"
     assert list(windows.group_names) == SHIPPED
-    assert [share.windows for share in windows.shares] == [3, 3, 2, 2, 2]
+    assert [share.windows for share in windows.shares] == [3, 3, *[2] * (len(SHIPPED) - 2)]
     for index, name in enumerate(SHIPPED):
-        alone = draw(name, tokenizer, samples=12)
+        alone = draw(name, tokenizer, samples=samples)
         assert alone.name == name
         part = windows.input_ids[windows.groups == index]
         assert torch.equal(part, alone.input_ids[: len(part)])
@@ -135,12 +138,12 @@ def test_default_is_its_five_texts_in_equal_parts(tokenizer: PreTrainedTokenizer
 
 def test_default_among_others_keeps_its_weight() -> None:
     weights = dict(weighted_sources([("default", 2.0), "my.txt"]))
-    assert weights == {**dict.fromkeys(SHIPPED, 0.4), "my.txt": 1.0}
+    assert weights == {**dict.fromkeys(SHIPPED, pytest.approx(2 * EACH)), "my.txt": 1.0}
 
 
 def test_a_source_that_is_named_twice_is_one_group() -> None:
     weights = dict(weighted_sources(["default", ("default/novel", 2.0), ("a.txt", 1), (Path("a.txt"), 2)]))
-    assert weights["default/novel"] == pytest.approx(2.2)
+    assert weights["default/novel"] == pytest.approx(2 + EACH)
     assert list(weights) == [*SHIPPED, "a.txt"]
     assert weights["a.txt"] == 3
     twice = draw([LOW, (LOW, 5.0)])

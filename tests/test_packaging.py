@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import lorap
+from lorap.calibration.sources import shipped_texts
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -58,6 +59,6 @@ def test_wheel_holds_code_texts_and_marker(tmp_path):
     (wheel,) = tmp_path.glob("lorap-*.whl")
     files = set(zipfile.ZipFile(wheel).namelist())
     texts = {f"lorap/calibration/texts/{path.name}" for path in (ROOT / "lorap/calibration/texts").iterdir()}
-    assert len(texts) >= 6
+    assert len(texts) == len(shipped_texts()) + 2  # the held-out text and SOURCES.md
     assert texts | {"lorap/py.typed", "lorap/__main__.py", "lorap/kernels/__init__.py"} <= files
     assert {name.split("/")[0] for name in files} == {"lorap", f"lorap-{lorap.__version__}.dist-info"}

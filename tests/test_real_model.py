@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorap
 from lorap.calibration.data import consecutive_windows, draw_windows
+from lorap.calibration.sources import shipped_texts
 from lorap.checkpoint import read_tensors
 from lorap.loading import find_model, load_model, load_tokenizer
 
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / ".cache" / "SmolLM2-135M-Instruct"
 WIKI = ROOT / ".cache" / "wiki.txt"
 # The texts of the default mixture, without what the model would write itself, which takes longer than the compression.
-TEXTS = [f"default/{name}" for name in ("encyclopedic", "law", "novel", "stories", "technical")]
+TEXTS = list(shipped_texts())
 PROJECTIONS = 30 * (2 * 576 * 576 + 2 * 192 * 576 + 3 * 576 * 1536)
 
 

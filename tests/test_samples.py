@@ -6,6 +6,7 @@ import torch
 import lorap
 from lorap.calibration.data import draw_windows, fold_of
 from lorap.calibration.samples import BATCH_WINDOWS, sample_windows, start_token
+from lorap.calibration.sources import shipped_texts
 from lorap.errors import CalibrationError
 
 
@@ -80,6 +81,7 @@ def test_without_a_tokenizer_the_config_says_how_documents_start(make_model, ids
 
 
 def test_half_of_the_default_is_written_by_the_model(tokenizer):
+    texts = len(shipped_texts())
     asked = []
 
     def sampler(count: int, seq_len: int, seed: int) -> torch.Tensor:
@@ -87,16 +89,16 @@ def test_half_of_the_default_is_written_by_the_model(tokenizer):
         return torch.full((count, seq_len), 9)
 
     windows = draw_windows(
-        "default", tokenizer, num_samples=20, seq_len=16, seed=3, vocab_size=len(tokenizer), sampler=sampler
+        "default", tokenizer, num_samples=4 * texts, seq_len=16, seed=3, vocab_size=len(tokenizer), sampler=sampler
     )
-    assert asked == [(10, 16, 3)]
-    assert int((windows.input_ids == 9).all(1).sum()) == 10
+    assert asked == [(2 * texts, 16, 3)]
+    assert int((windows.input_ids == 9).all(1).sum()) == 2 * texts
     assert windows.shares[-1].name == "self"
-    assert [share.windows for share in windows.shares] == [2, 2, 2, 2, 2, 10]
+    assert [share.windows for share in windows.shares] == [*[2] * texts, 2 * texts]
     # The folds are equally large, and no source is in both.
-    assert int(fold_of(windows).sum()) == 10
-    without = draw_windows("default", tokenizer, num_samples=20, seq_len=16, seed=3, vocab_size=len(tokenizer))
-    assert [share.windows for share in without.shares] == [4, 4, 4, 4, 4]
+    assert int(fold_of(windows).sum()) == 2 * texts
+    without = draw_windows("default", tokenizer, num_samples=4 * texts, seq_len=16, seed=3, vocab_size=len(tokenizer))
+    assert [share.windows for share in without.shares] == [4] * texts
 
 
 def test_own_samples_alone_and_among_others(tokenizer):

@@ -1,6 +1,7 @@
 """Every kind of source becomes tokens, and bad sources are refused with numbers."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,10 @@ from lorap.calibration import read_source
 from lorap.calibration.data import consecutive_windows
 from lorap.calibration.sources import read_tokens, shipped_texts, source_name
 
-SHIPPED = [f"default/{name}" for name in ("encyclopedic", "law", "novel", "stories", "technical")]
+SHIPPED = [
+    f"default/{name}"
+    for name in ("articles", "encyclopedic", "essays", "guides", "news", "novel", "stories", "technical", "textbook")
+]
 
 
 # Sources
@@ -122,6 +126,12 @@ def test_every_packaged_file_is_text_and_in_the_mixture() -> None:
     assert read_source("heldout") == heldout
     mixture = read_source("default")
     assert all(text in mixture for text in texts.values())
+
+
+def test_every_packaged_file_has_its_source_told() -> None:
+    folder = Path(__file__).parents[1] / "lorap" / "calibration" / "texts"
+    rows = re.findall(r"^\| `(.+?)` \|", (folder / "SOURCES.md").read_text("utf-8"), re.MULTILINE)
+    assert sorted(rows) == sorted(path.name for path in folder.glob("*.txt"))
 
 
 @pytest.mark.parametrize("name", SHIPPED)
