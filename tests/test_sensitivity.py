@@ -119,16 +119,17 @@ def written_by(model: Any, windows: int, seq_len: int) -> Tensor:
 
 @pytest.mark.parametrize("family", ["llama-gqa", "qwen3"])
 def test_predicts_the_increase_of_the_loss(make_model: Callable[..., Any], family: str) -> None:
-    """Random damage of 3 %, mean of both signs, so that only the second order is left: 0.5 to 2.5 times the price.
+    """Random damage of 3 %, mean of both signs, so that only the second order is left: 0.5 to 2 times the price.
 
-    But for k_proj and v_proj, whose errors at many tokens are averaged by attention: they add up, and the price, which takes
-    tokens for independent, is up to 3 and 8 times too low where every token looks everywhere, as in random models.
+    But for v_proj, whose errors at many tokens are averaged by attention: they add up, and the price, which takes tokens for
+    independent, is up to 6 times too low where every token looks everywhere, as in random models. Balancing the tokens lowers
+    all prices further, by E[|g| |x|]^2 / E[|g|^2 |x|^2]: that brings k_proj to 2.7 times, o_proj to 2.1, v_proj to 7.8.
     """
     model = make_model(family).double()
     architecture, ids = find_architecture(model), written_by(model, 64, 32)
     found = sensitivities(model, windows(ids))
     count = len(ids) * (ids.shape[1] - 1)
-    highest = {"k_proj": 3, "v_proj": 9}
+    highest = {"k_proj": 2.7, "o_proj": 2.2, "v_proj": 8}
     with torch.no_grad():
         before = loss_of(model, ids)
         for (index, role), value in found.items():
@@ -141,7 +142,7 @@ def test_predicts_the_increase_of_the_loss(make_model: Callable[..., Any], famil
                 rise += float(loss_of(model, ids) - before) / (2 * count)
             weight.copy_(exact)
             price = float((value.output.double() @ damage @ value.input * damage).sum()) / 2
-            assert 0.5 < rise / price < highest.get(role, 2.5), (index, role, rise / price)
+            assert 0.5 < rise / price < highest.get(role, 2), (index, role, rise / price)
 
 
 def test_gradients_leave_no_trace(make_model: Callable[..., Any], tokens: Tensor) -> None:

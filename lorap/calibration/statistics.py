@@ -48,7 +48,7 @@ class ActivationStats:
     def update(self, x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> None:
         """Add activations x of shape (..., K); where ``mask`` of shape (...) is False the token does not count.
 
-        With ``weights`` (...) > 0 each token counts as that many in all sums.
+        With ``weights`` (...) >= 0 each token counts as that many in all sums.
         """
         x = x.detach()
         if self.total is not None:
