@@ -16,7 +16,7 @@ from lorap.errors import (
     ShapeError,
 )
 from lorap.evaluation import Evaluation, evaluate
-from lorap.factorization import Factorization, factorize
+from lorap.factorization import Factorization, factorize, factorize_batch
 from lorap.integrations.transformers import register as _register
 from lorap.merging import merge_shared_inputs, optimize_for_decoding
 from lorap.modules import LowRankLinear
@@ -44,6 +44,7 @@ __all__ = [
     "compress",
     "evaluate",
     "factorize",
+    "factorize_batch",
     "merge_shared_inputs",
     "optimize_for_decoding",
     "save",

@@ -18,7 +18,7 @@ from lorap.calibration.statistics import ActivationStats, merged
 from lorap.calibration.stream import CalibrationStream, Probe, on_device
 from lorap.config import CompressionConfig
 from lorap.errors import CalibrationError
-from lorap.factorization import factorize
+from lorap.factorization import Factorization, factorize_batch
 from lorap.metrics import choose_ridge, choose_shrinkage, shrunk
 from lorap.modules import LowRankLinear, count_parameters
 from lorap.pivoting import pivot, storage_error
@@ -147,21 +147,27 @@ class _Layer:
         self.output_metrics = output_metrics
         self.replaced: dict[str, nn.Module] = {}
         self.errors: dict[str, float] = {}
+        self.factorizations: dict[str, tuple[str, float]] = {}  # by role: what solved it, its excess
         self.storage_errors: dict[str, float] = {}
 
     def factorize(self, names: Mapping[str, str], folds: Folds) -> None:
         """Low-rank stand-ins for projections that read one input, given by role and full name."""
-        if names:
-            metric = self._metric(folds)
-            for role, name in names.items():
-                self._factorize(role, metric, name)
-
-    def _factorize(self, role: str, metric: Tensor | None, name: str) -> None:
-        linear = self.dense[role]
-        weight = linear.weight.data.double()  # rounded once, at the end
-        factors = factorize(
-            weight, self.plan.ranks[role], metric, output_metric=self._output_metric(role, weight), name=name
+        if not names:
+            return
+        metric = self._metric(folds)
+        weights = [self.dense[role].weight.data.double() for role in names]  # rounded once, at the end
+        found = factorize_batch(
+            weights,
+            [self.plan.ranks[role] for role in names],
+            [metric] * len(names),
+            output_metrics=[self._output_metric(role, weight) for role, weight in zip(names, weights, strict=True)],
+            names=list(names.values()),
         )
+        for role, factors in zip(names, found, strict=True):
+            self._store(role, factors, metric, names[role])
+
+    def _store(self, role: str, factors: Factorization, metric: Tensor | None, name: str) -> None:
+        linear = self.dense[role]
         left, right, rows = factors.left, factors.right, None
         if self.config.storage == "pivoted":
             stored = pivot(left, right, name=name)
@@ -171,6 +177,7 @@ class _Layer:
         module = LowRankLinear.from_factors(left.to(dtype), right.to(dtype), bias, rows).train(linear.training)
         self.replaced[role] = module
         self.errors[role] = factors.error
+        self.factorizations[role] = factors.solver, factors.excess
         exact = factors.left @ factors.right
         self.storage_errors[role] = storage_error(exact, module.reconstruct(dtype=torch.float64), metric)
 
@@ -227,6 +234,7 @@ class _Layer:
 
     def report(self, role: str) -> ProjectionReport:
         before, after = self.dense[role], self.replaced.get(role, self.dense[role])
+        solver, excess = self.factorizations.get(role, (None, 0.0))
         return ProjectionReport(
             layer=self.index,
             role=role,
@@ -237,6 +245,8 @@ class _Layer:
             params_after=count_parameters(after),
             error=self.errors.get(role, 0.0),
             storage_error=self.storage_errors.get(role, 0.0),
+            solver=solver,
+            excess=excess,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -30,6 +31,8 @@ class ProjectionReport:
         params_after: weights, factors and bias, as saved.
         error: activation-weighted relative error, ||(W - W') C^(1/2)|| / ||W C^(1/2)||; 0 where nothing changed.
         storage_error: what rounding the factors to the checkpoint's dtype adds, relative in the same norm.
+        solver: what found the factors, such as ``eigh``, with what it had to take over from; None without factors.
+        excess: at most this share of ``error`` lies above the least possible one at this rank and for this metric, by proof.
     """
 
     layer: int
@@ -41,6 +44,8 @@ class ProjectionReport:
     params_after: int
     error: float
     storage_error: float = 0.0
+    solver: str | None = None
+    excess: float = 0.0
 
 
 @dataclass
@@ -138,7 +143,7 @@ class CompressionReport:
         lines.append(f"peak memory: {self.peak_memory_bytes / 1e9:.2f} GB")
         if self.peak_device_memory_bytes:
             lines.append(f"peak device memory: {self.peak_device_memory_bytes / 1e9:.2f} GB")
-        lines += storage_lines(self)
+        lines += solver_lines(self) + storage_lines(self)
         lines += evaluation_lines(self.evaluations)
         return "\n".join(lines)
 
@@ -171,6 +176,17 @@ def _role_row(role: str, found: Sequence[ProjectionReport]) -> list[str]:
 def _span(values: Sequence[int]) -> str:
     low, high = min(values), max(values)
     return str(low) if low == high else f"{low}-{high}"
+
+
+def solver_lines(report: CompressionReport) -> list[str]:
+    """Which methods found the factors, instead of which, and how far from the least error they can be."""
+    solved = [projection for projection in report.projections if projection.solver]
+    if not solved:
+        return []
+    counts = Counter(str(projection.solver) for projection in solved).most_common()
+    methods = ", ".join(f"{count} by {solver}" for solver, count in counts)
+    worst = max(projection.excess for projection in solved)
+    return [f"factors: {methods}; errors proved to be within {worst:.1g} of the least possible"]
 
 
 def storage_lines(report: CompressionReport) -> list[str]:
