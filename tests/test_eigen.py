@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -97,6 +97,7 @@ def test_a_batch_equals_one_by_one(kind: str) -> None:
 
 
 @settings(max_examples=120, deadline=None)
+@example(size=3, fraction=0.5, kind="deficient", method="subspace", seed=1)  # one direction, and rounding errors
 @given(
     size=st.integers(2, 60),
     fraction=st.floats(0, 1),
@@ -105,12 +106,11 @@ def test_a_batch_equals_one_by_one(kind: str) -> None:
     seed=st.integers(0, 10**6),
 )
 def test_never_worse_than_proved(size: int, fraction: float, kind: str, method: str, seed: int) -> None:
-    """For any small matrix: None, or an answer that keeps its word."""
+    """Any small matrix has an answer that keeps its word."""
     rank = 1 + int(fraction * (size - 1))
     gram = gram_of(weighted(kind, size, size + seed % 3, seed))
     found = solved(method, gram, rank, 1e-4)
-    if found is None:
-        return
+    assert found is not None
     least = eigen.eigh(gram, rank).lost
     lost = float(gram.trace() - (found.vectors * (gram @ found.vectors)).sum())
     assert lost - least <= found.gain_left + 2 * found.unknown

@@ -89,14 +89,14 @@ def mixed(gram: Tensor, rank: int, *, tolerance: float) -> Eigen | None:
     size, count = len(gram), basis_size(len(gram), rank)
     with full_precision():
         taken, rest = _without_outliers(gram[None], rank)
+        held = taken.shape[-1]
         try:
             values, vectors = torch.linalg.eigh(rest[0].float())
-        except torch.linalg.LinAlgError:  # float32 does not converge now and then
+            active = vectors.flip(1)[None, :, : count - held].double()
+            del vectors
+            (found,) = _polish(gram[None], rest, taken, active, [rank], tolerance)
+        except torch.linalg.LinAlgError:
             return None
-        held = taken.shape[-1]
-        active = vectors.flip(1)[None, :, : count - held].double()
-        del vectors
-        (found,) = _polish(gram[None], rest, taken, active, [rank], tolerance)
     if found is None:
         return None
     tail = values.flip(0)[count - held : size - held].to(found.values).clamp(min=0).minimum(found.values[-1])
@@ -114,9 +114,9 @@ def subspace(grams: Tensor, ranks: Sequence[int], *, tolerance: float) -> list[E
         held = taken.shape[-1]
         try:
             active = _from_random(rest, count - held, max(ranks) - held, tolerance)
-        except torch.linalg.LinAlgError:
+            return _polish(grams, rest, taken, active.double(), ranks, tolerance)
+        except torch.linalg.LinAlgError:  # an eigensolver does not converge now and then
             return [None] * len(grams)
-        return _polish(grams, rest, taken, active.double(), ranks, tolerance)
 
 
 def basis_size(size: int, rank: int) -> int:
@@ -129,13 +129,15 @@ def _from_random(rest: Tensor, count: int, rank: int, tolerance: float) -> Tenso
     size = rest.shape[-1]
     generator = torch.Generator().manual_seed(SEED)
     start = torch.randn(size, count, generator=generator).to(rest.device)
-    work = rest.float()
+    # What outliers leave can be small.
+    typical = rest.diagonal(dim1=-2, dim2=-1).abs().mean(dim=1).clamp(min=torch.finfo(rest.dtype).tiny)[:, None, None]
+    work = (rest / typical).float()
     basis = orthonormal(work @ start)
     if count == size:
         return basis
     values, basis, _ = _ritz(work, basis)
     if _steepness(values, rank) * FIRST_DEGREE > math.log(LARGEST_GROWTH[torch.float32]):
-        work, basis, values = rest, basis.double(), values.double()
+        work, basis, values = rest / typical, basis.double(), values.double()
     basis = orthonormal(_filtered(work, basis, values, rank, FIRST_DEGREE))
     values, basis, _ = _ritz(work, basis)
     return _filtered(work, basis, values, rank, _degree(values, rank, SAFETY * AFTER_FIRST / tolerance))
@@ -223,7 +225,8 @@ def _end(values: Tensor, rank: int) -> Tensor:
     """
     info = torch.finfo(values.dtype)
     end = values[:, -1].minimum(SMALLEST_GAP * values[:, rank - 1])
-    return end.maximum(10 * info.eps * values[:, 0]).clamp(min=info.tiny)
+    # Rounding makes a value that is 0 negative; the typical one is 1.
+    return end.maximum(10 * info.eps * values[:, 0]).maximum(-values[:, -1]).clamp(min=info.eps)
 
 
 def _rates(values: Tensor, rank: int) -> tuple[Tensor, Tensor]:
