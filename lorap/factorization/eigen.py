@@ -135,11 +135,11 @@ def _from_random(rest: Tensor, count: int, rank: int, tolerance: float) -> Tenso
     basis = orthonormal(work @ start)
     if count == size:
         return basis
-    values, basis, _ = _ritz(work, basis)
+    values, basis = _ritz(work, basis)[:2]
     if _steepness(values, rank) * FIRST_DEGREE > math.log(LARGEST_GROWTH[torch.float32]):
         work, basis, values = rest / typical, basis.double(), values.double()
     basis = orthonormal(_filtered(work, basis, values, rank, FIRST_DEGREE))
-    values, basis, _ = _ritz(work, basis)
+    values, basis = _ritz(work, basis)[:2]
     return _filtered(work, basis, values, rank, _degree(values, rank, SAFETY * AFTER_FIRST / tolerance))
 
 

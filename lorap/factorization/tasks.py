@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lorap.factorization.memory import working_bytes
+from lorap.factorization.memory import Footprint, working_bytes
 
 # Share of a GPU's free memory that a batch may take when nobody says how much.
 FREE_SHARE = 2 / 3
@@ -41,16 +41,14 @@ class Task:
         return self.method, self.device, min(self.weight.shape)
 
     @property
-    def bytes(self) -> int:
-        """Predicted high-water mark of its solution, without weight, metrics and result."""
-        matrix = self.metric is not None and self.metric.ndim == 2
+    def footprint(self) -> Footprint:
         out_features, in_features = self.weight.shape
-        return working_bytes(
+        return Footprint(
             out_features,
             in_features,
             self.rank,
             method=self.method,
-            matrix_metric=matrix,
+            metric=0 if self.metric is None else self.metric.ndim,
             output_metric=self.output_metric is not None,
             converted=self.weight.dtype != torch.float64,
         )
@@ -64,13 +62,12 @@ def grouped(tasks: Sequence[Task], memory_budget: int | None) -> list[list[Task]
     groups: list[list[Task]] = []
     for (_, device, _), members in kinds.items():
         budget = _budget(device) if memory_budget is None else memory_budget
-        used = 0
         for position, task in enumerate(members):
-            used += task.bytes
-            if position == 0 or used > budget:
-                groups.append([])
-                used = task.bytes
-            groups[-1].append(task)
+            together = [*groups[-1], task] if position else []
+            if together and working_bytes([one.footprint for one in together]) <= budget:
+                groups[-1] = together
+            else:
+                groups.append([task])
     return groups
 
 
