@@ -90,8 +90,11 @@ def test_timings_run_small(module, step):
 
 def test_factorizations_run_small(module):
     rows = rows_of(module("gpu_check"), "factorization")
-    assert len(rows) == 5
+    assert len(rows) == 5 + 3 * 5
     assert all(row["seconds"] > 0 for row in rows)
+    ours = [row for row in rows if row["kind"].startswith("factorize")]
+    assert {row["solved by"] for row in ours} == {"eigh", "mixed", "subspace"}
+    assert all(0.999 < row["error_over_eigh"] < 1.0002 for row in ours)
     assert rows[1] == {"kind": "eigh of 128x128, float64", "predicted_seconds": 0.8, "seconds": rows[1]["seconds"]}
 
 
