@@ -3,8 +3,8 @@
     python benchmarks/factorization_targets.py [--repeats 3] [--shapes square wide tall grouped] [--no-model]
 
 ``svd`` is torch.linalg.svd in float32 of the weighted matrix, made beforehand; ``published`` is that with the diagonal matrix
-products and the inverse around it; all others are ``lorap.factorize`` from the weight to both factors. Weights are Gaussian, whose
-flat spectrum is the hardest for the block iteration; channels are log-normal with some outliers. The last line is all attention
+products and the inverse around it; all others are ``lorap.factorize`` from the weight to both factors. Weights are Gaussian: a
+flat spectrum is the hardest for the block iteration. Channels are log-normal with some outliers. The last line is all attention
 matrices of SmolLM2-135M.
 """
 

@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from lorap.factorization.dense import lower_product
+from lorap.factorization.dense import is_positive_definite, lower_product
 
 EPS = torch.finfo(torch.float64).eps
 # Parts of the way from theta_r down to theta_k at which the complement is tried to end: near the top is proved more
@@ -64,10 +64,10 @@ def gain_left(gram: Tensor, vectors: Tensor, values: Tensor, residuals: Tensor, 
 
 def _ends_below(gram: Tensor, vectors: Tensor, values: Tensor, bound: float) -> bool:
     """Whether G has no direction outside of the vectors with more than ``bound``."""
-    rest = lower_product(vectors * values, vectors)
+    rest = lower_product(vectors * values, vectors, mirrored=False)
     rest -= gram
     rest.diagonal().add_(bound)
-    return int(torch.linalg.cholesky_ex(rest)[1]) == 0
+    return is_positive_definite(rest)
 
 
 def _sum_bound(values: Tensor, residuals: Tensor, rank: int, bound: float, size: int) -> float:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lorap.factorization import dense
 from lorap.factorization.certificate import FLAT, gain_left, rounding
 from lorap.factorization.dense import full_precision, lower_product, orthonormal
 
@@ -30,7 +31,7 @@ OVERSAMPLING = 1 / 5
 LEAST_OVERSAMPLING = 16
 # Largest growth of any direction over the last wanted one in one polynomial. Columns are Ritz vectors, scaled afterwards, so it
 # may reach the reciprocal of the rounding error: what leaks into a column lies in the span of the others.
-LARGEST_GROWTH = {torch.float32: 1e6, torch.float64: 1e14}
+LARGEST_GROWTH = {torch.float32: 1e11, torch.float64: 1e14}
 # The first polynomial starts from values that are up to 40 % too small, and is short for that reason.
 FIRST_DEGREE = 4
 LARGEST_DEGREE = 16
@@ -75,7 +76,7 @@ class Eigen:
 
 def eigh(gram: Tensor, rank: int) -> Eigen:
     """The float64 eigensolver. gram: (n, n) float64."""
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = dense.eigh(gram)
     values = values.flip(0).clamp(min=0)
     lost = float(values[rank:].sum())
     return Eigen(vectors.flip(1)[:, :rank].contiguous(), values, lost, 0.0, rounding(gram, rank))
@@ -91,8 +92,8 @@ def mixed(gram: Tensor, rank: int, *, tolerance: float) -> Eigen | None:
         taken, rest = _without_outliers(gram[None], rank)
         held = taken.shape[-1]
         try:
-            values, vectors = torch.linalg.eigh(rest[0].float())
-            active = vectors.flip(1)[None, :, : count - held].double()
+            values, vectors = dense.eigh(rest[0].float())
+            active = vectors[None, :, size - count + held :].flip(-1).double()
             del vectors
             (found,) = _polish(gram[None], rest, taken, active, [rank], tolerance)
         except torch.linalg.LinAlgError:
@@ -197,7 +198,7 @@ def _excess(gram: Tensor, values: Tensor, residuals: Tensor, rank: int) -> float
 def _ritz(grams: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Ritz values (b, k), descending, Ritz vectors V and G V (b, n, k) within the span of an orthonormal basis."""
     images = grams @ basis
-    values, turn = torch.linalg.eigh(lower_product(basis.mT, images.mT))
+    values, turn = dense.eigh(lower_product(basis.mT, images.mT))
     turn = turn.flip(-1)
     return values.flip(-1), basis @ turn, images @ turn
 
