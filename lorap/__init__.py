@@ -14,14 +14,20 @@ from lorap.errors import (
     FactorizationError,
     LoRAPError,
     ShapeError,
+    TaskError,
 )
 from lorap.evaluation import Evaluation, evaluate
+from lorap.export import export_gguf, export_stock
 from lorap.factorization import Factorization, factorize, factorize_batch
 from lorap.integrations.transformers import register as _register
-from lorap.merging import merge_shared_inputs, optimize_for_decoding
+from lorap.merging import merge_shared_inputs, optimize_for_inference
 from lorap.modules import LowRankLinear
 from lorap.pipeline import compress
+from lorap.quantization import quantize_int8
+from lorap.reconstruction import reconstruct
+from lorap.recovery import Recovery, recover
 from lorap.report import CompressionReport
+from lorap.tuning import TuningConfig
 from lorap.version import __version__
 
 _register()
@@ -39,13 +45,21 @@ __all__ = [
     "FactorizationError",
     "LoRAPError",
     "LowRankLinear",
+    "Recovery",
     "ShapeError",
+    "TaskError",
+    "TuningConfig",
     "__version__",
     "compress",
     "evaluate",
+    "export_gguf",
+    "export_stock",
     "factorize",
     "factorize_batch",
     "merge_shared_inputs",
-    "optimize_for_decoding",
+    "optimize_for_inference",
+    "quantize_int8",
+    "reconstruct",
+    "recover",
     "save",
 ]

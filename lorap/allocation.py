@@ -11,6 +11,7 @@ rank for the same parameters, and with ranks and widths cut to multiples. Budget
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -81,6 +82,30 @@ def plan_layer(shapes: Mapping[str, Shape], config: CompressionConfig) -> LayerP
             + _or_multiple("width_multiple", config.width_multiple)
         )
     return LayerPlan(ranks=ranks, intermediate_size=width)
+
+
+def stock_width(shapes: Mapping[str, Shape], config: CompressionConfig, *, multiple: int) -> int:
+    """The FFN width at which a layer has lost its whole sparsity while attention is dense; all layers have these ``shapes``.
+
+    Raises:
+        ConfigError: the FFN does not hold so many parameters, with the highest sparsity that it can give.
+    """
+    roles = (*(ATTENTION if "self_attn" in config.sublayers else ()), *MLP)
+    total = sum(math.prod(shapes[role]) for role in roles)
+    dense_width = shapes["gate_proj"][0]
+    channel = sum(math.prod(shapes[role]) for role in MLP) // dense_width
+    dropped = math.ceil(config.sparsity * total / channel - 1e-9)  # 0.3 of ten is three, whatever floats make of it
+    width = _cut(dense_width - dropped, multiple)
+    if width < 1:
+        highest = math.floor((dense_width - multiple) * channel / total * 1000) / 1000
+        share = dense_width * channel / total
+        raise ConfigError(
+            f"sparsity {config.sparsity} cannot come from the FFNs alone, which hold {share:.1%} of the parameters of "
+            f"{' and '.join(config.sublayers)}: target stock reaches {max(0.0, highest)} at most; lower the sparsity"
+            + _or_multiple("width_multiple", multiple)
+            + ", or compress attention as well (target lorap)"
+        )
+    return width
 
 
 def _cut(size: int, multiple: int | str) -> int:

@@ -25,15 +25,33 @@ _SIZES = {
     "paper": "Every layer kept the same share, v and o counting {ratio:g} times as much as q and k ({{2404.09695}}).",
     "even": "Every matrix kept the same share.",
     "loss": "Ranks and widths of all layers shared one budget, priced by the gradients of the loss.",
+    "stock": "Attention stayed dense, and one width for all FFNs gave all of the sparsity, so that any host can open the model.",
     "flap": "Attention stayed dense, and one threshold cut the FFNs of all layers ({{2312.11983}}).",
 }
+
+_USE = """## Use
+
+```python
+{note}from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this folder")
+```
+"""
+_USE_GGUF = """## Use
+
+```bash
+llama-cli -m {file} -p "The capital of France is"
+```
+"""
+_PLUG_IN = "import lorap  # teaches transformers to open this checkpoint\n"
 
 
 def method_text(config: CompressionConfig) -> str:
     """What was done, in sentences with links to papers, by the choices of ``config`` and not by the name of its recipe."""
     if config.sparsity == 0:
         return "Nothing was to be removed, and nothing was changed."
-    factorized = ["Attention"] if "self_attn" in config.sublayers and config.allocation != "flap" else []
+    dense_attention = config.allocation == "flap" or config.target == "stock"
+    factorized = ["Attention"] if "self_attn" in config.sublayers and not dense_attention else []
     pruned = "mlp" in config.sublayers and config.mlp_method == "prune"
     if "mlp" in config.sublayers and not pruned:
         factorized.append("FFN")
@@ -50,6 +68,7 @@ def method_text(config: CompressionConfig) -> str:
             sentences.append("The mean output of the channels that went is now a bias ({2312.11983}).")
     # The ratio is between projections of attention; where attention is left alone, `paper` is `even`.
     sizes = "even" if config.allocation == "paper" and "self_attn" not in config.sublayers else config.allocation
+    sizes = "stock" if config.target == "stock" else sizes
     sentences.append(_SIZES[sizes].format(ratio=config.vo_to_qk_ratio))
     # `flap` makes no backward pass, and only factors and the output score look at the outputs.
     reads_outputs = bool(factorized) or (pruned and config.channel_score == "output")
@@ -83,15 +102,7 @@ Base model: **{report.model}**. Recipe: **{config.recipe}**. Sparsity asked for:
 
 {method_text(config)}
 
-## Use
-
-```python
-import lorap  # teaches transformers to open this checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("this folder")
-```
-
+{_USE.format(note="" if config.target == "stock" else _PLUG_IN)}
 ## Quality
 
 {measured or "Perplexity was not measured. Measure it with `lorap eval FOLDER --text FILE`."}
@@ -115,3 +126,32 @@ def _source_lines(sources: Sequence[dict[str, Any]]) -> str:
         return ""
     rows = [f"- `{source['name']}`: {source['windows']} windows, weight {source['weight']:g}" for source in sources]
     return "\n\n" + "\n".join(rows)
+
+
+def stock_card(card: str, name: str, class_name: str, params: int, compressed_params: int, gguf_file: str = "") -> str:
+    """README.md of an exported checkpoint, from that of the compressed one; a short one where ``card`` is empty.
+
+    Args:
+        card: of the compressed checkpoint.
+        name: of the exported one, where there is no card to take it from.
+        class_name: such as LlamaForCausalLM.
+        params: of the exported model.
+        compressed_params: of the compressed model.
+        gguf_file: name of the file, where it is one.
+    """
+    use = _USE_GGUF.format(file=gguf_file) if gguf_file else _USE.format(note="")
+    dense_use = _USE.format(note="")
+    with_plug_in = _USE.format(note=_PLUG_IN)
+    grown = f", in place of {compressed_params:,} in the compressed checkpoint" if compressed_params != params else ""
+    kind = "gguf" if gguf_file else "stock"
+    about = f"""## Exported
+
+Written by `lorap export --format {kind}`: an ordinary {class_name} that opens without lorap. Low-rank projections
+are dense again and all FFNs have one width, that of the widest, so the model has {params:,} parameters{grown}.
+"""
+    if with_plug_in in card:
+        return card.replace(with_plug_in, use + "\n" + about)
+    if dense_use in card:
+        return card.replace(dense_use, use + "\n" + about)
+    tags = "library_name: transformers\npipeline_tag: text-generation\ntags:\n- lorap"
+    return f"---\n{tags}\n---\n\n# {name}\n\n{use}\n{about}"

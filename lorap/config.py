@@ -27,6 +27,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "token_weighting": ("none", "residual"),
         "sequential": ("layer", "sublayer"),
         "storage": ("factors", "pivoted"),
+        "target": ("lorap", "stock"),
     }
 )
 DEFAULT_RECIPE = "best"
@@ -51,6 +52,7 @@ _LORAP: Mapping[str, Any] = {
     "bias_compensation": False,
     "sequential": "layer",
     "storage": "factors",
+    "target": "lorap",
 }
 
 RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -137,6 +139,9 @@ class CompressionConfig:
         sequential: ``sublayer`` lets o_proj see the compressed q, k, v and down_proj the compressed attention; ``layer`` takes
             all statistics of a layer before changing it (the paper).
         storage: ``pivoted`` stores a rank-r matrix (m, n) in r (m + n - r) numbers instead of r (m + n), without loss.
+        target: who is to open the result. ``lorap``: hosts that have lorap. ``stock``: every host. Attention stays dense and all
+            FFNs get one width, narrow enough for the whole sparsity, so ``allocation`` decides nothing and ``shapes`` is
+            uniform; the same model costs more quality, and all of the saving is real without any plug-in.
         num_calibration_samples: how many token windows the statistics come from.
         calibration_seq_len: tokens in each window.
         seed: which windows are drawn.
@@ -165,15 +170,19 @@ class CompressionConfig:
     bias_compensation: bool = _FROM_RECIPE
     sequential: str = _FROM_RECIPE
     storage: str = _FROM_RECIPE
+    target: str = _FROM_RECIPE
     num_calibration_samples: int = 128
     calibration_seq_len: int = 128
     seed: int = 0
 
     def __post_init__(self) -> None:
         _check(self.recipe in RECIPES, f"unknown recipe {self.recipe!r}; known: {', '.join(RECIPES)}")
+        shapes = self.shapes
         for name, value in RECIPES[self.recipe].items():
             if getattr(self, name) is _FROM_RECIPE:
                 object.__setattr__(self, name, value)
+        if self.target == "stock" and shapes is _FROM_RECIPE:
+            object.__setattr__(self, "shapes", "uniform")
         names = self.sublayers
         object.__setattr__(self, "sublayers", (names,) if isinstance(names, str) else tuple(names))
         _check(
@@ -235,9 +244,30 @@ class CompressionConfig:
             "mlp" in self.sublayers or self.allocation != "flap",
             "allocation flap takes everything from the FFN; compress mlp too, or use another allocation",
         )
+        if self.target == "stock":
+            self._check_stock()
         _check(
             self.shapes == "free" or self.allocation != "flap",
             "allocation flap gives every layer its own FFN width; use shapes free, or another allocation",
+        )
+
+    def _check_stock(self) -> None:
+        _check(
+            "mlp" in self.sublayers, "target stock takes everything from the FFN; compress mlp too, or use target lorap"
+        )
+        _check(
+            self.mlp_method == "prune",
+            "mlp_method factorize makes low-rank layers, which stock model classes do not have; use mlp_method prune, "
+            "or target lorap",
+        )
+        _check(
+            self.allocation != "flap",
+            "allocation flap gives every layer its own FFN width, and stock model classes have one for all; use allocation "
+            "paper, even or loss, or target lorap",
+        )
+        _check(
+            self.shapes == "uniform",
+            "stock model classes have one FFN width for all layers; use shapes uniform, or target lorap",
         )
 
     @classmethod

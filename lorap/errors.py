@@ -25,6 +25,10 @@ class CheckpointError(LoRAPError):
     """A model folder cannot be read or written."""
 
 
+class TaskError(LoRAPError):
+    """The questions of a zero-shot task cannot be had, or a model cannot be scored on them."""
+
+
 class ShapeError(LoRAPError, ValueError):
     """The tensors given to an op do not fit together."""
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from lorap import ops
 from lorap.architectures import ARCHITECTURES, SHARED_INPUTS
-from lorap.errors import ArchitectureError
+from lorap.errors import ArchitectureError, ConfigError
 from lorap.modules import Linear, LowRankLinear, has_plain_factors, is_autocast, is_plain, is_untouched
 
 Model = TypeVar("Model", bound=nn.Module)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class SharedInput:
@@ -148,14 +149,23 @@ def merge_shared_inputs(model: Model) -> Model:
     return model
 
 
-def optimize_for_decoding(model: Model) -> Model:
+def optimize_for_inference(model: Model, *, dtype: torch.dtype | None = None) -> Model:
     """:func:`merge_shared_inputs`, and every other dense projection and the output head through ``torch.ops.lorap.linear``.
 
-    For generation on a CPU, where torch reaches half of the memory's bandwidth or less. Changes ``model`` and returns it.
+    For generation, most of all on a CPU, where torch reaches half of the memory's bandwidth or less. Dense and compressed
+    models alike; logits are as before, within what their dtype resolves. Changes ``model`` and returns it.
+
+    Args:
+        model: in transformers.
+        dtype: cast the weights first: float32, bfloat16 or float16; None leaves them. What the model computes in float32
+            whatever its weights are, such as rotary frequencies, stays as ``from_pretrained(dtype=...)`` would leave it.
 
     Raises:
         ArchitectureError: as merge_shared_inputs.
+        ConfigError: another dtype.
     """
+    if dtype is not None:
+        _cast(model, dtype)
     merge_shared_inputs(model)
     for layer in _decoder_layers(model):
         for parent, name in ((layer.self_attn, "o_proj"), (layer.mlp, "down_proj")):
@@ -163,6 +173,21 @@ def optimize_for_decoding(model: Model) -> Model:
     if isinstance(getattr(model, "lm_head", None), nn.Linear):
         _swap_linear(model, "lm_head")
     return model
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    """Weights and stored buffers to ``dtype``; buffers that are computed and not stored, and quantized weights, stay."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"cannot cast a model to {dtype}; choose from {', '.join(map(str, DTYPES))}, or quantize it")
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if type(parameter) is nn.Parameter and parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        for name, buffer in module._buffers.items():
+            stored = buffer is not None and name not in module._non_persistent_buffers_set
+            if stored and buffer.is_floating_point():  # type: ignore[union-attr]
+                module._buffers[name] = buffer.to(dtype)  # type: ignore[union-attr]
+    model.config.dtype = dtype
 
 
 def _decoder_layers(model: nn.Module) -> nn.ModuleList:

@@ -156,7 +156,8 @@ def _read_texts(
 
 
 def _mark(model: Any, plans: Sequence[LayerPlan], architecture: Architecture, report: CompressionReport) -> None:
-    """Write the new shapes into the model's config, so that it saves as a lorap checkpoint; count what will be saved."""
+    """Write the new shapes into the model's config, so that it saves as a lorap checkpoint, or as a stock one; count what will
+    be saved."""
     ranks = {
         architecture.module_name(index, role): rank
         for index, plan in enumerate(plans)
@@ -170,7 +171,7 @@ def _mark(model: Any, plans: Sequence[LayerPlan], architecture: Architecture, re
     if uniform:
         model.config.intermediate_size = widths[0]
     sizes = {f"{architecture.layers}.{index}.{architecture.mlp}": width for index, width in enumerate(widths)}
-    if ranks or widths != [dense_width] * len(widths):
+    if report.config.target != "stock" and (ranks or widths != [dense_width] * len(widths)):
         shapes = LoRAPConfig(
             ranks=ranks,
             intermediate_sizes={} if uniform else sizes,

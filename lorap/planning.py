@@ -2,7 +2,7 @@
 
 ``paper`` and ``even`` follow from shapes alone. ``loss`` prices every size of every matrix by the increase of the loss to expect
 (:mod:`lorap.calibration.sensitivity`) and lets all of them share one budget (:mod:`lorap.budget`). ``flap`` cuts the channels of
-all FFNs at one score.
+all FFNs at one score. For target ``stock`` there is nothing to choose: attention stays dense, and one width does it all.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorap.allocation import LayerPlan, Shape, plan_layer
+from lorap.allocation import LayerPlan, Shape, plan_layer, stock_width
 from lorap.architectures import ATTENTION, MLP, Architecture
 from lorap.budget import (
     SMALLEST_RANK_MULTIPLE,
@@ -80,10 +80,11 @@ def make_plan(
     ]
     if config.allocation == "flap" and config.sparsity > 0:
         return Plan(_flap_widths(model, layers, windows, config, architecture, shapes, device))
-    by_shape = [plan_layer(shape, config) for shape in shapes] if config.allocation in ("paper", "even") else None
+    by_shape = _by_shape(model, shapes, config)
     if config.sparsity == 0 or (by_shape is not None and config.output_weighting == "none"):
         return Plan(by_shape or [LayerPlan(ranks={}, intermediate_size=shape["gate_proj"][0]) for shape in shapes])
-    roles = [role for role in compressed_roles(config) if role not in MLP[:2]]
+    stays_dense = (*MLP[:2], *(ATTENTION if config.target == "stock" else ()))
+    roles = [role for role in compressed_roles(config) if role not in stays_dense]
     prices = _Prices(config, shapes)
     metrics: dict[Key, Tensor] = {}
     sampled = spread_sample(windows, SENSITIVITY_TOKENS)
@@ -105,6 +106,23 @@ def make_plan(
             if config.output_weighting == "loss":
                 metrics[index, role] = metric
     return Plan(by_shape or prices.buy(), metrics)
+
+
+def _by_shape(model: Any, shapes: Sequence[Mapping[str, Shape]], config: CompressionConfig) -> list[LayerPlan] | None:
+    """What follows from shapes alone; None where the loss decides."""
+    if config.sparsity > 0 and config.target == "stock":
+        if config.bias_compensation and not getattr(model.config, "mlp_bias", False):
+            raise ConfigError(
+                f"bias_compensation gives down_proj a bias, and a stock {model.config.model_type} has biases in all three FFN "
+                "projections or in none; leave it out for target stock"
+            )
+        total = sum(_size(shapes[0][role]) for role in compressed_roles(config))
+        multiple = _multiple("down_proj", shapes[0]["down_proj"], config, total=total, together=1)
+        width = stock_width(shapes[0], config, multiple=multiple)
+        return [LayerPlan(ranks={}, intermediate_size=width) for _ in shapes]
+    if config.allocation in ("paper", "even"):
+        return [plan_layer(shape, config) for shape in shapes]
+    return None
 
 
 class _Prices:

@@ -46,6 +46,11 @@ from lorap.errors import ConfigError
         ({"allocation": "flap", "mlp_method": "factorize"}, ["allocation flap", "paper or even"]),
         ({"allocation": "flap", "shapes": "uniform"}, ["allocation flap", "shapes free"]),
         ({"allocation": "flap", "sublayers": "self_attn"}, ["allocation flap", "mlp"]),
+        ({"target": "gguf"}, ["target 'gguf'", "lorap, stock"]),
+        ({"target": "stock", "sublayers": "self_attn"}, ["target stock", "compress mlp too"]),
+        ({"target": "stock", "recipe": "svd-llm"}, ["mlp_method factorize", "use mlp_method prune"]),
+        ({"target": "stock", "recipe": "flap"}, ["allocation flap", "paper, even or loss"]),
+        ({"target": "stock", "shapes": "free"}, ["one FFN width", "use shapes uniform"]),
         ({"vo_to_qk_ratio": 0}, ["vo_to_qk_ratio is 0"]),
         ({"vo_to_qk_ratio": -3.0}, ["vo_to_qk_ratio is -3.0"]),
         ({"vo_to_qk_ratio": float("inf")}, ["vo_to_qk_ratio is inf"]),
@@ -110,6 +115,7 @@ def test_lorap_is_the_paper() -> None:
         "bias_compensation": False,
         "sequential": "layer",
         "storage": "factors",
+        "target": "lorap",
         "num_calibration_samples": 128,
         "calibration_seq_len": 128,
         "seed": 0,
@@ -131,6 +137,13 @@ def test_a_recipe_says_every_choice(recipe: str) -> None:
     assert set(RECIPES[recipe]) == {field.name for field in dataclasses.fields(CompressionConfig)} - given
     config = CompressionConfig(recipe=recipe)
     assert None not in config.to_dict().values()
+    assert CompressionConfig(**config.to_dict()) == config
+
+
+def test_target_stock_needs_no_second_option() -> None:
+    config = CompressionConfig(target="stock")
+    assert (config.shapes, CompressionConfig().shapes) == ("uniform", "free")
+    assert CompressionConfig.from_recipe("lorap", target="stock", shapes=None).shapes == "uniform"
     assert CompressionConfig(**config.to_dict()) == config
 
 

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import lorap
-from lorap import ArchitectureError, LowRankLinear, merge_shared_inputs, native, ops, optimize_for_decoding
+from lorap import ArchitectureError, LowRankLinear, merge_shared_inputs, native, ops, optimize_for_inference
 from lorap.merging import GatedMLP, SharedInput
 from lorap.modules import Linear
 
 Merge = Callable[[Any], Any]
-MERGES: list[Merge] = [merge_shared_inputs, optimize_for_decoding]
+MERGES: list[Merge] = [merge_shared_inputs, optimize_for_inference]
 KINDS = ["dense", "compressed", "factorized-ffn"]
 QKV = ("q_proj", "k_proj", "v_proj")
 
@@ -104,7 +104,7 @@ def test_logits_with_and_without_cache_are_as_before(family: str, kind: str, mer
 def test_greedy_generation_is_as_before(family: str, kind: str, build: Any, tokens: Tensor) -> None:
     model, options = build(family, kind), {"max_new_tokens": 10, "do_sample": False}
     expected = model.generate(tokens[:2, :6], **options)
-    assert torch.equal(optimize_for_decoding(model).generate(tokens[:2, :6], **options), expected)
+    assert torch.equal(optimize_for_inference(model).generate(tokens[:2, :6], **options), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -113,10 +113,37 @@ def test_two_byte_models(kind: str, dtype: torch.dtype, build: Any, tokens: Tens
     """Also where the dtype changes after merging."""
     model = build("llama-gqa", kind)
     expected = outputs(model.float(), tokens)
-    optimize_for_decoding(model).to(dtype)
+    optimize_for_inference(model).to(dtype)
     for found, want in zip(outputs(model, tokens), expected, strict=True):
         assert found.dtype == dtype
         assert_same(found.float(), want, 0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_cast_model_is_the_one_that_loads_in_that_dtype(
+    dtype: torch.dtype, make_model: Any, compress_small: Any, tokens: Tensor, tmp_path: Any
+) -> None:
+    """Rotary frequencies included, which ``model.to(dtype)`` would round."""
+    model, report = compress_small(make_model("llama-gqa"), storage="pivoted")
+    lorap.save(model, tmp_path, report=report)
+    wide = outputs(model, tokens)
+    loaded = optimize_for_inference(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype))
+    optimize_for_inference(model, dtype=dtype)
+    assert model.dtype == model.config.dtype == loaded.dtype == dtype
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert {name: tensor.dtype for name, tensor in model.state_dict().items()} == {
+        name: tensor.dtype for name, tensor in loaded.state_dict().items()
+    }
+    for found, same, before in zip(outputs(model, tokens), outputs(loaded, tokens), wide, strict=True):
+        assert torch.equal(found, same)
+        assert_same(found.float(), before, 1e-4 if dtype == torch.float32 else 0.1)
+
+
+def test_a_cast_to_anything_else_is_refused(build: Any) -> None:
+    model = build()
+    with pytest.raises(lorap.ConfigError, match=r"cannot cast a model to torch\.int8; choose from torch\.float32, "):
+        optimize_for_inference(model, dtype=torch.int8)
+    assert not isinstance(mlp(model), GatedMLP)
 
 
 @needs_cpu_kernels
@@ -132,7 +159,7 @@ def test_a_decode_step_runs_one_op_for_q_k_v_and_one_for_gate_up(
 
     for name in ops.SCHEMAS:
         monkeypatch.setattr(ops, name, functools.partial(counted, name, getattr(ops, name)))
-    model = optimize_for_decoding(build("llama-gqa", kind))
+    model = optimize_for_inference(build("llama-gqa", kind))
     with torch.no_grad():
         model(tokens[:1, :1])
     gated = "low_rank_silu_gated_linear" if kind == "factorized-ffn" else "silu_gated_linear"
@@ -170,7 +197,7 @@ def test_pivoted_and_dense_members_mix(mixture: tuple[str, ...], build: Any, tok
             setattr(layer.self_attn, name, pivoted_like(getattr(layer.self_attn, name), bias=name != "v_proj"))
         layer.mlp.gate_proj = pivoted_like(layer.mlp.gate_proj, bias=True)
     expected = outputs(model, tokens)
-    for found, want in zip(outputs(optimize_for_decoding(model), tokens), expected, strict=True):
+    for found, want in zip(outputs(optimize_for_inference(model), tokens), expected, strict=True):
         assert_same(found, want)
 
 
@@ -240,7 +267,7 @@ def test_autocast_is_as_before(kind: str, build: Any, tokens: Tensor) -> None:
     model = build("llama-gqa", kind)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = model(tokens[:1, :5]).logits
-        assert torch.equal(optimize_for_decoding(model)(tokens[:1, :5]).logits, expected)
+        assert torch.equal(optimize_for_inference(model)(tokens[:1, :5]).logits, expected)
 
 
 @pytest.mark.parametrize("merge_again", MERGES, ids=lambda merge: merge.__name__)
@@ -260,7 +287,7 @@ def test_merging_twice_changes_nothing(merge: Merge, merge_again: Merge, build: 
     "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
 )
 def test_copies_are_independent(duplicate: Callable[[Any], Any], build: Any, tokens: Tensor) -> None:
-    model = optimize_for_decoding(build())
+    model = optimize_for_inference(build())
     with torch.no_grad():
         attention(model).q_proj(attention_input(model, 1))  # leaves k and v waiting
     expected = outputs(model, tokens)
@@ -287,7 +314,7 @@ def test_compiles_into_one_graph(kind: str, build: Any, tokens: Tensor) -> None:
     with torch.no_grad():
         expected = [model(tokens[:1, :length], use_cache=False).logits for length in (1, 32)]
         torch._dynamo.reset()
-        compiled = torch.compile(optimize_for_decoding(model), fullgraph=True, backend="aot_eager", dynamic=False)
+        compiled = torch.compile(optimize_for_inference(model), fullgraph=True, backend="aot_eager", dynamic=False)
         for length, want in zip((1, 32), expected, strict=True):
             assert_same(compiled(tokens[:1, :length], use_cache=False).logits, want)
     torch._dynamo.reset()
@@ -350,7 +377,7 @@ def test_nothing_waits_once_all_are_collected(build: Any) -> None:
 
 
 def test_two_threads_share_a_merged_model(build: Any, tokens: Tensor) -> None:
-    model = optimize_for_decoding(build())
+    model = optimize_for_inference(build())
     prompts = [tokens[i : i + 1, :9] for i in range(2)]
     with torch.no_grad():
         expected = [model(prompt).logits for prompt in prompts]
@@ -391,7 +418,7 @@ def test_adapters_keep_working(kind: str, when: str, build: Any, tokens: Tensor)
     model = build("llama-gqa", kind)
     plain = copy.deepcopy(model)
     if when == "after":
-        optimize_for_decoding(model)
+        optimize_for_inference(model)
     for name in ("q_proj", "v_proj"):
         adapter = Adapter(getattr(attention(plain), name))
         setattr(attention(plain), name, adapter)
@@ -403,7 +430,7 @@ def test_adapters_keep_working(kind: str, when: str, build: Any, tokens: Tensor)
     ours.added = copy.deepcopy(mlp(plain).up_proj.added)
     mlp(model).up_proj = ours
     if when == "before":
-        optimize_for_decoding(model)
+        optimize_for_inference(model)
     for found, want in zip(outputs(model, tokens), outputs(plain, tokens), strict=True):
         assert_same(found, want)
 
@@ -435,9 +462,9 @@ def test_hooks_keep_firing(kind: str, name: str, when: str, build: Any, tokens: 
     expected = outputs(plain, tokens)
     count = len(seen)
     if when == "after":
-        optimize_for_decoding(model)
+        optimize_for_inference(model)
     model.model.layers[0].get_submodule(name).register_forward_hook(hook)
-    optimize_for_decoding(model)
+    optimize_for_inference(model)
     for found, want in zip(outputs(model, tokens), expected, strict=True):
         assert_same(found, want)
     assert len(seen) == 2 * count

@@ -123,6 +123,61 @@ def test_plans_by_shape_read_no_model(make_model, tokens, recipe: str, monkeypat
     assert plan.output_metrics == {}
 
 
+@pytest.mark.parametrize("sublayers", [("self_attn", "mlp"), ("mlp",)], ids=["both", "mlp"])
+@pytest.mark.parametrize("sparsity", [0.1, 0.2, 0.35])
+@pytest.mark.parametrize("family", ["llama-mha", "llama-gqa", "smollm3"])
+def test_stock_takes_all_from_one_ffn_width(make_model, tokens, family: str, sparsity: float, sublayers: tuple) -> None:
+    """One channel more would be over the budget; attention stays dense, and only down_proj needs a metric."""
+    model = make_model(family)
+    options = {"target": "stock", "sparsity": sparsity, "sublayers": sublayers, "width_multiple": 1}
+    plan = plan_of(model, tokens, **options)
+    assert not any(layer.ranks for layer in plan.layers)
+    (width,) = {layer.intermediate_size for layer in plan.layers}
+    roles = PROJECTIONS if len(sublayers) == 2 else PROJECTIONS[4:]
+    before, after = kept(model, plan, roles=roles)
+    assert 1 - sparsity - len(plan.layers) * 3 * 64 / before < after / before <= 1 - sparsity
+    assert set(plan.output_metrics) == {(index, "down_proj") for index in range(len(plan.layers))}
+    assert plan_of(model, tokens, recipe="lorap", **options).layers == plan.layers
+    assert {
+        layer.intermediate_size for layer in plan_of(model, tokens, **(options | {"width_multiple": 8})).layers
+    } == {width // 8 * 8}
+
+
+def test_stock_widths_of_a_real_shape_are_multiples(smollm2, tokens) -> None:
+    """3 x 576 x 1536 of 3,538,944 parameters a layer: a fifth of them is 409.6 of 1,536 channels."""
+    (layer, *_) = plan_of(smollm2, tokens, target="stock", sparsity=0.2, output_weighting="none").layers
+    assert layer.intermediate_size == 1124  # of 1126, in steps of 4
+    exact = plan_of(smollm2, tokens, target="stock", sparsity=0.2, width_multiple=1, output_weighting="none").layers[0]
+    assert exact.intermediate_size == 1126
+
+
+@pytest.mark.parametrize("recipe", ["best", "lorap"])
+def test_stock_at_sparsity_zero_changes_nothing(make_model, tokens, recipe: str) -> None:
+    plan = plan_of(make_model("llama-mha"), tokens, target="stock", sparsity=0, recipe=recipe, width_multiple=64)
+    assert [(dict(layer.ranks), layer.intermediate_size) for layer in plan.layers] == [({}, 100)] * 2
+
+
+def test_stock_beyond_the_ffns_is_refused_with_what_they_can_give(make_model, tokens) -> None:
+    """The FFN holds 3 x 64 x 100 = 19,200 of 35,584 parameters of a layer (multi-head), one channel 192 of them."""
+    model = make_model("llama-mha")
+    with pytest.raises(ConfigError) as error:
+        plan_of(model, tokens, target="stock", sparsity=0.6)
+    assert "sparsity 0.6 cannot come from the FFNs alone, which hold 54.0% of the parameters" in str(error.value)
+    assert "target stock reaches 0.534 at most; lower the sparsity" in str(error.value)
+    assert plan_of(model, tokens, target="stock", sparsity=0.534).layers[0].intermediate_size == 1
+    with pytest.raises(ConfigError, match=r"reaches 0\.366 at most; lower the sparsity or width_multiple \(32\)"):
+        plan_of(model, tokens, target="stock", sparsity=0.5, width_multiple=32)
+
+
+def test_stock_adds_no_bias_that_the_class_does_not_have(make_model, tokens) -> None:
+    options = {"target": "stock", "recipe": "lorap", "bias_compensation": True}
+    with pytest.raises(
+        ConfigError, match="a stock qwen2 has biases in all three FFN projections or in none; leave it out"
+    ):
+        plan_of(make_model("qwen2"), tokens, **options)
+    assert plan_of(make_model("llama-biases"), tokens, **options).layers[0].intermediate_size < 100
+
+
 def test_mlp_only(make_model, tokens) -> None:
     model = make_model("llama-gqa")
     plan = plan_of(model, tokens, sublayers="mlp")

@@ -67,7 +67,7 @@ def test_kernels_are_those_that_ran(make_model):
 
 def test_compressed_and_optimized(make_model, compress_small):
     small, _ = compress_small(make_model("llama-gqa"))
-    found = profile_model(lorap.optimize_for_decoding(small), **WORK)
+    found = profile_model(lorap.optimize_for_inference(small), **WORK)
     assert_parts_fit(found.to_dict()["phases"]["decode"], 2)
     if lorap.native.HAS_CPU:
         names = {kernel.name for kernel in found.kernels}

@@ -1,8 +1,7 @@
-"""benchmarks/quality on hand-made cells and tiny random models: the arithmetic of its tables, resuming, and scoring.
+"""benchmarks/quality on hand-made cells and tiny random models: the arithmetic of its tables, resuming, and tasks.
 
 Proved here: increases, ratios and means are what they say; what is missing stays missing; a cell is made again exactly when
-what it was made from has changed; scoring through a shared cache is scoring each text by itself. Not proved: anything about a
-recipe.
+what it was made from has changed. Not proved: anything about a recipe; how tasks are scored (test_tasks.py).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = ("ablation", "assets", "cells", "jobs", "matrix", "plot", "records", "scoring", "table", "tasks", "texts")
+MODULES = ("ablation", "assets", "cells", "jobs", "matrix", "plot", "records", "table", "tasks", "texts")
 
 
 @pytest.fixture(autouse=True)
@@ -354,7 +353,7 @@ def test_ablation_is_written_between_its_markers(q):
         q.ablation.insert(f"{end} {begin}", "new")
 
 
-# Scoring.
+# Tasks.
 
 
 def requests(path, count):
@@ -366,96 +365,6 @@ def requests(path, count):
             rows.append({"doc_id": number, "idx": index, "label": number % 2, "request": request})
             rows.append({"doc_id": 1_000_000 + number, "idx": index, "label": 0, "request": request})
     path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
-
-
-def test_documents_are_grouped_and_spread(q, tmp_path):
-    requests(tmp_path / "r.jsonl.gz", 10)
-    documents = q.scoring.read_documents(tmp_path / "r.jsonl.gz")
-    assert [document.doc_id for document in documents] == list(range(10))
-    assert documents[3] == q.scoring.Document(3, (("Question 3", " answer 0"), ("Question 3", " answer 1")), label=1)
-    found = q.scoring.read_documents(tmp_path / "r.jsonl.gz", limit=4)
-    assert [document.doc_id for document in found] == [0, 2, 5, 7]
-
-
-@pytest.mark.parametrize(("count", "limit"), [(1, 1), (63, 20), (100, 99), (100, 7), (5, 9), (5, None)])
-def test_spread_is_even(q, count, limit):
-    found = q.scoring.spread(range(count), limit)
-    assert len(found) == min(count, limit or count)
-    gaps = {b - a for a, b in itertools.pairwise(found)}
-    assert not gaps or max(gaps) - min(gaps) <= 1
-    assert min(gaps, default=1) > 0
-
-
-CHOICES = [
-    (("The sky is", " blue"), ("The sky is", " made of very old and heavy stones")),
-    (("A long tale begins here and goes on for a while. Then", " it ends."), ("A long tale", " never ends, they say.")),
-    (("Sarah did it so Sarah", " was glad"), ("Sarah did it so Maria", " was glad")),
-    (("x", " yes"), ("completely different", " yes"), ("y y", " no")),
-    (("The sun is", " hot"), ("The sun is", " cold as ice")),
-]
-
-
-def plainly(model, tokenizer, context, continuation):
-    """One text alone, all logits, one addition after the other."""
-    ids = tokenizer(context + continuation)["input_ids"]
-    logits = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
-    start = len(tokenizer(context)["input_ids"])
-    return sum(float(logits[place - 1, ids[place]]) for place in range(start, len(ids)))
-
-
-@pytest.mark.parametrize("family", ["llama-gqa", "llama-biases", "mistral", "qwen3"])
-@pytest.mark.parametrize("batch_tokens", [1, 60, 100_000])
-@pytest.mark.parametrize("compressed", [False, True])
-def test_scoring_with_a_shared_cache_is_plain_scoring(
-    q, make_model, compress_small, tokenizer, family, batch_tokens, compressed
-):
-    model = make_model(family)
-    if compressed:
-        model, _ = compress_small(model, recipe="lorap")
-    documents = [q.scoring.Document(number, choices, 0) for number, choices in enumerate(CHOICES)]
-    encoded = [q.scoring.encode(document, tokenizer) for document in documents]
-    found = q.scoring.log_probabilities(model, encoded, batch_tokens=batch_tokens)
-    with torch.no_grad():
-        for document, scores in zip(documents, found, strict=True):
-            expected = [plainly(model, tokenizer, *choice) for choice in document.choices]
-            assert scores == pytest.approx(expected, rel=1e-4, abs=1e-4)
-
-
-def test_batches_hold_every_document_once_and_share_their_context(q, tokenizer):
-    encoded = [q.scoring.encode(q.scoring.Document(0, choices, 0), tokenizer) for choices in CHOICES * 3]
-    found = list(q.scoring.batches(encoded, 10_000))
-    assert sorted(itertools.chain(*found)) == list(range(len(encoded)))
-    assert all(len({(encoded[i].shared, len(encoded[i].ids)) for i in batch}) == 1 for batch in found)
-    assert max(map(len, found)) >= 3, "equal documents are scored together"
-    assert [len(batch) for batch in q.scoring.batches(encoded, 1)] == [1] * len(encoded)
-
-
-def test_shared_tokens_end_before_anything_is_predicted(q):
-    assert q.scoring.Encoded(((1, 2, 3, 4), (1, 2, 3, 5)), (3, 3)).shared == 2
-    assert q.scoring.Encoded(((1, 2, 3, 4, 5), (1, 2, 3, 4, 6)), (2, 3)).shared == 1
-    assert q.scoring.Encoded(((1, 2, 3), (1, 7, 3)), (2, 2)).shared == 1
-    assert q.scoring.Encoded(((1, 2), (3, 2)), (1, 1)).shared == 0
-
-
-def test_a_choice_without_context_is_refused(q, tokenizer):
-    with pytest.raises(ValueError, match="document 7"):
-        q.scoring.encode(q.scoring.Document(7, (("", "a"), ("b", "")), 0), tokenizer)
-
-
-def test_accuracy_by_text_and_by_character(q):
-    document = q.scoring.Document(0, (("c", " ab"), ("c", " abcdefgh")), label=1)
-    assert not q.scoring.is_correct(document, [-4.0, -8.0], per_character=False)
-    assert q.scoring.is_correct(document, [-4.0, -8.0], per_character=True)
-    # 2 characters, not 3: -4.5 / 2 is below -17.9 / 8, but -4.5 / 3 would be above -17.9 / 9.
-    assert q.scoring.is_correct(document, [-4.5, -17.9], per_character=True)
-
-
-def test_standard_errors(q):
-    value, error = q.scoring.mean_and_error([1, 1, 0, 0, 1])
-    assert value == pytest.approx(0.6)
-    assert error == pytest.approx(math.sqrt(0.6 * 0.4 / 4))
-    assert math.isnan(q.scoring.mean_and_error([1])[1])
-    assert q.scoring.average([(0.5, 0.03), (0.7, 0.04)]) == (pytest.approx(0.6), pytest.approx(0.025))
 
 
 def a_result(name, **correct):

@@ -158,6 +158,7 @@ def test_every_choice_can_be_told():
     told = {"allocation": ["paper", "even", "loss"], "attention_method": CHOICES["attention_method"]}
     told |= {"channel_score": CHOICES["channel_score"], "storage": CHOICES["storage"]}
     told |= {"output_weighting": CHOICES["output_weighting"], "repair": [True, False]}
+    told |= {"target": CHOICES["target"]}
     told |= {"bias_compensation": [True, False], "sublayers": [("mlp",), ("self_attn",), ("self_attn", "mlp")]}
     for name, ways in told.items():
         texts = [method_text(lorap.CompressionConfig(**{name: way})) for way in ways]
@@ -192,8 +193,18 @@ def test_method_leaves_out_what_was_not_done(options, start, absent):
         ({"recipe": "flap", "output_weighting": "loss"}, "gradients"),
         ({"recipe": "lorap", "output_weighting": "loss", "sublayers": ("mlp",)}, "gradients"),
         ({"recipe": "lorap", "sublayers": ("mlp",)}, "v and o"),
+        ({"recipe": "lorap", "target": "stock"}, "v and o"),
+        ({"target": "stock"}, "factor pairs"),
+        ({"target": "stock"}, "shared one budget"),
     ],
-    ids=["flap-has-no-backward-pass", "score-without-outputs", "no-ratio-without-attention"],
+    ids=[
+        "flap-has-no-backward-pass",
+        "score-without-outputs",
+        "no-ratio-without-attention",
+        "no-ratio-with-dense-attention",
+        "stock-has-no-factors",
+        "stock-has-no-prices",
+    ],
 )
 def test_method_does_not_tell_what_had_no_effect(options, absent):
     assert absent not in method_text(lorap.CompressionConfig(**options))
@@ -203,6 +214,13 @@ def test_ratio_is_the_one_that_was_used():
     assert "v and o counting 1.5 times as much" in method_text(
         lorap.CompressionConfig(recipe="lorap", vo_to_qk_ratio=1.5)
     )
+
+
+def test_only_a_card_for_the_plug_in_imports_it():
+    assert "```python\nimport lorap  # teaches" in model_card(report(0.0, 0.0))
+    stock = model_card(report(0.0, 0.0, target="stock"))
+    assert "```python\nfrom transformers import AutoModel" in stock
+    assert "import lorap" not in stock
 
 
 def test_model_card_tells_method_numbers_and_options():

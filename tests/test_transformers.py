@@ -395,7 +395,7 @@ def test_version_2_of_plain_factors_opens_too(small, tokens):
     ("change", "message"),
     [
         ({"format_version": 1}, "pivoted storage and format version 1, which has none; it must be 2"),
-        ({"format_version": 3}, "format version 3 and this lorap reads 1 and 2"),
+        ({"format_version": 4}, "format version 4 and this lorap reads 1 to 3"),
         ({"storage": "shuffled"}, "quantization_config.storage is 'shuffled'; known: factors, pivoted"),
         ({"ranks": {Q: 64}}, f"rank 64 of {Q} does not fit its shape (64, 64)"),
     ],

@@ -24,24 +24,18 @@ from cells import Cell, make_model, specification
 from jobs import Job, finish, run
 from matrix import OUT, SPARSITIES, WANTED, add_common, parse_recipe
 from records import DENSE, code_sha256, read_cells, read_json, write_json
-from scoring import average, encode, is_correct, log_probabilities, mean_and_error, read_documents
 from table import markdown
 from texts import assets, gather
 
 import lorap  # noqa: F401 - teaches transformers to open compressed folders
 from lorap.config import RECIPES
 from lorap.loading import find_model, load_tokenizer
+from lorap.tasks import TASKS, Estimate, RequestSource
+from lorap.tasks.requests import RequestFile
+from lorap.tasks.results import average, estimate, paired
 
-# Which accuracy is customary: the likelier text (False), or the likelier text per character (True).
-TASKS = {
-    "boolq": False,
-    "piqa": True,
-    "hellaswag": True,
-    "winogrande": False,
-    "arc_easy": False,
-    "arc_challenge": True,
-    "openbookqa": True,
-}
+# Names of lorap's metrics in the result files, which are older.
+RECORDED = {"acc": "acc", "acc_norm": "acc_per_char"}
 LIMIT = 200
 TASK_FILES = {path.name.removesuffix(".jsonl.gz"): path for path in assets.TASKS}
 
@@ -61,16 +55,13 @@ def score(given: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
     tasks = {}
     for task in given["tasks"]:
-        documents = read_documents(TASK_FILES[task], limit=given["limit"])
-        found = log_probabilities(model, [encode(document, tokenizer) for document in documents])
-        pairs = list(zip(documents, found, strict=True))
-        both = [[is_correct(*pair, per_character=per_character) for pair in pairs] for per_character in (False, True)]
+        file = RequestFile(task, TASK_FILES[task].name, TASK_FILES[task].read_bytes())
+        result = RequestSource((file,), given["limit"]).run(model, tokenizer)[task]
         tasks[task] = {
-            "documents": len(documents),
-            "metric": "acc_per_char" if TASKS[task] else "acc",
-            "acc": sum(both[0]) / len(documents),
-            "acc_per_char": sum(both[1]) / len(documents),
-            "correct": "".join("01"[right] for right in both[TASKS[task]]),
+            "documents": result.questions,
+            "metric": RECORDED[result.metric],
+            **{name: result.accuracy(metric).mean for metric, name in RECORDED.items()},
+            "correct": result.to_dict()["correct"],
             "sha256": given["tasks"][task],
         }
     record["seconds"]["tasks"] = round(time.perf_counter() - start, 3)
@@ -84,25 +75,25 @@ def answers(record: dict[str, Any], task: str) -> list[int] | None:
     return None if found is None else [int(right) for right in found["correct"]]
 
 
-def difference(record: dict[str, Any], other: dict[str, Any], task: str) -> tuple[float, float] | None:
+def difference(record: dict[str, Any], other: dict[str, Any], task: str) -> Estimate | None:
     """Accuracy over that of ``other``, and its standard error over the same documents; None where they are not the same."""
     ours, theirs = answers(record, task), answers(other, task)
     if ours is None or theirs is None or len(ours) != len(theirs):
         return None
     if record["tasks"][task]["sha256"] != other["tasks"][task]["sha256"]:
         return None
-    return mean_and_error([a - b for a, b in zip(ours, theirs, strict=True)])
+    return paired([a - b for a, b in zip(ours, theirs, strict=True)]).estimate
 
 
-def percent(found: tuple[float, float] | None, form: str = ".1f") -> str:
-    return "-" if found is None else f"{100 * found[0]:{form}} ± {100 * found[1]:.1f}"
+def percent(found: Estimate | None, form: str = ".1f") -> str:
+    return "-" if found is None else f"{100 * found.mean:{form}} ± {100 * found.error:.1f}"
 
 
 def render(records: Sequence[dict[str, Any]], against: dict[str, Any] | None) -> str:
     """Accuracies, and below them the differences from one of the results."""
     rows, differences = [], []
     for record in records:
-        found = [None if (right := answers(record, task)) is None else mean_and_error(right) for task in TASKS]
+        found = [None if (right := answers(record, task)) is None else estimate(right) for task in TASKS]
         rows.append([record["name"], *map(percent, found), percent(_average(found))])
         if against and record["name"] != against["name"]:
             paired = [difference(record, against, task) for task in TASKS]
@@ -114,7 +105,7 @@ def render(records: Sequence[dict[str, Any]], against: dict[str, Any] | None) ->
         "# Zero-shot tasks",
         "Written by `benchmarks/quality/tasks.py`. Accuracy in percent ± standard error, "
         f"{' or '.join(map(str, limits))} documents a task, evenly spread; the likelier choice, per character for "
-        f"{', '.join(task for task, per_character in TASKS.items() if per_character)}.",
+        f"{', '.join(name for name, task in TASKS.items() if task.metric == 'acc_norm')}.",
         markdown(header, rows),
     ]
     if differences:
@@ -122,7 +113,7 @@ def render(records: Sequence[dict[str, Any]], against: dict[str, Any] | None) ->
     return "\n\n".join(parts) + "\n"
 
 
-def _average(found: Sequence[tuple[float, float] | None]) -> tuple[float, float] | None:
+def _average(found: Sequence[Estimate | None]) -> Estimate | None:
     """None where a task is missing: an average over other tasks is another number."""
     known = [one for one in found if one is not None]
     return average(known) if len(known) == len(found) else None

@@ -145,6 +145,14 @@ def compress_command(
         Optional[str],
         _option("storage", "pivoted: higher ranks for the same parameters, without loss (checkpoint format 2)."),
     ] = None,
+    target: Annotated[
+        Optional[str],
+        _option(
+            "target",
+            "Who is to open OUT: lorap, hosts that have it; stock, any host: attention stays dense and one FFN width takes the "
+            "whole sparsity.",
+        ),
+    ] = None,
     num_calibration_samples: Annotated[int, typer.Option(help="Token windows to calibrate on.")] = 128,
     calibration_seq_len: Annotated[int, typer.Option(help="Tokens in each window.")] = 128,
     seed: Annotated[int, typer.Option(help="Which windows are drawn, and what the model writes for self.")] = 0,
@@ -189,6 +197,7 @@ def compress_command(
       lorap compress HuggingFaceTB/SmolLM2-135M ./small --sparsity 0.2
       lorap compress ./llama ./small --sparsity 0.5 --calibration my.jsonl --eval-text wiki.txt
       lorap compress ./llama ./small --recipe lorap --allocation even
+      lorap compress ./llama ./small --target stock
     """
     with user_errors(debug):
         be_quiet(quiet)

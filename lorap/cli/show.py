@@ -12,7 +12,7 @@ from lorap.environment import describe_environment, format_environment
 from lorap.errors import ConfigError
 from lorap.info import describe_model, format_info
 from lorap.loading import find_model
-from lorap.merging import optimize_for_decoding
+from lorap.merging import optimize_for_inference
 from lorap.profiling import deeper, profile_model, run_ranges
 
 
@@ -80,7 +80,7 @@ def profile_command(
             raise ConfigError(f"cannot write {trace}: there is no folder {trace.parent}")
         loaded, _, source = open_model(model, device, dtype)
         if optimize:
-            optimize_for_decoding(loaded)
+            optimize_for_inference(loaded)
         if ranges_only:
             run_ranges(loaded, tokens=tokens, new_tokens=new_tokens)
             return

@@ -21,13 +21,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lorap.checkpoint import read_header
 from lorap.errors import CheckpointError
+from lorap.integrations import torchao
 from lorap.modules import LowRankLinear
 
 QUANT_METHOD = "lorap"
 # How low-rank layers are stored, and the first format version that has it. A checkpoint says the lowest version that can
 # describe it, so that an older lorap opens whatever it understands.
 STORAGES = {"factors": 1, "pivoted": 2}
-FORMAT_VERSIONS = (1, 2)
+# The same for how weights are stored: in the model's dtype, or as int8 (lorap/integrations/torchao.py).
+WEIGHTS = {"float": 1, "int8": 3}
+FORMAT_VERSIONS = (1, 2, 3)
 
 
 class LoRAPConfig(QuantizationConfigMixin):
@@ -43,6 +46,7 @@ class LoRAPConfig(QuantizationConfigMixin):
         recipe: what was run.
         lorap_version: what ran it.
         storage: of every low-rank layer: ``factors``, or ``pivoted`` (:mod:`lorap.pivoting`).
+        weights: of every linear layer in the decoder: ``float``, or ``int8`` (:func:`lorap.quantize_int8`).
 
     Raises:
         CheckpointError: a version, storage or field is unknown, version and storage contradict each other, or a size is not a
@@ -60,26 +64,30 @@ class LoRAPConfig(QuantizationConfigMixin):
         recipe: str | None = None,
         lorap_version: str | None = None,
         storage: str = "factors",
+        weights: str = "float",
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
     ) -> None:
         if format_version is not None and format_version not in FORMAT_VERSIONS:
             raise CheckpointError(
                 f"this checkpoint has format version {format_version} and this lorap reads "
-                f"{' and '.join(map(str, FORMAT_VERSIONS))}; "
+                f"{FORMAT_VERSIONS[0]} to {FORMAT_VERSIONS[-1]}; "
                 f"it was written by lorap {lorap_version}: install that version or a newer one"
             )
         if unknown:
             raise CheckpointError(f"unknown field in quantization_config: {', '.join(sorted(unknown))}")
         if storage not in STORAGES:
             raise CheckpointError(f"quantization_config.storage is {storage!r}; known: {', '.join(STORAGES)}")
-        lowest = max(STORAGES[storage], 2 if biases else 1)
+        if weights not in WEIGHTS:
+            raise CheckpointError(f"quantization_config.weights is {weights!r}; known: {', '.join(WEIGHTS)}")
+        lowest = max(STORAGES[storage], 2 if biases else 1, WEIGHTS[weights])
         if format_version is None:
             format_version = lowest
         if format_version < lowest:
             raise CheckpointError(
-                f"quantization_config says {storage} storage{' and added biases' if biases else ''} and format version "
-                f"{format_version}, which has none; it must be {lowest}"
+                f"quantization_config says {storage} storage{' and added biases' if biases else ''}"
+                f"{' and int8 weights' if weights == 'int8' else ''} and format version {format_version}, which has none; "
+                f"it must be {lowest}"
             )
         self.quant_method = quant_method  # type: ignore[assignment]
         self.format_version = format_version
@@ -91,14 +99,17 @@ class LoRAPConfig(QuantizationConfigMixin):
         self.recipe = recipe
         self.lorap_version = lorap_version
         self.storage = storage
+        self.weights = weights
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json holds; ``storage`` only where it is not the default, which format version 1 does not know."""
+        """What config.json holds; what format version 1 does not know only where it is not the default."""
         fields: dict[str, Any] = super().to_dict()
         if fields["storage"] == "factors":
             del fields["storage"]
         if not fields["biases"]:
             del fields["biases"]
+        if fields["weights"] == "float":
+            del fields["weights"]
         return fields
 
 
@@ -139,11 +150,20 @@ class LoRAPHfQuantizer(HfQuantizer):
                 name, nn.Linear(old.in_features, old.out_features, bias=True, device=weight.device, dtype=weight.dtype)
             )
             wanted.append(f"{name}.bias")
+        if self.quantization_config.weights == "int8":
+            slots = torchao.put_slots(model)
+            weights = {f"{name}.weight" for name in (slot.rsplit(".", 1)[0] for slot in slots)}
+            wanted = [name for name in wanted if name not in weights] + slots
         check_complete(checkpoint_files or (), wanted)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         for name in self.quantization_config.ranks:
             check_pivot_rows(model.get_submodule(name), name)
+        torchao.fill_slots(model)
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any] | None, dict[str, str]]:
+        int8 = self.quantization_config.weights == "int8"
+        return (torchao.flat_state_dict(model) if int8 else None), {}
 
     def is_serializable(self) -> bool:
         return True
@@ -218,6 +238,19 @@ def mark_compressed(model: Any, config: LoRAPConfig) -> None:
     model.config.quantization_config = config
     model.hf_quantizer = LoRAPHfQuantizer(config, pre_quantized=True)
     model.quantization_method = QUANT_METHOD
+
+
+def find_marks(model: Any) -> LoRAPConfig | None:
+    """What :func:`mark_compressed` or loading put on the model; None where lorap left no mark."""
+    found = getattr(model.config, "quantization_config", None)
+    if isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD:
+        found = LoRAPConfig(**found)
+    return found if isinstance(found, LoRAPConfig) else None
+
+
+def unmark(model: Any) -> None:
+    """Make ``model.save_pretrained`` write an ordinary checkpoint again; only for what opens without the plug-in."""
+    LoRAPHfQuantizer(LoRAPConfig(), pre_quantized=True).remove_quantization_config(model)
 
 
 def register() -> None:

@@ -1,0 +1,128 @@
+"""``lorap eval --tasks``: zero-shot tasks, and what a model gained and lost against another."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+
+from lorap.cli.common import open_model
+from lorap.errors import ConfigError
+from lorap.tasks import Estimate, HarnessSource, RequestSource, TaskResult, difference, open_source
+from lorap.tasks.results import Difference, average, number
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """What the command line says besides the models."""
+
+    tasks: Sequence[str]
+    data: str
+    limit: int | None
+    device: str
+    dtype: str
+    progress: bool
+
+
+def evaluate_tasks(model: str, baseline: str | None, options: TaskOptions) -> dict[str, Any]:
+    """Ask one model, then the other, print a table, and return everything for ``--json``."""
+    names = [name.strip() for name in options.tasks if name.strip()]
+    source = open_source(names, data=options.data, limit=options.limit, tell=lambda line: typer.echo(line, err=True))
+    name, found, seconds = _ask(model, source, options)
+    results: dict[str, Any] = {task: result.to_dict() for task, result in found.items()}
+    told: dict[str, Any] = {"model": name, "tasks": results, "seconds": seconds}
+    told["average"] = _mean([result.accuracy() for result in found.values()])
+    differences = None
+    if baseline is not None:
+        other_name, other, told["baseline_seconds"] = _ask(baseline, source, options)
+        told["baseline"] = other_name
+        differences = {task: difference(found[task], other[task]) for task in found}
+        for task, one in differences.items():
+            results[task] |= {"baseline": other[task].to_dict(), "difference": one.to_dict()}
+        told["average_difference"] = _mean([one.estimate for one in differences.values()])
+        typer.echo(f"{name} against {other_name}, accuracies in percent with their standard errors\n")
+    else:
+        other = None
+        typer.echo(f"{name}, accuracies in percent with their standard errors\n")
+    typer.echo(render(found, other, differences))
+    return told
+
+
+def _ask(
+    model: str, source: RequestSource | HarnessSource, options: TaskOptions
+) -> tuple[str, dict[str, TaskResult], float]:
+    """One model at a time is in memory."""
+    loaded, tokenizer, where = open_model(model, options.device, options.dtype)
+    if tokenizer is None:
+        raise ConfigError(f"{where.name} has no tokenizer, so it cannot read questions")
+    start = time.perf_counter()
+    found = source.run(loaded, tokenizer, progress=options.progress)
+    seconds = round(time.perf_counter() - start, 3)
+    del loaded
+    gc.collect()
+    return where.name, found, seconds
+
+
+def render(
+    found: Mapping[str, TaskResult],
+    other: Mapping[str, TaskResult] | None = None,
+    differences: Mapping[str, Difference] | None = None,
+) -> str:
+    """A Markdown table, and below it what was asked."""
+    header = ["task", "questions", "acc", "acc_norm", "accuracy"]
+    if other is not None:
+        header += ["baseline", "difference", "95 % interval", "gained", "lost"]
+    rows = []
+    for task, result in found.items():
+        shown = [percent(result.accuracy(one)) if one in result.correct else "-" for one in ("acc", "acc_norm")]
+        row = [task, str(result.questions), *shown, percent(result.accuracy())]
+        if other is not None and differences is not None:
+            row += [percent(other[task].accuracy()), *_difference(differences[task].estimate)]
+            row += [str(differences[task].gained), str(differences[task].lost)]
+        rows.append(row)
+    if len(found) > 1:
+        row = ["average", "", "", "", percent(average([result.accuracy() for result in found.values()]))]
+        if other is not None and differences is not None:
+            row.append(percent(average([result.accuracy() for result in other.values()])))
+            row += [*_difference(average([one.estimate for one in differences.values()])), "", ""]
+        rows.append(row)
+    lines = [markdown(header, rows), ""]
+    lines += [f"{task}: accuracy is {result.metric}; {result.prompts}{_cut(result)}" for task, result in found.items()]
+    return "\n".join(lines)
+
+
+def _cut(result: TaskResult) -> str:
+    return f"; {result.truncated} without their beginning, longer than the model reads" if result.truncated else ""
+
+
+def percent(found: Estimate, form: str = ".1f") -> str:
+    """Mean ± standard error."""
+    return f"{100 * found.mean:{form}} ± {100 * found.error:.1f}"
+
+
+def _difference(found: Estimate) -> list[str]:
+    low, high = found.interval
+    return [percent(found, "+.1f"), f"{100 * low:+.1f} to {100 * high:+.1f}"]
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table that reads well as it is: columns are padded, numbers to the right."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [cells[0].ljust(widths[0])]
+        padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        return f"| {' | '.join(padded)} |"
+
+    rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
+    return "\n".join([line(header), line(rule), *map(line, rows)])
+
+
+def _mean(found: Sequence[Estimate]) -> dict[str, Any]:
+    value = average(found)
+    low, high = map(number, value.interval)
+    return {"mean": value.mean, "stderr": number(value.error), "low": low, "high": high}

@@ -1,0 +1,147 @@
+"""vLLM: ``vllm serve OUT`` and ``LLM("OUT")`` open compressed checkpoints.
+
+vLLM finds :func:`register` by the entry point ``vllm.general_plugins`` and calls it in each of its processes. It makes
+``quant_method = "lorap"`` known; vLLM then builds its own model, and asks :class:`LoRAPQuantizationConfig` what to put into
+each linear layer. Attention, scheduling, sampling and the server stay vLLM's.
+
+A linear layer is in :mod:`lorap.integrations.vllm_linear`, what it holds in :mod:`lorap.integrations.vllm_projection`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.models.utils import WeightsMapper
+
+from lorap.architectures import ARCHITECTURES, SHARED_INPUTS
+from lorap.backends import FLOATS
+from lorap.checkpoint import read_tensors
+from lorap.errors import BackendError, CheckpointError
+from lorap.integrations.transformers import QUANT_METHOD, LoRAPConfig, LoRAPHfQuantizer
+from lorap.integrations.vllm_linear import LoRAPLinearMethod
+
+# What is served here; transformers may open more.
+FORMAT_VERSIONS = (1, 2)
+# vLLM's fused layers, for models that do not say themselves what theirs hold.
+FUSED = {"qkv_proj": SHARED_INPUTS["attention_input"], "gate_up_proj": SHARED_INPUTS["mlp_input"]}
+
+
+def register() -> None:
+    """Make ``quant_method = "lorap"`` known to vLLM; safe to call twice."""
+    if QUANT_METHOD not in QUANTIZATION_METHODS:
+        register_quantization_config(QUANT_METHOD)(LoRAPQuantizationConfig)
+
+
+class LoRAPQuantizationConfig(QuantizationConfig):
+    """What vLLM asks about a compressed checkpoint.
+
+    Args:
+        checkpoint: ``quantization_config`` of config.json, already checked.
+    """
+
+    def __init__(self, checkpoint: LoRAPConfig) -> None:
+        super().__init__()
+        self.checkpoint = checkpoint
+        self.intermediate_size: int | None = None
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> LoRAPQuantizationConfig:
+        """Read ``quantization_config``.
+
+        Raises:
+            CheckpointError: as :class:`LoRAPConfig`: a newer format, an unknown field, an impossible size; or int8 weights.
+            BackendError: this vLLM loads fused layers in an older way.
+        """
+        if "orig_to_new_stacked" not in {field.name for field in fields(WeightsMapper)}:
+            raise BackendError(
+                "lorap needs vLLM 0.32 or newer, which lets a fused layer load its own weights; upgrade vllm"
+            )
+        checkpoint = LoRAPConfig(**config)
+        if checkpoint.format_version not in FORMAT_VERSIONS:
+            served = " and ".join(map(str, FORMAT_VERSIONS))
+            raise CheckpointError(
+                f"this checkpoint has format version {checkpoint.format_version}, and lorap's plug-in for vLLM serves {served} "
+                "(3 means int8 weights): open it in transformers, or serve the checkpoint that it was made from"
+            )
+        return cls(checkpoint)
+
+    def get_name(self) -> str:
+        """The name in ``quant_method``."""
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """What the ops of lorap compute in."""
+        return list(FLOATS)
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Any GPU: where no kernel of lorap fits, torch does the work."""
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None besides config.json."""
+        return []
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, **_: Any) -> None:
+        """Called before the model is built, by the process that the user started: refuse a folder that cannot be served.
+
+        Raises:
+            CheckpointError: a tensor is missing, or has another shape than config.json says.
+        """
+        self.intermediate_size = getattr(hf_config, "intermediate_size", None)
+        folder = Path(model_name)
+        known = getattr(hf_config, "model_type", None) in ARCHITECTURES
+        if known and folder.is_dir() and any(folder.glob("*.safetensors")):
+            check_folder(folder, hf_config, self.checkpoint)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> LoRAPLinearMethod | None:
+        """The projections of the checkpoint that vLLM's layer ``prefix`` holds, or None for what is not a linear layer.
+
+        Raises:
+            CheckpointError: the FFN cannot be shared out among the workers of tensor parallelism.
+        """
+        if not isinstance(layer, LinearBase):
+            return None
+        workers = get_tensor_model_parallel_world_size()
+        if self.intermediate_size is not None and self.intermediate_size % workers:
+            raise CheckpointError(
+                f"intermediate_size in config.json is {self.intermediate_size}, which vLLM cannot share out among {workers} "
+                "tensor-parallel workers; serve with fewer, or compress with a --width-multiple that they divide"
+            )
+        parent, _, last = prefix.rpartition(".")
+        names = (FUSED | self.packed_modules_mapping).get(last, [last])
+        return LoRAPLinearMethod(self.checkpoint, [f"{parent}.{name}" if parent else name for name in names])
+
+
+def check_folder(folder: Path, hf_config: Any, checkpoint: LoRAPConfig) -> None:
+    """Compare a checkpoint with the model that config.json describes, by names and shapes, from the headers alone.
+
+    vLLM does not miss tensors of quantized models and starts with whatever is in memory.
+
+    Raises:
+        CheckpointError: naming the first tensor that is missing or has another shape.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config)
+        LoRAPHfQuantizer(checkpoint)._process_model_before_weight_loading(model)
+    tied = set(model._tied_weights_keys or ()) if hf_config.tie_word_embeddings else set()
+    stored = read_tensors(folder)
+    for name, tensor in model.state_dict().items():
+        if name in tied:
+            continue
+        if name not in stored:
+            raise CheckpointError(f"{folder} is incomplete: {name} is missing; download or copy it again")
+        if stored[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{name} in {folder} has shape {stored[name].shape}, but config.json says {tuple(tensor.shape)}; "
+                "the checkpoint is damaged, download or copy it again"
+            )

@@ -1,0 +1,300 @@
+"""Exported folders open where lorap is not, and compute what the compressed model computed.
+
+The host without lorap is a process of its own, in which importing lorap fails.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import FAMILIES
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+import lorap
+from lorap.checkpoint import read_tensors
+from lorap.cli import app
+from lorap.export import make_stock
+
+# One process for all tests: starting it takes longer than they do. It is given a folder a line, and says what it made of it.
+STOCK_HOST = """
+import sys
+sys.modules["lorap"] = None  # importing it raises from here on
+import torch
+from transformers import AutoModelForCausalLM
+tokens = torch.load("tokens.pt")
+for line in sys.stdin:
+    folder = line.strip()
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    with torch.no_grad():
+        torch.save(model.eval()(tokens).logits, "logits.pt")
+    try:
+        import lorap
+    except ImportError:
+        print(type(model).__name__, "without lorap", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def stock_host(tokens, tmp_path_factory):
+    """``stock_host(folder)``: class and logits of what a process without lorap makes of the folder."""
+    place = tmp_path_factory.mktemp("host")
+    torch.save(tokens, place / "tokens.pt")
+    errors = (place / "errors").open("w+")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
+    with subprocess.Popen([sys.executable, "-c", STOCK_HOST], cwd=place, text=True, **pipes) as process:
+
+        def run(folder: Path) -> tuple[str, torch.Tensor]:
+            process.stdin.write(f"{folder}\n")
+            process.stdin.flush()
+            answer = process.stdout.readline().split(maxsplit=1)
+            assert answer[1:] == ["without lorap\n"], (place / "errors").read_text()
+            assert "quantization" not in (place / "errors").read_text()
+            return answer[0], torch.load(place / "logits.pt")
+
+        yield run
+        process.stdin.close()
+    errors.close()
+
+
+@torch.no_grad()
+def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    return model(tokens).logits
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+
+
+def run(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_host_without_lorap_gets_the_same_logits(
+    family: str, storage: str, make_model, compress_small, tokenizer, tokens, stock_host, tmp_path
+) -> None:
+    model, _ = compress_small(make_model(family), storage=storage)
+    expected = logits(model, tokens)
+    out = lorap.export_stock(model, tmp_path / "plain", tokenizer=tokenizer)
+    config = json.loads((out / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["intermediate_size"] == 50
+    assert not [name for name in read_tensors(out) if "left" in name or "right" in name or "pivot" in name]
+    name, found = stock_host(out)
+    assert name == type(model).__name__ == config["architectures"][0]
+    assert_close(found, expected)
+
+
+# --- per-layer widths ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def free(make_model, compress_small):
+    """A model whose two FFNs have different widths, with low-rank attention."""
+    model, _ = compress_small(make_model("llama-biases"), recipe="best", sparsity=0.4)
+    widths = [layer.mlp.down_proj.in_features for layer in model.model.layers]
+    assert widths[0] != widths[1]
+    return model, widths
+
+
+def test_widths_of_their_own_are_refused_with_the_ways_out(free, tmp_path) -> None:
+    model, widths = free
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(lorap.ArchitectureError) as error:
+        lorap.export_stock(model, tmp_path / "plain")
+    low, high = sorted(widths)
+    assert f"FFN widths run from {low} to {high}, and a stock LlamaForCausalLM has one for all layers" in str(
+        error.value
+    )
+    assert f"--pad-widths: {3 * 64 * (high - low):,} more parameters" in str(error.value)
+    assert "--target stock" in str(error.value)
+    assert not (tmp_path / "plain").exists()
+    assert model.state_dict().keys() == before.keys()
+
+
+def test_padded_widths_compute_the_same(free, tokens, stock_host, tmp_path) -> None:
+    """Biases too: silu(0) * 0 is 0 for a channel of zeros."""
+    model, widths = free
+    expected = logits(model, tokens)
+    out = lorap.export_stock(model, tmp_path / "plain", pad_widths=True)
+    shapes = {name: info.shape for name, info in read_tensors(out).items()}
+    for layer in (0, 1):
+        assert shapes[f"model.layers.{layer}.mlp.down_proj.weight"] == (64, max(widths))
+        assert shapes[f"model.layers.{layer}.mlp.gate_proj.bias"] == (max(widths),)
+    narrow = model.model.layers[widths.index(min(widths))].mlp
+    assert not narrow.up_proj.weight[min(widths) :].any()
+    assert not narrow.down_proj.weight[:, min(widths) :].any()
+    assert narrow.gate_proj.weight[: min(widths)].any(dim=1).all()
+    assert narrow.intermediate_size == max(widths)
+    assert_close(stock_host(out)[1], expected)
+
+
+# --- added biases ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "smollm3"])
+def test_added_biases_become_those_of_the_class(
+    family, make_model, compress_small, tokens, stock_host, tmp_path
+) -> None:
+    options = {"sublayers": ("mlp",), "allocation": "even", "bias_compensation": True}
+    model, _ = compress_small(make_model(family), **options)
+    bias = model.model.layers[0].mlp.down_proj.bias.detach().clone()
+    assert bias.abs().max() > 0
+    expected = logits(model, tokens)
+    out = lorap.export_stock(model, tmp_path / "plain")
+    config = json.loads((out / "config.json").read_text())
+    assert (config["mlp_bias"], config["attention_bias"]) == (True, False)
+    mlp = model.model.layers[0].mlp
+    assert torch.equal(mlp.down_proj.bias, bias)
+    assert not mlp.gate_proj.bias.any()
+    assert not mlp.up_proj.bias.any()
+    assert_close(stock_host(out)[1], expected)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_added_biases_without_a_place_are_refused(family, make_model, compress_small, tmp_path) -> None:
+    options = {"sublayers": ("mlp",), "allocation": "even", "bias_compensation": True}
+    model, _ = compress_small(make_model(family), **options)
+    with pytest.raises(lorap.ArchitectureError) as error:
+        lorap.export_stock(model, tmp_path / "plain")
+    assert f"down_proj have gained biases, and a stock {type(model).__name__} has no place for them" in str(error.value)
+    assert "--no-bias-compensation" in str(error.value)
+    assert not (tmp_path / "plain").exists()
+
+
+def test_flap_s_widths_and_biases_together(make_model, compress_small, tokens, stock_host, tmp_path) -> None:
+    model, _ = compress_small(make_model("llama-mha"), recipe="flap", sparsity=0.3)
+    expected = logits(model, tokens)
+    assert_close(stock_host(lorap.export_stock(model, tmp_path / "plain", pad_widths=True))[1], expected)
+
+
+def test_what_the_class_cannot_hold_is_named(make_model, tmp_path) -> None:
+    model = make_model("llama-gqa")
+    model.model.layers[1].self_attn.extra = torch.nn.Linear(3, 5, bias=False)
+    message = (
+        r"a stock LlamaForCausalLM cannot hold this model: 1 tensors differ, first model\.layers\.1\.self_attn\.extra"
+    )
+    with pytest.raises(lorap.ArchitectureError, match=message):
+        make_stock(model)
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11))
+    with pytest.raises(lorap.ArchitectureError, match="cannot export model type 'gpt2'; known: llama, mistral"):
+        make_stock(gpt2)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------------
+
+CALIBRATION = ["--num-calibration-samples", 8, "--calibration-seq-len", 32, "--eval-text", "none"]
+QUIET = ["--device", "cpu", "--quiet"]
+
+
+@pytest.fixture
+def small_folder(model_folder, small_text, tmp_path) -> Path:
+    out = tmp_path / "small"
+    options = ["--recipe", "lorap", "--sparsity", 0.5, "--calibration", small_text]
+    result = run("compress", model_folder, out, *options, *CALIBRATION, *QUIET)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_command(small_folder, tokens, stock_host, tmp_path) -> None:
+    """Tokenizer, generation config and model card go along, in the dtype that was asked for."""
+    (small_folder / "generation_config.json").write_text('{"temperature": 0.7, "do_sample": true, "eos_token_id": 0}')
+    plain = tmp_path / "plain"
+    result = run("export", small_folder, plain, "--format", "stock", "--dtype", "bfloat16", "--quiet", "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout.splitlines()[-1])
+    saved = read_tensors(plain)
+    assert told["params"] == sum(info.numel for info in saved.values())
+    compressed = read_tensors(small_folder)
+    assert told["params_compressed"] == sum(info.numel for info in compressed.values() if info.is_parameter)
+    assert (told["class"], told["intermediate_size"], told["out"]) == ("LlamaForCausalLM", 50, str(plain))
+    assert {info.dtype for info in saved.values()} == {"BF16"}
+    assert AutoTokenizer.from_pretrained(plain)("The capital")["input_ids"]
+    assert transformers.GenerationConfig.from_pretrained(plain).temperature == 0.7
+    card = (plain / "README.md").read_text("utf-8")
+    assert "import lorap" not in card
+    assert f"the model has {told['params']:,} parameters, in place of {told['params_compressed']:,} in the" in card
+    assert "Recipe: **lorap**" in card
+    expected = logits(AutoModelForCausalLM.from_pretrained(small_folder, dtype=torch.bfloat16), tokens).float()
+    assert_close(stock_host(plain)[1].float(), expected, 0.1)
+
+
+def test_a_failed_export_leaves_nothing(small_folder, tmp_path, monkeypatch) -> None:
+    def fail(*_arguments: Any, **_options: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", fail)
+    result = run("export", small_folder, tmp_path / "plain", "--quiet")
+    assert result.exit_code == 2
+    assert "the disk is full or a quota is reached" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "small", "text.txt"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["plain", "--format", "onnx"], "unknown format 'onnx'; choose from stock, gguf"),
+        (["small"], "overlaps the source model"),
+        (["small/inside"], "overlaps the source model"),
+        (["model"], "is not empty; choose a new folder or pass --overwrite"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(options, message, small_folder, tmp_path) -> None:
+    result = run("export", small_folder, tmp_path / options[0], *options[1:], "--quiet")
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_help_shows_formats_and_examples() -> None:
+    shown = run("export", "--help").stdout
+    assert "Example:\n    lorap export" in shown
+    assert "\n    stock " in shown
+
+
+# --- compress --target stock -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["best", "lorap"])
+def test_target_stock_needs_no_export(recipe, model_folder, small_text, tokens, stock_host, tmp_path) -> None:
+    """All of the reported saving is in the files that a host without lorap reads."""
+    out = tmp_path / "out"
+    options = ["--target", "stock", "--recipe", recipe, "--sparsity", 0.3, "--calibration", small_text, "--json"]
+    result = run("compress", model_folder, out, *options, *CALIBRATION, *QUIET)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout.splitlines()[-1])
+    config = json.loads((out / "config.json").read_text())
+    assert "quantization_config" not in config
+    saved, dense = read_tensors(out), read_tensors(model_folder)
+    assert saved.keys() == dense.keys()
+    assert saved["model.layers.1.mlp.down_proj.weight"].shape == (64, config["intermediate_size"])
+    sizes = [sum(info.numel for name, info in files.items() if "_proj" in name) for files in (saved, dense)]
+    assert report["param_ratio"] == sizes[0] / sizes[1]
+    assert 0.68 < report["param_ratio"] <= 0.7
+    for name in ("q_proj", "o_proj"):
+        key = f"model.layers.0.self_attn.{name}.weight"
+        assert saved[key].shape == dense[key].shape
+    assert "import lorap" not in (out / "README.md").read_text("utf-8")
+    expected = logits(AutoModelForCausalLM.from_pretrained(out), tokens)
+    assert torch.equal(stock_host(out)[1], expected)
+    again = run("export", out, tmp_path / "again", "--quiet", "--json")
+    assert json.loads(again.stdout.splitlines()[-1])["params"] == report["params_saved"]
+
+
+def test_target_stock_beyond_the_ffns_is_refused_before_any_work(model_folder, small_text, tmp_path) -> None:
+    options = ["--target", "stock", "--sparsity", 0.9, "--calibration", small_text]
+    result = run("compress", model_folder, tmp_path / "out", *options, *CALIBRATION, *QUIET)
+    assert result.exit_code == 2
+    assert "sparsity 0.9 cannot come from the FFNs alone" in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,240 @@
+"""GGUF files hold the same model: transformers' own reader gives the same logits and the same tokens of text.
+
+llama.cpp itself is not here to be asked. The reader undoes the order of rotary pairs by its own code, and finds every
+tensor by llama.cpp's name for it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import lorap
+from lorap.calibration import read_source
+from lorap.cli import app
+from lorap.gguf import pre_tokenizer_name
+from lorap.loading import find_model, load_model, load_tokenizer
+
+gguf = pytest.importorskip("gguf")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# A Mistral without a window, as later versions of it are; transformers' reader knows one head size of Qwen3 only.
+FAMILIES = {
+    "llama-mha": {},
+    "llama-gqa": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 128},
+    "mistral": {"sliding_window": None},
+}
+
+
+@torch.no_grad()
+def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    return model(tokens).logits.float()
+
+
+def cast(model: Any, dtype: torch.dtype) -> Any:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def read(folder: Path, dtype: str = "float32") -> Any:
+    return load_model(find_model(folder), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_read_back_it_has_the_same_weights(
+    family, dtype, make_model, compress_small, tokenizer, tokens, tmp_path
+) -> None:
+    model, _ = compress_small(make_model(family, **FAMILIES[family]), storage="pivoted")
+    lorap.reconstruct(cast(model, DTYPES[dtype]))
+    out = lorap.export_gguf(model, tmp_path / "small", tokenizer=tokenizer)
+    kind = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]
+    assert [path.name for path in sorted(out.iterdir())] == ["README.md", f"small-{kind}.gguf"]
+    found = read(out)
+    assert found.config.intermediate_size == 50
+    expected = model.state_dict()
+    assert all(torch.equal(tensor, expected[name].float()) for name, tensor in found.state_dict().items())
+    assert torch.equal(logits(found, tokens), logits(cast(model, torch.float32), tokens))
+
+
+def test_types_in_the_file(make_model, tokenizer, tmp_path) -> None:
+    """Matrices as the model, vectors in float32, tied embeddings once."""
+    model = cast(make_model("llama-gqa"), torch.bfloat16)
+    file = lorap.export_gguf(model, tmp_path / "small", tokenizer=tokenizer) / "small-BF16.gguf"
+    found = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
+    assert found["blk.1.ffn_down.weight"] == found["token_embd.weight"] == "BF16"
+    assert found["blk.0.attn_norm.weight"] == "F32"
+    assert "output.weight" not in found
+    assert len(found) == 2 + 2 * 9
+
+
+def test_compressed_by_the_command_and_read_by_the_command(model_folder, small_text, tokens, tmp_path) -> None:
+    def run(*arguments: Any) -> None:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert result.exit_code == 0, result.output
+
+    options = ["--calibration", small_text, "--eval-text", "none", "--num-calibration-samples", 8]
+    options += ["--calibration-seq-len", 32, "--device", "cpu", "--quiet"]
+    run("compress", model_folder, tmp_path / "small", "--recipe", "lorap", *options)
+    run("export", tmp_path / "small", tmp_path / "file", "--format", "gguf", "--quiet")
+    run("info", tmp_path / "file")
+    small = read(tmp_path / "small")
+    torch.testing.assert_close(logits(read(tmp_path / "file"), tokens), logits(small, tokens), rtol=1e-4, atol=1e-4)
+    card = (tmp_path / "file/README.md").read_text("utf-8")
+    assert "llama-cli -m file-F32.gguf" in card
+    assert "import lorap" not in card
+    assert "Recipe: **lorap**" in card
+
+
+def test_the_tokenizer_reads_text_the_same(make_model, tokenizer, tmp_path) -> None:
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    out = lorap.export_gguf(make_model("qwen2"), tmp_path / "small", tokenizer=tokenizer)
+    found = load_tokenizer(find_model(out))
+    text = read_source("default/news")[:3000] + " naïve café 12345 <eos> x"
+    assert found(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert (found.eos_token_id, found.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert found.chat_template == tokenizer.chat_template
+    tokenizer.chat_template = None
+
+
+@pytest.mark.parametrize("space_first", [True, False])
+def test_sentencepiece_tokenizers_read_text_the_same(space_first, make_model, tmp_path) -> None:
+    """As Llama 2 and Mistral have: spaces are a letter, and what has no token becomes bytes."""
+    scheme = "first" if space_first else "never"
+    bpe = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=["<unk>", "<s>", "</s>", *byte_tokens], show_progress=False, max_token_length=8
+    )
+    words = Tokenizer(models.BPE(unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)  # split, or training would merge across words
+    words.train_from_iterator([read_source("default/news")[:50_000]], trainer)
+    learned = json.loads(words.to_str())
+    bpe_state = json.loads(bpe.to_str())
+    bpe_state["model"] |= {key: learned["model"][key] for key in ("vocab", "merges")}
+    bpe_state["added_tokens"] = [token for token in learned["added_tokens"] if not token["content"].startswith("<0x")]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(bpe_state)), unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    model = make_model("llama-mha", vocab_size=len(tokenizer))
+    out = lorap.export_gguf(model, tmp_path / "small", tokenizer=tokenizer)
+    reader = gguf.GGUFReader(next(out.glob("*.gguf")))
+    types = reader.get_field("tokenizer.ggml.token_type").contents()
+    assert types[:3] == [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
+    assert types[3:259] == [gguf.TokenType.BYTE] * 256
+    assert set(types[259:]) == {gguf.TokenType.NORMAL}
+    assert reader.get_field("tokenizer.ggml.add_space_prefix").contents() == space_first
+    found = load_tokenizer(find_model(out))
+    text = read_source("default/essays")[:2000] + " naïve ☃ 123"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    first = 0 if space_first else 1  # transformers' reader puts a space there whatever the file says
+    assert found(text, add_special_tokens=False)["input_ids"][first:] == ids[first:]
+    assert tokenizer.convert_tokens_to_ids("<0xE2>") in ids
+
+
+def test_embeddings_beyond_the_tokenizer_are_unused_tokens(make_model, tokenizer, tmp_path) -> None:
+    model = make_model("llama-mha", vocab_size=len(tokenizer) + 5)
+    file = lorap.export_gguf(model, tmp_path / "small", tokenizer=tokenizer) / "small-F32.gguf"
+    reader = gguf.GGUFReader(file)
+    assert reader.get_field("tokenizer.ggml.tokens").contents()[-1] == f"[PAD{len(tokenizer) + 4}]"
+    types = reader.get_field("tokenizer.ggml.token_type").contents()
+    assert types[-5:] == [gguf.TokenType.UNUSED] * 5
+    assert types[:3] == [gguf.TokenType.CONTROL, gguf.TokenType.CONTROL, gguf.TokenType.NORMAL]
+
+
+@pytest.mark.parametrize(
+    ("steps", "name"),
+    [
+        ([pre_tokenizers.ByteLevel()], "gpt-2"),
+        ([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel()], "smollm"),
+        (
+            [
+                pre_tokenizers.Split(Regex(r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"), "isolated"),
+                pre_tokenizers.ByteLevel(use_regex=False),
+            ],
+            "llama-bpe",
+        ),
+        (
+            [
+                pre_tokenizers.Split(Regex(r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?"), "isolated"),
+                pre_tokenizers.ByteLevel(use_regex=False),
+            ],
+            "qwen2",
+        ),
+        ([pre_tokenizers.Whitespace()], None),
+        ([pre_tokenizers.Digits(individual_digits=False), pre_tokenizers.ByteLevel()], None),
+    ],
+)
+def test_names_of_pre_tokenizers(steps, name) -> None:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
+    state = json.loads(backend.to_str())["pre_tokenizer"]
+    if name is None:
+        with pytest.raises(
+            lorap.ArchitectureError, match=r"has no name in llama\.cpp that is known here; use --format stock"
+        ):
+            pre_tokenizer_name(state)
+    else:
+        assert pre_tokenizer_name(state) == name
+
+
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("smollm3", {}, "no GGUF for model type 'smollm3'; possible: llama, mistral, qwen2, qwen3"),
+        ("mistral", {}, "the attention window of 8 tokens has no place in GGUF's llama architecture"),
+        ("llama-gqa", {"rope_parameters": LINEAR}, "rotary positions of type 'linear' are not written to GGUF"),
+    ],
+)
+def test_what_has_no_place_is_refused_before_work(family, options, message, make_model, tokenizer, tmp_path) -> None:
+    with pytest.raises(lorap.ArchitectureError, match=message):
+        lorap.export_gguf(make_model(family, **options), tmp_path / "small", tokenizer=tokenizer)
+    assert not (tmp_path / "small").exists()
+
+
+def test_other_tokenizers_are_refused_and_nothing_is_left(make_model, tmp_path) -> None:
+    words = Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
+    for tokenizer, message in (
+        (
+            PreTrainedTokenizerFast(tokenizer_object=words),
+            "only BPE tokenizers are written to GGUF, and this one is WordLevel",
+        ),
+        (None, "GGUF holds the tokenizer as well, and this model has none"),
+    ):
+        with pytest.raises(lorap.ArchitectureError, match=message):
+            lorap.export_gguf(make_model("qwen2"), tmp_path / "small", tokenizer=tokenizer)
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.real_model
+def test_smollm2_s_tokenizer_survives(tmp_path) -> None:
+    """Read from one GGUF file, written to another: numbers are split into digits by both."""
+    root = Path(__file__).resolve().parent.parent
+    subprocess.run([sys.executable, str(root / "benchmarks/assets.py")], check=True, stdout=subprocess.DEVNULL)
+    tokenizer = load_tokenizer(find_model(root / ".cache" / "SmolLM2-135M-Instruct"))
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config)
+    out = lorap.export_gguf(model, tmp_path / "small", tokenizer=tokenizer)
+    found = load_tokenizer(find_model(out))
+    text = (root / ".cache" / "wiki.txt").read_text("utf-8")[:5000] + " 1234 <|im_start|>"
+    assert found(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert found.chat_template == tokenizer.chat_template

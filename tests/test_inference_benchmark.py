@@ -1,0 +1,91 @@
+"""The speed table: every contender is measured in every round, and ratios are taken within a round."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def inference(monkeypatch):
+    """benchmarks/inference.py as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    yield importlib.import_module("inference")
+    for name in ("inference", "random_models", "common"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def tiny(inference):
+    return inference.QUICK["tiny"]
+
+
+@pytest.fixture
+def rows(inference, tiny, monkeypatch):
+    """Rates of three rounds after the warm-up; the machine is half as fast in the second."""
+    turn = itertools.count()
+    fast = [1, 2, 2, 3, 3, 6]
+
+    def rate(_model, _new_tokens):
+        count, contender = divmod(next(turn), len(fast))
+        return fast[contender] * (0.5 if count == 2 else 1.0)
+
+    monkeypatch.setattr(inference, "decode_rate", rate)
+    monkeypatch.setattr(
+        inference, "peak_memory", lambda _size, name, _new: 1000 * (1 + list(inference.CONTENDERS).index(name))
+    )
+    return inference.measure(tiny, rounds=3, new_tokens=4, label="tiny")
+
+
+def test_ratios_are_those_within_a_round(rows, inference):
+    assert [row["contender"] for row in rows] == list(inference.CONTENDERS)
+    assert [row["against_torch"] for row in rows] == [1, 2, 2, 3, 3, 6]
+    assert [row["against_dense_lorap"] for row in rows] == [0.5, 1, 1, 1.5, 1.5, 3]
+    assert rows[-1]["rounds"] == [6, 3, 6]
+    assert [row["tokens_per_second"] for row in rows] == [1, 2, 2, 3, 3, 6]
+    assert [row["peak_bytes"] for row in rows] == [1000 * count for count in range(1, 7)]
+
+
+def test_contenders_of_one_sparsity_have_the_parameters_that_it_leaves(rows, inference, tiny):
+    params = [row["params"] for row in rows]
+    assert params[0] == params[1] > params[2] == params[3] > params[4] == params[5]
+    dense, half = (inference.build(tiny, name) for name in (inference.PLAIN, "sparsity 0.5, as loaded"))
+    projections = [sum(p.numel() for name, p in model.named_parameters() if "_proj" in name) for model in (dense, half)]
+    assert projections[1] / projections[0] == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_rate_counts_tokens_after_the_first(inference, tiny, monkeypatch):
+    times = itertools.count(step=0.25)
+    monkeypatch.setattr(inference.time, "perf_counter", lambda: next(times))
+    model = inference.build(tiny, inference.OURS)
+    assert inference.decode_rate(model, 5) == 4.0
+    assert model.dtype == torch.bfloat16
+
+
+def test_table_and_json(rows, inference, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(inference, "measure", lambda *_arguments, **_options: rows)
+    monkeypatch.setattr(sys, "argv", ["inference.py", "--quick", "--rounds", "3", "--out", str(tmp_path / "out")])
+    inference.main()
+    lines = (tmp_path / "out/inference-transformers.md").read_text("utf-8").splitlines()
+    assert lines == capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 6
+    assert lines[-1].startswith("| tiny | sparsity 0.5, optimized | ")
+    assert " 6.0 | 6.00 | 3.00 | 0 MB |" in lines[-1]
+    found = json.loads((tmp_path / "out/inference-transformers.json").read_text("utf-8"))
+    assert found["rows"] == rows
+    assert (found["environment"]["host"], found["environment"]["rounds"]) == ("transformers", 3)
+
+
+def test_peak_memory_is_that_of_a_process_of_its_own(inference, tiny):
+    ballast = torch.ones(2**28)  # 1 GB here must not count there
+    found = inference.peak_memory(tiny, inference.OURS, 3)
+    assert 100e6 < found < 1e9 < inference.own_peak()
+    assert ballast[0] == 1

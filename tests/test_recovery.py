@@ -1,0 +1,367 @@
+"""Tuning after compression: the same checkpoint with other numbers.
+
+Proved here: what is written computes what the adapters computed; shapes, ranks, dtypes, config and parameters stay, in every
+storage; the source stays; a killed run ends at the weights of one that was not; other settings are refused; tuned and untuned
+are told apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import lorap
+from lorap import recovery as recovery_module
+from lorap.checkpoint import WEIGHTS, read_tensors
+from lorap.cli import app
+from lorap.errors import ArchitectureError, CalibrationError, CheckpointError, ConfigError
+from lorap.evaluation import Evaluation
+from lorap.recovery import Recovery, recover, target_names
+from lorap.recovery_files import SETTINGS, work_folder
+from lorap.recovery_report import RECOVERY_REPORT, UNTRAINED, RecoveryReport, dense_evaluation, tuned_card
+from lorap.tuning import TuningConfig
+
+TUNING = {"steps": 6, "batch_size": 3, "seq_len": 32, "rank": 5, "learning_rate": 3e-3, "precision": "float32"}
+# What a checkpoint can look like: family, options of the compression.
+CHECKPOINTS = {
+    "factors": ("llama-gqa", {}),
+    "pivoted-with-biases": ("llama-biases", {"storage": "pivoted"}),
+    "added-biases": ("mistral", {"recipe": "flap"}),
+    "low-rank-ffn": ("llama-mha", {"recipe": "svd-llm"}),
+    "free-widths": ("qwen3", {"recipe": "best"}),
+}
+
+
+@pytest.fixture
+def compressed(make_model, compress_small, tokenizer, tmp_path):
+    """``compressed(kind)``: a folder of that kind in CHECKPOINTS."""
+
+    def make(kind: str = "factors", dtype: torch.dtype = torch.float32, **save_options: Any) -> Path:
+        family, options = CHECKPOINTS[kind]
+        model, report = compress_small(make_model(family).to(dtype), **options)
+        return lorap.save(model, tmp_path / kind, report=report, tokenizer=tokenizer, **save_options)
+
+    return make
+
+
+def settings(tokens: torch.Tensor, modules: str = "all", teacher: Any = None, **tuning: Any) -> Recovery:
+    return Recovery(text=tokens, modules=modules, teacher=teacher, tuning=TuningConfig(**(TUNING | tuning)))
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def quiet_recover(folder: Path, out: Path, *arguments: Any, **options: Any) -> RecoveryReport:
+    return recover(folder, out, *arguments, **({"device": "cpu", "progress": False} | options))
+
+
+def run(*arguments: Any) -> Any:
+    signals = signal.getsignal(signal.SIGTERM)
+    try:
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    finally:
+        signal.signal(signal.SIGTERM, signals)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is written
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_the_stored_model_is_the_tuned_one_in_the_old_shapes(kind, compressed, tokens, tmp_path, monkeypatch):
+    folder, out, seen = compressed(kind), tmp_path / "new", {}
+    before = contents(folder)
+
+    def keep_logits(tuned, *arguments):
+        seen["logits"] = tuned(tokens).logits.detach()
+        return merge(tuned, *arguments)
+
+    merge = recovery_module.merge_into_copy
+    monkeypatch.setattr(recovery_module, "merge_into_copy", keep_logits)
+    report = quiet_recover(folder, out, settings(tokens))
+    assert contents(folder) == before
+    old, new = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, out))
+    torch.testing.assert_close(new(tokens).logits, seen["logits"], rtol=1e-3, atol=1e-3)
+    assert (new(tokens).logits - old(tokens).logits).abs().max() > 0.1
+    assert read_tensors(out) == read_tensors(folder)  # names, shapes and dtypes
+    assert (out / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+    assert report.params == json.loads((folder / "lorap_report.json").read_text())["params_saved"]
+    stored, origin = load_file(out / WEIGHTS), load_file(folder / WEIGHTS)
+    changed = {name.removesuffix(".weight") for name in stored if not torch.equal(stored[name], origin[name])}
+    assert changed == set(target_names(old))
+
+
+def test_kinds_are_what_they_are_meant_to_be(compressed):
+    stored = {kind: read_tensors(compressed(kind)) for kind in CHECKPOINTS}
+    first = "model.layers.0."
+    assert f"{first}self_attn.q_proj.pivot_rows" in stored["pivoted-with-biases"]
+    assert f"{first}self_attn.q_proj.output_bias" in stored["pivoted-with-biases"]
+    assert f"{first}mlp.down_proj.bias" in stored["added-biases"]
+    assert f"{first}mlp.down_proj.left.weight" in stored["low-rank-ffn"]
+    assert stored["factors"][f"{first}self_attn.q_proj.weight"].is_guard
+
+
+def test_only_the_modules_asked_for_are_tuned(compressed, tokens, tmp_path):
+    folder = compressed()
+    quiet_recover(folder, tmp_path / "new", settings(tokens, modules="ffn", steps=2))
+    old, new = load_file(folder / WEIGHTS), load_file(tmp_path / "new" / WEIGHTS)
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert len(changed) == 6
+    assert all(".mlp." in name for name in changed)
+
+
+def test_a_sharded_bfloat16_checkpoint_stays_one(compressed, tokens, tmp_path):
+    folder = compressed(dtype=torch.bfloat16, max_shard_size="40KB")
+    shards = {path.name for path in folder.glob("*.safetensors")}
+    assert len(shards) > 1
+    quiet_recover(folder, tmp_path / "new", settings(tokens))
+    assert {path.name for path in (tmp_path / "new").glob("*.safetensors")} == shards
+    assert read_tensors(tmp_path / "new") == read_tensors(folder)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    assert model.dtype == torch.bfloat16
+
+
+def test_bfloat16_matmuls_leave_a_float32_checkpoint_exact_where_nothing_was_learned(compressed, tokens, tmp_path):
+    folder = compressed("pivoted-with-biases")
+    tiny = settings(tokens, precision="bfloat16", learning_rate=1e-12, steps=1)
+    report = quiet_recover(folder, tmp_path / "new", tiny, evaluation=[tokens])
+    old, new = load_file(folder / WEIGHTS), load_file(tmp_path / "new" / WEIGHTS)
+    for name in old:
+        torch.testing.assert_close(new[name], old[name], rtol=0, atol=1e-9)
+    entry = report.evaluations[0]
+    assert entry["after"]["nats"] == pytest.approx(entry["before"]["nats"], abs=1e-6)
+
+
+def test_reports_of_tuned_and_untuned_are_kept_apart(compressed, tokens, tmp_path, model_folder):
+    folder, out = compressed(), tmp_path / "new"
+    report = quiet_recover(folder, out, settings(tokens, teacher=model_folder, steps=30), evaluation=[tokens])
+    assert (out / "lorap_report.json").read_bytes() == (folder / "lorap_report.json").read_bytes()
+    written = json.loads((out / RECOVERY_REPORT).read_text())
+    assert written == json.loads(json.dumps(report.to_dict()))
+    assert (written["steps"], written["tokens"]) == (30, 30 * 3 * 32)
+    assert written["settings"]["teacher"] == model_folder.name
+    assert written["text"]["windows"] == 90
+    (entry,) = written["evaluations"]
+    dense, before, after = (entry[name]["nats"] for name in ("dense", "before", "after"))
+    assert after < before
+    assert entry["recovered"] == pytest.approx((before - after) / (before - dense))
+    card = (out / "README.md").read_text()
+    assert UNTRAINED in (folder / "README.md").read_text()
+    assert UNTRAINED not in card
+    assert card.index("## Tuned after compression") < card.index("## Quality before tuning")
+    for fact in ("30 steps", "2,880 tokens", "adapters of rank 5", "learning rate 0.003", f"{after:.4f}"):
+        assert fact in card
+
+
+def test_what_is_measured_is_what_is_stored(compressed, tokens, tmp_path):
+    folder = compressed(dtype=torch.bfloat16)
+    report = quiet_recover(folder, tmp_path / "new", settings(tokens), evaluation=[tokens])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype=torch.float32)
+    logits = model(tokens).logits[:, :-1].detach()
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert report.evaluations[0]["after"]["nats"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_the_dense_loss_comes_from_the_compression_where_the_text_is_the_same():
+    def on(text, nats, tokens=64):
+        return Evaluation(text, nats, 1.0, tokens, 32, 0.1)
+
+    compression = {"evaluations": [{"before": asdict(on("wiki", 3.0)), "after": asdict(on("wiki", 5.0))}]}
+    assert dense_evaluation(compression, on("wiki", 5.01)) == on("wiki", 3.0)
+    for other in (on("wiki", 5.1), on("news", 5.0), on("wiki", 5.0, tokens=96)):
+        assert dense_evaluation(compression, other) is None
+    assert (
+        dense_evaluation({"evaluations": [{"before": None, "after": asdict(on("wiki", 5.0))}]}, on("wiki", 5.0)) is None
+    )
+    assert dense_evaluation({}, on("wiki", 5.0)) is None
+
+
+def test_a_run_without_a_teacher_says_what_it_recovered(model_folder, small_text, tmp_path):
+    small = [
+        "--num-calibration-samples",
+        8,
+        "--calibration-seq-len",
+        128,
+        "--calibration",
+        small_text,
+        "--device",
+        "cpu",
+    ]
+    options = ["--eval-text", small_text, "--quiet", "--json"]
+    made = run("compress", model_folder, tmp_path / "small", "--recipe", "lorap", "--sparsity", 0.5, *small, *options)
+    told = json.loads(made.stdout.splitlines()[-1])["evaluations"][0]
+    short = ["--text", "default/news", "--steps", 2, "--device", "cpu"]
+    result = run("recover", tmp_path / "small", tmp_path / "new", *short, *options)
+    (entry,) = json.loads(result.stdout.splitlines()[-1])["evaluations"]
+    assert entry["dense"]["nats"] == told["before"]["nats"]
+    assert entry["before"]["nats"] == pytest.approx(told["after"]["nats"], rel=1e-5)
+
+
+@pytest.mark.parametrize("card", ["", "# Something of one's own\n"])
+def test_a_card_of_another_kind_gains_the_section_too(card):
+    text = {"name": "text", "windows": 1, "seq_len": 8, "tokens": 8, "sha256": ""}
+    asked = {
+        "teacher": None,
+        "modules": "all",
+        "rank": 4,
+        "learning_rate": 0.1,
+        "batch_size": 1,
+        "seq_len": 8,
+        "seed": 0,
+    }
+    report = RecoveryReport("small", {**asked, "precision": "float32"}, text, 10)
+    report.add_training([3.0, 2.0], 60.0, tokens_per_step=8)
+    new = tuned_card(card, report)
+    assert card in new
+    assert "Tuned after compression on text: 2 steps and 16 tokens in 1.0 minutes" in new
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Interruptions
+
+
+def test_a_killed_run_ends_at_the_weights_of_one_that_was_not(compressed, small_text, tmp_path):
+    folder = compressed()
+    options = ["--text", small_text, "--steps", 40, "--batch-size", 3, "--seq-len", 32, "--rank", 5]
+    options += ["--eval-text", "none", "--device", "cpu", "--quiet"]
+    whole = run("recover", folder, tmp_path / "whole", *options)
+    assert whole.exit_code == 0, whole.output
+    kill_while_tuning(["recover", folder, tmp_path / "killed", *options], work_folder(tmp_path / "killed"))
+    assert not (tmp_path / "killed").exists()
+    again = run("recover", folder, tmp_path / "killed", *options)
+    assert again.exit_code == 0, again.output
+    ends = [load_file(tmp_path / name / WEIGHTS) for name in ("whole", "killed")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def kill_while_tuning(arguments: list[Any], work: Path) -> None:
+    """Run the command with a state after every step, slowly, and SIGKILL it between the first and the last."""
+    slow = (
+        "import time, torch, lorap.recovery as r\n"
+        "real = r.train\n"
+        "def train(*args, **options):\n"
+        "    step = torch.optim.AdamW.step\n"
+        "    torch.optim.AdamW.step = lambda self: (time.sleep(0.2), step(self))[1]\n"
+        "    return real(*args, **(options | {'save_seconds': 0}))\n"
+        "r.train = train\n"
+        "from lorap.cli import main\n"
+        "main()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", slow, *map(str, arguments)], env=os.environ)
+    state, deadline = work / "state.safetensors", time.monotonic() + 120
+    while not state.exists():
+        assert process.poll() is None, "it ended before there was a state"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.5)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert 1 <= len(load_file(state)["losses"]) < 40
+
+
+def test_other_settings_are_refused_until_restart(compressed, tokens, tmp_path, monkeypatch):
+    folder, out = compressed(), tmp_path / "new"
+    with monkeypatch.context() as patch:
+        patch.setattr(recovery_module, "merge_into_copy", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            quiet_recover(folder, out, settings(tokens))
+    assert sorted(path.name for path in work_folder(out).iterdir()) == [SETTINGS, "state.safetensors"]
+    with pytest.raises(ConfigError, match=r"learning_rate was 0.003 and is now 0.001.*--restart"):
+        quiet_recover(folder, out, settings(tokens, learning_rate=1e-3))
+    with pytest.raises(ConfigError, match="tokens was"):
+        quiet_recover(folder, out, settings(tokens + 1))
+    assert not out.exists()
+    report = quiet_recover(folder, out, settings(tokens, learning_rate=1e-3), restart=True)
+    assert report.settings["learning_rate"] == 1e-3
+    assert not work_folder(out).exists()
+
+
+def test_another_model_under_the_same_name_is_not_gone_on_with(compressed, tokens, tmp_path, monkeypatch):
+    folder, out = compressed(), tmp_path / "new"
+    with monkeypatch.context() as patch:
+        patch.setattr(recovery_module, "merge_into_copy", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            quiet_recover(folder, out, settings(tokens, steps=1))
+    quiet_recover(folder, tmp_path / "other", settings(tokens, steps=1))
+    with pytest.raises(ConfigError, match="model_weights was"):
+        quiet_recover(tmp_path / "other", out, settings(tokens, steps=1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+def test_without_peft_the_command_says_what_to_install(compressed, tmp_path, monkeypatch):
+    folder = compressed()
+    monkeypatch.setitem(sys.modules, "peft", None)
+    result = run("recover", folder, tmp_path / "new")
+    assert result.exit_code == 2
+    assert "pip install 'lorap[recover]'" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_mistakes_end_in_one_sentence_and_write_nothing(compressed, tokens, model_folder, make_model, tmp_path):
+    folder, out = compressed(), tmp_path / "new"
+    with pytest.raises(CheckpointError, match="overlaps the source"):
+        quiet_recover(folder, folder / "inside", settings(tokens))
+    with pytest.raises(CheckpointError, match="not empty"):
+        quiet_recover(folder, model_folder, settings(tokens))
+    with pytest.raises(CheckpointError, match="no folder of safetensors"):
+        quiet_recover("someone/model", out, settings(tokens))
+    with pytest.raises(ConfigError, match="modules is 'heads'"):
+        settings(tokens, modules="heads")
+    make_model("llama-gqa", vocab_size=501).save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ConfigError, match="has 501 tokens and the model 500"):
+        quiet_recover(folder, out, settings(tokens, teacher=tmp_path / "teacher"))
+    with pytest.raises(CalibrationError, match="only be drawn together with"):
+        quiet_recover(folder, out, Recovery(text="self", tuning=TuningConfig(**TUNING)))
+    with pytest.raises(ArchitectureError, match="'gpt2'"):
+        target_names(SimpleNamespace(config=SimpleNamespace(model_type="gpt2")))
+    assert not out.exists()
+    assert not work_folder(out).exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def test_the_command_reports_what_it_did(compressed, small_text, model_folder, tmp_path):
+    arguments = ["--text", f"{small_text}=2", "--text", "default/news", "--teacher", model_folder, "--steps", 20]
+    arguments += [
+        "--batch-size",
+        3,
+        "--seq-len",
+        32,
+        "--rank",
+        5,
+        "--eval-text",
+        small_text,
+        "--device",
+        "cpu",
+        "--quiet",
+    ]
+    result = run("recover", compressed(), tmp_path / "new", *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert [source["windows"] for source in found["text"]["sources"]] == [40, 20]
+    assert found["steps"] == 20
+    assert found["evaluations"][0]["dense"]["nats"] > 0
+    assert "Tuned after compression on text.txt, default/news, from the predictions of model: 20 steps" in result.stdout
+    assert "before and after" in result.stdout

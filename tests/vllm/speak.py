@@ -1,0 +1,43 @@
+"""Runs compressed models in vLLM, several in one process, because importing vLLM takes as long as a test.
+
+Reads jobs from standard input, [{"folder": ..., "prompts": [[token, ...], ...], "options": {...}}, ...], and writes one line of
+JSON: for each job the greedy tokens of every prompt, or {"error": ...}. A process of its own, because vLLM changes threads and
+environment.
+"""
+
+import contextlib
+import gc
+import json
+import os
+import sys
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+from vllm import LLM, SamplingParams
+
+# Little memory, because others may want some; float32, because in 16 bits two hosts may rightly disagree.
+OPTIONS = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "gpu_memory_utilization": 0.2, "seed": 0}
+
+
+def speak(job: dict[str, Any]) -> Any:
+    """Tokens of one job, or what stopped it."""
+    options = OPTIONS | {"distributed_executor_backend": "uni"} | job.get("options", {})
+    try:
+        llm = LLM(job["folder"], skip_tokenizer_init=True, **options)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    prompts = [{"prompt_token_ids": tokens} for tokens in job["prompts"]]
+    greedy = SamplingParams(temperature=0, max_tokens=job.get("max_tokens", 16), detokenize=False)
+    return [list(output.outputs[0].token_ids) for output in llm.generate(prompts, greedy, use_tqdm=False)]
+
+
+if __name__ == "__main__":
+    jobs = json.load(sys.stdin)
+    answers = []
+    with contextlib.redirect_stdout(sys.stderr):
+        for one in jobs:
+            answers.append(speak(one))
+            gc.collect()
+    print(json.dumps(answers), flush=True)
+    os._exit(0)  # vLLM's threads may outlive it
