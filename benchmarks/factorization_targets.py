@@ -1,6 +1,6 @@
 """The weighted factorization beside torch's SVD and the published program's way: one run, contenders in turn, medians.
 
-    python benchmarks/factorization_targets.py [--repeats 3] [--shapes square wide tall grouped] [--no-model]
+    python benchmarks/factorization_targets.py [--repeats 3] [--shapes square wide tall grouped] [--no-model] [--check]
 
 ``svd`` is torch.linalg.svd in float32 of the weighted matrix, made beforehand; ``published`` is that with the diagonal matrix
 products and the inverse around it; all others are ``lorap.factorize`` from the weight to both factors. Weights are Gaussian: a
@@ -33,7 +33,7 @@ SHAPES = {  # out_features, in_features, rank; wanted ratios to svd and to publi
 }
 
 
-def contenders(shape: tuple[int, int, int]) -> dict[str, Callable[[], object]]:
+def contenders(shape: tuple[int, int, int], *, check: bool) -> dict[str, Callable[[], object]]:
     out_features, in_features, rank = shape
     weight = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(0))
     sq_norm = square_sums(in_features)
@@ -42,8 +42,9 @@ def contenders(shape: tuple[int, int, int]) -> dict[str, Callable[[], object]]:
         "svd": lambda: torch.linalg.svd(weighted, full_matrices=False),
         "published": lambda: published(weight, rank, sq_norm),
     }
-    for method in METHODS:
-        calls[method] = lambda method=method: lorap.factorize(weight, rank, sq_norm, method=method)
+    for method in [*METHODS, *(["svd"] if check else [])]:
+        name = "float64 svd" if method == "svd" else method
+        calls[name] = lambda method=method: lorap.factorize(weight, rank, sq_norm, method=method)
     return calls
 
 
@@ -59,9 +60,9 @@ def measure(calls: dict[str, Callable[[], object]], repeats: int) -> tuple[dict[
     return {name: statistics.median(found) for name, found in seconds.items()}, results
 
 
-def rows_of(name: str, repeats: int) -> list[dict[str, object]]:
+def rows_of(name: str, repeats: int, *, check: bool) -> list[dict[str, object]]:
     shape, (over_svd, over_published) = SHAPES[name]
-    seconds, results = measure(contenders(shape), repeats)
+    seconds, results = measure(contenders(shape, check=check), repeats)
     rows = []
     for kind, taken in seconds.items():
         row: dict[str, object] = {"shape": "{}x{} rank {}".format(*shape), "way": kind, "seconds": round(taken, 2)}
@@ -112,13 +113,14 @@ def main() -> None:
         "--model", type=Path, default=assets.MODEL, help="by default SmolLM2-135M, as assets.py fetches it"
     )
     parser.add_argument("--no-model", action="store_true")
+    parser.add_argument("--check", action="store_true", help="also the whole SVD in float64, to compare errors with")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows = [row for name in options.shapes for row in rows_of(name, options.repeats)]
+    rows = [row for name in options.shapes for row in rows_of(name, options.repeats, check=options.check)]
     if not options.no_model:
         assets.fetch()
         rows.append(model_row(options.model))
-    header = ["shape", "way", "seconds", "svd takes", "published takes", "wanted", "solved by", "excess"]
+    header = ["shape", "way", "seconds", "svd takes", "published takes", "wanted", "solved by", "error", "excess"]
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, median of {options.repeats}")
     print(format_table(header, [[_text(row.get(column, "")) for column in header] for row in rows]))
     if options.json:

@@ -63,9 +63,8 @@ class Footprint:
     def solving(self) -> int:
         """At the fullest moment of the solver, without what is held."""
         n, k = self.size, basis_size(self.size, self.rank)
-        if (
-            self.method == "svd"
-        ):  # a root of the metric; or the weighted matrix, its copy, both sides of singular vectors
+        if self.method == "svd":
+            # A root of the metric; or the weighted matrix, its copy and both sides of singular vectors.
             root = (4 if self.converted else 3) * self.in_features**2 if self.metric == 2 else 0
             return max(root, (self._whole if self.metric else 0) + 2 * self._whole + self.size**2)
         if self.method == "eigh":
