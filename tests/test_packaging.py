@@ -61,4 +61,6 @@ def test_wheel_holds_code_texts_and_marker(tmp_path):
     texts = {f"lorap/calibration/texts/{path.name}" for path in (ROOT / "lorap/calibration/texts").iterdir()}
     assert len(texts) == len(shipped_texts()) + 2  # the held-out text and SOURCES.md
     assert texts | {"lorap/py.typed", "lorap/__main__.py", "lorap/kernels/__init__.py"} <= files
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "lorap").rglob("*.py")}
+    assert modules <= files  # setup.py names packages one by one
     assert {name.split("/")[0] for name in files} == {"lorap", f"lorap-{lorap.__version__}.dist-info"}
