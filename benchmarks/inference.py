@@ -20,12 +20,12 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from inference_models import MODELS, QUICK, Size
 from random_models import optimized, random_model
 from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
@@ -36,23 +36,6 @@ from lorap import native
 RESULTS = Path(__file__).resolve().parent / "results"
 PROMPT_TOKENS = 16
 PLAIN, OURS = "dense, torch", "dense, lorap's kernels"
-
-
-@dataclass(frozen=True)
-class Size:
-    """A model to measure: shapes, decoder layers, vocabulary, tied embeddings."""
-
-    shapes: str
-    layers: int
-    vocab_size: int
-    tie: bool
-
-
-MODELS = {
-    "SmolLM2-135M": Size("smollm2-135m", 30, 49152, True),
-    "LLaMA-7B, 4 layers": Size("llama-7b", 4, 32000, False),
-}
-QUICK = {"tiny": Size("tiny", 2, 64, True)}
 # name -> (sparsity, optimized)
 CONTENDERS = {
     PLAIN: (0.0, False),

@@ -24,32 +24,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from inference_models import MODELS, QUICK, Size
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SPARSITIES = (0.0, 0.2, 0.5)
 PROMPT_TOKENS, NEW_TOKENS, LONG_PROMPT = 16, 32, 512
 KV_CACHE_GB = 1
-
-
-@dataclass(frozen=True)
-class Size:
-    """A model to measure: shapes, decoder layers, vocabulary, tied embeddings."""
-
-    shapes: str
-    layers: int
-    vocab_size: int
-    tie: bool
-
-
-MODELS = {
-    "SmolLM2-135M": Size("smollm2-135m", 30, 49152, True),
-    "LLaMA-7B, 4 layers": Size("llama-7b", 4, 32000, False),
-}
-QUICK = {"tiny": Size("tiny", 2, 1024, True)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
