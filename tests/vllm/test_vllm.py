@@ -311,9 +311,12 @@ def test_a_checkpoint_that_cannot_be_served_is_refused(small, small_prompts, tmp
             assert message in answer["error"], answer
 
 
-def test_vllm_without_the_plugin_refuses(small, small_prompts):
-    (answer,) = vllm_says([{"folder": small["qwen2"], "prompts": small_prompts}], VLLM_PLUGINS="")
-    assert "Unknown quantization method: lorap" in answer["error"]
+def test_without_the_plugin_only_exported_folders_open(real, real_prompts, small, small_prompts, tmp_path):
+    stock = lorap.export_stock(AutoModelForCausalLM.from_pretrained(real["paper"]), tmp_path / "stock")
+    jobs = [{"folder": small["qwen2"], "prompts": small_prompts}, {"folder": stock, "prompts": real_prompts[:5]}]
+    refused, answers = vllm_says(jobs, VLLM_PLUGINS="")
+    assert "Unknown quantization method: lorap" in refused["error"]
+    check_greedy(stock, real_prompts[:5], answers)
 
 
 def test_a_width_that_the_workers_do_not_divide_is_refused(make_model, small_prompts, tmp_path):
