@@ -1,6 +1,6 @@
 """The weighted factorization beside torch's SVD and the published program's way: one run, contenders in turn, medians.
 
-    python benchmarks/factorization_targets.py [--repeats 3] [--shapes square wide tall grouped] [--no-model] [--check]
+    python benchmarks/factorization_targets.py [--repeats 3] [--shapes square wide tall grouped] [--no-model] [--ways auto ...]
 
 ``svd`` is torch.linalg.svd in float32 of the weighted matrix, made beforehand; ``published`` is that with the diagonal matrix
 products and the inverse around it; all others are ``lorap.factorize`` from the weight to both factors. Weights are Gaussian: a
@@ -14,7 +14,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import assets
@@ -31,9 +31,10 @@ SHAPES = {  # out_features, in_features, rank; wanted ratios to svd and to publi
     "tall": ((11008, 4096, 1492), (3.0, 6.0)),
     "grouped": ((1024, 4096, 409), (3.0, 6.0)),
 }
+WAYS = ["svd", "published", *METHODS]
 
 
-def contenders(shape: tuple[int, int, int], *, check: bool) -> dict[str, Callable[[], object]]:
+def contenders(shape: tuple[int, int, int], ways: Sequence[str]) -> dict[str, Callable[[], object]]:
     out_features, in_features, rank = shape
     weight = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(0))
     sq_norm = square_sums(in_features)
@@ -42,10 +43,10 @@ def contenders(shape: tuple[int, int, int], *, check: bool) -> dict[str, Callabl
         "svd": lambda: torch.linalg.svd(weighted, full_matrices=False),
         "published": lambda: published(weight, rank, sq_norm),
     }
-    for method in [*METHODS, *(["svd"] if check else [])]:
+    for method in [*METHODS, "svd"]:
         name = "float64 svd" if method == "svd" else method
         calls[name] = lambda method=method: lorap.factorize(weight, rank, sq_norm, method=method)
-    return calls
+    return {name: call for name, call in calls.items() if name in ways}
 
 
 def measure(calls: dict[str, Callable[[], object]], repeats: int) -> tuple[dict[str, float], dict[str, object]]:
@@ -60,14 +61,15 @@ def measure(calls: dict[str, Callable[[], object]], repeats: int) -> tuple[dict[
     return {name: statistics.median(found) for name, found in seconds.items()}, results
 
 
-def rows_of(name: str, repeats: int, *, check: bool) -> list[dict[str, object]]:
+def rows_of(name: str, repeats: int, ways: Sequence[str]) -> list[dict[str, object]]:
     shape, (over_svd, over_published) = SHAPES[name]
-    seconds, results = measure(contenders(shape, check=check), repeats)
+    seconds, results = measure(contenders(shape, ways), repeats)
     rows = []
     for kind, taken in seconds.items():
         row: dict[str, object] = {"shape": "{}x{} rank {}".format(*shape), "way": kind, "seconds": round(taken, 2)}
-        row["svd takes"] = round(seconds["svd"] / taken, 2)
-        row["published takes"] = round(seconds["published"] / taken, 2)
+        for other in ("svd", "published"):
+            if other in seconds:
+                row[f"{other} takes"] = round(seconds[other] / taken, 2)
         found = results[kind]
         if isinstance(found, lorap.Factorization):
             row |= {"solved by": found.solver, "error": found.error, "excess": found.excess}
@@ -113,10 +115,12 @@ def main() -> None:
         "--model", type=Path, default=assets.MODEL, help="by default SmolLM2-135M, as assets.py fetches it"
     )
     parser.add_argument("--no-model", action="store_true")
-    parser.add_argument("--check", action="store_true", help="also the whole SVD in float64, to compare errors with")
+    parser.add_argument(
+        "--ways", nargs="*", choices=[*WAYS, "float64 svd"], default=WAYS, help="float64 svd: to compare errors with"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows = [row for name in options.shapes for row in rows_of(name, options.repeats, check=options.check)]
+    rows = [row for name in options.shapes for row in rows_of(name, options.repeats, options.ways)]
     if not options.no_model:
         assets.fetch()
         rows.append(model_row(options.model))
