@@ -51,7 +51,7 @@ class TuningConfig:
         ConfigError: a value is out of range.
     """
 
-    steps: int = 400
+    steps: int = 90
     minutes: float | None = None
     batch_size: int = 4
     seq_len: int = 128

@@ -57,14 +57,16 @@ def python(code: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]
 def test_the_cpu_kernels_serve_few_tokens_and_every_number_where_torch_lacks_hardware(
     op: str, dtype: torch.dtype
 ) -> None:
-    chosen = [backends.choose(op, some_x(tokens, dtype), tokens) for tokens in (0, 1, 32, 33, 500)]
+    chosen = [backends.choose(op, some_x(tokens, dtype), tokens) for tokens in (0, 8, 9, 32, 33, 500)]
     fast_in_torch = {
         torch.float32: True,
         torch.bfloat16: native.cpu_isa(torch.bfloat16) == "avx512_bf16",
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
     }
     many = "reference" if fast_in_torch[dtype] else "cpu"
-    assert chosen == ["reference", "cpu", "cpu", many, many]
+    tiles = dtype == torch.bfloat16 and fast_in_torch[dtype] and torch.cpu._is_amx_tile_supported()
+    some = "reference" if tiles else "cpu"
+    assert chosen == ["reference", "cpu", some, some, many, many]
 
 
 def test_other_dtypes_and_other_ops_run_the_reference() -> None:
