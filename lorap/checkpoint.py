@@ -67,7 +67,7 @@ def save(
         model.save_pretrained(stage, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
-        saved = sum(tensor.numel for tensor in read_tensors(stage).values() if tensor.is_parameter)
+        saved = stored_parameters(stage)
         if saved != report.params_saved:
             raise CheckpointError(f"{saved:,} parameters reached the disk, but the model has {report.params_saved:,}")
         report.seconds["save"] = time.perf_counter() - start
@@ -234,6 +234,11 @@ def read_tensors(folder: Path) -> dict[str, TensorInfo]:
     for path in weight_files(folder):
         tensors |= read_header(path)
     return tensors
+
+
+def stored_parameters(folder: Path) -> int:
+    """Parameters of a model folder, counted on what is stored; errors as :func:`read_tensors`."""
+    return sum(tensor.numel for tensor in read_tensors(folder).values() if tensor.is_parameter)
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

@@ -22,7 +22,15 @@ from lorap.calibration.data import TokenWindows, consecutive_windows
 from lorap.calibration.mixtures import Sources
 from lorap.calibration.samples import sample_windows
 from lorap.calibration.sources import DEFAULT_CALIBRATION, Source
-from lorap.checkpoint import REPORT, SPARE_BYTES, check_output, read_json, read_tensors, staged_folder
+from lorap.checkpoint import (
+    REPORT,
+    SPARE_BYTES,
+    check_output,
+    read_json,
+    read_tensors,
+    staged_folder,
+    stored_parameters,
+)
 from lorap.errors import ArchitectureError, CheckpointError, ConfigError
 from lorap.evaluation import evaluate
 from lorap.loading import ModelSource, check_tokenizer, find_model, load_model, load_tokenizer, resolve_device
@@ -110,7 +118,7 @@ def recover(
         run = _gather(source, recovery, evaluation, where, progress)
     settings = _settings(recovery)
     work = open_work_folder(Path(out), settings | _made_from(recovery, origin, run.windows), restart=restart)
-    report = RecoveryReport(source.name, settings, _describe(run.windows), _parameters(origin))
+    report = RecoveryReport(source.name, settings, _describe(run.windows), stored_parameters(origin))
     with watch("evaluate"):
         dense = [None if run.teacher is None else evaluate(run.teacher, text, progress=progress) for text in run.texts]
         before = [evaluate(run.model, text, progress=progress) for text in run.texts]
@@ -264,10 +272,6 @@ def _write_report(stage: Path, report: RecoveryReport) -> None:
     (stage / RECOVERY_REPORT).write_text(json.dumps(report.to_dict(), indent=2) + "\n", "utf-8")
     card = stage / "README.md"
     card.write_text(tuned_card(card.read_text("utf-8") if card.exists() else "", report), "utf-8")
-
-
-def _parameters(folder: Path) -> int:
-    return sum(tensor.numel for tensor in read_tensors(folder).values() if tensor.is_parameter)
 
 
 def _vocab_size(model: Any) -> int:

@@ -189,8 +189,10 @@ def _factorization(task: Task, problem: Problem, solved: Solved) -> Factorizatio
 def _by_svd(task: Task) -> Factorization:
     """torch's SVD of the weighted matrix in float64, for comparison: on a GPU the driver it prefers."""
     problem = Problem.of(task.weight, task.metric, task.output_metric)
-    c = None if task.metric is None else task.metric.to(problem.seen)
-    u, s, _ = torch.linalg.svd(weigh(problem.seen, c), full_matrices=False)
+    weighted = problem.weighted
+    if weighted is None:
+        weighted = weigh(problem.seen, None if task.metric is None else task.metric.to(problem.seen))
+    u, s, _ = torch.linalg.svd(weighted, full_matrices=False)
     energy = s.square()
     total = energy.sum()
     full = task.rank == min(problem.seen.shape)

@@ -156,11 +156,10 @@ def _polish(
         excess = 0.0
         for index, wanted in enumerate(ranks):
             if found[index] is None:
-                found[index] = _verified(
-                    grams[index], vectors[index], values[index], residuals[index], wanted, tolerance
-                )
-            if found[index] is None:
-                excess = max(excess, _excess(grams[index], values[index], residuals[index], wanted))
+                gram, theta, off = grams[index], values[index], residuals[index]
+                estimate = _excess(gram, theta, off, wanted)
+                found[index] = _verified(gram, vectors[index], theta, off, wanted, tolerance, estimate)
+                excess = excess if found[index] else max(excess, estimate)
         if all(found) or step == ROUNDS or not math.isfinite(excess):
             break
         degree = _degree(values[:, held:], rank - held, max(SAFETY * excess / tolerance, SAFETY))
@@ -171,9 +170,9 @@ def _polish(
 
 
 def _verified(
-    gram: Tensor, vectors: Tensor, values: Tensor, residuals: Tensor, rank: int, tolerance: float
+    gram: Tensor, vectors: Tensor, values: Tensor, residuals: Tensor, rank: int, tolerance: float, estimate: float
 ) -> Eigen | None:
-    """The answer, if it is certain to be within ``tolerance`` of the least error."""
+    """The answer, if it is certain to be within ``tolerance`` of the least error; ``estimate`` is its :func:`_excess`."""
     if not bool(torch.isfinite(values).all()):
         return None
     lost = max(0.0, float(gram.trace() - values[:rank].sum()))
@@ -181,7 +180,7 @@ def _verified(
     allowed = max(2 * tolerance * lost, unknown)
     # No direction can hold more than what is lost; and the proof is not worth its time where the estimate says no.
     gain = lost
-    if lost > allowed and _excess(gram, values, residuals, rank) < tolerance:
+    if lost > allowed and estimate < tolerance:
         gain = min(lost, gain_left(gram, vectors, values, residuals, rank))
     if gain > allowed:
         return None
