@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lorap.architectures import PROJECTIONS
-from lorap.checkpoint import TensorInfo, read_json, read_tensors
 from lorap.errors import CheckpointError
+from lorap.folders import TensorInfo, read_json, read_tensors
 from lorap.loading import ModelSource
 from lorap.report import format_table
 

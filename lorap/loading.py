@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorap.checkpoint import read_header, read_json, weight_files
 from lorap.errors import CheckpointError, ConfigError, LoRAPError
+from lorap.folders import read_header, read_json, weight_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

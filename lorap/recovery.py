@@ -22,17 +22,10 @@ from lorap.calibration.data import TokenWindows, consecutive_windows
 from lorap.calibration.mixtures import Sources
 from lorap.calibration.samples import sample_windows
 from lorap.calibration.sources import DEFAULT_CALIBRATION, Source
-from lorap.checkpoint import (
-    REPORT,
-    SPARE_BYTES,
-    check_output,
-    read_json,
-    read_tensors,
-    staged_folder,
-    stored_parameters,
-)
+from lorap.checkpoint import REPORT, SPARE_BYTES, check_output, staged_folder
 from lorap.errors import ArchitectureError, CheckpointError, ConfigError
 from lorap.evaluation import evaluate
+from lorap.folders import read_json, read_tensors, stored_parameters
 from lorap.loading import ModelSource, check_tokenizer, find_model, load_model, load_tokenizer, resolve_device
 from lorap.modules import LowRankLinear
 from lorap.recovery_files import merge_into_copy, open_work_folder, sha256_of_weights

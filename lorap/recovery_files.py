@@ -12,8 +12,8 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lorap.checkpoint import read_json, read_tensors, weight_files
 from lorap.errors import CheckpointError, ConfigError
+from lorap.folders import read_json, read_tensors, weight_files
 
 SETTINGS = "settings.json"
 

@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from test_transformers import low_rank, with_pivoted_storage
 
 import lorap
-from lorap.checkpoint import INDEX, WEIGHTS, check_output, read_header, read_tensors, staged_folder, weight_files
+from lorap.checkpoint import check_output, staged_folder
 from lorap.errors import CheckpointError
+from lorap.folders import INDEX, WEIGHTS, read_header, read_tensors, weight_files
 from lorap.info import describe_model, format_info
 from lorap.loading import find_model
 

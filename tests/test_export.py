@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import lorap
-from lorap.checkpoint import read_tensors
 from lorap.cli import app
 from lorap.export import make_stock
+from lorap.folders import read_tensors
 
 # One process for all tests: starting it takes longer than they do. It is given a folder a line, and says what it made of it.
 STOCK_HOST = """

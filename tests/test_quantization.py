@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lorap
-from lorap.checkpoint import read_tensors
+from lorap.folders import read_tensors
 from lorap.integrations.transformers import LoRAPConfig
 
 pytest.importorskip("torchao")

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lorap
 from lorap.calibration.data import consecutive_windows, draw_windows
 from lorap.calibration.sources import shipped_texts
-from lorap.checkpoint import read_tensors
+from lorap.folders import read_tensors
 from lorap.loading import find_model, load_model, load_tokenizer
 
 pytestmark = pytest.mark.real_model

@@ -27,10 +27,10 @@ from typer.testing import CliRunner
 
 import lorap
 from lorap import recovery as recovery_module
-from lorap.checkpoint import WEIGHTS, read_tensors
 from lorap.cli import app
 from lorap.errors import ArchitectureError, CalibrationError, CheckpointError, ConfigError
 from lorap.evaluation import Evaluation
+from lorap.folders import WEIGHTS, read_tensors
 from lorap.recovery import Recovery, recover, target_names
 from lorap.recovery_files import SETTINGS, work_folder
 from lorap.recovery_report import RECOVERY_REPORT, UNTRAINED, RecoveryReport, dense_evaluation, tuned_card

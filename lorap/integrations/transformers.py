@@ -19,8 +19,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lorap.checkpoint import read_header
 from lorap.errors import CheckpointError
+from lorap.folders import read_header
 from lorap.integrations import torchao
 from lorap.modules import LowRankLinear
 

@@ -23,8 +23,8 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from lorap.architectures import ARCHITECTURES, SHARED_INPUTS
 from lorap.backends import FLOATS
-from lorap.checkpoint import read_tensors
 from lorap.errors import BackendError, CheckpointError
+from lorap.folders import read_tensors
 from lorap.integrations.transformers import QUANT_METHOD, LoRAPConfig, LoRAPHfQuantizer
 from lorap.integrations.vllm_linear import LoRAPLinearMethod
 
