@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from lorap.card import model_card
 from lorap.errors import CheckpointError
 from lorap.folders import stored_parameters
+from lorap.page import write_page
 from lorap.report import CompressionReport
 
 REPORT = "lorap_report.json"
@@ -69,6 +70,7 @@ def write_reports(report: CompressionReport, folder: Path) -> None:
     """What the run did, for programs and for people."""
     (folder / REPORT).write_text(json.dumps(report.to_dict(), indent=2) + "\n", "utf-8")
     (folder / "README.md").write_text(model_card(report), "utf-8")
+    write_page(report, folder)
 
 
 def check_output(
@@ -107,16 +109,16 @@ def staged_folder(out: Path, *, overwrite: bool = False, needed_bytes: int = 0) 
         out.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".incomplete", dir=out.parent))
         yield stage
-        _share(stage)
+        share(stage)
         _replace(stage, out)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"could not write {out}: {_reason(error, out)}; nothing was left there") from error
+        raise CheckpointError(f"could not write {out}: {reason(error, out)}; nothing was left there") from error
     finally:
         if stage is not None:
             shutil.rmtree(stage, ignore_errors=True)
 
 
-def _share(folder: Path) -> None:
+def share(folder: Path) -> None:
     """Give everything the permissions of ordinary new files; temporary folders and safetensors are private at first."""
     umask = os.umask(0o077)  # it can only be read by setting it
     os.umask(umask)
@@ -139,7 +141,7 @@ def _replace(stage: Path, out: Path) -> None:
     shutil.rmtree(retired, ignore_errors=True)
 
 
-def _reason(error: Exception, out: Path) -> str:
+def reason(error: Exception, out: Path) -> str:
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if full or "No space left" in str(error) or "File too large" in str(error):
         free = shutil.disk_usage(_existing_parent(out)).free

@@ -35,3 +35,11 @@ class ShapeError(LoRAPError, ValueError):
 
 class BackendError(LoRAPError):
     """The kernels that were asked for cannot run here."""
+
+
+class ProcessError(LoRAPError):
+    """A process of a run with many of them cannot be reached, or has died."""
+
+
+class JournalError(LoRAPError):
+    """An unfinished run does not fit this command, or another process is at work on the same output."""

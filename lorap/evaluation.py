@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from lorap.calibration.data import TokenWindows
+from lorap.calibration.stream import CalibrationStream, summed_loss
 from lorap.errors import CalibrationError
+from lorap.paging import in_memory
 
 # Tokens per forward pass. The logits of 512 tokens and 150,000 words take 300 MB in float32; more does not run faster on a CPU.
 BATCH_TOKENS = 512
@@ -67,18 +71,50 @@ def evaluate(
             targets = targets.masked_fill((batch_mask[:, 1:] & batch_mask[:, :-1]) == 0, -100)
         loss += float(F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum").double())
         predicted += int((targets != -100).sum())
+    return _evaluation(windows, loss, predicted, time.perf_counter() - start, model.dtype)
+
+
+@torch.no_grad()
+def evaluate_stream(
+    model: Any, layers: Sequence[nn.Module], stream: CalibrationStream, windows: TokenWindows
+) -> Evaluation:
+    """The same for windows that have walked through the decoder layers already, such as those of a model larger than memory.
+
+    Args:
+        model: whose last norm and head are still to come.
+        layers: its decoder layers, which are passed over.
+        stream: all windows behind the last layer.
+        windows: the same windows, as tokens.
+
+    Raises:
+        CalibrationError: as :func:`evaluate`.
+    """
+    start = time.perf_counter()
+    loss, predicted = 0.0, 0
+    with in_memory(model.get_output_embeddings()):
+        home = model.get_output_embeddings().weight.device
+        for batch in stream.batches:
+            found, count = summed_loss(model, layers, batch, batch.hidden.to(home))
+            loss += float(found.double())
+            predicted += count
+    loss = stream.processes.sum_number(loss, home)
+    predicted = round(stream.processes.sum_number(predicted, home))
+    return _evaluation(windows, loss, predicted, time.perf_counter() - start, model.dtype)
+
+
+def _evaluation(windows: TokenWindows, loss: float, predicted: int, seconds: float, dtype: torch.dtype) -> Evaluation:
     if not predicted:
         raise CalibrationError(f"{windows.name} leaves nothing to predict: its windows hold fewer than two real tokens")
     nats = loss / predicted
     if not math.isfinite(nats):
         raise CalibrationError(
-            f"the loss on {windows.name} is {nats}: the model's weights or its dtype {model.dtype} overflow"
+            f"the loss on {windows.name} is {nats}: the model's weights or its dtype {dtype} overflow"
         )
     return Evaluation(
         text=windows.name,
         nats=nats,
         perplexity=math.exp(nats) if nats < MAX_EXPONENT else math.inf,
         tokens=windows.tokens,
-        seq_len=ids.shape[1],
-        seconds=time.perf_counter() - start,
+        seq_len=windows.input_ids.shape[1],
+        seconds=seconds,
     )

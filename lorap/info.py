@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from lorap.architectures import PROJECTIONS
+from lorap.consistency import lorap_config
 from lorap.errors import CheckpointError
 from lorap.folders import TensorInfo, read_json, read_tensors
 from lorap.loading import ModelSource
 from lorap.report import format_table
+from lorap.strict_json import INFINITY, named
 
 # llama.cpp's names for what Hugging Face calls otherwise.
 GGUF_KINDS = {
@@ -37,37 +39,37 @@ def describe_model(source: ModelSource) -> dict[str, Any]:
     if source.folder is None:
         raise CheckpointError(f"no model folder {source.location}; `info` reads local folders and .gguf files only")
     if source.gguf_file:
-        tensors, config = _gguf_tensors(source.folder / source.gguf_file), {}
+        tensors, config = gguf_tensors(source.folder / source.gguf_file), {}
     else:
-        tensors, config = read_tensors(source.folder), read_json(source.folder / "config.json")
-    quantization = config.get("quantization_config") or {}
-    compressed = quantization.get("quant_method") == "lorap"
-    width = quantization.get("dense_intermediate_size") if compressed else None
+        tensors = read_tensors(source.folder)
+        config = read_json(source.folder / "config.json", constants=INFINITY)
+    settings = lorap_config(config)
+    width = settings.dense_intermediate_size if settings else None
     before, after = _count(tensors, width)
     index_bytes = sum(tensor.nbytes for tensor in tensors.values() if tensor.is_index)
     linear_before, linear_after = (sum(counts[role] for role in PROJECTIONS) for counts in (before, after))
     ranks: dict[str, list[int]] = defaultdict(list)
-    for name, rank in quantization.get("ranks", {}).items() if compressed else ():
+    for name, rank in settings.ranks.items() if settings else ():
         ranks[name.rsplit(".", 1)[-1]].append(rank)
     return {
         "model": source.name,
-        "model_type": config.get("model_type", "gguf"),
-        "compressed_by_lorap": compressed,
-        "recipe": quantization.get("recipe") if compressed else None,
-        "sparsity": quantization.get("sparsity") if compressed else None,
+        "model_type": named(config.get("model_type", "gguf")),
+        "compressed_by_lorap": settings is not None,
+        "recipe": settings.recipe if settings else None,
+        "sparsity": settings.sparsity if settings else None,
         "params": sum(after.values()),
         "params_before": sum(before.values()),
         "param_ratio": linear_after / linear_before if linear_before else 1.0,
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),
         "index_bytes": index_bytes,
         "dtypes": sorted({tensor.dtype for tensor in tensors.values() if not tensor.is_index}),
-        "storage": quantization.get("storage", "factors") if ranks else None,
+        "storage": settings.storage if settings and ranks else None,
         "kinds": {kind: {"params": after[kind], "params_before": before[kind]} for kind in KINDS if after[kind]},
         "ranks": {role: sorted(set(found)) for role, found in ranks.items()},
-        "intermediate_size": sorted(
-            {*quantization.get("intermediate_sizes", {}).values()} or {config.get("intermediate_size")}
-        )
-        if config
+        "intermediate_size": sorted({*settings.intermediate_sizes.values()})
+        if settings and settings.intermediate_sizes
+        else [config["intermediate_size"]]
+        if isinstance(config.get("intermediate_size"), int)
         else [],
         "dense_intermediate_size": width,
     }
@@ -107,7 +109,7 @@ def _count(tensors: Mapping[str, TensorInfo], dense_width: int | None) -> tuple[
     for name, tensor in tensors.items():
         if not tensor.is_parameter:
             continue
-        kind = _kind(name)
+        kind = kind_of(name)
         after[kind] += tensor.numel
         if name.endswith(".right.weight"):
             layer = name.removesuffix("right.weight")
@@ -127,11 +129,13 @@ def _count(tensors: Mapping[str, TensorInfo], dense_width: int | None) -> tuple[
     return before, after
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
+    """The kind of a tensor, one of ``KINDS``, by its name."""
     return next((part for part in name.split(".") if part in KINDS), "other")
 
 
-def _gguf_tensors(path: Path) -> dict[str, TensorInfo]:
+def gguf_tensors(path: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a GGUF file by its name, with Hugging Face's names for the kinds; shapes begin with the input axis there."""
     try:
         from gguf import GGUFReader
     except ImportError:
@@ -140,6 +144,9 @@ def _gguf_tensors(path: Path) -> dict[str, TensorInfo]:
     for tensor in GGUFReader(path).tensors:
         name = ".".join(GGUF_KINDS.get(part, part) for part in str(tensor.name).split("."))
         tensors[name] = TensorInfo(
-            tensor.tensor_type.name, tuple(int(size) for size in tensor.shape), int(tensor.n_bytes)
+            dtype=tensor.tensor_type.name,
+            shape=tuple(int(size) for size in tensor.shape),
+            nbytes=int(tensor.n_bytes),
+            offset=int(tensor.data_offset),
         )
     return tensors

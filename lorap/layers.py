@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,14 @@ from lorap.errors import CalibrationError
 from lorap.factorization import Factorization, factorize_batch
 from lorap.metrics import choose_ridge, choose_shrinkage, shrunk
 from lorap.modules import LowRankLinear, count_parameters
+from lorap.moments import Moment
 from lorap.pivoting import pivot, storage_error
+from lorap.processes import Processes
 from lorap.pruning import channel_importance, keep_inputs, keep_outputs, new_linear, removed_shares
 from lorap.repair import fluctuation_scores, keep_best, output_scores, removed_share, repair_down
 from lorap.report import ProjectionReport
 from lorap.resources import Stopwatch
+from lorap.spectra import Spectrum, sampled_spectrum
 
 Folds = tuple[ActivationStats, ...]
 
@@ -51,7 +55,7 @@ class LayerCompressor:
     def compress(
         self, index: int, layer: nn.Module, plan: LayerPlan, output_metrics: Mapping[str, Tensor]
     ) -> list[ProjectionReport]:
-        """Replace the projections of one layer and move the stream behind it.
+        """Replace the projections of one layer; the stream stays before it.
 
         Args:
             index: of the layer.
@@ -64,12 +68,10 @@ class LayerCompressor:
             FactorizationError: a weight is.
         """
         dense = self.architecture.linears(layer)
-        work = _Layer(self.config, index, plan, dense, output_metrics)
+        work = _Layer(self.config, index, plan, dense, output_metrics, self.stream.processes)
         with on_device(layer, self.device):
             for inputs in self._steps(plan, dense):
                 self._compress_part(index, layer, work, inputs)
-            with self.watch("calibrate"):
-                self.stream.advance(index, layer)
         return [work.report(role) for role in PROJECTIONS]
 
     def _compress_part(self, index: int, layer: nn.Module, work: _Layer, inputs: tuple[str, ...]) -> None:
@@ -142,29 +144,56 @@ class _Layer:
         plan: LayerPlan,
         dense: Mapping[str, nn.Linear],
         output_metrics: Mapping[str, Tensor],
+        processes: Processes,
     ) -> None:
         self.config, self.index, self.plan, self.dense = config, index, plan, dense
         self.output_metrics = output_metrics
+        self.processes = processes
         self.replaced: dict[str, nn.Module] = {}
         self.errors: dict[str, float] = {}
         self.factorizations: dict[str, tuple[str, float]] = {}  # by role: what solved it, its excess
         self.storage_errors: dict[str, float] = {}
+        self.spectra: dict[str, Spectrum] = {}
 
     def factorize(self, names: Mapping[str, str], folds: Folds) -> None:
-        """Low-rank stand-ins for projections that read one input, given by role and full name."""
+        """Low-rank stand-ins for projections that read one input, given by role and full name; processes share them."""
         if not names:
             return
-        metric = self._metric(folds)
-        weights = [self.dense[role].weight.data.double() for role in names]  # rounded once, at the end
-        found = factorize_batch(
-            weights,
-            [self.plan.ranks[role] for role in names],
-            [metric] * len(names),
-            output_metrics=[self._output_metric(role, weight) for role, weight in zip(names, weights, strict=True)],
-            names=list(names.values()),
-        )
-        for role, factors in zip(names, found, strict=True):
-            self._store(role, factors, metric, names[role])
+        mine = self.processes.share(list(names))
+        metric = self._metric(folds) if mine else None
+        # A GPU solves matrices of one size faster together; a CPU does not, and one at a time takes a third of the memory.
+        together = [mine] if self.dense[next(iter(names))].weight.is_cuda else [[role] for role in mine]
+        for roles in filter(None, together):
+            weights = [self.dense[role].weight.data.double() for role in roles]  # rounded once, at the end
+            found = factorize_batch(
+                weights,
+                [self.plan.ranks[role] for role in roles],
+                [metric] * len(roles),
+                output_metrics=[self._output_metric(role, weight) for role, weight in zip(roles, weights, strict=True)],
+                names=[names[role] for role in roles],
+            )
+            for role, factors in zip(roles, found, strict=True):
+                self._store(role, factors, metric, names[role])
+        if self.processes.count == 1:
+            return
+        for sent in self.processes.gather({role: self._pack(role) for role in mine}):
+            for role, packed in sent.items():
+                self._unpack(role, packed)
+
+    def _pack(self, role: str) -> tuple[Any, ...]:
+        """What became of a projection, for other processes."""
+        return (*(found.get(role) for found in self._findings), self.replaced[role].to("cpu"))
+
+    def _unpack(self, role: str, packed: tuple[Any, ...]) -> None:
+        *told, module = packed
+        for found, value in zip(self._findings, told, strict=True):
+            if value is not None:
+                found[role] = value
+        self.replaced[role] = module.to(self.dense[role].weight.device)
+
+    @property
+    def _findings(self) -> tuple[dict[str, Any], ...]:
+        return self.errors, self.factorizations, self.storage_errors, self.spectra
 
     def _store(self, role: str, factors: Factorization, metric: Tensor | None, name: str) -> None:
         linear = self.dense[role]
@@ -177,15 +206,25 @@ class _Layer:
         module = LowRankLinear.from_factors(left.to(dtype), right.to(dtype), bias, rows).train(linear.training)
         self.replaced[role] = module
         self.errors[role] = factors.error
+        self.spectra[role] = sampled_spectrum(factors.singular_values)
         self.factorizations[role] = factors.solver, factors.excess
         exact = factors.left @ factors.right
         self.storage_errors[role] = storage_error(exact, module.reconstruct(dtype=torch.float64), metric)
 
     def prune(self, input_folds: Folds, inner_folds: Folds) -> None:
-        """Narrower gate, up and down."""
+        """Narrower gate, up and down, by the first process for all."""
+        if self.processes.is_first:
+            self._prune(input_folds, inner_folds)
+        if self.processes.count == 1:
+            return
+        packed = self.processes.from_first({role: self._pack(role) for role in MLP if role in self.replaced})
+        for role, one in packed.items():
+            self._unpack(role, one)
+
+    def _prune(self, input_folds: Folds, inner_folds: Folds) -> None:
         config = self.config
         gate, up, down = (self.dense[role] for role in MLP)
-        inner = merged(inner_folds)
+        inner = merged(inner_folds, moments=False)
         weights = (gate.weight.data, up.weight.data, down.weight.data)
         norms = (merged(input_folds).channel_sq_norm, inner.channel_sq_norm)
         metric = self._output_metric("down_proj", down.weight)
@@ -199,20 +238,23 @@ class _Layer:
         self.errors |= removed_shares(*weights, *norms, kept)
         narrow = keep_inputs(down, kept)
         if config.repair:
-            weight = self._repaired(inner_folds, inner, kept)
-            self.errors["down_proj"] = removed_share(down.weight.data, inner.second_moment, kept, weight)
+            weight = self._repaired(inner_folds, kept)
+            self.errors["down_proj"] = removed_share(down.weight.data, Moment.of(inner_folds[0]), kept, weight)
             narrow = new_linear(weight.to(down.weight.dtype), None if down.bias is None else down.bias.data)
         if config.bias_compensation:
             narrow = _with_mean_output(down, narrow, kept, inner.mean)
         self.replaced |= {"gate_proj": keep_outputs(gate, kept), "up_proj": keep_outputs(up, kept), "down_proj": narrow}
 
-    def _repaired(self, folds: Folds, inner: ActivationStats, kept: Tensor) -> Tensor:
+    def _repaired(self, folds: Folds, kept: Tensor) -> Tensor:
+        """The refitted down projection; afterwards the first fold holds the sums of all."""
         down = self.dense["down_proj"].weight.data
         shrinkage = self._shrinkage(folds)
         ridge = self.config.repair_ridge
         if ridge == "auto":
             ridge = choose_ridge(down, folds, kept, shrinkage=shrinkage)
-        return repair_down(down, shrunk(inner.second_moment, shrinkage), kept, ridge=float(ridge))
+        for fold in folds[1:]:
+            folds[0].merge(fold)
+        return repair_down(down, Moment.of(folds[0]).shrunk(shrinkage), kept, ridge=float(ridge))
 
     def _metric(self, folds: Folds) -> Tensor | None:
         """What a factorization is judged on: nothing, the channel norms, the second moment, or the spread of the outputs."""
@@ -247,6 +289,7 @@ class _Layer:
             storage_error=self.storage_errors.get(role, 0.0),
             solver=solver,
             excess=excess,
+            spectrum=self.spectra.get(role),
         )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lorap.calibration.statistics import ActivationStats, merged
+from lorap.moments import Moment
 from lorap.repair import removed_share, repair_down
 
 # Shares of the diagonal and of the identity in the metric of the outputs, which comes from fewer tokens.
@@ -24,12 +25,16 @@ DEFAULT_RIDGE = 0.3
 # Tried on the folds, relative to the mean channel energy.
 RIDGES = (0.05, 0.2, 0.8, 3.2)
 JUDGED_OUTPUTS = 128
+# Rows of two correlation matrices that are compared at once.
+CORRELATED_ROWS = 1024
 
 
 def shrunk(second_moment: Tensor, shrinkage: float) -> Tensor:
     """(1 - shrinkage) C + shrinkage diag(C), float64."""
     c = second_moment.double()
-    return (1 - shrinkage) * c + shrinkage * torch.diag(c.diagonal())
+    shrunk = (1 - shrinkage) * c
+    shrunk.diagonal().add_(shrinkage * c.diagonal())
+    return shrunk
 
 
 def output_metric(moment: Tensor) -> Tensor:
@@ -52,15 +57,26 @@ def choose_shrinkage(folds: Sequence[ActivationStats]) -> float:
     """
     if len(folds) < 2:
         return DEFAULT_SHRINKAGE
-    scale = merged(folds).second_moment.diagonal().sqrt()
+    first, second = (Moment.of(fold) for fold in folds)
+    scale = merged(folds, moments=False).channel_sq_norm.sqrt()
     scale = torch.where(scale > 0, scale, 1.0)
-    first, second = (fold.second_moment / scale / scale[:, None] for fold in folds)
-    for correlations in (first, second):
-        correlations.fill_diagonal_(0)
-    size = float(first.square().sum() + second.square().sum()) / 2
-    agreement = float((first * second).sum()) / size if size > 0 else 0.0
+    agreeing = size = 0.0
+    for start in range(0, len(scale), CORRELATED_ROWS):
+        a, b = (_correlations(moment, scale, start) for moment in (first, second))
+        agreeing += float((a * b).sum())
+        size += float(a.square().sum() + b.square().sum()) / 2
+    agreement = agreeing / size if size > 0 else 0.0
     agreement = min(max(agreement, 0.0), 1.0)
     return (1 - agreement) / (1 + agreement)
+
+
+def _correlations(moment: Moment, scale: Tensor, start: int) -> Tensor:
+    """Some rows of R, float64, up to one factor for all of R; 0 on the diagonal."""
+    rows = moment.sums[start : start + CORRELATED_ROWS].to(torch.float64, copy=True)
+    rows *= 1 / (moment.weight * scale[start : start + CORRELATED_ROWS, None])
+    rows *= 1 / scale
+    rows.diagonal(start).fill_(0)
+    return rows
 
 
 def choose_ridge(down: Tensor, folds: Sequence[ActivationStats], kept: Tensor, *, shrinkage: float) -> float:
@@ -76,8 +92,8 @@ def choose_ridge(down: Tensor, folds: Sequence[ActivationStats], kept: Tensor, *
         return DEFAULT_RIDGE
     # Outputs are refitted independently of each other; some of them tell enough.
     down = down[:: max(1, len(down) // JUDGED_OUTPUTS)]
-    fitted = [shrunk(fold.second_moment, shrinkage) for fold in folds]
-    held_out = [fold.second_moment for fold in reversed(folds)]
+    moments = [Moment.of(fold) for fold in folds]
+    fitted, held_out = [moment.shrunk(shrinkage) for moment in moments], list(reversed(moments))
 
     def error(ridge: float) -> float:
         return sum(

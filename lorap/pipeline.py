@@ -5,11 +5,11 @@ text -> windows -> plan of all layers -> for each decoder layer: [observe -> fac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, MutableMapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,19 +20,37 @@ from lorap.architectures import PROJECTIONS, Architecture, find_architecture
 from lorap.calibration.data import Sampler, TokenWindows, consecutive_windows, draw_windows, fold_of
 from lorap.calibration.mixtures import Sources
 from lorap.calibration.samples import sample_windows
+from lorap.calibration.shelf import IN_MEMORY, Shelf
 from lorap.calibration.sources import DEFAULT_CALIBRATION, Source
-from lorap.calibration.stream import CalibrationStream
+from lorap.calibration.stream import CalibrationStream, on_device
 from lorap.config import CompressionConfig
 from lorap.errors import ConfigError, FactorizationError
-from lorap.evaluation import evaluate
+from lorap.evaluation import BATCH_TOKENS as EVALUATION_BATCH
+from lorap.evaluation import Evaluation, evaluate_stream
 from lorap.integrations.transformers import LoRAPConfig, mark_compressed
+from lorap.journal import NO_JOURNAL, Journal
+from lorap.kept import (
+    KeptMetrics,
+    adopt,
+    keep_layer,
+    keep_plan,
+    keep_windows,
+    kept_plan,
+    kept_reports,
+    kept_windows,
+    load_kept,
+)
 from lorap.layers import LayerCompressor, needs_folds
 from lorap.loading import check_tokenizer, find_model, load_model, load_tokenizer, resolve_device
 from lorap.modules import count_parameters
-from lorap.planning import make_plan
-from lorap.report import CompressionReport
+from lorap.paging import in_memory_throughout, pages_of
+from lorap.planning import Key, Plan, make_plan
+from lorap.report import CompressionReport, ProjectionReport
 from lorap.resources import Stopwatch, describe_environment, peak_memory_bytes
+from lorap.typed import read_as
 from lorap.version import __version__
+
+T = TypeVar("T")
 
 # Tokens of each evaluation text when compress() measures before and after; `lorap eval` has no such limit.
 EVALUATION_TOKENS = 4096
@@ -50,6 +68,8 @@ def compress(
     progress: bool = True,
 ) -> tuple[Any, CompressionReport]:
     """Compress a language model with LoRAP (arXiv 2404.09695): low-rank attention, pruned FFN, nothing trained.
+
+    The whole model is in memory; :func:`lorap.compress_to_folder` needs one decoder layer at a time, and can be interrupted.
 
     Args:
         model_or_path: a transformers model (compressed in place), a local folder, a hub name, or a GGUF file.
@@ -70,46 +90,196 @@ def compress(
     Raises:
         LoRAPError: with a sentence that says what is wrong and what to do. Files of the source model are only ever read.
     """
-    config = config or CompressionConfig()
     watch = Stopwatch()
     with watch("load"):
         model, tokenizer, name = _open(model_or_path, tokenizer, device, dtype)
-        architecture = find_architecture(model)
-        layers = architecture.decoder_layers(model)
+        find_architecture(model)
         check_finite(model)
         where = _home(model) if device == "auto" else resolve_device(device)
-    with watch("tokenize"):
+    run = Run(model, name, tokenizer, config or CompressionConfig(), where, watch, progress=progress)
+    return model, run.compress(calibration, evaluation)
+
+
+@dataclass
+class Run:
+    """One compression: the model, what is done to it, and where the steps that are done are kept.
+
+    Args:
+        model: in memory, or paged (:mod:`lorap.paging`).
+        name: of the model, for the report.
+        tokenizer: for text.
+        config: what to do.
+        device: where layers are worked on.
+        watch: takes the time by stage.
+        progress: show progress bars.
+        journal: takes what is done; by default nothing is kept.
+        shelf: takes hidden states.
+    """
+
+    model: Any
+    name: str
+    tokenizer: Any
+    config: CompressionConfig
+    device: torch.device
+    watch: Stopwatch
+    progress: bool = True
+    journal: Journal = NO_JOURNAL
+    shelf: Shelf = IN_MEMORY
+
+    def compress(self, calibration: Sources, evaluation: Sequence[Source]) -> CompressionReport:
+        """All steps in order; those that the journal has are not done again."""
+        self.model.tie_weights()
+        self.architecture = find_architecture(self.model)
+        self.layers = list(self.architecture.decoder_layers(self.model))
+        report = CompressionReport(model=self.name, config=self.config, calibration={})
+        report.params_total_before = count_parameters(self.model)
+        windows, *texts = self._windows(calibration, evaluation)
+        report.calibration = _describe(windows)
+        before = self._losses_before(texts)
+        plan = self._plan(windows)
+        with self.watch("calibrate"):
+            halves = fold_of(windows) if needs_folds(self.config) else None
+            stream = self._stream(windows, fold_of=halves)
+        with self.watch("evaluate"):
+            judged = [self._stream(text, batch_tokens=EVALUATION_BATCH) for text in texts]
+        self._compress_layers(plan, stream, judged, report)
+        with self.watch("evaluate"):
+            for text, dense, behind in zip(texts, before, judged, strict=True):
+                report.add_evaluation(dense, evaluate_stream(self.model, self.layers, behind, text))
+        self.model.tie_weights()
+        _mark(self.model, plan.layers, self.architecture, report)
+        report.seconds = self.watch.seconds
+        report.environment = describe_environment(self.device, str(self.model.dtype).removeprefix("torch."))
+        report.peak_memory_bytes = peak_memory_bytes()
+        on_gpu = self.device.type == "cuda"
+        report.peak_device_memory_bytes = torch.cuda.max_memory_allocated(self.device) if on_gpu else 0
+        return report
+
+    def _stream(self, windows: TokenWindows, **options: Any) -> CalibrationStream:
+        return CalibrationStream.from_model(
+            self.model,
+            self.layers,
+            windows,
+            device=self.device,
+            shelf=self.shelf,
+            processes=self.journal.processes,
+            **options,
+        )
+
+    def _bar(self, items: Iterable[T], *, desc: str) -> Iterable[T]:
+        hidden = not self.progress or not self.journal.processes.is_first
+        bar: Iterable[T] = tqdm(items, desc=desc, unit="layer", total=len(self.layers), disable=hidden)
+        return bar
+
+    def _windows(self, calibration: Sources, evaluation: Sequence[Source]) -> list[TokenWindows]:
+        """Windows to calibrate on, and those of each text to judge by."""
+        if self.journal.has("windows"):
+            self.watch.add(self.journal.read("windows")["seconds"])
+            return kept_windows(self.journal, "windows")
+        start = dict(self.watch.seconds)
+        processes = self.journal.processes
 
         def sampler(count: int, seq_len: int, seed: int) -> Tensor:
-            with watch("sample"):
-                return sample_windows(model, tokenizer, count, seq_len, seed=seed, progress=progress)
+            with self.watch("sample"), in_memory_throughout(self.model, self.layers):
+                return sample_windows(
+                    self.model, self.tokenizer, count, seq_len, seed=seed, progress=self.progress and processes.is_first
+                )
 
-        windows, texts = _read_texts(model, tokenizer, calibration, evaluation, config, sampler)
-    report = CompressionReport(model=name, config=config, calibration=_describe(windows))
-    report.params_total_before = count_parameters(model)
-    with watch("evaluate"):
-        before = [evaluate(model, text, progress=progress) for text in texts]
-    with watch("plan"):
-        bar = partial(tqdm, desc="Planning", unit="layer", total=len(layers), disable=not progress)
-        plan = make_plan(model, list(layers), windows, config, architecture, device=where, progress=bar)
-    with watch("calibrate"):
-        halves = fold_of(windows) if needs_folds(config) else None
-        stream = CalibrationStream.from_model(model, layers, windows, device=where, fold_of=halves)
-    compressor = LayerCompressor(config, architecture, stream, where, watch)
-    for index, layer in enumerate(tqdm(layers, desc="Compressing", unit="layer", disable=not progress)):
-        metrics = {
-            role: plan.output_metrics.pop((index, role)) for role in PROJECTIONS if (index, role) in plan.output_metrics
-        }
-        report.projections += compressor.compress(index, layer, plan.layers[index], metrics)
-    _mark(model, plan.layers, architecture, report)
-    with watch("evaluate"):
-        for text, dense in zip(texts, before, strict=True):
-            report.add_evaluation(dense, evaluate(model, text, progress=progress))
-    report.seconds = watch.seconds
-    report.environment = describe_environment(where, str(model.dtype).removeprefix("torch."))
-    report.peak_memory_bytes = peak_memory_bytes()
-    report.peak_device_memory_bytes = torch.cuda.max_memory_allocated(where) if where.type == "cuda" else 0
-    return model, report
+        with self.watch("tokenize"):
+            drawn, texts = _read_texts(self.model, self.tokenizer, calibration, evaluation, self.config, sampler)
+        found = processes.from_first([drawn, *texts])
+        keep_windows(self.journal, "windows", found, seconds=self.watch.since(start))
+        return found
+
+    def _losses_before(self, texts: Sequence[TokenWindows]) -> list[Evaluation]:
+        if not texts:
+            return []
+        if self.journal.has("before"):
+            kept = self.journal.read("before")
+            self.watch.add(kept["seconds"])
+            found: list[Evaluation] = read_as(list[Evaluation], kept["losses"], "before")
+            return found
+        start = dict(self.watch.seconds)
+        with self.watch("evaluate"):
+            streams = [self._stream(text, batch_tokens=EVALUATION_BATCH) for text in texts]
+            for index, layer in enumerate(self._bar(self.layers, desc="Evaluating")):
+                with on_device(layer, self.device):
+                    for stream in streams:
+                        stream.advance(index, layer)
+            losses = [
+                evaluate_stream(self.model, self.layers, stream, text)
+                for stream, text in zip(streams, texts, strict=True)
+            ]
+        told = {"losses": [asdict(loss) for loss in losses], "seconds": self.watch.since(start)}
+        self.journal.keep("before", told)
+        return losses
+
+    def _plan(self, windows: TokenWindows) -> Plan:
+        metrics: MutableMapping[Key, Tensor] = {}
+        if self.journal.folder is not None:
+            metrics = kept = KeptMetrics(self.journal)
+            if self.journal.has("plan"):
+                self.watch.add(self.journal.read("plan")["seconds"])
+                return Plan(kept_plan(self.journal, "plan", kept), metrics)
+        start = dict(self.watch.seconds)
+        with self.watch("plan"):
+            plan = make_plan(
+                self.model,
+                self.layers,
+                windows,
+                self.config,
+                self.architecture,
+                device=self.device,
+                progress=partial(self._bar, desc="Planning"),
+                output_metrics=metrics,
+                shelf=self.shelf,
+                processes=self.journal.processes,
+            )
+        keep_plan(self.journal, "plan", plan.layers, metrics, seconds=self.watch.since(start))
+        return plan
+
+    def _compress_layers(
+        self, plan: Plan, stream: CalibrationStream, judged: Sequence[CalibrationStream], report: CompressionReport
+    ) -> None:
+        """Every layer in order, behind the compressed ones before it."""
+        compressor = LayerCompressor(self.config, self.architecture, stream, self.device, self.watch)
+        for index, layer in enumerate(self._bar(self.layers, desc="Compressing")):
+            if index + 1 < len(self.layers) and (following := pages_of(self.layers[index + 1])) is not None:
+                following.prefetch()
+            step = f"layer-{index:05}"
+            if self.journal.has(step):
+                report.projections += self._restored(step, layer)
+            else:
+                start = dict(self.watch.seconds)
+                with on_device(layer, self.device):
+                    found = compressor.compress(index, layer, plan.layers[index], plan.metrics_of(index))
+                    with self.watch("save"):
+                        keep_layer(self.journal, step, layer, found, seconds=self.watch.since(start))
+                    self._repaged(step, layer)
+                report.projections += found
+            for role in PROJECTIONS:
+                plan.output_metrics.pop((index, role), None)
+            with on_device(layer, self.device):
+                for each, stage in ((stream, "calibrate"), *((text, "evaluate") for text in judged)):
+                    with self.watch(stage):
+                        each.advance(index, layer)
+
+    def _restored(self, step: str, layer: nn.Module) -> list[ProjectionReport]:
+        """Bring a finished layer back into the model; of a paged one only where it is."""
+        home = next(layer.parameters()).device
+        stored = self.journal.tensors(step)
+        adopt(layer, stored, self.architecture)
+        if pages_of(layer) is None:
+            load_kept(layer, stored, home)
+        self._repaged(step, layer)
+        kept = self.journal.read(step)
+        self.watch.add(kept["seconds"])
+        return kept_reports(kept, step)
+
+    def _repaged(self, step: str, layer: nn.Module) -> None:
+        """From now on a paged layer comes from what was kept of it."""
+        if (pages := pages_of(layer)) is not None:
+            layer.pages = replace(pages, tensors=self.journal.tensors(step), dtype=None)  # type: ignore[assignment]
 
 
 def _open(model_or_path: Any, tokenizer: Any, device: str, dtype: str) -> tuple[Any, Any, str]:

@@ -7,7 +7,8 @@ all FFNs at one score. For target ``stock`` there is nothing to choose: attentio
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorap.allocation import LayerPlan, Shape, plan_layer, stock_width
-from lorap.architectures import ATTENTION, MLP, Architecture
+from lorap.architectures import ATTENTION, MLP, PROJECTIONS, Architecture
 from lorap.budget import (
     SMALLEST_RANK_MULTIPLE,
     Offer,
@@ -27,11 +28,14 @@ from lorap.budget import (
 )
 from lorap.calibration.data import TokenWindows
 from lorap.calibration.sensitivity import Sensitivity, layer_sensitivities
+from lorap.calibration.shelf import IN_MEMORY, Shelf
 from lorap.calibration.stream import CalibrationStream, Probe, on_device
 from lorap.config import CompressionConfig
 from lorap.errors import CalibrationError, ConfigError
 from lorap.factorization import spectrum, suffix_sums
 from lorap.metrics import output_metric, shrunk
+from lorap.moments import Moment
+from lorap.processes import ALONE, Processes
 from lorap.repair import fluctuation_scores, output_scores, repaired_tail
 from lorap.report import compressed_roles
 
@@ -55,7 +59,25 @@ class Plan:
     """
 
     layers: Sequence[LayerPlan]
-    output_metrics: dict[Key, Tensor] = field(default_factory=dict)
+    output_metrics: MutableMapping[Key, Tensor] = field(default_factory=dict)
+
+    def metrics_of(self, index: int) -> Mapping[str, Tensor]:
+        """The metrics of one layer, by role; each is fetched when it is asked for."""
+        return _OneLayer(self.output_metrics, index)
+
+
+class _OneLayer(Mapping[str, Tensor]):
+    def __init__(self, metrics: Mapping[Key, Tensor], index: int) -> None:
+        self.metrics, self.index = metrics, index
+
+    def __getitem__(self, role: str) -> Tensor:
+        return self.metrics[self.index, role]
+
+    def __iter__(self) -> Iterator[str]:
+        return (role for index, role in self.metrics if index == self.index)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def make_plan(
@@ -67,8 +89,14 @@ def make_plan(
     *,
     device: torch.device,
     progress: Any = iter,
+    output_metrics: MutableMapping[Key, Tensor] | None = None,
+    shelf: Shelf = IN_MEMORY,
+    processes: Processes = ALONE,
 ) -> Plan:
     """Ranks and widths for ``config``; reads the model and changes nothing.
+
+    ``output_metrics`` is what takes the metrics of the outputs, ``shelf`` the hidden states; the windows are shared among
+    ``processes``, and so are the prices of a layer's matrices.
 
     Raises:
         ConfigError: the sparsity leaves too little.
@@ -79,36 +107,49 @@ def make_plan(
         for layer in layers
     ]
     if config.allocation == "flap" and config.sparsity > 0:
-        return Plan(_flap_widths(model, layers, windows, config, architecture, shapes, device))
-    by_shape = _by_shape(model, shapes, config)
+        return Plan(_flap_widths(model, layers, windows, config, architecture, shapes, device, shelf, processes))
+    by_shape = plan_by_shape(model, shapes, config)
     if config.sparsity == 0 or (by_shape is not None and config.output_weighting == "none"):
         return Plan(by_shape or [LayerPlan(ranks={}, intermediate_size=shape["gate_proj"][0]) for shape in shapes])
     stays_dense = (*MLP[:2], *(ATTENTION if config.target == "stock" else ()))
     roles = [role for role in compressed_roles(config) if role not in stays_dense]
     prices = _Prices(config, shapes)
-    metrics: dict[Key, Tensor] = {}
+    metrics: MutableMapping[Key, Tensor] = {} if output_metrics is None else output_metrics
     sampled = spread_sample(windows, SENSITIVITY_TOKENS)
 
     def projections(layer: nn.Module) -> dict[str, nn.Linear]:
         return {role: linear for role, linear in architecture.linears(layer).items() if role in roles}
 
-    for index, found in layer_sensitivities(model, layers, sampled, projections, device=device, progress=progress):
-        linears = architecture.linears(layers[index])
-        for role, sensitivity in found.items():
-            if not torch.isfinite(sensitivity.output).all():
-                raise CalibrationError(
-                    f"the gradients at {architecture.module_name(index, role)} are not finite in {model.dtype}: try "
-                    "--dtype float32 or bfloat16, or do without them: --allocation even --output-weighting none"
-                )
-            metric = output_metric(sensitivity.output)
-            if by_shape is None:
-                prices.add(index, role, linears[role].weight.data, sensitivity, metric)
-            if config.output_weighting == "loss":
-                metrics[index, role] = metric
-    return Plan(by_shape or prices.buy(), metrics)
+    walk = layer_sensitivities(
+        model, layers, sampled, projections, device=device, progress=progress, shelf=shelf, processes=processes
+    )
+    with closing(walk):
+        for index, found in walk:
+            linears, mine = architecture.linears(layers[index]), processes.share(list(found))
+            for role, sensitivity in found.items():
+                _check_gradients(sensitivity, architecture.module_name(index, role), model.dtype)
+            for role in sorted(found, key=("down_proj", *ATTENTION).index):  # the largest first, to be rid of it
+                sensitivity = found.pop(role)
+                metric = output_metric(sensitivity.output)
+                if by_shape is None and role in mine:
+                    prices.add(index, role, linears[role].weight.data, sensitivity, metric)
+                if config.output_weighting == "loss":
+                    metrics[index, role] = metric
+                del sensitivity, metric
+    return Plan(by_shape or prices.buy(processes), metrics)
 
 
-def _by_shape(model: Any, shapes: Sequence[Mapping[str, Shape]], config: CompressionConfig) -> list[LayerPlan] | None:
+def _check_gradients(sensitivity: Sensitivity, name: str, dtype: torch.dtype) -> None:
+    if not torch.isfinite(sensitivity.output).all():
+        raise CalibrationError(
+            f"the gradients at {name} are not finite in {dtype}: try --dtype float32 or bfloat16, or do without them: "
+            "--allocation even --output-weighting none"
+        )
+
+
+def plan_by_shape(
+    model: Any, shapes: Sequence[Mapping[str, Shape]], config: CompressionConfig
+) -> list[LayerPlan] | None:
     """What follows from shapes alone; None where the loss decides."""
     if config.sparsity > 0 and config.target == "stock":
         if config.bias_compensation and not getattr(model.config, "mlp_bias", False):
@@ -141,13 +182,13 @@ class _Prices:
 
     def add(self, index: int, role: str, weight: Tensor, sensitivity: Sensitivity, metric: Tensor) -> None:
         # Second order of the loss: half the mean square of what the error moves along the gradient.
-        moment = shrunk(sensitivity.input.to(weight.device), PRICE_SHRINKAGE)
         if role == "down_proj":
-            order = output_scores(weight, moment.diagonal(), metric).argsort(descending=True, stable=True)
+            moment = Moment(sensitivity.input.to(weight.device), shrinkage=PRICE_SHRINKAGE)
+            order = output_scores(weight, moment.diagonal, metric).argsort(descending=True, stable=True)
             tail = repaired_tail(weight, moment, order, ridge=PRICE_RIDGE, output_metric=metric)
             offers = width_offers(weight.shape[0], tail / 2, multiple=self.multiples[role])
         else:
-            tail = suffix_sums(spectrum(weight, moment, metric))
+            tail = suffix_sums(spectrum(weight, shrunk(sensitivity.input.to(weight.device), PRICE_SHRINKAGE), metric))
             offers = rank_offers(
                 (weight.shape[0], weight.shape[1]),
                 tail / 2,
@@ -156,7 +197,14 @@ class _Prices:
             )
         self.curves[index, role] = offers
 
-    def buy(self) -> list[LayerPlan]:
+    def buy(self, processes: Processes) -> list[LayerPlan]:
+        offered: dict[Key, list[Offer]] = {}
+        for curves in processes.gather(self.curves):
+            offered |= curves
+        # In one order, whoever made them: it breaks ties.
+        self.curves = {
+            key: offered[key] for key in sorted(offered, key=lambda key: (-key[0], PROJECTIONS.index(key[1])))
+        }
         budget = (1 - self.config.sparsity) * self.total
         if self.config.shapes == "uniform":
             roles = dict.fromkeys(role for _, role in self.curves)  # a set would break ties by the hash seed
@@ -195,9 +243,11 @@ def _flap_widths(
     architecture: Architecture,
     shapes: Sequence[Mapping[str, Shape]],
     device: torch.device,
+    shelf: Shelf,
+    processes: Processes,
 ) -> list[LayerPlan]:
     """One threshold on the scores of all FFN channels, standardised within each layer (FLAP, section 4.2)."""
-    stream = CalibrationStream.from_model(model, layers, windows, device=device)
+    stream = CalibrationStream.from_model(model, layers, windows, device=device, shelf=shelf, processes=processes)
     standardised = []
     for index, layer in enumerate(layers):
         down = architecture.linears(layer)["down_proj"]
@@ -206,11 +256,11 @@ def _flap_widths(
             scores = fluctuation_scores(down.weight.data, stats.variance)
             stream.advance(index, layer)
         standardised.append(((scores - scores.mean()) / scores.std().clamp(min=torch.finfo(torch.float64).tiny)).cpu())
-    kept = threshold_widths(standardised, _channels_to_drop(config, shapes))
+    kept = threshold_widths(standardised, channels_to_drop(config, shapes))
     return [LayerPlan(ranks={}, intermediate_size=width) for width in kept]
 
 
-def _channels_to_drop(config: CompressionConfig, shapes: Sequence[Mapping[str, Shape]]) -> int:
+def channels_to_drop(config: CompressionConfig, shapes: Sequence[Mapping[str, Shape]]) -> int:
     """Attention stays dense, so the FFNs give up what all compressed sub-layers are to lose."""
     total = sum(_size(shape[role]) for shape in shapes for role in compressed_roles(config))
     return int(config.sparsity * total / sum(_size(shapes[0][role]) / shapes[0]["gate_proj"][0] for role in MLP))

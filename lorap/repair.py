@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorap.errors import FactorizationError
 from lorap.factorization import suffix_sums
+from lorap.moments import Moment, ridged_cholesky
 
 # Relative to the mean channel energy: keeps the normal equations solvable where channels are collinear or never fire.
 SMALLEST_RIDGE = 1e-8
@@ -43,36 +43,39 @@ def keep_best(scores: Tensor, width: int, *, least_important_kept: float = 0.0) 
     return kept.sort().values
 
 
-def repair_down(down: Tensor, second_moment: Tensor, kept: Tensor, *, ridge: float) -> Tensor:
+def repair_down(down: Tensor, second_moment: Moment | Tensor, kept: Tensor, *, ridge: float) -> Tensor:
     """Least-squares stand-in for ``down`` that reads the kept channels only.
 
     Args:
         down: (hidden_size, intermediate_size).
-        second_moment: C (intermediate_size, intermediate_size) float64 of the inner activations.
+        second_moment: C (intermediate_size, intermediate_size) of the inner activations.
         kept: (kept,) int64, the channels that stay.
         ridge: relative to the mean diagonal of C.
 
     Returns:
-        (hidden_size, kept) float64.
+        (hidden_size, kept) in the precision of C.
     """
-    w, c = down.double(), second_moment.double()
-    pull = max(ridge, SMALLEST_RIDGE) * float(c.diagonal().mean())
+    c = Moment.of(second_moment)
+    w = down.to(c.sums.dtype)
+    pull = max(ridge, SMALLEST_RIDGE) * float(c.diagonal.mean())
     if pull <= 0:  # no channel ever fired: nothing to take over
         return w[:, kept]
-    root, pull = _ridged_cholesky(c[kept][:, kept], pull)
-    return torch.cholesky_solve((w @ c[:, kept] + pull * w[:, kept]).T, root).T.contiguous()
+    wanted = c.after(w)[:, kept]
+    root, pull = ridged_cholesky(lambda: c.block(kept), pull)
+    return torch.cholesky_solve((wanted + pull * w[:, kept]).T, root).T.contiguous()
 
 
-def removed_share(down: Tensor, second_moment: Tensor, kept: Tensor, weight: Tensor) -> float:
+def removed_share(down: Tensor, second_moment: Moment | Tensor, kept: Tensor, weight: Tensor) -> float:
     """Root mean square change of the FFN's output when ``weight`` on the kept channels stands in for ``down``, relative to it."""
-    change = down.double().clone()
+    c = Moment.of(second_moment)
+    change = down.to(c.sums.dtype, copy=True)
+    before = c.energy(change)
     change[:, kept] -= weight.to(change)
-    before = _energy(down.double(), second_moment)
-    return (_energy(change, second_moment) / before) ** 0.5 if before > 0 else 0.0
+    return (c.energy(change) / before) ** 0.5 if before > 0 else 0.0
 
 
 def repaired_tail(
-    down: Tensor, second_moment: Tensor, order: Tensor, *, ridge: float, output_metric: Tensor | None = None
+    down: Tensor, second_moment: Moment | Tensor, order: Tensor, *, ridge: float, output_metric: Tensor | None = None
 ) -> Tensor:
     """(intermediate_size + 1,) float64: ||A^(1/2) (W x - W' x_S)||^2 after the repair, for every width, from 0 on.
 
@@ -80,29 +83,12 @@ def repaired_tail(
     With C + r I = L L^T in that order, what the first channels cannot explain of the
     others is the trailing block of L, whose columns do not depend on where it begins: one Cholesky factor serves all widths.
     """
-    w, c = down.double()[:, order], second_moment.double()[order][:, order]
-    mean = float(c.diagonal().mean())
+    c = Moment.of(second_moment)
+    mean = float(c.diagonal.mean())
     if mean <= 0:
-        return c.new_zeros(len(order) + 1)
-    root, _ = _ridged_cholesky(c, max(ridge, SMALLEST_RIDGE) * mean)
-    unexplained = w @ root
-    seen = unexplained if output_metric is None else output_metric.to(w) @ unexplained
-    energy = (unexplained * seen).sum(0).clamp(min=0)
+        return torch.zeros(len(order) + 1, dtype=torch.float64, device=down.device)
+    root, _ = ridged_cholesky(lambda: c.block(order), max(ridge, SMALLEST_RIDGE) * mean)
+    unexplained = down.to(root.dtype)[:, order] @ root
+    seen = unexplained if output_metric is None else output_metric.to(unexplained) @ unexplained
+    energy = (unexplained * seen).sum(0, dtype=torch.float64).clamp(min=0)
     return suffix_sums(energy)
-
-
-def _ridged_cholesky(c: Tensor, pull: float) -> tuple[Tensor, float]:
-    """Cholesky factor of C + pull I, and the pull: ten times larger each time that rounding still makes it indefinite."""
-    if not bool(torch.isfinite(c).all()):
-        raise FactorizationError("the second moment of the FFN's inner activations contains NaN or infinity")
-    while True:
-        ridged = (c + c.T) / 2
-        ridged.diagonal().add_(pull)
-        root, failed = torch.linalg.cholesky_ex(ridged)
-        if not bool(failed):
-            return root, pull
-        pull *= 10
-
-
-def _energy(w: Tensor, c: Tensor) -> float:
-    return max(float(((w @ c) * w).sum()), 0.0)

@@ -5,14 +5,21 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from lorap.architectures import PROJECTIONS
+from lorap.calibration.data import Share
 from lorap.config import CompressionConfig
+from lorap.errors import CheckpointError
 from lorap.evaluation import Evaluation
+from lorap.spectra import Spectrum
+from lorap.typed import read_as
 
+# The report for people, beside the weights (lorap/page.py).
+PAGE = "report.html"
+KIND_HEADER = ("", "parameters before", "after", "kept", "rank", "width", "error min / median / max")
 # What rounding the factors adds is told from here on; in float32 it stays below.
 TOLD_STORAGE_ERROR = 1e-6
 
@@ -33,6 +40,7 @@ class ProjectionReport:
         storage_error: what rounding the factors to the checkpoint's dtype adds, relative in the same norm.
         solver: what found the factors, such as ``eigh``, with what it had to take over from; None without factors.
         excess: at most this share of ``error`` lies above the least possible one at this rank and for this metric, by proof.
+        spectrum: singular values of the weighted matrix; None without factors.
     """
 
     layer: int
@@ -46,6 +54,7 @@ class ProjectionReport:
     storage_error: float = 0.0
     solver: str | None = None
     excess: float = 0.0
+    spectrum: Spectrum | None = None
 
 
 @dataclass
@@ -64,6 +73,7 @@ class CompressionReport:
         seconds: time spent, by stage.
         peak_memory_bytes: high-water mark of the process; device memory where a GPU was used is ``peak_device_memory_bytes``.
         environment: versions, device, dtype and thread count.
+        command: that was run, as it would be typed into a shell; empty where there was none.
     """
 
     model: str
@@ -77,6 +87,7 @@ class CompressionReport:
     peak_memory_bytes: int = 0
     peak_device_memory_bytes: int = 0
     environment: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
 
     @property
     def params_before(self) -> int:
@@ -124,21 +135,54 @@ class CompressionReport:
             "peak_memory_bytes": self.peak_memory_bytes,
             "peak_device_memory_bytes": self.peak_device_memory_bytes,
             "environment": self.environment,
+            "command": self.command,
             "projections": [asdict(projection) for projection in self.projections],
         }
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CompressionReport:
+        """What :meth:`to_dict` wrote, read back.
+
+        Raises:
+            CheckpointError: something is missing, unknown, of the wrong kind, or contradicts itself; the message names it.
+        """
+        sums = ("params_before", "params_after", "param_ratio")
+        entries = {name: value for name, value in values.items() if name not in (*sums, "evaluations")}
+        report: CompressionReport = read_as(cls, entries, "report")
+        told = {name: report.calibration[name] for name in _CALIBRATION if name in report.calibration}
+        report.calibration |= asdict(read_as(_Calibration, told, "report.calibration"))
+        for entry in read_as(list[_Evaluated], values.get("evaluations", []), "report.evaluations"):
+            report.add_evaluation(entry.before, entry.after)
+        if report.params_before <= 0 or min(one.params_before for one in report.projections) <= 0:
+            raise CheckpointError("the report has no projections, or some without parameters; copy the file again")
+        for one in report.projections:
+            if not 0 <= one.layer < len(report.projections):
+                raise CheckpointError(
+                    f"the report has {len(report.projections)} projections, but one in layer {one.layer}; the file is damaged"
+                )
+        for name in sums:
+            if values.get(name, getattr(report, name)) != getattr(report, name):
+                raise CheckpointError(
+                    f"the report says {name} is {values[name]}, but its projections add up to {getattr(report, name)}; "
+                    "the file is damaged, copy it again"
+                )
+        return report
+
+    def kind_rows(self) -> list[list[str]]:
+        """What :data:`KIND_HEADER` says of each kind of projection, of all that were to be compressed, and of the whole model."""
+        rows = [_role_row(role, found) for role in PROJECTIONS if (found := self.by_role(role))]
+        total = self.params_saved / self.params_total_before if self.params_total_before else math.nan
+        sums = [
+            ("compressed", self.params_before, self.params_after, self.param_ratio),
+            ("whole model", self.params_total_before, self.params_saved, total),
+        ]
+        return rows + [
+            [name, f"{before:,}", f"{after:,}", f"{kept:.4f}", "", "", ""] for name, before, after, kept in sums
+        ]
+
     def table(self) -> str:
         """The run on one screen: parameters, ranks, widths and errors by kind, time by stage, memory, perplexity."""
-        rows = [_role_row(role, found) for role in PROJECTIONS if (found := self.by_role(role))]
-        rows.append(
-            ["compressed", f"{self.params_before:,}", f"{self.params_after:,}", f"{self.param_ratio:.4f}", "", "", ""]
-        )
-        total = self.params_saved / self.params_total_before if self.params_total_before else math.nan
-        rows.append(
-            ["whole model", f"{self.params_total_before:,}", f"{self.params_saved:,}", f"{total:.4f}", "", "", ""]
-        )
-        header = ["", "parameters before", "after", "kept", "rank", "width", "error min / median / max"]
-        lines = [format_table(header, rows), ""]
+        lines = [format_table(KIND_HEADER, self.kind_rows()), ""]
         lines.append("seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items()))
         lines.append(f"peak memory: {self.peak_memory_bytes / 1e9:.2f} GB")
         if self.peak_device_memory_bytes:
@@ -146,6 +190,31 @@ class CompressionReport:
         lines += solver_lines(self) + storage_lines(self)
         lines += evaluation_lines(self.evaluations)
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    """What :attr:`CompressionReport.calibration` holds."""
+
+    name: str
+    windows: int
+    seq_len: int
+    tokens: int
+    sha256: str
+    sources: list[Share] = field(default_factory=list)
+
+
+_CALIBRATION = tuple(entry.name for entry in fields(_Calibration))
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """What an entry of :attr:`CompressionReport.evaluations` holds; the text and the increase follow from the rest."""
+
+    after: Evaluation
+    before: Evaluation | None = None
+    text: str = ""
+    increase_nats: float | None = None
 
 
 def compressed_roles(config: CompressionConfig) -> tuple[str, ...]:

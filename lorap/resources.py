@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import platform
+import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
 
+from lorap.errors import ConfigError
 from lorap.version import __version__
 
 
@@ -21,6 +23,16 @@ class Stopwatch:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._inside = [0.0]  # seconds of the stages inside each open one
+
+    def since(self, earlier: Mapping[str, float]) -> dict[str, float]:
+        """Seconds by stage that were spent after ``earlier``, a copy of ``seconds``."""
+        spent = {stage: seconds - earlier.get(stage, 0.0) for stage, seconds in self.seconds.items()}
+        return {stage: seconds for stage, seconds in spent.items() if seconds > 0}
+
+    def add(self, spent: Mapping[str, float]) -> None:
+        """Count seconds that an earlier process spent."""
+        for stage, seconds in spent.items():
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -44,6 +56,28 @@ def peak_memory_bytes() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def parse_bytes(text: str) -> int:
+    """``3GB``, ``500 MB``, ``2GiB`` or a plain number, in bytes.
+
+    Raises:
+        ConfigError: it is no size.
+    """
+    units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
+    if not found or found[2] not in units or not float(found[1]):
+        raise ConfigError(f"{text!r} is no size; write it like 3GB, 500MB or 2GiB")
+    return int(float(found[1]) * units[found[2]])
+
+
+def available_memory_bytes() -> int:
+    """What programs can still have without swapping, the page cache included; 0 where the system does not tell."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return 0
 
 
 def describe_environment(device: torch.device, dtype: str) -> dict[str, Any]:

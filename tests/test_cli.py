@@ -440,7 +440,7 @@ def test_debug_raises_the_exception_itself(model_folder, tmp_path):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "kill"])
-def test_interrupted_run_leaves_nothing(sent, make_model, tokenizer, tmp_path):
+def test_interrupted_run_keeps_what_is_finished(sent, make_model, tokenizer, tmp_path):
     model, outputs = tmp_path / "model", tmp_path / "outputs"
     make_model("llama-gqa", num_hidden_layers=24).save_pretrained(model)
     tokenizer.save_pretrained(model)
@@ -463,6 +463,9 @@ def test_interrupted_run_leaves_nothing(sent, make_model, tokenizer, tmp_path):
     process.send_signal(sent)
     _, rest = process.communicate(timeout=60)
     assert process.returncode == 130, rest.decode()
-    assert rest.decode().splitlines()[-1] == "lorap: interrupted; nothing was written"
+    kept = outputs / ".out.lorap"
+    told = f"lorap: interrupted; what is finished is kept in {kept}; run the same command again to go on"
+    assert rest.decode().splitlines()[-1] == told
     assert "Traceback" not in rest.decode()
-    assert list(outputs.iterdir()) == []
+    assert list(outputs.iterdir()) == [kept]
+    assert (kept / "plan.json").is_file() and not list(kept.glob("*.draft"))

@@ -98,7 +98,10 @@ def test_each_part_sees_what_sequential_says(make_model, tokens, sequential: str
     kept = keep_best(output_scores(dense.mlp.down_proj.weight.data, inner.square().sum(0)), 60)
     assert torch.equal(layer.mlp.down_proj.weight, dense.mlp.down_proj.weight[:, kept])
     assert torch.equal(layer.mlp.gate_proj.weight, dense.mlp.gate_proj.weight[kept])
-    # And the stream has moved behind the compressed layer.
+    # The stream waits before the layer until it is sent through what came out.
+    for before, after in zip(stream.batches, work.stream.batches, strict=True):
+        assert torch.equal(before.hidden, after.hidden)
+    work.stream.advance(0, layer)
     with torch.no_grad():
         for before, after in zip(stream.batches, work.stream.batches, strict=True):
             out = layer(before.hidden, **before.layer_kwargs[0])

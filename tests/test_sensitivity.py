@@ -205,6 +205,7 @@ def test_neither_huge_activations_nor_sinks_outweigh_the_rest() -> None:
     first = _Sums()
     first.add("down_proj", x[:7], g[:7], None)
     alone = first.sensitivities()["down_proj"]
-    assert torch.isfinite(sums.sensitivities()["down_proj"].input).all()
-    torch.testing.assert_close(sums.sensitivities()["down_proj"].output, alone.output * 7 / 200)
-    torch.testing.assert_close(sums.sensitivities()["down_proj"].input, alone.input * 7 / 200)
+    found = sums.sensitivities()["down_proj"]
+    assert torch.isfinite(found.input).all()
+    torch.testing.assert_close(found.output, alone.output * 7 / 200)
+    torch.testing.assert_close(found.input, alone.input * 7 / 200)

@@ -16,18 +16,20 @@ Nothing is trained: no weight has a gradient, only activations do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lorap.calibration.data import TokenWindows
+from lorap.calibration.shelf import IN_MEMORY, Held, Shelf
 from lorap.calibration.statistics import ActivationStats
-from lorap.calibration.stream import Batch, CalibrationStream, bypassed, on_device, run_layer
+from lorap.calibration.stream import Batch, CalibrationStream, on_device, run_layer, summed_loss
+from lorap.paging import in_memory
+from lorap.processes import ALONE, Processes
 
 # Tokens that run backward at once. Each keeps all activations of one layer, and once the logits.
 BATCH_TOKENS = 512
@@ -41,7 +43,7 @@ class Sensitivity:
 
     Args:
         output: A (out_features, out_features) float32, mean over tokens of g g^T |x| / |g|.
-        input: C (in_features, in_features) float64, mean over tokens of x x^T |g| / |x|.
+        input: C (in_features, in_features) float64 (float32 where the sums are), mean over tokens of x x^T |g| / |x|.
     """
 
     output: Tensor
@@ -56,8 +58,10 @@ def layer_sensitivities(
     *,
     device: torch.device,
     progress: Any = iter,
-) -> Iterator[tuple[int, dict[str, Sensitivity]]]:
-    """(layer index, sensitivity by role), from the last layer to the first.
+    shelf: Shelf = IN_MEMORY,
+    processes: Processes = ALONE,
+) -> Generator[tuple[int, dict[str, Sensitivity]]]:
+    """(layer index, sensitivity by role), from the last layer to the first; meanwhile the weights of that layer are in memory.
 
     Args:
         model: dense, in evaluation mode.
@@ -66,46 +70,41 @@ def layer_sensitivities(
         projections: the linear layers of a decoder layer that are asked for, by role.
         device: where the layers are worked on.
         progress: wraps the layer indices, for a progress bar.
+        shelf: keeps the hidden states.
+        processes: who share the windows; all get the same sensitivities.
     """
-    stream = CalibrationStream.from_model(model, layers, windows, device=device, batch_tokens=BATCH_TOKENS)
+    stream = CalibrationStream.from_model(
+        model, layers, windows, device=device, batch_tokens=BATCH_TOKENS, shelf=shelf, processes=processes
+    )
     inputs = []
     for index, layer in enumerate(layers):
-        inputs.append([batch.hidden for batch in stream.batches])
+        inputs.append([batch.held for batch in stream.batches])
         with on_device(layer, device):
             stream.advance(index, layer)
-    gradients = _loss_gradients(model, layers, windows, stream.batches)
+    with in_memory(model.get_output_embeddings()):
+        gradients = [_loss_gradient(model, layers, batch) for batch in stream.batches]
     for index in progress(reversed(range(len(layers)))):
         layer, hidden = layers[index], inputs.pop()
         sums = _Sums()
         with on_device(layer, device):
             linears = projections(layer)
-            for position, (batch, states) in enumerate(zip(stream.batches, hidden, strict=True)):
-                batch.hidden = states
-                gradients[position] = _backward(index, layer, batch, gradients[position], linears, sums)
-        yield index, sums.sensitivities()
+            for position, (batch, held) in enumerate(zip(stream.batches, hidden, strict=True)):
+                gradient = _backward(index, layer, batch, held.get(), gradients[position].get(), linears, sums)
+                gradients[position] = shelf.put(gradient)
+            # Who has no window adds nothing.
+            sums.add_up(
+                {role: (linear.in_features, linear.out_features) for role, linear in linears.items()}, device, processes
+            )
+            yield index, sums.sensitivities()
 
 
-def _loss_gradients(
-    model: Any, layers: Sequence[nn.Module], windows: TokenWindows, batches: Sequence[Batch]
-) -> list[Tensor]:
-    """Gradient of the summed loss with respect to the last layer's output, by batch."""
-    home = model.get_input_embeddings().weight.device
-    gradients, start = [], 0
-    for batch in batches:
-        count = len(batch.hidden)
-        ids = windows.input_ids[start : start + count].to(home)
-        start += count
-        with torch.enable_grad(), bypassed(list(layers)):
-            states = batch.hidden.to(home).detach().requires_grad_(True)
-            logits = model(inputs_embeds=states, use_cache=False).logits[:, :-1]
-            targets = ids[:, 1:]
-            if batch.mask is not None:
-                mask = batch.mask.to(home)
-                targets = targets.masked_fill(~(mask[:, 1:] & mask[:, :-1]), -100)
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
-            (gradient,) = torch.autograd.grad(loss, states)
-        gradients.append(gradient.to(batch.hidden.device))
-    return gradients
+def _loss_gradient(model: Any, layers: Sequence[nn.Module], batch: Batch) -> Held:
+    """Gradient of the summed loss with respect to the last layer's output."""
+    with torch.enable_grad():
+        states = batch.hidden.to(model.get_output_embeddings().weight.device).detach().requires_grad_(True)
+        loss, _ = summed_loss(model, layers, batch, states)
+        (gradient,) = torch.autograd.grad(loss, states)
+    return batch.shelf.put(gradient.to(batch.hidden.device))
 
 
 class _Sums:
@@ -120,11 +119,21 @@ class _Sums:
         _moments(self.inputs, role, x).update(x, mask, _ratio(g_norm, x_norm))
         _moments(self.outputs, role, g).update(g, mask, _ratio(x_norm, g_norm))
 
+    def add_up(self, sizes: Mapping[str, tuple[int, int]], device: torch.device, processes: Processes) -> None:
+        """Sums over all processes, of which some may have seen nothing."""
+        for role, (in_features, out_features) in sizes.items():
+            for stats, features in ((self.inputs, in_features), (self.outputs, out_features)):
+                if role not in stats:
+                    stats[role] = ActivationStats(features, moments=True, device=device)
+                stats[role].add_up(processes)
+
     def sensitivities(self) -> dict[str, Sensitivity]:
-        return {
-            role: Sensitivity(output=_per_token(stats).float(), input=_per_token(self.inputs[role]))
-            for role, stats in self.outputs.items()
-        }
+        """By role, of all that was summed up; the sums are used up."""
+        found = {}
+        for role in list(self.outputs):
+            output = _per_token(self.outputs.pop(role)).float()
+            found[role] = Sensitivity(output=output, input=_per_token(self.inputs.pop(role)))
+        return found
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
@@ -133,8 +142,9 @@ def _ratio(above: Tensor, below: Tensor) -> Tensor:
 
 
 def _per_token(stats: ActivationStats) -> Tensor:
-    """The weighted sum of outer products over the number of tokens, not over their weights."""
-    return stats.second_moment * (stats.weight / max(stats.tokens, 1))
+    """The weighted sum of outer products over the number of tokens, not over their weights, in place of the sums."""
+    assert stats.outer is not None
+    return stats.outer.div_(max(stats.tokens, 1))
 
 
 def _moments(stats: dict[str, ActivationStats], role: str, x: Tensor) -> ActivationStats:
@@ -144,7 +154,13 @@ def _moments(stats: dict[str, ActivationStats], role: str, x: Tensor) -> Activat
 
 
 def _backward(
-    index: int, layer: nn.Module, batch: Batch, gradient: Tensor, linears: Mapping[str, nn.Linear], sums: _Sums
+    index: int,
+    layer: nn.Module,
+    batch: Batch,
+    hidden: Tensor,
+    gradient: Tensor,
+    linears: Mapping[str, nn.Linear],
+    sums: _Sums,
 ) -> Tensor:
     """Gradient with respect to the layer's input; adds what passed the projections on the way to ``sums``."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
@@ -155,9 +171,9 @@ def _backward(
     with torch.enable_grad(), ExitStack() as hooks:
         for role, linear in linears.items():
             hooks.callback(linear.register_forward_hook(note(role)).remove)
-        batch.hidden = batch.hidden.detach().requires_grad_(True)
-        output = run_layer(layer, batch, index)
-        wanted = [batch.hidden, *(seen[role][1] for role in linears)]
+        hidden = hidden.detach().requires_grad_(True)
+        output = run_layer(layer, hidden, batch, index)
+        wanted = [hidden, *(seen[role][1] for role in linears)]
         below, *at_outputs = torch.autograd.grad(output, wanted, gradient)
     for role, g in zip(linears, at_outputs, strict=True):
         sums.add(role, seen[role][0].detach(), g, batch.mask)

@@ -13,7 +13,12 @@ from torch import Tensor
 
 from lorap import ops
 from lorap.kernels import reference
+from lorap.processes import Processes
 
+# From so many channels on, sums of outer products are kept in float32: those of LLaMA-7B's FFN take 1 GB in float64, two
+# folds and the working copies of the refit several times that. They feed refits with a ridge of some percent of the mean channel
+# energy, next to which the rounding is nothing (tests/test_repair.py).
+WIDE = 8192
 # Keeps a division by no tokens at all from becoming NaN.
 TINY = 1e-300
 
@@ -32,7 +37,7 @@ class ActivationStats:
         weight: sum of the tokens' weights; equal to ``tokens`` where they have none.
         sq_sum: (K,) float64, sum over tokens of x_j^2.
         total: (K,) float64, sum over tokens of x_j; only with ``mean``.
-        outer: (K, K) float64, sum over tokens of x x^T; only with ``moments``.
+        outer: (K, K) float64, sum over tokens of x x^T; only with ``moments``. float32 above ``WIDE`` channels.
     """
 
     def __init__(
@@ -42,7 +47,8 @@ class ActivationStats:
         self.weight = 0.0
         self.sq_sum = torch.zeros(features, dtype=torch.float64, device=device)
         self.total = torch.zeros(features, dtype=torch.float64, device=device) if mean else None
-        self.outer = torch.zeros(features, features, dtype=torch.float64, device=device) if moments else None
+        precision = torch.float32 if features > WIDE else torch.float64
+        self.outer = torch.zeros(features, features, dtype=precision, device=device) if moments else None
 
     @torch.no_grad()
     def update(self, x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> None:
@@ -66,8 +72,13 @@ class ActivationStats:
             self.weight += float((weights if mask is None else weights[mask.bool()]).double().sum())
         else:
             self.weight += tokens
-        if self.outer is not None:
+        if self.outer is None:
+            return
+        if self.outer.dtype == torch.float64:
             self.outer += ops.second_moment(x, mask)[0]
+        else:
+            for chunk in reference.masked_chunks(x, mask, torch.float32):
+                self.outer.addmm_(chunk.T, chunk)  # in place: the product alone would be as large
 
     def merge(self, other: ActivationStats) -> None:
         """Add the sums of another process or batch."""
@@ -82,6 +93,14 @@ class ActivationStats:
                 raise ValueError("cannot merge statistics without moments into statistics with moments")
             mine += theirs
 
+    def add_up(self, processes: Processes) -> None:
+        """Replace all sums by those over all processes."""
+        if processes.count == 1:
+            return
+        counts = torch.tensor([self.tokens, self.weight], dtype=torch.float64, device=self.sq_sum.device)
+        processes.sum(counts, self.sq_sum, *(part for part in (self.total, self.outer) if part is not None))
+        self.tokens, self.weight = int(counts[0]), float(counts[1])
+
     @property
     def is_finite(self) -> bool:
         """False as soon as one counted activation was NaN or infinite, or its square overflowed float32."""
@@ -94,7 +113,7 @@ class ActivationStats:
 
     @property
     def second_moment(self) -> Tensor:
-        """(K, K) float64, sum(x x^T) over the weight of all tokens."""
+        """(K, K), sum(x x^T) over the weight of all tokens, in the precision of the sums."""
         assert self.outer is not None, "gather with moments=True"
         return self.outer / max(self.weight, TINY)
 
@@ -116,13 +135,16 @@ class ActivationStats:
         return self.second_moment - torch.outer(mean, mean)
 
 
-def merged(folds: Sequence[ActivationStats]) -> ActivationStats:
-    """The sums of all folds together; the folds themselves are left alone."""
+def merged(folds: Sequence[ActivationStats], *, moments: bool = True) -> ActivationStats:
+    """The sums of all folds together, those of outer products only with ``moments``; the folds themselves are left alone."""
     if len(folds) == 1:
         return folds[0]
     first = folds[0]
     both = ActivationStats(
-        len(first.sq_sum), mean=first.total is not None, moments=first.outer is not None, device=first.sq_sum.device
+        len(first.sq_sum),
+        mean=first.total is not None,
+        moments=moments and first.outer is not None,
+        device=first.sq_sum.device,
     )
     for fold in folds:
         both.merge(fold)

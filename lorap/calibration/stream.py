@@ -20,9 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lorap.calibration.data import TokenWindows
+from lorap.calibration.shelf import IN_MEMORY, Shelf
 from lorap.calibration.statistics import ActivationStats
+from lorap.paging import in_memory, pages_of
+from lorap.processes import ALONE, Processes
 
 # Tokens that run through a layer at once: large enough for efficient matmuls, small next to a layer's weights.
 BATCH_TOKENS = 2048
@@ -51,28 +55,54 @@ class Probe:
     weighted: bool = False
 
 
-@dataclass
 class Batch:
     """Windows that travel together.
 
     Args:
-        hidden: (windows, seq_len, hidden_size), the inputs of the next layer.
+        hidden: (windows, seq_len, hidden_size), the inputs of the next layer; assign others to replace them.
         mask: (windows, seq_len) bool, False on padding; None where every token is real.
         layer_kwargs: keyword arguments of each decoder layer, as the model passes them.
         fold: which half of the calibration text the windows belong to.
+        ids: (windows, seq_len) int64, the tokens.
+        shelf: keeps the hidden states.
     """
 
-    hidden: Tensor
-    mask: Tensor | None
-    layer_kwargs: Sequence[Mapping[str, Any]]
-    fold: int = 0
+    def __init__(
+        self,
+        *,
+        hidden: Tensor,
+        mask: Tensor | None,
+        layer_kwargs: Sequence[Mapping[str, Any]],
+        fold: int = 0,
+        ids: Tensor | None = None,
+        shelf: Shelf = IN_MEMORY,
+    ) -> None:
+        self.mask, self.layer_kwargs, self.fold, self.ids = mask, layer_kwargs, fold, ids
+        self.shelf = shelf
+        self.held = shelf.put(hidden)
+
+    @property
+    def hidden(self) -> Tensor:
+        return self.held.get()
+
+    @hidden.setter
+    def hidden(self, value: Tensor) -> None:
+        self.held = self.shelf.put(value)
 
 
 class CalibrationStream:
-    """Hidden states of all calibration windows, between two decoder layers."""
+    """Hidden states of the calibration windows, between two decoder layers: those of this process, where several share them.
 
-    def __init__(self, batches: Sequence[Batch]) -> None:
+    Args:
+        batches: of this process.
+        folds: how many halves the windows of all processes are split into.
+        processes: sums are taken over all of them.
+    """
+
+    def __init__(self, batches: Sequence[Batch], *, folds: int | None = None, processes: Processes = ALONE) -> None:
         self.batches = batches
+        self.folds = folds or 1 + max(batch.fold for batch in batches)
+        self.processes = processes
 
     @classmethod
     @torch.no_grad()
@@ -85,31 +115,38 @@ class CalibrationStream:
         device: torch.device,
         fold_of: Tensor | None = None,
         batch_tokens: int = BATCH_TOKENS,
+        shelf: Shelf = IN_MEMORY,
+        processes: Processes = ALONE,
     ) -> CalibrationStream:
         """Run the embedding only: every decoder layer is bypassed, but notes what it was called with.
 
-        ``fold_of`` (windows,) bool says which windows form the second fold; without it there is one.
+        ``fold_of`` (windows,) bool says which windows form the second fold; without it there is one. Batches do not depend on
+        the number of processes, so that neither do their results.
         """
-        home = next(model.parameters()).device
-        layers = list(layers)
+        layers, embedding = list(layers), model.get_input_embeddings()
         size = max(1, batch_tokens // windows.input_ids.shape[1])
+        every = list(_batches(len(windows.input_ids), size, fold_of))
         batches = []
-        for fold, rows in _batches(len(windows.input_ids), size, fold_of):
-            ids = windows.input_ids[rows].to(home)
-            mask = None if windows.attention_mask is None else windows.attention_mask[rows].bool()
-            with bypassed(layers) as calls:
-                attention_mask = None if mask is None else mask.to(home)
-                model.base_model(input_ids=ids, attention_mask=attention_mask, use_cache=False)
-            hidden = calls[0][0].to(device)
-            batches.append(
-                Batch(
-                    hidden=hidden,
-                    mask=None if mask is None else mask.to(device),
-                    layer_kwargs=[_to_device(kwargs, device) for _, kwargs in calls],
-                    fold=fold,
+        with in_memory(embedding):
+            home = embedding.weight.device
+            for fold, rows in processes.share(every):
+                ids = windows.input_ids[rows]
+                mask = None if windows.attention_mask is None else windows.attention_mask[rows].bool()
+                with bypassed(layers) as calls:
+                    attention_mask = None if mask is None else mask.to(home)
+                    model.base_model(input_ids=ids.to(home), attention_mask=attention_mask, use_cache=False)
+                moved: dict[int, Tensor] = {}  # layers share their rotary tables and masks
+                batches.append(
+                    Batch(
+                        hidden=calls[0][0].to(device),
+                        mask=None if mask is None else mask.to(device),
+                        layer_kwargs=[_to_device(kwargs, device, moved) for _, kwargs in calls],
+                        fold=fold,
+                        ids=ids,
+                        shelf=shelf,
+                    )
                 )
-            )
-        return cls(batches)
+        return cls(batches, folds=1 + max(fold for fold, _ in every), processes=processes)
 
     @torch.no_grad()
     def observe(
@@ -119,8 +156,7 @@ class CalibrationStream:
 
         The layer runs only as far as it has to.
         """
-        folds = 1 + max(batch.fold for batch in self.batches)
-        stats = {name: tuple(_empty(probe) for _ in range(folds)) for name, probe in probes.items()}
+        stats = {name: tuple(_empty(probe) for _ in range(self.folds)) for name, probe in probes.items()}
         floor = self._smallest_sq_norm() if any(probe.weighted for probe in probes.values()) else 0.0
         for batch in self.batches:
             seen: set[str] = set()
@@ -131,7 +167,10 @@ class CalibrationStream:
                     )
                     hooks.callback(probe.linear.register_forward_pre_hook(update).remove)
                 with suppress(_SeenEnough):
-                    run_layer(layer, batch, index)
+                    run_layer(layer, batch.hidden, batch, index)
+        for folds in stats.values():
+            for fold in folds:
+                fold.add_up(self.processes)
         return stats
 
     def _smallest_sq_norm(self) -> float:
@@ -139,18 +178,23 @@ class CalibrationStream:
         found = [
             _sq_norm(batch) if batch.mask is None else _sq_norm(batch)[batch.mask.bool()] for batch in self.batches
         ]
-        return max(float(torch.cat([part.flatten() for part in found]).median()) / LARGEST_WEIGHT, SMALLEST_SQ_NORM)
+        mine = torch.cat([part.flatten() for part in found]).cpu() if found else torch.empty(0)
+        return max(float(torch.cat(self.processes.gather(mine)).median()) / LARGEST_WEIGHT, SMALLEST_SQ_NORM)
 
     @torch.no_grad()
     def advance(self, index: int, layer: nn.Module) -> None:
         """Replace the hidden states by the outputs of ``layer``."""
         for batch in self.batches:
-            batch.hidden = run_layer(layer, batch, index)
+            batch.hidden = run_layer(layer, batch.hidden, batch, index)
 
 
 @contextmanager
 def on_device(layer: nn.Module, device: torch.device) -> Iterator[None]:
-    """``layer`` is on ``device`` while this is active, and afterwards where it was."""
+    """``layer`` is in memory on ``device`` while this is active, and afterwards where it was."""
+    if pages_of(layer) is not None:
+        with in_memory(layer, device):
+            yield
+        return
     home = next(layer.parameters()).device
     layer.to(device)
     try:
@@ -159,9 +203,26 @@ def on_device(layer: nn.Module, device: torch.device) -> Iterator[None]:
         layer.to(home)
 
 
-def run_layer(layer: nn.Module, batch: Batch, index: int) -> Tensor:
-    output = layer(batch.hidden, **batch.layer_kwargs[index])
+def run_layer(layer: nn.Module, hidden: Tensor, batch: Batch, index: int) -> Tensor:
+    """The outputs of decoder layer ``index`` for ``hidden``, in the surroundings of ``batch``."""
+    output = layer(hidden, **batch.layer_kwargs[index])
     return output[0] if isinstance(output, tuple) else output
+
+
+def summed_loss(model: Any, layers: Sequence[nn.Module], batch: Batch, hidden: Tensor) -> tuple[Tensor, int]:
+    """Negative log-likelihood of a batch, in nats, given the outputs of the last layer; and how many tokens were predicted.
+
+    Padding is neither predicted nor predicted from.
+    """
+    assert batch.ids is not None
+    with bypassed(list(layers)):
+        logits = model(inputs_embeds=hidden, use_cache=False).logits[:, :-1]
+    targets = batch.ids[:, 1:].to(logits.device)
+    if batch.mask is not None:
+        mask = batch.mask.bool().to(logits.device)
+        targets = targets.masked_fill(~(mask[:, 1:] & mask[:, :-1]), -100)
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+    return loss, int((targets != -100).sum())
 
 
 class _SeenEnough(Exception):
@@ -230,11 +291,12 @@ def bypassed(layers: list[nn.Module]) -> Iterator[list[tuple[Tensor, dict[str, A
                 layer.forward = forward  # type: ignore[method-assign]
 
 
-def _to_device(value: Any, device: torch.device) -> Any:
+def _to_device(value: Any, device: torch.device, moved: dict[int, Tensor]) -> Any:
+    """``value`` with its tensors on ``device``; what occurs in ``moved`` already is the same tensor again."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return moved.setdefault(id(value), value.to(device))
     if isinstance(value, (tuple, list)):
-        return type(value)(_to_device(item, device) for item in value)
+        return type(value)(_to_device(item, device, moved) for item in value)
     if isinstance(value, dict):
-        return {key: _to_device(item, device) for key, item in value.items()}
+        return {key: _to_device(item, device, moved) for key, item in value.items()}
     return value

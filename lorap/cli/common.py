@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -45,8 +46,11 @@ def print_json(wanted: bool, value: dict[str, Any]) -> None:
 
 
 @contextmanager
-def user_errors(debug: bool) -> Iterator[None]:
-    """A mistake of the user ends with one sentence and exit code 2, an interruption with 130; ``--debug`` lets both through."""
+def user_errors(debug: bool, *, unfinished: Path | None = None) -> Iterator[None]:
+    """A mistake of the user ends with one sentence and exit code 2, an interruption with 130; ``--debug`` lets both through.
+
+    ``unfinished`` is where work that was interrupted is kept, if it is.
+    """
     try:
         yield
     except LoRAPError as error:
@@ -57,7 +61,11 @@ def user_errors(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         if debug:
             raise
-        typer.echo("lorap: interrupted; nothing was written", err=True)
+        if unfinished is not None and unfinished.exists():
+            left = f"what is finished is kept in {unfinished}; run the same command again to go on"
+        else:
+            left = "nothing was written"
+        typer.echo(f"lorap: interrupted; {left}", err=True)
         raise typer.Exit(130) from None
 
 

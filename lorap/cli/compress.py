@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -11,11 +13,12 @@ import typer
 
 from lorap.calibration.mixtures import parse_source
 from lorap.calibration.sources import DEFAULT_CALIBRATION, DEFAULT_EVALUATION
-from lorap.checkpoint import check_output, save
 from lorap.cli.common import AsJson, Debug, Device, Dtype, Model, Quiet, be_quiet, print_json, user_errors
 from lorap.config import CHOICES, DEFAULT_RECIPE, RECIPES, CompressionConfig
-from lorap.loading import find_model, load_tokenizer
-from lorap.pipeline import compress
+from lorap.journal import journal_folder
+from lorap.processes import is_first_process
+from lorap.resources import parse_bytes
+from lorap.runs import RunOptions, compress_to_folder
 
 # Options that are written as a comma-separated list.
 LISTS = ("sublayers",)
@@ -175,6 +178,15 @@ def compress_command(
     # Where it runs and what comes out.
     device: Device = "auto",
     dtype: Dtype = "auto",
+    max_memory: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Memory for hidden states and the rest, such as 3GB; hidden states beyond go to disk.", metavar="SIZE"
+        ),
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away what an unfinished run to OUT has done.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
     quiet: Quiet = False,
@@ -198,27 +210,30 @@ def compress_command(
       lorap compress ./llama ./small --sparsity 0.5 --calibration my.jsonl --eval-text wiki.txt
       lorap compress ./llama ./small --recipe lorap --allocation even
       lorap compress ./llama ./small --target stock
+      torchrun --nproc-per-node 2 -m lorap compress ./llama ./small
+
+    The model is read one decoder layer at a time, so it may be larger than the memory. Interrupted, the same command goes on
+    behind the last finished layer, to the same bytes.
     """
-    with user_errors(debug):
+    with user_errors(debug, unfinished=journal_folder(out)):
         be_quiet(quiet)
-        config = chosen_config(context.params)
-        source = find_model(model)
-        check_output(out, source=source.folder, overwrite=overwrite)
-        tokenizer = load_tokenizer(source)
-        small, report = compress(
-            model,
+        options = RunOptions(
             calibration=[parse_source(text) for text in calibration or [DEFAULT_CALIBRATION]],
-            config=config,
-            tokenizer=tokenizer,
             evaluation=[text for text in eval_text or [DEFAULT_EVALUATION] if text != "none"],
             device=device,
             dtype=dtype,
+            max_shard_size=max_shard_size,
+            max_memory_bytes=None if max_memory is None else parse_bytes(max_memory),
+            overwrite=overwrite,
+            restart=restart,
+            command=shlex.join(["lorap", *sys.argv[1:]]),
             progress=not quiet,
         )
-        save(small, out, report=report, tokenizer=tokenizer, overwrite=overwrite, max_shard_size=max_shard_size)
-        typer.echo(report.table())
-        typer.echo(f"saved to {out}")
-        print_json(as_json, {"out": str(out), **report.to_dict()})
+        report = compress_to_folder(model, out, chosen_config(context.params), options)
+        if is_first_process():
+            typer.echo(report.table())
+            typer.echo(f"saved to {out}")
+            print_json(as_json, {"out": str(out), **report.to_dict()})
 
 
 def chosen_config(options: Mapping[str, Any]) -> CompressionConfig:

@@ -1,0 +1,143 @@
+"""What a run depends on, in hashes: options, texts, model files. And one look at every weight before any work is done."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lorap.calibration.mixtures import Sources, weighted_sources
+from lorap.calibration.sources import Source, source_name
+from lorap.errors import CheckpointError, FactorizationError, JournalError
+from lorap.folders import weight_files
+from lorap.journal import Journal
+from lorap.loading import ModelSource
+from lorap.paging import Stamp, StoredTensor, read_pieces, stored_tensors
+from lorap.version import __version__
+
+WEIGHTS_STEP = "weights"
+# Files of a model folder, besides weights, that decide on what comes out.
+SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+
+
+def identity_of(
+    source: ModelSource, config: Mapping[str, Any], calibration: Sources, evaluation: Iterable[Source], **more: Any
+) -> dict[str, Any]:
+    """Everything but the weights that a run depends on, for :func:`lorap.journal.check_identity`."""
+    parts = {
+        f"{source_name(text)} x {weight:g}": digest(text)
+        for text, weight in weighted_sources(calibration, own_samples=True)
+    }
+    return {
+        "lorap": __version__,
+        "torch": torch.__version__,
+        "option": dict(config),
+        "calibration": parts,
+        "evaluation": {source_name(text): digest(text) for text in evaluation},
+        "model": {"name": source.name, **_small_files(source)},
+        **more,
+    }
+
+
+def digest(source: Source) -> str:
+    """A hash of a text's file or of tokens; of a name where there is no file."""
+    if isinstance(source, Tensor):
+        return hashlib.sha256(source.cpu().contiguous().numpy().tobytes()).hexdigest()
+    if isinstance(source, Mapping):
+        return " ".join(digest(source[name]) for name in sorted(source))
+    if os.path.isfile(source):
+        return hash_file(Path(source))
+    return hashlib.sha256(str(source).encode()).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        sha = hashlib.sha256()
+        with path.open("rb") as file:
+            while piece := file.read(2**24):
+                sha.update(piece)
+        return sha.hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+
+
+def check_weights(journal: Journal, source: ModelSource, *, progress: bool) -> None:
+    """Read every weight once: refuse NaN and infinity, and files other than those that the run began with.
+
+    Files of the size and time that they had then are not read again.
+
+    Raises:
+        FactorizationError: naming the first tensor with NaN or infinity.
+        JournalError: a weight file is another one than when the run began.
+        CheckpointError: a file cannot be read.
+    """
+    files = _weight_files(source)
+    stamps = {path.name: [Stamp.of(path).size, Stamp.of(path).mtime_ns] for path in files}
+    before = journal.read(WEIGHTS_STEP) if journal.has(WEIGHTS_STEP) else None
+    if before is not None and before["stamps"] == stamps:
+        return
+    hashes = {}
+    with tqdm(
+        desc="Checking", unit="B", unit_scale=True, total=sum(size for size, _ in stamps.values()), disable=not progress
+    ) as bar:
+        for path in files:
+            hashes[path.name] = _look_through(path, bar)
+    if before is not None and before["hashes"] != hashes:
+        other = sorted({*hashes.items()} ^ {*before["hashes"].items()})[0][0]
+        raise JournalError(
+            f"{other} is not the file that this run began with; bring that back, or pass --restart to throw away what was done"
+        )
+    journal.keep(WEIGHTS_STEP, {"stamps": stamps, "hashes": hashes})
+
+
+def _weight_files(source: ModelSource) -> list[Path]:
+    if source.folder is None:
+        return []  # a hub name; its cache does not change under its revision
+    return [source.folder / source.gguf_file] if source.gguf_file else weight_files(source.folder)
+
+
+def _look_through(path: Path, bar: Any) -> str:
+    """sha256 of a file; the tensors of a safetensors file are checked on the way."""
+    if path.suffix != ".safetensors":
+        bar.update(path.stat().st_size)
+        return hash_file(path)
+    tensors = sorted(stored_tensors(path).values(), key=lambda stored: stored.info.offset)
+    first = min((stored.info.offset for stored in tensors), default=path.stat().st_size)
+    with path.open("rb") as file:
+        sha = hashlib.sha256(file.read(first))
+    for stored in tensors:
+        bad = 0
+        for _, piece in read_pieces(stored):
+            sha.update(piece.numpy().data)
+            bad += _not_finite(piece, stored)
+            bar.update(len(piece))
+        if bad:
+            raise FactorizationError(
+                f"{stored.name} contains {bad:,} values that are NaN or infinite; the checkpoint is damaged"
+            )
+    return sha.hexdigest()
+
+
+def _not_finite(piece: Tensor, stored: StoredTensor) -> int:
+    if not stored.dtype.is_floating_point:
+        return 0
+    values = piece.view(stored.dtype)
+    return 0 if bool(torch.isfinite(values).all()) else int((~torch.isfinite(values)).sum())
+
+
+def _small_files(source: ModelSource) -> dict[str, str]:
+    if source.folder is None or source.gguf_file:
+        return {}
+    found = {path for pattern in SMALL_FILES for path in source.folder.glob(pattern) if path.is_file()}
+    return {path.name: hash_file(path) for path in sorted(found)}

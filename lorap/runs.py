@@ -1,0 +1,193 @@
+"""``compress_to_folder()``: from a model's files to a folder, one decoder layer in memory at a time, resumed after interruptions.
+
+What a run depends on is its *identity*: options, model files, texts, versions. It is written down first, and a later command goes
+on only where it has the same. The number of processes and the memory are not part of it: they change nothing in the result.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from lorap.calibration.mixtures import Sources
+from lorap.calibration.shelf import Shelf
+from lorap.calibration.sources import DEFAULT_CALIBRATION, Source
+from lorap.checkpoint import check_output, reason, share, write_reports
+from lorap.config import CompressionConfig
+from lorap.errors import CheckpointError
+from lorap.fingerprints import check_weights, identity_of
+from lorap.folders import stored_parameters
+from lorap.journal import COMPLETE, STAGE, Journal, check_identity, is_complete, open_journal, put_in_place, sync
+from lorap.loading import ModelSource, check_tokenizer, find_model, load_model, load_tokenizer, resolve_device
+from lorap.paging import open_paged, pages_of
+from lorap.pipeline import Run, check_finite
+from lorap.processes import joined
+from lorap.report import CompressionReport
+from lorap.resources import Stopwatch
+from lorap.shards import write_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What a run to a folder is told besides the config.
+
+    Args:
+        calibration: as for :func:`lorap.compress`.
+        evaluation: texts to judge by, before and after.
+        device: where layers are worked on.
+        dtype: of the model; ``auto`` for the checkpoint's own.
+        max_shard_size: largest safetensors file.
+        max_memory_bytes: what the process may hold; hidden states beyond it go to disk. None: they stay in memory.
+        overwrite: replace an output folder, at the end and in one step.
+        restart: throw away what an unfinished run has done.
+        command: for the report.
+        progress: show progress bars on stderr.
+    """
+
+    calibration: Sources = DEFAULT_CALIBRATION
+    evaluation: Sequence[Source] = ()
+    device: str = "auto"
+    dtype: str = "auto"
+    max_shard_size: str | int = "5GB"
+    max_memory_bytes: int | None = None
+    overwrite: bool = False
+    restart: bool = False
+    command: str = ""
+    progress: bool = True
+
+
+def compress_to_folder(
+    model: str | Path, out: str | Path, config: CompressionConfig | None = None, options: RunOptions | None = None
+) -> CompressionReport:
+    """Compress the model in a folder, of a hub name or a GGUF file into the Hugging Face folder ``out``.
+
+    A folder of safetensors is never loaded as a whole: the peak memory is that of one decoder layer, its statistics and a batch
+    of windows. Every finished layer is kept beside ``out``; after an interruption of any kind the same call goes on behind the
+    last one, to the same bytes. Under ``torchrun`` the processes share windows and factorizations.
+
+    Raises:
+        JournalError: an unfinished run to ``out`` is another one, or still at work.
+        LoRAPError: as :func:`lorap.compress` and :func:`lorap.save`; what was finished is kept.
+    """
+    config, options, out = config or CompressionConfig(), options or RunOptions(), Path(out)
+    source = find_model(model)
+    if not is_complete(out):
+        check_output(out, source=source.folder, overwrite=options.overwrite)
+    with joined() as processes, open_journal(out, restart=options.restart, processes=processes) as journal:
+        return _FolderRun(source, out, config, options, journal).run()
+
+
+@dataclass
+class _FolderRun:
+    """A run to a folder, within its journal."""
+
+    source: ModelSource
+    out: Path
+    config: CompressionConfig
+    options: RunOptions
+    journal: Journal
+
+    def run(self) -> CompressionReport:
+        watch = Stopwatch()
+        processes = self.journal.processes
+        with watch("load"):
+            device = _own_device(self.options.device)
+            tokenizer = load_tokenizer(self.source)
+            model = self._open(device)
+            check_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0])
+        with watch("check"):
+            self._check(model, device)
+        if self.journal.has(COMPLETE):
+            report = CompressionReport.from_dict(self.journal.read(COMPLETE))
+        else:
+            walk = Run(
+                model,
+                self.source.name,
+                tokenizer,
+                self.config,
+                device,
+                watch,
+                progress=self.options.progress,
+                journal=self.journal,
+                shelf=self._shelf(),
+            )
+            report = walk.compress(self.options.calibration, self.options.evaluation)
+            report.command = self.options.command
+            if processes.is_first:
+                self._write(model, tokenizer, report, watch)
+        if processes.is_first:
+            put_in_place(self.journal, self.out)
+        processes.wait()
+        return report
+
+    def _open(self, device: torch.device) -> Any:
+        """The model, paged where its files allow it."""
+        if self.source.folder is not None and not self.source.gguf_file:
+            paged = open_paged(self.source, dtype=self.options.dtype, device=device)
+            if paged is not None:
+                return paged
+        return load_model(self.source, dtype=self.options.dtype, device=device)
+
+    def _check(self, model: Any, device: torch.device) -> None:
+        """The run is the one that was begun; every weight is looked at once, before any work."""
+        options = self.options
+        if self.journal.processes.is_first:
+            identity = identity_of(
+                self.source,
+                self.config.to_dict(),
+                options.calibration,
+                options.evaluation,
+                device=device.type,
+                dtype=str(model.dtype),
+                max_shard_size=options.max_shard_size,
+            )
+            check_identity(self.journal, identity)
+        self.journal.processes.wait()
+        check_weights(self.journal, self.source, progress=options.progress and self.journal.processes.is_first)
+        if pages_of(model.get_input_embeddings()) is None:
+            check_finite(model)
+
+    def _shelf(self) -> Shelf:
+        assert self.journal.folder is not None
+        folder = self.journal.folder / "hidden" / str(self.journal.processes.rank)
+        return Shelf(budget_bytes=self.options.max_memory_bytes, folder=folder)
+
+    def _write(self, model: Any, tokenizer: Any, report: CompressionReport, watch: Stopwatch) -> None:
+        """The output, complete, in the journal's folder."""
+        assert self.journal.folder is not None
+        stage = self.journal.folder / STAGE
+        try:
+            with watch("save"):
+                shutil.rmtree(stage, ignore_errors=True)
+                stage.mkdir()
+                write_model(model, stage, max_shard_size=self.options.max_shard_size)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(stage)
+                saved = stored_parameters(stage)
+            report.seconds = watch.seconds
+            write_reports(report, stage)
+            share(stage)
+            sync(stage)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"could not write {self.out}: {reason(error, self.out)}; all layers are kept: mend that and run the same "
+                "command again"
+            ) from error
+        if saved != report.params_saved:
+            raise CheckpointError(f"{saved:,} parameters reached the disk, but the model has {report.params_saved:,}")
+        self.journal.keep_alone(COMPLETE, report.to_dict())
+
+
+def _own_device(device: str) -> torch.device:
+    """That of this process: among several, each has a GPU of its own."""
+    local = os.environ.get("LOCAL_RANK")
+    if local is not None and device in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", int(local))
+    return resolve_device(device)
