@@ -73,6 +73,9 @@ class KeptMetrics(MutableMapping[Key, Tensor]):
         del self.keys_[key]
         self.journal.forget_tensors(self._step(key))
 
+    def __contains__(self, key: object) -> bool:
+        return key in self.keys_  # without reading the file
+
     def __iter__(self) -> Iterator[Key]:
         return iter(self.keys_)
 

@@ -258,7 +258,8 @@ class Run:
                     self._repaged(step, layer)
                 report.projections += found
             for role in PROJECTIONS:
-                plan.output_metrics.pop((index, role), None)
+                if (index, role) in plan.output_metrics:
+                    del plan.output_metrics[index, role]
             with on_device(layer, self.device):
                 for each, stage in ((stream, "calibrate"), *((text, "evaluate") for text in judged)):
                     with self.watch(stage):

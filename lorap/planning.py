@@ -128,7 +128,7 @@ def make_plan(
             linears, mine = architecture.linears(layers[index]), processes.share(list(found))
             for role, sensitivity in found.items():
                 _check_gradients(sensitivity, architecture.module_name(index, role), model.dtype)
-            for role in sorted(found, key=("down_proj", *ATTENTION).index):  # the largest first, to be rid of it
+            for role in sorted(found, key=PROJECTIONS.index):  # the largest last, when the others are gone
                 sensitivity = found.pop(role)
                 metric = output_metric(sensitivity.output)
                 if by_shape is None and role in mine:

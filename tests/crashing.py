@@ -1,10 +1,11 @@
 """Break a compression at its n-th access to the file system, go on after it, and compare what comes out.
 
-    python tests/crashing.py KIND MODEL TOKENS FOLDER
+    python tests/crashing.py KIND MODEL TOKENS FOLDER [STRIDE]
 
 prints one JSON object a line. It forks a process for each attempt, so that everything is imported once. Kinds: ``kill`` ends the
 process before the n-th access, as SIGKILL does; ``full`` makes that access and all after it fail as on a full disk; ``eio`` makes
-the n-th read fail; ``short`` makes all reads return less than was asked for.
+the n-th read fail; ``short`` makes all reads return less than was asked for. With a stride, every STRIDE-th access and the
+last 12, among which are the renames, are broken; without one all are.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def digest(folder: Path) -> dict[str, str]:
     }
 
 
-def main(kind: str, model: Path, tokens: Path, folder: Path) -> None:
+def main(kind: str, model: Path, tokens: Path, folder: Path, stride: int = 1) -> None:
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     healthy, old = Disk("none", 0), {"old.txt": hashlib.sha256(b"old").hexdigest()}
@@ -121,9 +122,12 @@ def main(kind: str, model: Path, tokens: Path, folder: Path) -> None:
     status, message, accesses = attempt(healthy if kind in ("eio", "short") else Disk("count", 0), model, tokens, whole)
     assert status == 0, message
     expected, source = digest(whole), digest(model)
-    counting = Disk("eio" if kind == "eio" else "count", 0)
+    counting = Disk("eio" if kind == "eio" else "kill" if kind == "kill" else "count", 0)
+    (folder / "counted").mkdir()
+    (folder / "counted" / "old.txt").write_text("old")
     _, _, accesses = attempt(counting, model, tokens, folder / "counted")
-    every = [1] if kind == "short" else range(1, accesses + 1)
+    last = range(max(1, accesses - 11), accesses + 1)
+    every = [1] if kind == "short" else sorted({*range(1, accesses + 1, stride), *last})
     print(json.dumps({"accesses": accesses}), flush=True)
     for at in every:
         out = folder / f"out{at}"
@@ -138,7 +142,13 @@ def main(kind: str, model: Path, tokens: Path, folder: Path) -> None:
                     "at": at,
                     "broken": broken,
                     "message": message,
-                    "between": "gone" if between is None else "old" if between == old else "new" if between == expected else "?",
+                    "between": "gone"
+                    if between is None
+                    else "old"
+                    if between == old
+                    else "new"
+                    if between == expected
+                    else "?",
                     "resumed": resumed,
                     "again": again,
                     "same": resumed == 0 and digest(out) == expected,
@@ -152,4 +162,4 @@ def main(kind: str, model: Path, tokens: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(Path, sys.argv[2:]))
+    main(sys.argv[1], *map(Path, sys.argv[2:5]), *map(int, sys.argv[5:]))

@@ -43,7 +43,7 @@ class Sensitivity:
 
     Args:
         output: A (out_features, out_features) float32, mean over tokens of g g^T |x| / |g|.
-        input: C (in_features, in_features) float64 (float32 where the sums are), mean over tokens of x x^T |g| / |x|.
+        input: C (in_features, in_features) float32, mean over tokens of x x^T |g| / |x|.
     """
 
     output: Tensor
@@ -131,8 +131,9 @@ class _Sums:
         """By role, of all that was summed up; the sums are used up."""
         found = {}
         for role in list(self.outputs):
-            output = _per_token(self.outputs.pop(role)).float()
-            found[role] = Sensitivity(output=output, input=_per_token(self.inputs.pop(role)))
+            # Prices need no more than float32, and all moments of a layer together are as large as the layer.
+            output, input_ = (_per_token(stats.pop(role)).float() for stats in (self.outputs, self.inputs))
+            found[role] = Sensitivity(output=output, input=input_)
         return found
 
 

@@ -1,0 +1,450 @@
+"""Compression from folder to folder: the same bytes as in memory, after interruptions, on broken disks, and by several processes.
+
+What changes under a run (options, texts, weights) is refused; nothing that was finished is lost; the source is only ever read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lorap
+from lorap import CheckpointError, CompressionConfig, ConfigError, FactorizationError, JournalError
+from lorap.calibration.shelf import Shelf
+from lorap.folders import read_tensors
+from lorap.journal import Journal, journal_folder, open_journal
+from lorap.loading import find_model
+from lorap.paging import in_memory_throughout, open_paged, pages_of
+from lorap.resources import parse_bytes
+from lorap.runs import RunOptions, compress_to_folder
+
+CRASHING = Path(__file__).parent / "crashing.py"
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    path = tmp_path / "tokens.npy"
+    np.save(path, np.random.default_rng(0).integers(0, 500, (16, 32)))
+    return path
+
+
+@pytest.fixture
+def source(make_model: Any, tmp_path: Path) -> Path:
+    """Three layers with grouped queries and tied embeddings, in several files."""
+    folder = tmp_path / "model"
+    make_model("llama-gqa", num_hidden_layers=3).save_pretrained(folder, max_shard_size="100KB")
+    return folder
+
+
+def small(**options: Any) -> CompressionConfig:
+    return CompressionConfig(**{"sparsity": 0.4, "num_calibration_samples": 12, "calibration_seq_len": 32, **options})
+
+
+def options(tokens: Path, **more: Any) -> RunOptions:
+    return RunOptions(calibration=str(tokens), evaluation=[str(tokens)], progress=False, device="cpu", **more)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """All but the reports, which tell times."""
+    told = ("lorap_report.json", "report.html")
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in told}
+
+
+@pytest.mark.parametrize("recipe", ["best", "lorap", "svd-llm", "flap", "stock"])
+@pytest.mark.parametrize("family", ["llama-gqa", "qwen2", "qwen3", "llama-biases"])
+def test_same_bytes_as_in_memory(family: str, recipe: str, make_model: Any, tokens: Path, tmp_path: Path) -> None:
+    make_model(family).save_pretrained(tmp_path / "model", max_shard_size="100KB")
+    config = small(target="stock") if recipe == "stock" else small(recipe=recipe)
+    model, report = lorap.compress(
+        tmp_path / "model",
+        calibration=str(tokens),
+        evaluation=[str(tokens)],
+        config=config,
+        progress=False,
+        device="cpu",
+    )
+    lorap.save(model, tmp_path / "in memory", report=report)
+    streamed = compress_to_folder(tmp_path / "model", tmp_path / "out", config, options(tokens))
+    assert files(tmp_path / "out") == files(tmp_path / "in memory")
+    assert streamed.projections == report.projections
+    assert [entry["after"]["nats"] for entry in streamed.evaluations] == [
+        entry["after"]["nats"] for entry in report.evaluations
+    ]
+    assert not journal_folder(tmp_path / "out").exists()
+
+
+def test_another_dtype_is_cast_on_the_way(source: Path, tokens: Path, tmp_path: Path) -> None:
+    compress_to_folder(source, tmp_path / "out", small(recipe="lorap"), options(tokens, dtype="bfloat16"))
+    assert {info.dtype for info in read_tensors(tmp_path / "out").values()} == {"BF16"}
+    model = lorap.compress(
+        source, calibration=str(tokens), config=small(recipe="lorap"), dtype="bfloat16", device="cpu"
+    )[0]
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, model.state_dict()[name], rtol=0, atol=0)
+
+
+def test_shards_are_as_small_as_asked_and_load(source: Path, tokens: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = compress_to_folder(source, out, small(), options(tokens, max_shard_size="100KB"))
+    weights = sorted(out.glob("*.safetensors"))
+    assert len(weights) > 2
+    assert weights[0].name == f"model-00001-of-{len(weights):05}.safetensors"
+    found = lorap.loading.load_model(find_model(out))
+    assert sum(parameter.numel() for parameter in found.parameters()) == report.params_saved
+    with pytest.raises(ConfigError, match="'small' is no size"):
+        compress_to_folder(source, tmp_path / "other", small(), options(tokens, max_shard_size="small"))
+
+
+def test_one_layer_is_in_memory_at_a_time(source: Path, tokens: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    seen: list[int] = []
+    advance = lorap.calibration.stream.CalibrationStream.advance
+    opened: list[Any] = []
+
+    def opens(*args: Any, **kwargs: Any) -> Any:
+        opened.append(open_paged(*args, **kwargs))
+        return opened[-1]
+
+    def watching(self: Any, index: int, layer: Any) -> None:
+        present = [not next(one.parameters()).is_meta for one in opened[0].model.layers]
+        assert present[index]
+        seen.append(sum(present))
+        advance(self, index, layer)
+
+    monkeypatch.setattr("lorap.runs.open_paged", opens)
+    monkeypatch.setattr(lorap.calibration.stream.CalibrationStream, "advance", watching)
+    compress_to_folder(source, tmp_path / "out", small(), options(tokens))
+    assert set(seen) == {1}
+    assert len(seen) >= 9
+
+
+@pytest.mark.parametrize("limit", [0, None], ids=["paged", "whole"])
+def test_a_paged_model_runs_as_a_whole(limit: int | None, source: Path, tokens: Path) -> None:
+    ids = torch.from_numpy(np.load(tokens))[:2]
+    dense = lorap.loading.load_model(find_model(source))
+    paged = open_paged(find_model(source), dtype="auto", device=CPU)
+    layers = list(paged.model.layers)
+    with torch.no_grad(), in_memory_throughout(paged, layers, limit_bytes=limit):
+        assert layers[0].self_attn.q_proj.weight.is_meta == (limit == 0)
+        assert torch.equal(paged(input_ids=ids).logits, dense(input_ids=ids).logits)
+    assert all(parameter.is_meta for parameter in layers[1].parameters())
+    assert pages_of(paged.model.norm) is None
+    assert not paged.model.norm.weight.is_meta
+
+
+def test_hidden_states_beyond_the_budget_are_on_disk(source: Path, tokens: Path, tmp_path: Path) -> None:
+    compress_to_folder(source, tmp_path / "plain", small(), options(tokens))
+    compress_to_folder(source, tmp_path / "out", small(), options(tokens, max_memory_bytes=1))
+    assert files(tmp_path / "out") == files(tmp_path / "plain")
+    shelf = Shelf(budget_bytes=100, folder=tmp_path / "shelf")
+    tensors = [torch.arange(size, dtype=torch.bfloat16).view(1, size) for size in (20, 63, 100, 30)]
+    held = [shelf.put(tensor) for tensor in tensors]
+    assert shelf.used_bytes == 100
+    assert shelf.spilled_bytes == 326
+    assert all(torch.equal(one.get(), tensor) for one, tensor in zip(held, tensors, strict=True))
+    assert len(list((tmp_path / "shelf").iterdir())) == 2
+    del held
+    assert shelf.used_bytes == 0
+    assert not list((tmp_path / "shelf").iterdir())
+
+
+STEPS = ["windows", "before", "plan", "layer-00000", "layer-00002", "complete"]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_goes_on_behind_the_last_step(step: str, source: Path, tokens: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    compress_to_folder(source, tmp_path / "whole", small(), options(tokens))
+    keep = Journal.keep_alone
+    done: list[str] = []
+
+    def stops(self: Journal, name: str, *args: Any, **kwargs: Any) -> None:
+        keep(self, name, *args, **kwargs)
+        done.append(name)
+        if name == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "keep_alone", stops)
+    with pytest.raises(KeyboardInterrupt):
+        compress_to_folder(source, tmp_path / "out", small(), options(tokens))
+    assert not (tmp_path / "out").exists()
+    assert journal_folder(tmp_path / "out").is_dir()
+    first, done[:], step = list(done), [], "never"
+    report = compress_to_folder(source, tmp_path / "out", small(), options(tokens))
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert not set(first) & set(done)  # nothing is done twice
+    assert report.seconds["load"] > 0
+    assert json.loads((tmp_path / "out" / "lorap_report.json").read_text())["seconds"]
+
+
+def unfinished(source: Path, tokens: Path, out: Path, monkeypatch: Any) -> None:
+    """A run that stopped behind its first layer."""
+    keep = Journal.keep_alone
+
+    def stops(self: Journal, name: str, *args: Any, **kwargs: Any) -> None:
+        keep(self, name, *args, **kwargs)
+        if name == "layer-00000":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "keep_alone", stops)
+        with pytest.raises(KeyboardInterrupt):
+            compress_to_folder(source, out, small(), options(tokens))
+
+
+def test_another_run_to_the_same_output_is_refused(
+    source: Path, tokens: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    out = tmp_path / "out"
+    unfinished(source, tokens, out, monkeypatch)
+    with pytest.raises(JournalError, match=r"option sparsity was 0\.4 and is 0\.3.*--restart"):
+        compress_to_folder(source, out, small(sparsity=0.3), options(tokens))
+    with pytest.raises(JournalError, match="max_shard_size was 5GB and is 1GB"):
+        compress_to_folder(source, out, small(), options(tokens, max_shard_size="1GB"))
+    saved = np.load(tokens)
+    np.save(tokens, saved[::-1])
+    with pytest.raises(JournalError, match=r"calibration tokens\.npy x 1 was .* evaluation tokens\.npy was"):
+        compress_to_folder(source, out, small(), options(tokens))
+    np.save(tokens, saved)
+    config = (source / "config.json").read_text()
+    (source / "config.json").write_text(config + "\n")
+    with pytest.raises(JournalError, match=r"model config\.json was"):
+        compress_to_folder(source, out, small(), options(tokens))
+    (source / "config.json").write_text(config)
+    compress_to_folder(source, out, small(), options(tokens))
+    assert not journal_folder(out).exists()
+
+
+def test_other_weights_are_refused_and_a_copy_is_not(
+    source: Path, tokens: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    out = tmp_path / "out"
+    unfinished(source, tokens, out, monkeypatch)
+    weights = max(source.glob("*.safetensors"))
+    data = weights.read_bytes()
+    flipped = bytearray(data)
+    flipped[-1] ^= 1
+    weights.write_bytes(flipped)
+    with pytest.raises(JournalError, match=f"{weights.name} is not the file that this run began with"):
+        compress_to_folder(source, out, small(), options(tokens))
+    weights.write_bytes(data)  # the same again, at another time
+    compress_to_folder(source, out, small(), options(tokens))
+    assert (out / "model.safetensors").is_file()
+
+
+def test_restart_throws_away_what_was_done(source: Path, tokens: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    out = tmp_path / "out"
+    unfinished(source, tokens, out, monkeypatch)
+    compress_to_folder(source, out, small(sparsity=0.3), options(tokens, restart=True))
+    compress_to_folder(source, tmp_path / "whole", small(sparsity=0.3), options(tokens))
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_a_second_process_is_refused(source: Path, tokens: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with open_journal(out), pytest.raises(JournalError, match=f"process {os.getpid()} is writing .* already"):
+        compress_to_folder(source, out, small(), options(tokens, restart=True))
+    assert not journal_folder(out).exists()
+
+
+@pytest.mark.parametrize("mistake", ["text", "nan", "sparsity"])
+def test_mistakes_before_the_work_leave_nothing(mistake: str, source: Path, tokens: Path, tmp_path: Path) -> None:
+    config, given = small(), options(tokens)
+    if mistake == "text":
+        given = options(tmp_path / "absent.txt")
+    if mistake == "sparsity":
+        config = small(recipe="lorap", sparsity=0.9999)
+    if mistake == "nan":
+        path = max(source.glob("*.safetensors"))
+        offset = max(info.offset for info in lorap.folders.read_header(path).values())
+        with path.open("r+b") as file:
+            file.seek(offset)
+            file.write(np.float32(np.nan).tobytes())
+    with pytest.raises(lorap.LoRAPError) as caught:
+        compress_to_folder(source, tmp_path / "out", config, given)
+    if mistake == "nan":
+        assert caught.type is FactorizationError
+        assert "contains 1 values that are NaN" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    assert mistake == "sparsity" or not journal_folder(tmp_path / "out").exists()
+
+
+def test_a_file_cut_off_during_the_run(source: Path, tokens: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """A clear error, the finished layers are kept, and the run goes on once the file is whole again."""
+    weights = next(
+        path for path in source.glob("*.safetensors") if "model.layers.2.mlp.up_proj.weight" in load_file(path)
+    )
+    whole, out = weights.read_bytes(), tmp_path / "out"
+    keep = Journal.keep_alone
+
+    def cuts(self: Journal, name: str, *args: Any, **kwargs: Any) -> None:
+        keep(self, name, *args, **kwargs)
+        if name == "layer-00001":
+            os.truncate(weights, len(whole) // 2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "keep_alone", cuts)
+        with pytest.raises(CheckpointError, match=f"{weights.name} was changed while it was in use"):
+            compress_to_folder(source, out, small(), options(tokens))
+    with pytest.raises(CheckpointError, match="truncated or corrupt"):
+        compress_to_folder(source, out, small(), options(tokens))
+    assert (journal_folder(out) / "layer-00001.json").is_file()
+    weights.write_bytes(whole)
+    compress_to_folder(source, out, small(), options(tokens))
+    compress_to_folder(source, tmp_path / "undisturbed", small(), options(tokens))
+    assert files(out) == files(tmp_path / "undisturbed")
+
+
+def crash(kind: str, source: Path, tokens: Path, folder: Path, stride: int) -> list[dict[str, Any]]:
+    command = [sys.executable, str(CRASHING), kind, str(source), str(tokens), str(folder), str(stride)]
+    run = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return [json.loads(line) for line in run.stdout.splitlines()][1:]
+
+
+@pytest.mark.parametrize("kind", ["kill", "full", "eio", "short"])
+def test_a_broken_disk_loses_nothing(kind: str, source: Path, tokens: Path, tmp_path: Path) -> None:
+    """Killed, full or failing at points all over the run, the last renames among them; then the same bytes as undisturbed."""
+    found = crash(kind, source, tokens, tmp_path / "runs", stride=71)
+    assert len(found) >= (1 if kind == "short" else 12)
+    for one in found:
+        assert (one["resumed"], one["same"], one["source"], one["left"]) == (0, True, True, []), one
+        if kind == "kill":
+            assert one["broken"] == 9, one
+            assert one["between"] in ("old", "gone", "new"), one
+        elif kind == "short":
+            assert one["broken"] == 0, one
+        else:
+            assert one["broken"] == 3, one
+            assert one["between"] in ("old", "new"), one
+            expected = ("disk is full", "No space left") if kind == "full" else ("Input/output error",)
+            assert any(text in one["message"] for text in expected), one
+
+
+@pytest.mark.skipif(
+    os.getuid() != 0 or not Path("/proc/mounts").exists(), reason="mounting a small disk needs root on Linux"
+)
+def test_a_small_disk(source: Path, tokens: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("this machine does not let one mount a tmpfs")
+    try:
+        with pytest.raises(CheckpointError, match=r"the disk is full .*run the same command again"):
+            compress_to_folder(source, disk / "out", small(), options(tokens))
+        subprocess.run(["mount", "-o", "remount,size=40m", str(disk)], check=True)
+        compress_to_folder(source, disk / "out", small(), options(tokens))
+        compress_to_folder(source, tmp_path / "whole", small(), options(tokens))
+        assert files(disk / "out") == files(tmp_path / "whole")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def torchrun(count: int, source: Path, tokens: Path, out: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(count),
+        "-m",
+        "lorap",
+    ]
+    command += ["compress", str(source), str(out), "--calibration", str(tokens), "--eval-text", str(tokens), "--quiet"]
+    command += [
+        "--sparsity",
+        "0.4",
+        "--num-calibration-samples",
+        "12",
+        "--calibration-seq-len",
+        "32",
+        "--device",
+        "cpu",
+    ]
+    return subprocess.run(command, env=ENV | env, capture_output=True, text=True, timeout=300)
+
+
+def reconstructed(folder: Path) -> dict[str, torch.Tensor]:
+    model = lorap.loading.load_model(find_model(folder))
+    return {
+        name: module.reconstruct(dtype=torch.float64).detach() if hasattr(module, "reconstruct") else module.weight.data.double()
+        for name, module in model.named_modules()
+        if name.endswith("_proj")
+    }
+
+
+def test_the_result_does_not_depend_on_the_number_of_processes(source: Path, tokens: Path, tmp_path: Path) -> None:
+    compress_to_folder(source, tmp_path / "1", small(), options(tokens))
+    alone = reconstructed(tmp_path / "1")
+    for count in (2, 3):
+        run = torchrun(count, source, tokens, tmp_path / str(count))
+        assert run.returncode == 0, run.stderr[-3000:]
+        assert run.stdout.count("saved to") == 1
+        for name, weight in reconstructed(tmp_path / str(count)).items():
+            assert float((weight - alone[name]).norm() / alone[name].norm()) < 1e-6, name
+        one, many = (json.loads((tmp_path / name / "lorap_report.json").read_text()) for name in ("1", str(count)))
+        assert many["evaluations"][0]["after"]["nats"] == pytest.approx(
+            one["evaluations"][0]["after"]["nats"], rel=1e-6
+        )
+        assert many["params_saved"] == one["params_saved"]
+
+
+def test_a_process_that_dies_ends_the_run_and_another_number_goes_on(
+    source: Path, tokens: Path, tmp_path: Path
+) -> None:
+    """The second of two dies when the second layer is to be compressed; three finish."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1' and os.environ.get('DIE'):\n"
+        "    import builtins\n"
+        "    original = builtins.__import__\n"
+        "    def patched(name, *args, **kwargs):\n"
+        "        module = original(name, *args, **kwargs)\n"
+        "        if name == 'lorap.layers' and not hasattr(patched, 'done'):\n"
+        "            patched.done = True\n"
+        "            compressor = __import__('sys').modules['lorap.layers'].LayerCompressor\n"
+        "            compress = compressor.compress\n"
+        "            def dies(self, index, *rest):\n"
+        "                if index == 1:\n"
+        "                    os.kill(os.getpid(), 9)\n"
+        "                return compress(self, index, *rest)\n"
+        "            compressor.compress = dies\n"
+        "        return module\n"
+        "    builtins.__import__ = patched\n"
+    )
+    out = tmp_path / "out"
+    run = torchrun(2, source, tokens, out, PYTHONPATH=str(site), DIE="1")
+    assert run.returncode != 0
+    assert not out.exists()
+    assert (
+        "lorap: another process of this run is gone" in run.stderr
+        or "lorap: interrupted; what is finished" in run.stderr
+    )
+    assert (journal_folder(out) / "layer-00000.json").is_file()
+    again = torchrun(3, source, tokens, out)
+    assert again.returncode == 0, again.stderr[-3000:]
+    compress_to_folder(source, tmp_path / "alone", small(), options(tokens))
+    alone = reconstructed(tmp_path / "alone")
+    for name, weight in reconstructed(out).items():
+        assert float((weight - alone[name]).norm() / alone[name].norm()) < 1e-6, name
+
+
+def test_sizes_are_read_as_people_write_them() -> None:
+    assert parse_bytes("3GB") == 3 * 10**9
+    assert parse_bytes("1.5 GiB") == 3 * 2**29
+    assert parse_bytes("700") == 700
+    for wrong in ("", "much", "-1GB", "0", "3XB"):
+        with pytest.raises(ConfigError, match="is no size"):
+            parse_bytes(wrong)
