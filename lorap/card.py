@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lorap.config import CompressionConfig
-from lorap.report import CompressionReport, evaluation_lines
+from lorap.report import KIND_HEADER, PAGE, CompressionReport, evaluation_lines
 
 # What the choices of a config do to a model, as parts of sentences for the model card.
 _NORMS = {
@@ -43,6 +43,8 @@ _USE_GGUF = """## Use
 llama-cli -m {file} -p "The capital of France is"
 ```
 """
+# An exported folder has no such page.
+_PAGE_LINK = f"All of it, layer by layer, with charts: [{PAGE}]({PAGE}).\n"
 _PLUG_IN = "import lorap  # teaches transformers to open this checkpoint\n"
 
 
@@ -107,6 +109,11 @@ Base model: **{report.model}**. Recipe: **{config.recipe}**. Sparsity asked for:
 
 {measured or "Perplexity was not measured. Measure it with `lorap eval FOLDER --text FILE`."}
 
+## Parameters by kind
+
+{_kind_table(report)}
+
+{_PAGE_LINK}
 ## Calibration
 
 {calibration["windows"]} windows of {calibration["seq_len"]} tokens from `{calibration["name"]}`
@@ -118,6 +125,12 @@ Base model: **{report.model}**. Recipe: **{config.recipe}**. Sparsity asked for:
 |---|---|
 {options}
 """
+
+
+def _kind_table(report: CompressionReport) -> str:
+    """As Markdown, numbers to the right."""
+    lines = [KIND_HEADER, ["---", *["---:"] * (len(KIND_HEADER) - 1)], *report.kind_rows()]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _source_lines(sources: Sequence[dict[str, Any]]) -> str:
@@ -139,6 +152,7 @@ def stock_card(card: str, name: str, class_name: str, params: int, compressed_pa
         compressed_params: of the compressed model.
         gguf_file: name of the file, where it is one.
     """
+    card = card.replace(f"{_PAGE_LINK}\n", "")
     use = _USE_GGUF.format(file=gguf_file) if gguf_file else _USE.format(note="")
     dense_use = _USE.format(note="")
     with_plug_in = _USE.format(note=_PLUG_IN)

@@ -144,13 +144,14 @@ def _parameters(report: CompressionReport) -> str:
 
 
 def _costs(report: CompressionReport) -> str:
-    total = sum(report.seconds.values())
+    seconds = {stage: round(value, 3) for stage, value in report.seconds.items()}  # as lorap_report.json has them
+    total = sum(seconds.values())
     peaks = {"peak memory": report.peak_memory_bytes, "peak device memory": report.peak_device_memory_bytes}
     memory = [[name, f"{amount / 1e9:,.2f} GB"] for name, amount in peaks.items() if amount]
     about = f"{', '.join([f'{total:,.1f} seconds in all', *map(' '.join, memory)])}."
-    bars = [(stage, seconds, seconds, f"{seconds:,.1f} s") for stage, seconds in report.seconds.items()]
+    bars = [(stage, value, value, f"{value:,.1f} s") for stage, value in seconds.items()]
     chart = bar_chart("seconds", "Seconds by stage", about, bars)
-    rows = [[stage, f"{seconds:,.1f}", _percent(seconds / (total or 1))] for stage, seconds in report.seconds.items()]
+    rows = [[stage, f"{value:,.1f}", _percent(value / (total or 1))] for stage, value in seconds.items()]
     rows += [["all", f"{total:,.1f}", ""], *([*told, ""] for told in memory)]
     numbers = table("Time and memory", ["stage", "seconds", "share"], rows, total=("all",))
     return pair(figure("Seconds by stage", about, chart), card(numbers))

@@ -15,7 +15,8 @@ from html import escape
 WIDTH, HEIGHT = 360, 210
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 24, 38
 BAR_HEIGHT, BAR_LEFT, BAR_RIGHT = 24, 92, 76
-LABEL = 12  # characters
+LABEL = 10  # characters
+MANY = 40  # points of a line from which on its markers are smaller
 # Paths of markers around (0, 0), by the number of the series: circle, square, triangle, diamond.
 MARKERS = (
     "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0 -6 0z",
@@ -117,7 +118,7 @@ def line_chart(name: str, title: str, description: str, series: Sequence[Series]
     for tick in x.ticks:
         at = _place(x.share(tick), LEFT, right)
         parts.append(f'<path class="tick" d="M{at} {bottom}v4"/>{_text(at, bottom + 15, "middle", number(tick))}')
-    parts.append(_text(0, 11, "start", y.label) + _text(right, HEIGHT - 4, "end", x.label))
+    parts.append(_text(0, 12, "start", y.label) + _text(right, HEIGHT - 4, "end", x.label))
     for one in series:
         places = [
             (value, height, _place(x.share(value), LEFT, right), _place(y.share(height), bottom, TOP))
@@ -135,7 +136,7 @@ def bar_chart(name: str, title: str, description: str, rows: Sequence[tuple[str,
 
     Args:
         name, title, description: as in :func:`line_chart`.
-        rows: label, length of the outline, length of the bar, text behind it. Labels and texts have up to 12 characters; longer
+        rows: label, length of the outline, length of the bar, text behind it. Labels and texts have up to 10 characters; longer
             labels are cut.
     """
     longest = max((outline for _, outline, _, _ in rows), default=0.0) or 1.0
@@ -171,7 +172,8 @@ def _marker(series: Series, x: float, y: float, across: str, down: str) -> str:
     hollow = " hollow" if x in series.hollow else ""
     says = escape(f"{series.name}, {number(x)}: {y:,.5g}")
     look = f'class="mark {series.style}{hollow}" d="{_shape(series.style)}"'
-    return f'<path {look} transform="translate({across} {down})"><title>{says}</title></path>'
+    smaller = " scale(0.6)" if len(series.points) > MANY else ""
+    return f'<path {look} transform="translate({across} {down}){smaller}"><title>{says}</title></path>'
 
 
 def _shape(style: str) -> str:

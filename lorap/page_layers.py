@@ -22,7 +22,7 @@ def sizes(report: CompressionReport) -> str:
     """Rank of each factor pair and width of each FFN, by layer."""
     drawn = [_ranks(report, name) for name, roles in SUBLAYERS.items() if _has_factors(report, roles)]
     gates = report.by_role("gate_proj")
-    if gates:
+    if gates and not _has_factors(report, MLP):  # whose FFN is low-rank keeps its width
         drawn.append(_widths(report, gates))
     widths = {str(one.layer): f"{one.shape_after[0]:,}" for one in gates}
     header, rows = by_layer(report, lambda one: "dense" if one.rank is None else f"{one.rank:,}")

@@ -58,7 +58,7 @@ _RULES = """
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 main { max-width: 1160px; margin: 0 auto; padding: 24px 16px 48px; }
-h1, h2, h3, p, li, td, th, dd { overflow-wrap: anywhere; }
+h1, h2, h3, p, li, td, th, dt, dd { overflow-wrap: anywhere; }
 h1 { margin: 0 0 8px; font-size: 1.75rem; line-height: 1.2; }
 h2 { margin: 40px 0 12px; font-size: 1.25rem; }
 h3 { margin: 0 0 4px; font-size: 1rem; }
@@ -76,7 +76,7 @@ a { color: var(--link); }
 .pair { display: grid; grid-template-columns: minmax(0, 1fr); gap: 12px; align-items: start; }
 figcaption p { margin: 0 0 8px; font-size: 0.8125rem; line-height: 1.4; }
 .chart { display: block; width: 100%; max-width: 560px; height: auto; margin: 0 auto; overflow: hidden; }
-.chart text { fill: var(--soft); font: 11px system-ui, sans-serif; font-variant-numeric: tabular-nums; }
+.chart text { fill: var(--soft); font: 12px system-ui, sans-serif; font-variant-numeric: tabular-nums; }
 @media (min-width: 560px) { .charts .chart text { font-size: 9.5px; } }
 @media (min-width: 860px) {
   .tiles { grid-template-columns: repeat(4, minmax(0, 1fr)); }

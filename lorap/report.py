@@ -6,14 +6,13 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lorap.architectures import PROJECTIONS
-from lorap.calibration.data import Share
 from lorap.config import CompressionConfig
-from lorap.errors import CheckpointError
 from lorap.evaluation import Evaluation
+from lorap.report_reading import SUMS, check_projections, check_sums, read_calibration, read_evaluations
 from lorap.spectra import Spectrum
 from lorap.typed import read_as
 
@@ -146,26 +145,13 @@ class CompressionReport:
         Raises:
             CheckpointError: something is missing, unknown, of the wrong kind, or contradicts itself; the message names it.
         """
-        sums = ("params_before", "params_after", "param_ratio")
-        entries = {name: value for name, value in values.items() if name not in (*sums, "evaluations")}
-        report: CompressionReport = read_as(cls, entries, "report")
-        told = {name: report.calibration[name] for name in _CALIBRATION if name in report.calibration}
-        report.calibration |= asdict(read_as(_Calibration, told, "report.calibration"))
-        for entry in read_as(list[_Evaluated], values.get("evaluations", []), "report.evaluations"):
-            report.add_evaluation(entry.before, entry.after)
-        if report.params_before <= 0 or min(one.params_before for one in report.projections) <= 0:
-            raise CheckpointError("the report has no projections, or some without parameters; copy the file again")
-        for one in report.projections:
-            if not 0 <= one.layer < len(report.projections):
-                raise CheckpointError(
-                    f"the report has {len(report.projections)} projections, but one in layer {one.layer}; the file is damaged"
-                )
-        for name in sums:
-            if values.get(name, getattr(report, name)) != getattr(report, name):
-                raise CheckpointError(
-                    f"the report says {name} is {values[name]}, but its projections add up to {getattr(report, name)}; "
-                    "the file is damaged, copy it again"
-                )
+        told = {name: value for name, value in values.items() if name not in (*SUMS, "evaluations")}
+        report: CompressionReport = read_as(cls, told, "report")
+        report.calibration |= read_calibration(report.calibration)
+        for before, after in read_evaluations(values.get("evaluations", [])):
+            report.add_evaluation(before, after)
+        check_projections(report.projections, compressed_roles(report.config))
+        check_sums(values, {name: getattr(report, name) for name in SUMS})
         return report
 
     def kind_rows(self) -> list[list[str]]:
@@ -190,31 +176,6 @@ class CompressionReport:
         lines += solver_lines(self) + storage_lines(self)
         lines += evaluation_lines(self.evaluations)
         return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class _Calibration:
-    """What :attr:`CompressionReport.calibration` holds."""
-
-    name: str
-    windows: int
-    seq_len: int
-    tokens: int
-    sha256: str
-    sources: list[Share] = field(default_factory=list)
-
-
-_CALIBRATION = tuple(entry.name for entry in fields(_Calibration))
-
-
-@dataclass(frozen=True)
-class _Evaluated:
-    """What an entry of :attr:`CompressionReport.evaluations` holds; the text and the increase follow from the rest."""
-
-    after: Evaluation
-    before: Evaluation | None = None
-    text: str = ""
-    increase_nats: float | None = None
 
 
 def compressed_roles(config: CompressionConfig) -> tuple[str, ...]:

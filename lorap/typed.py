@@ -41,11 +41,18 @@ def read_as(kind: Any, value: Any, where: str) -> Any:
         if origin is list or parts[-1] is Ellipsis:
             parts = (parts[0],) * len(value)
         _expect(len(value) == len(parts), f"a list of {len(parts)}", value, where)
-        return origin(read_as(part, entry, f"{where}[{i}]") for i, (part, entry) in enumerate(zip(parts, value)))  # noqa: B905
-    fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
-    fits = fits and not (isinstance(value, int) and abs(value) >= LARGEST)
-    _expect(fits, _SCALARS.get(kind, "null"), value, where)
+        listed = enumerate(zip(parts, value, strict=True))
+        return origin(read_as(part, entry, f"{where}[{index}]") for index, (part, entry) in listed)
+    _expect(_is_scalar(kind, value), _SCALARS.get(kind, "null"), value, where)
     return value
+
+
+def _is_scalar(kind: type, value: Any) -> bool:
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    if isinstance(value, int):
+        return kind in (int, float) and abs(value) < LARGEST
+    return isinstance(value, kind)
 
 
 def _one_of(kinds: tuple[Any, ...], value: Any, where: str) -> Any:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 
 import pytest
 import torch
+from made_reports import made_report
 
 import lorap
-from lorap.card import method_text, model_card
+from lorap.card import method_text, model_card, stock_card
 from lorap.config import CHOICES, RECIPES
+from lorap.errors import CheckpointError
+from lorap.factorization import factorize
 from lorap.report import CompressionReport, ProjectionReport, compressed_roles, storage_lines
+from lorap.spectra import Spectrum, sampled_spectrum, spectrum_indices
 
 CALIBRATION = {"name": "a text", "windows": 3, "seq_len": 100, "tokens": 300, "sha256": "ab" * 32}
 
@@ -233,6 +238,169 @@ def test_model_card_tells_method_numbers_and_options():
         assert f"| {name} | {value} |\n" in card
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "base_model: some/model\n" in card
+
+
+def test_model_card_tells_parameters_by_kind_and_leads_to_the_page():
+    found = report(0.0, 0.0, recipe="lorap")
+    found.projections.append(projection(0, "up_proj", rank=None))
+    rows = [
+        line
+        for line in model_card(found).splitlines()
+        if re.match(r"\| (q_proj|up_proj|compressed|whole model) \|", line)
+    ]
+    kept = 2 * 7 * 163
+    assert rows == [
+        f"| q_proj | 12,600 | {kept:,} | {kept / 12600:.4f} | 7 |  | 0.2500 / 0.2500 / 0.2500 |",
+        "| up_proj | 6,300 | 6,300 | 1.0000 | dense | 63 | 0.2500 / 0.2500 / 0.2500 |",
+        f"| compressed | 18,900 | {kept + 6300:,} | {(kept + 6300) / 18900:.4f} |  |  |  |",
+        "| whole model | 10,000 | 5,000 | 0.5000 |  |  |  |",
+    ]
+    assert model_card(found).count("[report.html](report.html)") == 1
+
+
+def test_model_card_is_the_same_after_a_slower_run():
+    first, second = report(0.0), report(0.0)
+    first.seconds, first.peak_memory_bytes, first.peak_device_memory_bytes = {"load": 1.0}, 10**9, 0
+    second.seconds, second.peak_memory_bytes, second.peak_device_memory_bytes = {"load": 2.5}, 3 * 10**9, 7
+    assert model_card(first) == model_card(second)
+
+
+def test_card_of_an_exported_folder_leads_to_no_page():
+    """Only a folder that lorap compress has written has one."""
+    exported = stock_card(model_card(report(0.0)), "name", "LlamaForCausalLM", 10_000, 5_000)
+    assert "## Exported" in exported
+    assert "report.html" not in exported
+    assert "\n\n## Calibration\n" in exported
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Spectra
+
+
+@pytest.mark.parametrize(
+    ("count", "indices"),
+    [
+        (1, (1,)),
+        (2, (1, 2)),
+        (5, (1, 2, 3, 4, 5)),
+        (6, (1, 2, 3, 4, 6)),
+        (100, (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 100)),
+    ],
+)
+def test_sampled_singular_values_are_spread_evenly(count, indices):
+    assert spectrum_indices(count) == indices
+
+
+def test_a_sample_is_small_at_any_size():
+    assert max(len(spectrum_indices(count)) for count in (8192, 16_384, 28_672, 49_151)) <= 32
+
+
+def test_spectrum_is_that_of_the_factorization():
+    """Against torch's own singular values of the weighted matrix; the rank does not matter."""
+    torch.manual_seed(0)
+    weight, metric = torch.randn(13, 37), torch.rand(37) + 0.1
+    exact = torch.linalg.svdvals(weight.double() * metric.double().sqrt())
+    found = sampled_spectrum(factorize(weight, 3, metric, spectrum=True).singular_values)
+    assert found.count == 13
+    assert found.indices == (1, 2, 3, 4, 6, 8, 12, 13)
+    wanted = [float(exact[index - 1] / exact[0]) for index in found.indices]
+    assert found.values == pytest.approx(wanted, rel=6e-4)
+    assert all(len(f"{value:.9g}".lstrip("0.")) <= 4 for value in found.values)
+
+
+def test_spectrum_of_nothing():
+    assert sampled_spectrum(torch.zeros(3)) == Spectrum(3, (0.0, 0.0, 0.0))
+    assert sampled_spectrum(torch.tensor([4.0, 1.0, 0.0])).values == (1.0, 0.25, 0.0)
+
+
+@pytest.mark.parametrize("count", [-1, 0, 3, 100])
+def test_spectrum_of_the_wrong_length_is_refused(count):
+    with pytest.raises(CheckpointError, match=f"a sample of {count} singular values has .* but 2 were given"):
+        Spectrum(count, (1.0, 0.5))
+
+
+def test_every_solved_projection_of_a_run_has_a_spectrum(make_model, compress_small):
+    _, found = compress_small(make_model("llama-gqa"))
+    for entry in found.projections:
+        assert (entry.spectrum is not None) == (entry.rank is not None)
+        if entry.spectrum:
+            assert entry.rank <= entry.spectrum.count <= min(entry.shape_before)
+            assert entry.spectrum.values[0] == 1.0
+            assert list(entry.spectrum.values) == sorted(entry.spectrum.values, reverse=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading back
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_report_reads_back_as_it_was(recipe):
+    made = made_report(3, recipe=recipe)
+    text = json.dumps(made.to_dict())
+    found = CompressionReport.from_dict(json.loads(text))
+    assert found.projections == made.projections
+    assert found.config == made.config
+    assert found.table() == made.table()
+    assert json.dumps(found.to_dict()) == text
+
+
+def test_a_real_report_reads_back_as_it_was(make_model, compress_small):
+    _, made = compress_small(make_model("qwen2").bfloat16(), recipe="best")
+    made.projections[0] = projection(0, "q_proj", math.nan)
+    text = json.dumps(made.to_dict())
+    assert json.dumps(CompressionReport.from_dict(json.loads(text)).to_dict()) == text
+
+
+def test_an_older_report_reads_back():
+    """Without what was added later: the command, spectra, sources, the memory of a device."""
+    values = json.loads(json.dumps(made_report(2).to_dict()))
+    del values["command"], values["calibration"]["sources"], values["peak_device_memory_bytes"]
+    for entry in values["projections"]:
+        del entry["spectrum"]
+    found = CompressionReport.from_dict(values)
+    assert (found.command, found.calibration["sources"], found.peak_device_memory_bytes) == ("", [], 0)
+    assert found.param_ratio == made_report(2).param_ratio
+
+
+def change(*path: object, to: object) -> dict:
+    """A report with one entry changed."""
+    values = json.loads(json.dumps(made_report(2).to_dict()))
+    parent = values
+    for key in path[:-1]:
+        parent = parent[key]
+    parent[path[-1]] = to
+    return values
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (change("model", to=None), "report.model should be a text and is None"),
+        (change("novelty", to=1), "report has an unknown entry novelty; another version of lorap may have written it"),
+        (change("config", "recipe", to="worst"), "report.config: unknown recipe 'worst'; known: best, lorap"),
+        (change("config", "sublayers", to="mlp"), "report.config.sublayers should be a list and is 'mlp'"),
+        (change("seconds", "load", to="1"), "report.seconds.load should be a number and is '1'"),
+        (change("params_saved", to=True), "report.params_saved should be a whole number and is True"),
+        (
+            change("projections", 3, "layer", to=1.0),
+            r"report.projections\[3\].layer should be a whole number and is 1.0",
+        ),
+        (
+            change("projections", 3, "layer", to=14),
+            r"report.projections\[3\] is in layer 14, but there are 14 projections",
+        ),
+        (change("projections", 0, "shape_after", to=[1]), r"report.projections\[0\].shape_after should be a list of 2"),
+        (change("projections", 0, "params_before", to=0), r"report.projections\[0\] had 0 parameters before"),
+        (change("projections", 0, "params_after", to=1), "report.params_after is .* but the projections make it"),
+        (change("projections", to=[]), "report.projections has none of q_proj, k_proj"),
+        (change("projections", 0, "spectrum", "count", to=9), r"report.projections\[0\].spectrum: a sample of 9"),
+        (change("evaluations", 0, "after", to={}), r"report.evaluations\[0\].after has no entry text"),
+        (change("calibration", "tokens", to=10**30), "report.calibration.tokens should be a whole number and is 1000"),
+    ],
+)
+def test_a_report_that_is_none_is_refused_by_name(values, message):
+    with pytest.raises(CheckpointError, match=message):
+        CompressionReport.from_dict(values)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
