@@ -44,7 +44,7 @@ class RunOptions:
         device: where layers are worked on.
         dtype: of the model; ``auto`` for the checkpoint's own.
         max_shard_size: largest safetensors file.
-        max_memory_bytes: what the process may hold; hidden states beyond it go to disk. None: they stay in memory.
+        max_memory_bytes: hidden states of the windows beyond this size go to disk. None: they stay in memory.
         overwrite: replace an output folder, at the end and in one step.
         restart: throw away what an unfinished run has done.
         command: for the report.

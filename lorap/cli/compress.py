@@ -181,7 +181,7 @@ def compress_command(
     max_memory: Annotated[
         Optional[str],
         typer.Option(
-            help="Memory for hidden states and the rest, such as 3GB; hidden states beyond go to disk.", metavar="SIZE"
+            help="Hidden states of the windows beyond this size, such as 3GB, go to disk.", metavar="SIZE"
         ),
     ] = None,
     restart: Annotated[
