@@ -1,4 +1,4 @@
-# make demo | test | test-vllm | lint | bench | targets | inference | quality: each sets up .venv first, if it is missing or out of date.
+# make demo | test | fuzz | test-vllm | lint | bench | targets | inference | quality: each sets up .venv first, if it is missing or out of date.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -6,7 +6,7 @@ VLLM := .venv-vllm/bin
 VLLM_READY := .venv-vllm/.ready
 VLLM_VERSION := 0.32.0
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-vllm lint bench targets inference quality
+.PHONY: help setup demo test fuzz test-vllm lint bench targets inference quality
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile
@@ -33,6 +33,10 @@ test: lint ## lint, then all tests, each benchmark once, and test-vllm
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/triton_interpreter --quiet
 	$(BIN)/pytest benchmarks --benchmark-disable --quiet
 	$(MAKE) --no-print-directory test-vllm
+
+fuzz: $(READY) ## damaged checkpoints for ten minutes, then the C++ operators under the sanitizers for two
+	$(BIN)/python tests/fuzz/run.py --minutes 10
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/fuzz/fuzz_native.py --minutes 2
 
 # vLLM wants its own versions of everything, so it has its own environment: torch first, for vLLM's wheel would bring another build;
 # torchvision, torchaudio and torchcodec are built against that other one and cannot be imported beside the CPU build. The native

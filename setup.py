@@ -116,6 +116,7 @@ setup(
         "lorap.factorization",
         "lorap.integrations",
         "lorap.kernels",
+        "lorap.scaling",
         "lorap.tasks",
     ],
     package_dir={"lorap": "lorap", "lorap.kernels": "kernels/triton"},

@@ -79,7 +79,7 @@ def format_info(info: Mapping[str, Any]) -> str:
     """The same for people."""
     rows = []
     for kind, counts in info["kinds"].items():
-        kept = counts["params"] / counts["params_before"]
+        kept = counts["params"] / counts["params_before"] if counts["params_before"] else 1.0
         ranks = info["ranks"].get(kind, [])
         rows.append(
             [
@@ -117,11 +117,15 @@ def _count(tensors: Mapping[str, TensorInfo], dense_width: int | None) -> tuple[
             left = tensors.get(layer + "left.weight")
             if left is None:
                 raise CheckpointError(f"the model is damaged: it has {name} but no {layer}left.weight; copy it again")
+            if not len(left.shape) == len(tensor.shape) == 2:
+                raise CheckpointError(
+                    f"the model is damaged: {name} has shape {tensor.shape}, {layer}left.weight {left.shape}"
+                )
             before[kind] += (left.shape[0] + pivots) * tensor.shape[1]
         elif name.endswith(".left.weight"):
             pass  # counted with its right factor
-        elif dense_width and kind in ("gate_proj", "up_proj"):
-            before[kind] += tensor.numel // tensor.shape[0] * dense_width
+        elif dense_width and kind in ("gate_proj", "up_proj") and tensor.numel:
+            before[kind] += tensor.numel // max(tensor.shape[:1], default=1) * dense_width
         elif dense_width and kind == "down_proj" and len(tensor.shape) == 2:
             before[kind] += tensor.shape[0] * dense_width
         else:
@@ -135,13 +139,19 @@ def kind_of(name: str) -> str:
 
 
 def gguf_tensors(path: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a GGUF file by its name, with Hugging Face's names for the kinds; shapes begin with the input axis there."""
+    """Every tensor of a GGUF file by its name, with Hugging Face's names for the kinds; their shapes begin with the inputs."""
     try:
         from gguf import GGUFReader
     except ImportError:
         raise CheckpointError(f"reading {path.name} needs the package `gguf`: pip install gguf") from None
+    try:
+        stored = GGUFReader(path).tensors
+    except Exception as error:  # the reader believes every number in the file, and stumbles in any way there is
+        raise CheckpointError(
+            f"{path} is no GGUF file, or a damaged one: {error}; download or copy it again"
+        ) from error
     tensors = {}
-    for tensor in GGUFReader(path).tensors:
+    for tensor in stored:
         name = ".".join(GGUF_KINDS.get(part, part) for part in str(tensor.name).split("."))
         tensors[name] = TensorInfo(
             dtype=tensor.tensor_type.name,

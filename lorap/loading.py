@@ -1,7 +1,8 @@
 """Reading models: a Hugging Face folder, a hub name, or a GGUF file.
 
-transformers does the reading. This file finds out what it is given, turns the many ways in which a folder can be broken into
-one clear sentence each, and refuses weights that were not all in the files.
+transformers does the reading. This file finds out what it is given, has a folder checked before it is opened
+(lorap/consistency.py), turns the many ways in which it can be broken into one clear sentence each, and refuses weights that were
+not all in the files.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
+from lorap.consistency import CONFIG, check_folder, read_config
 from lorap.errors import CheckpointError, ConfigError, LoRAPError
-from lorap.folders import read_header, read_json, weight_files
+from lorap.folders import read_json, read_tensors
+from lorap.strict_json import INFINITY, named
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,19 +49,24 @@ def find_model(model: str | Path) -> ModelSource:
     Raises:
         CheckpointError: there is no such folder, or it is half-written, truncated or ambiguous.
     """
-    path = Path(model).expanduser()
+    try:
+        return _find(str(model), Path(model).expanduser())
+    except (OSError, RuntimeError, ValueError) as error:  # no permission, a name too long, no such user, a NUL
+        raise CheckpointError(f"cannot open {named(str(model))}: {_first_lines(error)}") from error
+
+
+def _find(model: str, path: Path) -> ModelSource:
     if path.is_file():
         if path.suffix != ".gguf":
             raise CheckpointError(f"{path} is a file; give the model's folder, or a .gguf file")
         return ModelSource(str(path.parent), path.stem, gguf_file=path.name, folder=path.parent)
     if not path.is_dir():
-        if path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") != 1:
-            raise CheckpointError(f"no model folder {model}")
-        return ModelSource(str(model), str(model))
-    if (path / "config.json").is_file():
-        read_json(path / "config.json")
-        for file in weight_files(path):
-            read_header(file)
+        if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+            raise CheckpointError(f"no model folder {named(model)}")
+        return ModelSource(model, model)
+    if (path / CONFIG).is_file():
+        read_json(path / CONFIG, constants=INFINITY)
+        read_tensors(path)
         return ModelSource(str(path), path.resolve().name, folder=path)
     files = sorted(file.name for file in path.glob("*.gguf"))
     if len(files) == 1:
@@ -82,15 +91,16 @@ def load_model(source: ModelSource, *, dtype: str = "auto", device: torch.device
         raise ConfigError(f"unknown dtype {dtype!r}; choose from auto, {', '.join(DTYPES)}")
     wanted: Any = DTYPES.get(dtype, "auto")
     options: dict[str, Any] = {"dtype": wanted, "output_loading_info": True}
-    if source.gguf_file:
-        options |= _gguf_options(source, wanted)
-    else:
-        options["use_safetensors"] = True
+    options |= _gguf_options(source, wanted) if source.gguf_file else {"use_safetensors": True}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source.location, **options)
+        if not source.gguf_file:
+            _check_source(source)
+        # Never None, with which transformers asks at the terminal whether to run the checkpoint's code.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source.location, trust_remote_code=False, **options)
     except LoRAPError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, ImportError) as error:
+    # transformers and torch stumble over a bad config in any way there is: here that is a bad checkpoint, not a bug.
+    except Exception as error:
         hint = "" if source.folder else " (it is no local folder either)"
         raise CheckpointError(f"cannot load {source.name}{hint}: {_first_lines(error)}") from error
     model, info = loaded
@@ -108,8 +118,8 @@ def load_tokenizer(source: ModelSource) -> Any | None:
     if source.folder and not gguf and not any(source.folder.glob("tokenizer*")):
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.location, **gguf)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False, **gguf)
+    except Exception as error:  # as in load_model
         raise CheckpointError(f"cannot load the tokenizer of {source.name}: {_first_lines(error)}") from error
     if source.gguf_file and _gguf_pre_tokenizer(source) == "smollm":
         # transformers' GGUF reader drops the split of numbers into digits that this family was trained with.
@@ -151,6 +161,18 @@ def resolve_device(device: str) -> torch.device:
     return resolved
 
 
+def _check_source(source: ModelSource) -> None:
+    """Refuse what transformers would run, or read from elsewhere; and, in a local folder, whatever does not fit together."""
+    if find_adapter_config_file(source.location):
+        raise CheckpointError(
+            f"{source.name} holds an adapter (adapter_config.json); merge it into its model first, or remove it"
+        )
+    if source.folder:
+        check_folder(source.folder, read_tensors(source.folder))
+    else:
+        read_config(Path(str(cached_file(source.location, CONFIG))))
+
+
 def _gguf_options(source: ModelSource, dtype: Any) -> dict[str, Any]:
     options = {"gguf_file": source.gguf_file, "dtype": torch.float32 if dtype == "auto" else dtype}
     if hasattr(transformers, "GgufConfig"):
@@ -167,5 +189,6 @@ def _gguf_pre_tokenizer(source: ModelSource) -> str:
 
 
 def _first_lines(error: BaseException) -> str:
-    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__
+    text = "".join(sign if sign.isprintable() else "?" for sign in text)
     return text if len(text) <= 300 else text[:300] + " ..."

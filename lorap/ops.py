@@ -31,6 +31,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lorap import backends, native, shapes
+from lorap.errors import ShapeError
 from lorap.kernels import reference
 
 # Lists have no defaults: torch 2.13 refuses gradients of a list op that was called without one of its arguments.
@@ -245,6 +246,9 @@ def _register(op: str) -> None:
 
 def _fake(op: str, x: Tensor, *rest: Any) -> Any:
     size = shapes.CHECKS[op](x, *rest)
+    devices = {tensor.device.type for tensor in tree_flatten([x, rest])[0] if isinstance(tensor, Tensor)}
+    if len(devices) > 1:  # one meta tensor sends a call here, and x.new_empty would be a real one that nobody fills
+        raise ShapeError(f"the tensors are on different devices: {', '.join(sorted(devices))}")
     if op in ("channel_sq_norm", "second_moment"):
         shape = (size,) if op == "channel_sq_norm" else (size, size)
         return x.new_empty(shape, dtype=torch.float64), x.new_empty((), dtype=torch.int64)

@@ -19,7 +19,20 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = ("ablation", "assets", "cells", "jobs", "matrix", "plot", "records", "table", "tasks", "texts")
+MODULES = (
+    "ablation",
+    "assets",
+    "cells",
+    "jobs",
+    "matrix",
+    "paper",
+    "paper_report",
+    "plot",
+    "records",
+    "table",
+    "tasks",
+    "texts",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -351,6 +364,214 @@ def test_ablation_is_written_between_its_markers(q):
     assert q.ablation.insert(q.ablation.RESULTS.read_text(), "new").count("new\n") == 1
     with pytest.raises(ValueError, match="ablation: end"):
         q.ablation.insert(f"{end} {begin}", "new")
+
+
+# The paper's studies.
+
+
+def paper_arguments(q, out, *options):
+    return q.paper.parse(["--out", str(out), "--threads", "1", *options])
+
+
+def test_studies_change_one_choice_of_the_paper(q, tmp_path):
+    arguments = paper_arguments(q, tmp_path)
+    cells = q.paper.study_cells(arguments)
+    usual = q.cells.Cell(recipe="lorap", sparsity=0.2, calibration="web").config().to_dict()
+
+    def changed(study):
+        found = {}
+        for label, cell in cells[study].items():
+            config = cell.config().to_dict()
+            found[label] = {name: value for name, value in config.items() if value != usual[name]}
+        return found
+
+    assert changed("attention") == {"svd": {"attention_method": "svd"}, "afm": {"attention_method": "afm"}, "awsvd": {}}
+    assert [one.get("vo_to_qk_ratio", 3.0) for one in changed("ratio").values()] == [1, 2, 3, 4]
+    assert [cell.config().vo_to_qk_ratio for cell in cells["ratio-50"].values()] == [1, 2, 3, 4]
+    assert {cell.sparsity for cell in cells["ratio-50"].values()} == {0.5}
+    assert cells["ratio-50"]["3"] == cells["sparsity"]["50 %"]
+    assert [one.get("least_important_kept", 0.01) for one in changed("least").values()] == [0, 0.005, 0.01, 0.02]
+    assert changed("ffn") == {"pruned": {}, "factorized": {"mlp_method": "factorize"}}
+    assert [cell.sparsity for cell in cells["sparsity"].values()] == [0.2, 0.3, 0.5]
+    assert [cell.calibration for cell in cells["calibration"].values()] == ["web", "novels", "wiki", "default"]
+    assert [one.get("num_calibration_samples", 128) for one in changed("size").values()] == [32, 128, 256]
+    assert changed("windows")["8 x 2048"] == {"num_calibration_samples": 8, "calibration_seq_len": 2048}
+    for name, study in q.paper.STUDIES.items():
+        assert study.chosen in ("", *study.variants)
+        assert not study.chosen or cells[name][study.chosen].overrides == {}, "the paper's choice is its recipe"
+
+
+def test_cells_of_several_studies_are_made_once(q, tmp_path):
+    found = q.paper.wanted(paper_arguments(q, tmp_path, "--studies", "attention", "ffn", "windows"))
+    assert {name: lengths for name, (_, lengths) in found.items()} == {
+        "dense": (128, 2048),
+        "lorap+attention_method=svd-0.2-web": (128,),
+        "lorap+attention_method=afm-0.2-web": (128,),
+        "lorap-0.2-web": (128, 2048),
+        "lorap+mlp_method=factorize-0.2-web": (128,),
+        "lorap+calibration_seq_len=2048+num_calibration_samples=8-0.2-web": (128, 2048),
+    }
+    short = q.paper.wanted(paper_arguments(q, tmp_path, "--studies", "windows", "--no-long"))
+    assert {lengths for _, lengths in short.values()} == {(128,)}
+    other = q.paper.wanted(paper_arguments(q, tmp_path, "--studies", "ffn", "--sparsity", "0.5"))
+    assert list(other) == ["dense", "lorap-0.5-web", "lorap+mlp_method=factorize-0.5-web"]
+
+
+@pytest.fixture
+def paper_run(q, material, monkeypatch, tmp_path):
+    """``paper_run(*options)``: the command in this process; returns the names of the measurements it made."""
+    document = tmp_path / "paper.md"
+    document.write_text(f"{q.paper.BEGIN}\nold\n{q.paper.END}\n")
+    usual = [
+        "--out",
+        tmp_path / "out",
+        "--tokens",
+        600,
+        "--windows",
+        8,
+        "--texts",
+        "wiki",
+        "web",
+        "--document",
+        document,
+    ]
+    wiki = q.texts.Material(
+        material.model, material.model_sha256, material.tests, {"web": material.calibrations["wiki"]}
+    )
+    monkeypatch.setattr(q.paper, "gather", lambda *_: wiki)
+    made = []
+
+    def run(jobs, **_):
+        made.extend(job.name for job in jobs)
+        for job in jobs:
+            module = importlib.import_module(Path(job.command[1]).stem)
+            module.make_one(job.command[3]) if module is q.paper else module.write_json(
+                Path(json.loads(job.command[3])["out"]), module.score(json.loads(job.command[3]))
+            )
+        return []
+
+    def call(*options):
+        made.clear()
+        monkeypatch.setattr(sys, "argv", ["paper.py", *map(str, [*usual, *options])])
+        assert q.paper.main() == []
+        return list(made)
+
+    monkeypatch.setattr(q.paper, "run", run)
+    return call
+
+
+def test_studies_in_one_command_and_again(q, paper_run, tmp_path):
+    ffn = ["dense", "lorap-0.2-web", "lorap+mlp_method=factorize-0.2-web"]
+    assert paper_run("--studies", "ffn") == ffn
+    assert "old" in (tmp_path / "paper.md").read_text()
+    assert paper_run("--studies", "ffn", "--write-docs") == []
+    text = (tmp_path / "out" / "paper.md").read_text()
+    assert text.split("\n\n", 1)[1].strip() in (tmp_path / "paper.md").read_text()
+    assert (tmp_path / "out" / "paper.svg").read_text().count("FFN: pruned or factorized") == 1
+    records = {name: q.records.read_json(tmp_path / "out" / "cells" / f"{name}.json") for name in ffn}
+    web = {name: record["texts"][1] for name, record in records.items()}
+    assert [(one["text"], one["tokens"], one["seq_len"]) for one in web.values()] == [("web", 512, 128)] * 3
+    nats, dense = (web[name]["nats"] for name in ("lorap-0.2-web", "dense"))
+    assert f"{math.exp(nats):.2f} ({nats - dense:+.3f}) |" in text
+    assert paper_run("--studies", "ffn", "attention") == [
+        f"lorap+attention_method={name}-0.2-web" for name in ("svd", "afm")
+    ]
+    (tmp_path / "out" / "cells" / "lorap-0.2-web.json").unlink()
+    assert paper_run("--studies", "ffn", "--tables") == []
+    assert "| **pruned** | - (-) |" in (tmp_path / "out" / "paper.md").read_text()
+    assert paper_run("--studies", "ffn") == ["lorap-0.2-web"]
+    assert paper_run("--studies", "ffn", "--force") == ffn[1:]
+
+
+def test_studies_with_tasks(q, paper_run, monkeypatch, tmp_path):
+    requests(tmp_path / "r.jsonl.gz", 9)
+    monkeypatch.setattr(q.tasks, "TASK_FILES", {"boolq": tmp_path / "r.jsonl.gz"})
+    monkeypatch.setattr(q.assets, "fetch", lambda *_: None)
+    names = ["dense", "lorap-0.2-web", "lorap+mlp_method=factorize-0.2-web"]
+    options = ["--studies", "ffn", "--tasks", "boolq", "--limit", 6]
+    assert paper_run(*options) == [one for name in names for one in (name, f"{name}, tasks")]
+    assert paper_run(*options) == []
+    record, dense = (q.records.read_json(tmp_path / "out" / "tasks" / f"{name}.json") for name in names[1::-1])
+    row = next(
+        line for line in (tmp_path / "out" / "paper.md").read_text().splitlines() if line.startswith("| **pruned")
+    )
+    right = q.tasks.answers(record, "boolq")
+    assert f"| {100 * sum(right) / 6:.1f} ± " in row
+    assert f"| {100 * (sum(right) - sum(q.tasks.answers(dense, 'boolq'))) / 6:+.1f} ± " in row
+
+
+def study_results(q, losses, **more):
+    """Results of the study of attention from hand-made cells of 8,000 tokens; what has no loss was not made."""
+    cells = q.paper.STUDIES["attention"].cells({"sparsity": 0.2, "calibration": "web"}, windows=128)
+    records = {"dense": a_cell("dense", "default", dict.fromkeys(DENSE_NATS, 0.0)) | {"name": "dense"}}
+    for label, (wiki, web) in losses.items():
+        records[cells[label].name] = a_cell("lorap", "web", {"wiki": wiki, "web": web})
+    usual = {"tasks": {}, "texts": ("wiki", "web"), "tokens": 8000, "published": {}}
+    return cells, q.paper_report.Results(records=records, **(usual | more))
+
+
+def test_table_of_a_study_from_its_cells(q):
+    cells, results = study_results(q, {"svd": (0.5, 0.7), "awsvd": (0.2, 0.5)})
+    assert q.paper_report.study_table(q.paper.STUDIES["attention"], cells, results).splitlines() == [
+        "|  | wiki | web | mean | kept |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| dense | 20.09 | 54.60 |  | 1 |",
+        "| svd | 33.12 (+0.500) | 109.95 (+0.700) | +0.600 | 0.7998 |",
+        "| afm | - (-) | - (-) | - | - |",
+        "| **awsvd** | 24.53 (+0.200) | 90.02 (+0.500) | +0.350 | 0.7998 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("losses", "told"),
+    [
+        ({"svd": (0.5, 0.7), "afm": (0.4, 0.5), "awsvd": (0.2, 0.5)}, "**The paper's choice holds here**"),
+        ({"svd": (0.5, 0.7), "afm": (0.1, 0.5), "awsvd": (0.2, 0.5)}, "**The paper's choice does not hold here**"),
+        ({"svd": (0.5, 0.7), "afm": (0.2, 0.49), "awsvd": (0.2, 0.5)}, "**Not told apart here**"),
+        ({"svd": (0.5, 0.7), "afm": (0.2, 0.5), "awsvd": (0.2, 0.5)}, "**Makes no difference here**"),
+        ({"svd": (0.5, 0.7), "awsvd": (0.2, 0.5)}, "Not all variants were measured"),
+    ],
+)
+def test_what_becomes_of_the_paper_s_choice(q, losses, told):
+    cells, results = study_results(q, losses)
+    found = q.paper_report.verdict(q.paper.STUDIES["attention"], cells, results)
+    assert found.startswith(told)
+    assert "measured" in told or "svd, +0.600." in found or ("awsvd loses +0.350" in found and "afm, +0." in found)
+
+
+def test_published_rows_stand_beside_the_model_they_are_of(q, tmp_path):
+    study = q.paper.STUDIES["sparsity"]
+    cells = study.cells({"sparsity": 0.2, "calibration": "web"}, windows=128)
+    results = q.paper_report.Results({}, {}, ("wikitext2", "wiki"), 8000, q.paper.PUBLISHED)
+    lines = q.paper_report.study_table(study, cells, results).splitlines()
+    # ln(15.69 / 12.62) = 0.218
+    assert lines[4] == "| 20 %, published | 15.69 (+0.218) | - |  |  |"
+    assert [line.split(" | ")[0] for line in lines[3:]] == [
+        "| 20 %",
+        "| 20 %, published",
+        "| 30 %",
+        "| 50 %",
+        "| 50 %, published",
+    ]
+    known = [
+        name
+        for name in ("huggyllama/llama-7b", "llama-7b-hf", "meta-llama/Llama-2-7b-hf", "my-llama-7b")
+        if q.paper.PUBLISHED_MODEL.search(name)
+    ]
+    assert known == ["huggyllama/llama-7b", "llama-7b-hf"]
+
+
+def test_texts_of_the_command_line(q, small_text):
+    assert q.paper.add_texts(["wiki", f"ptb={small_text}"]) == ["wiki", "ptb"]
+    assert q.texts.half("ptb", "test") == small_text.read_text()
+    with pytest.raises(SystemExit, match="no text ptb2"):
+        q.paper.add_texts(["ptb2"])
+
+
+def test_quick_studies(q):
+    quick = q.paper.parse(["--quick", "--tokens", "512"])
+    assert (quick.tokens, quick.windows, quick.studies) == (512, 16, ["attention", "ffn", "sparsity"])
+    assert len(q.paper.wanted(quick)) == 7
 
 
 # Tasks.

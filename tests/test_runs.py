@@ -377,7 +377,9 @@ def torchrun(count: int, source: Path, tokens: Path, out: Path, **env: str) -> s
 def reconstructed(folder: Path) -> dict[str, torch.Tensor]:
     model = lorap.loading.load_model(find_model(folder))
     return {
-        name: module.reconstruct(dtype=torch.float64).detach() if hasattr(module, "reconstruct") else module.weight.data.double()
+        name: module.reconstruct(dtype=torch.float64).detach()
+        if hasattr(module, "reconstruct")
+        else module.weight.data.double()
         for name, module in model.named_modules()
         if name.endswith("_proj")
     }

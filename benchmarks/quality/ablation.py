@@ -69,16 +69,16 @@ def _kept(record: dict[str, Any] | None) -> str:
     return "-" if record is None else f"{record['param_ratio']:.4f}"
 
 
-def insert(document: str, text: str) -> str:
+def insert(document: str, text: str, *, begin: str = BEGIN, end: str = END) -> str:
     """``text`` between the markers of ``document``, in place of what was there.
 
     Raises:
         ValueError: a marker is missing or there twice, or they are in the wrong order.
     """
-    if document.count(BEGIN) != 1 or document.count(END) != 1 or document.index(BEGIN) > document.index(END):
-        raise ValueError(f"the document needs one line {BEGIN} and after it one line {END}")
-    before, rest = document.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}"
+    if document.count(begin) != 1 or document.count(end) != 1 or document.index(begin) > document.index(end):
+        raise ValueError(f"the document needs one line {begin} and after it one line {end}")
+    before, rest = document.split(begin)
+    return f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}"
 
 
 def main() -> list[str]:

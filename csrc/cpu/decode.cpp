@@ -235,6 +235,7 @@ template <class Body>
 void for_token_blocks(Machine machine, const void* x, int64_t tokens, int64_t k, void* y, int64_t out_features,
                       const Body& body) {
   const int64_t element = machine.kernel->element_bytes;
+  if (!out_features) return;  // any number of tokens without an output
   for (int64_t first = 0; first < tokens; first += kMaxTokens) {
     const Call call{*machine.kernel, machine.parallel_for,
                     machine.threads, std::min(kMaxTokens, tokens - first),

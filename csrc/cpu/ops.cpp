@@ -37,6 +37,28 @@ void check_like(const char* name, const Tensor& tensor, const Tensor& x) {
   STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), "lorap_cpu: ", name, " and x must have the same dtype");
 }
 
+// Sizes of expanded tensors are limited by nothing, those of their products must be.
+int64_t times(int64_t a, int64_t b) {
+  int64_t product;
+  STD_TORCH_CHECK(!__builtin_mul_overflow(a, b, &product), "lorap_cpu: ", a, " times ", b, " elements are too many");
+  return product;
+}
+
+int64_t plus(int64_t a, int64_t b) {
+  int64_t sum;
+  STD_TORCH_CHECK(!__builtin_add_overflow(a, b, &sum), "lorap_cpu: ", a, " plus ", b, " elements are too many");
+  return sum;
+}
+
+// The kernels read whole elements; in a file that is mapped into memory these may begin at any byte. Then `tensor` is
+// replaced by a copy.
+const void* aligned_data(Tensor& tensor) {
+  const void* data = tensor.const_data_ptr();
+  if (reinterpret_cast<uintptr_t>(data) % tensor.element_size() == 0) return data;
+  tensor = torch::stable::clone(tensor);
+  return tensor.const_data_ptr();
+}
+
 // The kernels read rows without gaps; `weight` is replaced by a copy where it has some, e.g. when it is transposed.
 Matrix matrix(const char* name, Tensor& weight, const Tensor& x, int64_t cols) {
   check_like(name, weight, x);
@@ -44,25 +66,29 @@ Matrix matrix(const char* name, Tensor& weight, const Tensor& x, int64_t cols) {
   STD_TORCH_CHECK(weight.size(1) == cols, "lorap_cpu: ", name, " has ", weight.size(1), " columns, its input has ",
                   cols);
   if (weight.stride(1) != 1) weight = torch::stable::contiguous(weight);
-  return {weight.const_data_ptr(), weight.size(0), weight.size(1), weight.stride(0)};
+  const void* data = aligned_data(weight);
+  // The stride of a single row, or of rows without elements, is any number and the data may be null.
+  const bool stepped = weight.size(0) > 1 && cols > 0;
+  return {data, weight.size(0), cols, stepped ? weight.stride(0) : cols};
 }
 
 const void* vector_data(const char* name, OptionalTensor& vector, const Tensor& x, int64_t size) {
-  if (!vector || !vector->numel()) return nullptr;
+  if (!vector) return nullptr;
   check_like(name, *vector, x);
-  STD_TORCH_CHECK(vector->numel() == size, "lorap_cpu: ", name, " must have ", size, " elements, has ",
-                  vector->numel());
+  STD_TORCH_CHECK(vector->dim() == 1 && vector->numel() == size, "lorap_cpu: ", name, " must have 1 dimension of ",
+                  size, " elements, has ", vector->dim(), " and ", vector->numel());
   if (!vector->is_contiguous()) *vector = torch::stable::contiguous(*vector);
-  return vector->const_data_ptr();
+  return aligned_data(*vector);
 }
 
 const int64_t* pivot_data(OptionalTensor& pivots, int64_t rank, int64_t out_features) {
-  if (!pivots || !pivots->numel()) return nullptr;
+  if (!pivots) return nullptr;
   STD_TORCH_CHECK(pivots->is_cpu() && pivots->scalar_type() == ScalarType::Long,
                   "lorap_cpu: pivot_rows must be int64 on the CPU");
   if (!pivots->is_contiguous()) *pivots = torch::stable::contiguous(*pivots);
-  STD_TORCH_CHECK(pivots->numel() == rank, "lorap_cpu: ", pivots->numel(), " pivot_rows for rank ", rank);
-  const int64_t* rows = pivots->const_data_ptr<int64_t>();
+  STD_TORCH_CHECK(pivots->dim() == 1 && pivots->numel() == rank, "lorap_cpu: ", pivots->numel(), " pivot_rows in ",
+                  pivots->dim(), " dimensions for rank ", rank);
+  const int64_t* rows = static_cast<const int64_t*>(aligned_data(*pivots));
   for (int64_t i = 0; i < rank; ++i) {
     STD_TORCH_CHECK(rows[i] > (i ? rows[i - 1] : -1) && rows[i] < out_features,
                     "lorap_cpu: pivot_rows must ascend within [0, ", out_features, "), pivot_rows[", i, "] is ",
@@ -74,8 +100,7 @@ const int64_t* pivot_data(OptionalTensor& pivots, int64_t rank, int64_t out_feat
 LowRankLayer layer(const Tensor& x, Tensor& right, Tensor& left, OptionalTensor& bias, OptionalTensor& pivot_rows) {
   LowRankLayer result{matrix("right", right, x, x.size(x.dim() - 1)), matrix("left", left, x, right.size(0)), nullptr,
                       nullptr};
-  const int64_t pivots = pivot_rows && pivot_rows->numel() ? right.size(0) : 0;
-  result.pivot_rows = pivot_data(pivot_rows, right.size(0), left.size(0) + pivots);
+  result.pivot_rows = pivot_data(pivot_rows, right.size(0), plus(left.size(0), right.size(0)));
   result.bias = vector_data("bias", bias, x, result.out_features());
   return result;
 }
@@ -90,8 +115,8 @@ std::vector<LowRankLayer> layers(const Tensor& x, std::vector<Tensor>& right, st
   std::vector<LowRankLayer> result;
   for (size_t i = 0; i < count; ++i) {
     OptionalTensor one_bias, one_pivots;
-    if (!bias.empty()) one_bias = bias[i];
-    if (!pivot_rows.empty()) one_pivots = pivot_rows[i];
+    if (!bias.empty() && bias[i].numel()) one_bias = bias[i];
+    if (!pivot_rows.empty() && pivot_rows[i].numel()) one_pivots = pivot_rows[i];
     result.push_back(layer(x, right[i], left[i], one_bias, one_pivots));
     if (one_bias) bias[i] = *one_bias;  // where layer() made a copy, it must outlive the call
     if (one_pivots) pivot_rows[i] = *one_pivots;
@@ -99,12 +124,13 @@ std::vector<LowRankLayer> layers(const Tensor& x, std::vector<Tensor>& right, st
   return result;
 }
 
-// Makes x contiguous and counts its tokens.
+// Makes x contiguous and aligned, and counts its tokens.
 int64_t tokens_of(Tensor& x) {
   STD_TORCH_CHECK(x.dim() >= 1, "lorap_cpu: x is a scalar; its last axis must hold the features");
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+  aligned_data(x);
   int64_t tokens = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) tokens *= x.size(i);
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) tokens = times(tokens, x.size(i));
   return tokens;
 }
 
@@ -113,7 +139,7 @@ Tensor output_like(const Tensor& x, int64_t out_features) {
   const int64_t dim = x.dim();
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end()), strides(dim, 1);
   sizes.back() = out_features;
-  for (int64_t i = dim - 2; i >= 0; --i) strides[i] = strides[i + 1] * sizes[i + 1];
+  for (int64_t i = dim - 2; i >= 0; --i) strides[i] = times(strides[i + 1], sizes[i + 1]);
   int32_t dtype;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
   AtenTensorHandle handle;
@@ -145,7 +171,7 @@ Tensor linear(Tensor x, Tensor weight, OptionalTensor bias) {
 
 Tensor run_group(const Tensor& x, int64_t tokens, const std::vector<LowRankLayer>& group) {
   int64_t out_features = 0;
-  for (const LowRankLayer& one : group) out_features += one.out_features();
+  for (const LowRankLayer& one : group) out_features = plus(out_features, one.out_features());
   Tensor y = output_like(x, out_features);
   lorap::cpu::low_rank_linear(machine(dtype_of(x)), x.const_data_ptr(), tokens, group.data(), group.size(),
                               y.mutable_data_ptr());

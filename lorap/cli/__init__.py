@@ -1,4 +1,4 @@
-"""The ``lorap`` command: compress, eval, generate, recover, export, info, profile, env.
+"""The ``lorap`` command: plan, compress, eval, compare, generate, recover, export, report, inspect, info, profile, env.
 
 Tables go to stdout, progress to stderr; with ``--json`` the last line of stdout is one JSON object. A mistake of the user ends
 with one sentence and exit code 2; ``--debug`` shows the traceback instead.
@@ -14,10 +14,14 @@ from transformers.utils import logging as transformers_logging
 
 import lorap
 from lorap.cli.common import interrupt
+from lorap.cli.compare import compare_command
 from lorap.cli.compress import compress_command
 from lorap.cli.export import export_command
 from lorap.cli.judge import evaluate_command, generate_command
+from lorap.cli.look import inspect_command
+from lorap.cli.plan import plan_command
 from lorap.cli.recover import recover_command
+from lorap.cli.report_page import report_command
 from lorap.cli.show import env_command, info_command, profile_command
 
 app = typer.Typer(
@@ -29,11 +33,15 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 # In the order of `lorap --help`.
+app.command("plan")(plan_command)
 app.command("compress")(compress_command)
 app.command("eval")(evaluate_command)
+app.command("compare")(compare_command)
 app.command("generate")(generate_command)
 app.command("recover")(recover_command)
 app.command("export")(export_command)
+app.command("report")(report_command)
+app.command("inspect")(inspect_command)
 app.command("info")(info_command)
 app.command("env")(env_command)
 app.command("profile")(profile_command)

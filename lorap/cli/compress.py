@@ -180,9 +180,7 @@ def compress_command(
     dtype: Dtype = "auto",
     max_memory: Annotated[
         Optional[str],
-        typer.Option(
-            help="Hidden states of the windows beyond this size, such as 3GB, go to disk.", metavar="SIZE"
-        ),
+        typer.Option(help="Hidden states of the windows beyond this size, such as 3GB, go to disk.", metavar="SIZE"),
     ] = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Throw away what an unfinished run to OUT has done.")

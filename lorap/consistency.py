@@ -1,0 +1,202 @@
+"""Is a model folder safe to open, and do its config.json and its weight files describe the same model?
+
+transformers believes config.json: it builds whatever model is described there and fills with random numbers what the files do not
+hold. So the description is compared with the headers first, on a model without memory.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from lorap.architectures import ARCHITECTURES
+from lorap.checkpoint_format import QUANT_METHOD, LoRAPConfig
+from lorap.errors import CheckpointError
+from lorap.folders import TensorInfo
+from lorap.integrations.transformers import put_layers
+from lorap.strict_json import INFINITY, named, read_json, shown
+
+CONFIG = "config.json"
+# Fields that make transformers read other files than those which were checked.
+OTHER_FILES = ("configuration_files", "transformers_weights")
+# Fields that can name code on the hub, and the values that need none.
+IMPLEMENTATIONS = (None, "eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
+# Fields over which transformers loops in Python before there is any tensor.
+LAYER_COUNTS = (
+    *("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "encoder_layers", "depth"),
+    *("num_decoder_layers", "num_encoder_layers", "num_nextn_predict_layers"),
+)
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts", "moe_num_experts")
+# Every layer holds at least one tensor, unless layers share theirs; no model comes near.
+MAX_SHARED_LAYERS = 1000
+MAX_LABELS = 1_000_000
+# Elements that are computed instead of stored, such as causal masks and rotary tables.
+MAX_COMPUTED = 2**28
+# Elements that other formats pack into a byte: 2 bits each, and room for what they drop.
+MAX_PACKED = 8
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json that makes transformers run no code and read no file but those which lorap checks.
+
+    Infinity is let through: some families (Mamba 2) have it in ``time_step_limit``.
+
+    Raises:
+        CheckpointError: it is damaged, or asks for code or files from elsewhere.
+    """
+    config = read_json(path, constants=INFINITY)
+    model_type = config.get("model_type")
+    if model_type is not None and not isinstance(model_type, str):
+        raise CheckpointError(f"{path}: model_type is {shown(model_type)}, not a string")
+    if config.get("auto_map") is not None and model_type not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{path}: model type {named(model_type)} needs code from its own folder, which lorap never runs; "
+            "use a version of transformers that knows this model type"
+        )
+    for name, value in _fields(config):
+        if name in OTHER_FILES:
+            raise CheckpointError(f"{path}: {name} names other files than lorap checks; remove the field")
+        if name.lstrip("_") in ("attn_implementation", "experts_implementation"):
+            asked = value.values() if isinstance(value, dict) else [value]
+            if unknown := [choice for choice in asked if choice not in IMPLEMENTATIONS]:
+                raise CheckpointError(
+                    f"{path}: {name} is {shown(unknown[0])}, which may be code from the hub; remove the field"
+                )
+    return config
+
+
+def lorap_config(config: Mapping[str, Any]) -> LoRAPConfig | None:
+    """What config.json says about compression by lorap; None where it says nothing.
+
+    Raises:
+        CheckpointError: as :class:`LoRAPConfig`, or quantization_config is no object.
+    """
+    quantization = config.get("quantization_config")
+    if quantization is not None and not isinstance(quantization, dict):
+        raise CheckpointError(f"config.json: quantization_config is {shown(quantization)}, not an object")
+    if quantization and not isinstance(quantization.get("quant_method", ""), str):
+        raise CheckpointError(f"config.json: quant_method is {shown(quantization['quant_method'])}, not a string")
+    return LoRAPConfig(**quantization) if quantization and quantization.get("quant_method") == QUANT_METHOD else None
+
+
+def check_folder(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    """Refuse a folder whose config.json does not fit ``tensors``, which are all that its files hold.
+
+    For the families that lorap compresses every name and shape must agree. Of others only the size of the whole is known.
+
+    Raises:
+        CheckpointError: naming the field or the tensor and the numbers.
+        Exception: whatever transformers raises on a config that it cannot make sense of.
+    """
+    config = read_config(folder / CONFIG)
+    if any(folder.glob("shard-*-model-*.safetensors")):
+        raise CheckpointError(f"{folder} holds a distributed checkpoint beside its weights; save it as one model first")
+    check_counts(config, tensors)
+    compression = lorap_config(config)
+    model = empty_model(folder)
+    wanted = put_layers(model, compression) if compression else {}
+    known = model.config.model_type in ARCHITECTURES and (compression or not config.get("quantization_config"))
+    if known:
+        _check_finite(config)
+        _check_shapes(model, tensors, [name for name in wanted if name.endswith((".pivot_rows", "_weight_qdata"))])
+    _check_total(model, tensors, 1 if known else MAX_PACKED)
+
+
+def check_counts(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
+    """Refuse more layers, experts or labels than the files can mean, before anything is built in their number.
+
+    Raises:
+        CheckpointError: naming the field and the numbers.
+    """
+    largest = max((max(tensor.shape, default=1) for tensor in tensors.values()), default=0)
+    limits = dict.fromkeys(LAYER_COUNTS, max(len(tensors), MAX_SHARED_LAYERS))
+    limits |= dict.fromkeys(EXPERT_COUNTS, max(len(tensors), largest)) | {"num_labels": MAX_LABELS}
+    for name, value in _fields(config):
+        if name in limits and isinstance(value, (int, float)) and value > limits[name]:
+            raise CheckpointError(
+                f"config.json: {name} is {shown(value)}, but the files hold {len(tensors):,} tensors, the largest side of which "
+                f"is {largest:,}; the folder is damaged"
+            )
+    if config.get("model_type") in ARCHITECTURES:
+        path = ARCHITECTURES[config["model_type"]].layers.rsplit(".", 1)[-1]
+        found = [int(match[1]) for name in tensors if (match := re.search(rf"(?:^|\.){path}\.([0-9]{{1,9}})\.", name))]
+        layers, stored = config.get("num_hidden_layers"), max(found, default=-1) + 1
+        if layers is not None and (type(layers) is not int or layers != stored):
+            raise CheckpointError(
+                f"config.json: num_hidden_layers is {shown(layers)}, but the files hold {stored:,} layers"
+            )
+
+
+def empty_model(folder: Path) -> Any:
+    """The model that a folder's config.json describes, on the meta device."""
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def _check_shapes(model: Any, tensors: Mapping[str, TensorInfo], integers: list[str]) -> None:
+    """Every tensor of ``model`` is stored, in its shape; all but ``integers`` as floating point."""
+    stored = dict(tensors)
+    prefix = model.base_model_prefix + "."
+    if not any(name.startswith(prefix) for name in stored):  # saved without the head
+        stored = {prefix + name: tensor for name, tensor in tensors.items()}
+    missing = []
+    for names, tensor in _state(model):
+        found = [name for name in names if name in stored]
+        if not found:
+            missing.append(names[0])
+        for name in found:
+            shape, dtype = stored[name].shape, stored[name].dtype
+            if shape != tensor.shape:
+                raise CheckpointError(f"{name} has the shape {shape}, but config.json makes it {tuple(tensor.shape)}")
+            if dtype not in FLOATS and name not in integers:
+                raise CheckpointError(f"{name} is stored as {dtype}; floating point is needed")
+    if missing:
+        raise CheckpointError(f"the folder is incomplete: {len(missing)} tensors are missing, first {missing[0]}")
+
+
+def _check_total(model: nn.Module, tensors: Mapping[str, TensorInfo], per_byte: int) -> None:
+    """What would be allocated may not exceed what the files hold, and a bit for what is computed."""
+    state = [tensor for _, tensor in _state(model)]
+    persistent = {id(tensor) for tensor in state}
+    wanted = sum(tensor.numel() for tensor in state)
+    computed = sum(buffer.numel() for buffer in model.buffers() if id(buffer) not in persistent)
+    stored = sum(tensor.nbytes for tensor in tensors.values())
+    if wanted > per_byte * stored or computed > MAX_COMPUTED:
+        raise CheckpointError(
+            f"config.json describes {wanted:,} parameters and {computed:,} computed numbers, but the files hold {stored:,} bytes"
+        )
+
+
+def _state(model: nn.Module) -> list[tuple[list[str], torch.Tensor]]:
+    """The tensors of a state dict with all their names: tied ones have two."""
+    by_id: dict[int, tuple[list[str], torch.Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        by_id.setdefault(id(tensor), ([], tensor))[0].append(name)
+    return list(by_id.values())
+
+
+def _check_finite(config: Mapping[str, Any]) -> None:
+    for name, value in _fields(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise CheckpointError(f"config.json: {named(name)} is {value}")
+
+
+def _fields(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every field of an object, those of objects in it included."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield key, item
+            yield from _fields(item, key)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _fields(item, name)

@@ -1,0 +1,245 @@
+"""The stages of ``lorap compress``: seconds and peak memory of each, with the formula that they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from lorap.architectures import ATTENTION, MLP, PROJECTIONS, SHARED_INPUTS
+from lorap.calibration.sensitivity import BATCH_TOKENS as BACKWARD_TOKENS
+from lorap.calibration.stream import BATCH_TOKENS
+from lorap.config import CompressionConfig
+from lorap.evaluation import BATCH_TOKENS as EVALUATION_BATCH
+from lorap.report import compressed_roles
+from lorap.scaling import work
+from lorap.scaling.ledger import Ledger, Part
+from lorap.scaling.passes import Passes
+
+# Float32 passes that it takes as long as to draw the next token from logits, random numbers aside.
+DRAW_PASSES = 60
+# Opening the tokenizer, building the model without weights, tokenizing texts: seconds, whatever the model's size.
+SETUP = 1.5
+# From a GGUF file transformers builds the tokenizer in Python, and dequantizes with numpy, on one core: seconds and parameters/s
+# of processor time with SmolLM2-135M (Q4_1).
+GGUF_SETUP = 6.5
+GGUF_RATE = 11e6
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run: its parts, and the bytes that are held at its fullest moment."""
+
+    name: str
+    parts: Sequence[Part]
+    memory_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        return sum(part.seconds for part in self.parts)
+
+
+def stages(run: Passes) -> Iterator[Stage]:
+    """In the order of the run; those that nothing is done in are left out. Stages from calibrate to keep alternate, by layer."""
+    memory = run.memory
+    found: list[tuple[str, Ledger, int]] = [
+        ("read and check", _read(run), memory.read()),
+        ("sample", _sample(run), memory.sample(run.texts, whole=run.fits)),
+        ("evaluate before", _evaluate(run, run.before, paged=True), memory.evaluate(run.texts.evaluation_tokens)),
+        ("plan", _plan(run), memory.plan()),
+        ("calibrate", _calibrate(run), memory.calibrate()),
+        ("factorize", _factorize(run), memory.factorize()),
+        ("prune and repair", _prune(run), memory.prune()),
+        ("keep layers", _keep(run), memory.held),
+        ("evaluate after", _evaluate(run, run.after, paged=False), memory.evaluate(run.texts.evaluation_tokens)),
+        ("write", _write(run), memory.held),
+    ]
+    return (Stage(name, ledger.parts, peak) for name, ledger, peak in found if ledger.parts)
+
+
+def _read(run: Passes) -> Ledger:
+    ledger, shape = run.ledger(), run.shape
+    stored = sum(shape.stored_bytes.values())
+    ledger.fixed("tokenizer, texts", SETUP if shape.paged else GGUF_SETUP, "whatever the size")
+    ledger.read_once("weights", stored, f"{stored:,} B in the files")
+    if not shape.paged:
+        count = sum(shape.params.values())
+        ledger.fixed("dequantize", count / GGUF_RATE, f"{count:,} parameters at {GGUF_RATE:,.0f} a second")
+    ledger.moved("look for NaN", 2 * shape.computed_bytes, f"2 x {shape.computed_bytes:,} B")
+    return ledger
+
+
+def _sample(run: Passes) -> Ledger:
+    """Every process writes the same words, so that nothing is shared."""
+    texts, shape, ledger = run.texts, run.shape, run.ledger()
+    if not texts.own_windows:
+        return ledger
+    rounds = -(-texts.own_windows // texts.sample_windows)
+    steps, tokens = rounds * texts.seq_len, texts.own_windows * texts.seq_len
+    params = shape.num_layers * shape.layer_params + shape.head_params
+    ledger.products("words", 2 * params * tokens, shape.dtype, f"2 x {params:,} parameters x {tokens:,} tokens")
+    weights = params * shape.itemsize
+    ledger.moved("every weight at every step", steps * weights, f"{steps:,} steps x {weights:,} B")
+    keys = shape.num_layers * 2 * shape.projections["k_proj"][0] * shape.itemsize
+    formula = f"3 x {tokens:,} tokens x {texts.seq_len / 2:g} before each x {keys:,} B"
+    ledger.moved("keys and values", 3 * tokens * texts.seq_len / 2 * keys, formula)
+    drawn = DRAW_PASSES * tokens * shape.vocab_size * 4
+    ledger.moved("drawing", drawn, f"{DRAW_PASSES} x {tokens:,} tokens x {shape.vocab_size:,} words x 4 B")
+    words = tokens * shape.vocab_size
+    ledger.drawn("random numbers", words, f"{tokens:,} tokens x {shape.vocab_size:,} words")
+    ledger.calls("calls", steps * shape.num_layers, f"{steps:,} steps x {shape.num_layers} layers")
+    run.page(ledger, run.before, passes=1 if run.fits else steps)
+    return ledger
+
+
+def _evaluate(run: Passes, params: dict[str, int], *, paged: bool) -> Ledger:
+    """Afterwards each layer is in memory anyway."""
+    ledger, tokens = run.ledger(shared=True), run.texts.evaluation_tokens
+    if not tokens:
+        return ledger
+    if paged:
+        alone = run.ledger()
+        run.page(alone, params)
+        ledger.include(alone)
+    layers = run.ledger(shared=True, each_layer=True)
+    run.run(layers, tokens, sum(params.values()), batch=EVALUATION_BATCH, what="decoder layers")
+    ledger.include(layers)
+    run.loss(ledger, tokens, backward=False)
+    return ledger
+
+
+def _plan(run: Passes) -> Ledger:
+    config, shape, ledger = run.config, run.shape, run.ledger(shared=True)
+    by_shape = config.allocation in ("paper", "even") or config.target == "stock"
+    if config.sparsity == 0 or (by_shape and config.output_weighting == "none"):
+        return ledger
+    paging, layers = run.ledger(), run.ledger(shared=True, each_layer=True)
+    dense = sum(run.before.values())
+    if config.allocation == "flap":
+        run.page(paging, run.before)
+        run.run(layers, run.texts.tokens, 2 * dense, batch=BATCH_TOKENS, what="observe and advance")
+        ledger.include(paging)
+        ledger.include(layers)
+        return ledger
+    run.page(paging, run.before, passes=2)
+    tokens = run.texts.planning_tokens
+    run.run(layers, tokens, 3 * dense, batch=BACKWARD_TOKENS, what="forward, forward again, backward")
+    roles = weighed_roles(config)
+    for role in roles:
+        for side, size in zip(("outputs", "inputs"), shape.projections[role], strict=True):
+            run.second_moment(layers, tokens, size, f"{role} {side}", batch=BACKWARD_TOKENS)
+    ledger.include(paging)
+    ledger.include(layers)
+    run.loss(ledger, tokens, backward=True)
+    if not by_shape:
+        run.deal(ledger, [partial(_price, run, role) for role in roles])
+    if config.output_weighting == "loss":
+        kept, nbytes = run.ledger(), metric_bytes(run)
+        kept.carried("metrics of outputs", nbytes, "written", f"{nbytes:,} B")
+        ledger.include(kept)
+    return ledger
+
+
+def _price(run: Passes, role: str, ledger: Ledger) -> None:
+    work.price(ledger, run.shape, role)
+
+
+def weighed_roles(config: CompressionConfig) -> list[str]:
+    """Projections whose outputs the loss is asked about."""
+    asked = ("down_proj",) if config.target == "stock" else (*ATTENTION, "down_proj")
+    return [role for role in asked if role in compressed_roles(config)]
+
+
+def metric_bytes(run: Passes) -> int:
+    """Metrics of the outputs of all layers, float32, which wait on the disk until their layer is compressed."""
+    if run.config.output_weighting != "loss" or run.config.sparsity == 0 or run.config.allocation == "flap":
+        return 0
+    return run.shape.num_layers * sum(4 * run.shape.projections[role][0] ** 2 for role in weighed_roles(run.config))
+
+
+def _calibrate(run: Passes) -> Ledger:
+    shape, tokens = run.shape, run.texts.tokens
+    ledger, layers = run.ledger(), run.ledger(shared=True, each_layer=True)
+    run.page(ledger, run.before, what="dense weights")
+    run.page(ledger, run.after, what="compressed weights")
+    for inputs, params in observations(run):
+        if params:
+            run.run(layers, tokens, params, batch=BATCH_TOKENS, what=f"observe {inputs[-1].replace('_', ' ')}")
+        for name in inputs:
+            if has_moments(run.config, name):
+                size = shape.projections[SHARED_INPUTS[name][0]][1]
+                run.second_moment(layers, tokens, size, name.replace("_", " "), batch=BATCH_TOKENS)
+    run.run(layers, tokens, sum(run.after.values()), batch=BATCH_TOKENS, what="advance")
+    ledger.include(layers)
+    hidden = run.memory.hidden_bytes
+    spilled = (hidden - run.memory.in_memory(hidden)) * shape.num_layers
+    passes = 1 + sum(1 for _ in observations(run))
+    ledger.carried("hidden states", spilled, "written", f"{shape.num_layers} x what is over the budget")
+    ledger.carried(
+        "hidden states", passes * spilled, "cache", f"{passes} x {shape.num_layers} x what is over the budget"
+    )
+    return ledger
+
+
+def has_moments(config: CompressionConfig, name: str) -> bool:
+    """Whether the outer products of an input are summed up."""
+    if name.startswith("mlp") and config.mlp_method == "prune":
+        return name == "mlp_inner" and config.repair
+    return work.metric_axes(config) == 2
+
+
+def observations(run: Passes) -> Iterator[tuple[tuple[str, ...], int]]:
+    """Inputs of one layer that are observed together, in order, and the parameters that a token passes on the way to the last."""
+    ranks, prunes = run.layer.ranks, run.prunes
+    needed = [
+        name
+        for name, readers in SHARED_INPUTS.items()
+        if set(readers) & set(ranks) or (prunes and name.startswith("mlp"))
+    ]
+    if not needed:
+        return
+    steps: list[tuple[str, ...]] = [tuple(needed)]
+    if run.config.sequential == "sublayer":
+        steps = [(name,) for name in needed if not (prunes and name.startswith("mlp"))]
+        steps += [("mlp_input", "mlp_inner")] if prunes else []
+    order: Mapping[str, int] = {name: place for place, name in enumerate(SHARED_INPUTS)}
+    for step in steps:
+        passed = [role for name in SHARED_INPUTS if order[name] < order[step[-1]] for role in SHARED_INPUTS[name]]
+        # Behind what has changed; the FFN is observed before it is pruned.
+        behind = run.before if run.config.sequential == "layer" else run.after
+        yield step, sum((run.before if role in MLP and prunes else behind)[role] for role in passed)
+
+
+def _factorize(run: Passes) -> Ledger:
+    ledger = run.ledger()
+    for group in SHARED_INPUTS.values() if run.config.sequential == "sublayer" else (PROJECTIONS,):
+        jobs: list[Callable[[Ledger], None]] = [
+            partial(_factorize_one, run, role) for role in group if role in run.layer.ranks
+        ]
+        run.deal(ledger, jobs)
+    return ledger
+
+
+def _factorize_one(run: Passes, role: str, ledger: Ledger) -> None:
+    work.factorize(ledger, run.shape, run.config, run.layer, role)
+
+
+def _prune(run: Passes) -> Ledger:
+    ledger = run.ledger(each_layer=True)
+    if run.prunes and run.config.mlp_method == "prune":
+        work.prune(ledger, run.shape, run.config, run.layer)
+    return ledger
+
+
+def _keep(run: Passes) -> Ledger:
+    """Each finished layer, so that an interrupted run goes on behind it."""
+    ledger = run.ledger()
+    nbytes = sum(run.sizes.nbytes[role] for role in PROJECTIONS)
+    ledger.carried("finished layers", nbytes, "written", f"{nbytes:,} B")
+    return ledger
+
+
+def _write(run: Passes) -> Ledger:
+    ledger, nbytes = run.ledger(), sum(run.sizes.nbytes.values())
+    ledger.carried("the folder", nbytes, "written", f"{nbytes:,} B")
+    return ledger

@@ -1,0 +1,224 @@
+"""What must hold for every damaged checkpoint: a LoRAPError or success, soon, and in little memory.
+
+A target is a hypothesis test of one argument. ``test_fuzz.py`` runs each for a moment, ``run.py`` for as long as it is told, with
+hypothesis's own generator or with atheris, which is guided by the branches that an input reaches.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from fuzz_inputs import (
+    EXTRA,
+    KINDS,
+    VALUES,
+    Checkpoint,
+    broken_json,
+    broken_weights,
+    dump,
+    edited,
+    make_checkpoint,
+    safetensors,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from lorap.checkpoint_format import LoRAPConfig
+from lorap.errors import LoRAPError
+from lorap.folders import INDEX, read_header, read_tensors, weight_files
+from lorap.info import describe_model, format_info
+from lorap.loading import find_model, load_model
+
+SECONDS, MEGABYTES = 5.0, 300
+# Parts of messages that say the machine, not lorap, has refused.
+EXHAUSTED = ("MemoryError", "can't allocate memory", "not enough memory", "bad_alloc", "Cannot allocate memory")
+
+# (target, outcome) -> how often
+outcomes: Counter[tuple[str, str]] = Counter()
+_times = [0.0]
+
+
+def slowest() -> float:
+    """Seconds of the slowest input so far."""
+    return max(_times)
+
+
+@contextmanager
+def bounded(target: str) -> Iterator[None]:
+    """A LoRAPError or success, within SECONDS and MEGABYTES."""
+    start, before = time.monotonic(), _peak_megabytes()
+    outcome = "opened"
+    try:
+        yield
+    except LoRAPError as error:
+        outcome = "refused"
+        _check_error(error)
+    seconds, megabytes = time.monotonic() - start, _peak_megabytes() - before
+    assert seconds < SECONDS, f"{seconds:.1f} s"
+    assert megabytes < MEGABYTES, f"{megabytes:.0f} MB more than before"
+    outcomes[target, outcome] += 1
+    _times[:] = [max(_times[0], seconds)]
+
+
+def _check_error(error: LoRAPError) -> None:
+    message = str(error)
+    assert message, error
+    assert len(message) < 2000, f"a message of {len(message)} characters"
+    assert message.replace("\n", "").isprintable(), ascii(message)
+    causes, cause = [message], error.__cause__
+    while cause is not None:
+        causes.append(f"{type(cause).__name__}: {cause}")
+        cause = cause.__cause__
+    assert not any(part in text for part in EXHAUSTED for text in causes), causes
+
+
+def _peak_megabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class Folders:
+    """One small checkpoint of each kind, and a place to put damaged ones."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
+        transformers.utils.logging.disable_progress_bar()
+        warnings.simplefilter("ignore")
+        self.checkpoints = {kind: make_checkpoint(kind, place / f"valid-{kind}") for kind in KINDS}
+        for kind in KINDS:  # imports and caches of the first time are nobody's fault
+            load_model(find_model(place / f"valid-{kind}"))
+
+    def target(self, name: str) -> Callable[[], None]:
+        """A hypothesis test without arguments."""
+        return getattr(self, name)()
+
+    def header(self) -> Callable[[], None]:
+        checkpoint = self.checkpoints["pivoted"]
+
+        @given(broken_weights(checkpoint))
+        def header(weights: bytes) -> None:
+            path = self.place / "one.safetensors"
+            path.write_bytes(weights)
+            with bounded("header"):
+                found = read_header(path)
+                with safe_open(path, "pt") as file:  # what lorap accepts its readers accept
+                    assert set(file.keys()) == set(found)
+                    for name, info in found.items():
+                        view = file.get_slice(name)
+                        assert (view.get_dtype(), tuple(view.get_shape())) == (info.dtype, info.shape)
+
+        return header
+
+    def index(self) -> Callable[[], None]:
+        folder = self.place / "sharded"
+        document = {"metadata": {"total_size": 1}, "weight_map": _sharded(folder, self.checkpoints["factors"])}
+
+        @given(broken_json(document))
+        def index(text: bytes) -> None:
+            (folder / INDEX).write_bytes(text)
+            with bounded("index"):
+                files = weight_files(folder)
+                assert all(file.parent == folder and file.suffix == ".safetensors" for file in files)
+                read_tensors(folder)
+
+        return index
+
+    def info(self) -> Callable[[], None]:
+        @given(self._damaged())
+        def info(damaged: tuple[str, bytes | None, bytes | None]) -> None:
+            folder = self._write(damaged)
+            with bounded("info"):
+                format_info(describe_model(find_model(folder)))
+
+        return info
+
+    def quantization_config(self) -> Callable[[], None]:
+        fields = [checkpoint.config["quantization_config"] for checkpoint in self._compressed()]
+        odd = st.sampled_from([object(), 10**5000, b"x", {1: 2}, {1, 2}, 1j, torch.zeros(2), lambda: 0])
+
+        @given(
+            st.sampled_from(fields).flatmap(edited), st.dictionaries(st.sampled_from(EXTRA), VALUES | odd, max_size=1)
+        )
+        def quantization_config(edited_fields: Any, more: dict[str, Any]) -> None:
+            if isinstance(edited_fields, list):  # Pairs: Python has no such dictionary
+                return
+            with bounded("quantization_config"):
+                config = LoRAPConfig(**(more | (edited_fields if isinstance(edited_fields, dict) else {})))
+                again = LoRAPConfig(**config.to_dict())
+                assert again.to_dict() == config.to_dict()
+
+        return quantization_config
+
+    def load(self) -> Callable[[], None]:
+        @given(self._damaged())
+        def load(damaged: tuple[str, bytes | None, bytes | None]) -> None:
+            folder = self._write(damaged)
+            with bounded("load"):
+                model = load_model(find_model(folder))
+                stored = sum(info.nbytes for info in read_tensors(folder).values())
+                assert sum(parameter.numel() for parameter in model.parameters()) <= 8 * stored
+                assert not any(tensor.is_meta for tensor in model.state_dict().values())
+
+        return load
+
+    def _compressed(self) -> list[Checkpoint]:
+        return [self.checkpoints[kind] for kind in ("factors", "pivoted", "int8")]
+
+    def _damaged(self) -> st.SearchStrategy[tuple[str, bytes | None, bytes | None]]:
+        """A kind, and other bytes for config.json, for the weights, or for both."""
+
+        def one(kind: str) -> st.SearchStrategy[tuple[str, bytes | None, bytes | None]]:
+            checkpoint = self.checkpoints[kind]
+            config, weights = broken_json(checkpoint.config), broken_weights(checkpoint)
+            quantization = (
+                checkpoint.config.get("quantization_config")
+                or self.checkpoints["factors"].config["quantization_config"]
+            )
+            marks = edited(quantization).map(lambda value: _with_marks(checkpoint.config, value))
+            return st.one_of(
+                st.tuples(st.just(kind), config, st.none()),
+                st.tuples(st.just(kind), marks, st.none()),
+                st.tuples(st.just(kind), st.none(), weights),
+                st.tuples(st.just(kind), config, weights),
+            )
+
+        return st.sampled_from(list(KINDS)).flatmap(one)
+
+    def _write(self, damaged: tuple[str, bytes | None, bytes | None]) -> Path:
+        kind, config, weights = damaged
+        return self.checkpoints[kind].write(self.place / "damaged", config, weights)
+
+
+def _with_marks(config: dict[str, Any], marks: Any) -> bytes:
+    return dump(config | {"quantization_config": marks})
+
+
+def _sharded(folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
+    """Write the tensors into two files; returns which holds which."""
+    folder.mkdir(exist_ok=True)
+    names = sorted(
+        checkpoint.header.keys() - {"__metadata__"}, key=lambda name: checkpoint.header[name]["data_offsets"]
+    )
+    weight_map = {}
+    for part, some in enumerate((names[::2], names[1::2])):
+        header, data = {}, b""
+        for name in some:
+            begin, end = checkpoint.header[name]["data_offsets"]
+            header[name] = checkpoint.header[name] | {"data_offsets": [len(data), len(data) + end - begin]}
+            data += checkpoint.data[begin:end]
+            weight_map[name] = f"part-{part}.safetensors"
+        (folder / f"part-{part}.safetensors").write_bytes(safetensors(header, data))
+    return weight_map
+
+
+TARGETS = ("header", "index", "info", "quantization_config", "load")
