@@ -17,7 +17,7 @@ from lorap.processes import Processes
 
 # From so many channels on, sums of outer products are kept in float32: those of LLaMA-7B's FFN take 1 GB in float64, two
 # folds and the working copies of the refit several times that. They feed refits with a ridge of some percent of the mean channel
-# energy, next to which the rounding is nothing (tests/test_repair.py).
+# energy, next to which the rounding is nothing (tests/test_moments.py).
 WIDE = 8192
 # Keeps a division by no tokens at all from becoming NaN.
 TINY = 1e-300
