@@ -1,10 +1,11 @@
 """The studies of the LoRAP paper (arXiv 2404.09695) on a model of your choice: the paper's recipe, one choice changed at a time.
 
     python benchmarks/quality/paper.py                                  SmolLM2-135M, an hour on a core; may be interrupted
-    python benchmarks/quality/paper.py --quick                          three studies on little text, in about five minutes
+    python benchmarks/quality/paper.py --quick                          three studies on little text, in minutes
     python benchmarks/quality/paper.py --studies attention ratio --sparsity 0.5 --out FOLDER
     python benchmarks/quality/paper.py --tasks piqa boolq --limit 100   zero-shot tasks too
     python benchmarks/quality/paper.py --write-docs                     put the tables into docs/paper.md as well
+    python benchmarks/quality/paper.py --tables                         no new cells, only tables and picture
     python benchmarks/quality/paper.py --model huggyllama/llama-7b --tokens 1000000 \\
         --texts wikitext2=Salesforce/wikitext:wikitext-2-raw-v1:test ptb=ptb.valid.txt
 
