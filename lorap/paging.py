@@ -274,14 +274,25 @@ def _give_pages(
     for name, tensor in model.state_dict().items():
         if name not in wanted or wanted[name].info.shape != tuple(tensor.shape):
             return False
+    stay = _fits_for_good(device, sum(nbytes_of(stored, dtype) for stored in wanted.values()))
     units = [f"{architecture.layers}.{index}" for index in range(len(architecture.decoder_layers(model)))]
     for unit in [*units, embedding.removesuffix(".weight"), head.removesuffix(".weight")]:
         prefix = unit + "."
         tensors = {name.removeprefix(prefix): stored for name, stored in wanted.items() if name.startswith(prefix)}
-        model.get_submodule(unit).pages = Pages(tensors, device, dtype)
+        model.get_submodule(unit).pages = Pages(tensors, device, dtype, stay)
     rest = {name: s for name, s in wanted.items() if not any(pages_of(part) for part in _owners(model, name))}
     Pages(rest, device, dtype).load(model, device)
     return True
+
+
+def nbytes_of(stored: StoredTensor, dtype: torch.dtype) -> int:
+    """What a tensor takes in memory, in ``dtype``."""
+    return torch.Size(stored.shape).numel() * dtype.itemsize
+
+
+def _fits_for_good(device: torch.device, nbytes: int) -> bool:
+    """Whether a GPU has room for the whole model and as much again to work in; a CPU reads a layer again from the page cache."""
+    return device.type == "cuda" and nbytes <= torch.cuda.mem_get_info(device)[0] // 2
 
 
 def _owners(model: nn.Module, name: str) -> Iterator[nn.Module]:

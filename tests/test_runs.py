@@ -23,7 +23,7 @@ from lorap.calibration.shelf import Shelf
 from lorap.folders import read_tensors
 from lorap.journal import Journal, journal_folder, open_journal
 from lorap.loading import find_model
-from lorap.paging import in_memory_throughout, open_paged, pages_of
+from lorap.paging import in_memory, in_memory_throughout, open_paged, pages_of
 from lorap.resources import parse_bytes
 from lorap.runs import RunOptions, compress_to_folder
 
@@ -140,6 +140,18 @@ def test_a_paged_model_runs_as_a_whole(limit: int | None, source: Path, tokens: 
     assert all(parameter.is_meta for parameter in layers[1].parameters())
     assert pages_of(paged.model.norm) is None
     assert not paged.model.norm.weight.is_meta
+
+
+def test_what_is_to_stay_stays(source: Path, monkeypatch: Any) -> None:
+    """As on a GPU with room for all."""
+    monkeypatch.setattr("lorap.paging._fits_for_good", lambda device, nbytes: True)
+    paged = open_paged(find_model(source), dtype="auto", device=CPU)
+    layer = paged.model.layers[1]
+    for _ in range(2):
+        with in_memory(layer):
+            weight = layer.mlp.up_proj.weight
+        assert layer.mlp.up_proj.weight is weight
+        assert not weight.is_meta
 
 
 def test_hidden_states_beyond_the_budget_are_on_disk(source: Path, tokens: Path, tmp_path: Path) -> None:
