@@ -202,7 +202,11 @@ def in_memory_throughout(model: Any, layers: Sequence[nn.Module], *, limit_bytes
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     paged = [unit for unit in (*ends, *layers) if pages_of(unit) is not None]
     size = sum(stored.info.nbytes for unit in paged for stored in unit.pages.tensors.values())  # type: ignore[union-attr]
-    fits = size <= (available_memory_bytes() // 2 if limit_bytes is None else limit_bytes)
+    if limit_bytes is None:
+        on_gpu = bool(paged) and paged[0].pages.device.type == "cuda"  # type: ignore[union-attr]
+        free = torch.cuda.mem_get_info(paged[0].pages.device)[0] if on_gpu else available_memory_bytes()  # type: ignore[union-attr]
+        limit_bytes = free // 2
+    fits = size <= limit_bytes
     with ExitStack() as stack:
         for unit in paged:
             if fits or unit not in layers:
