@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lorap.architectures import MLP, SHARED_INPUTS, Architecture, find_architecture
-from lorap.calibration.data import TokenWindows, draw_windows
+from lorap.calibration.data import draw_windows
 from lorap.calibration.mixtures import Sources
 from lorap.calibration.sources import DEFAULT_CALIBRATION
 from lorap.calibration.stream import CalibrationStream, Probe, on_device
@@ -93,7 +93,7 @@ def inspect_model(
                 channels[index] = _importances(weights, norms)
             if stream and index < chosen[-1]:
                 stream.advance(index, every[index])
-    told = None if windows is None else _described(windows)
+    told = None if windows is None else windows.describe()
     name = name or Path(model.config._name_or_path or "").name or type(model).__name__
     return Inspection(name, told, chosen, len(every), tuple(projections), channels)
 
@@ -158,14 +158,3 @@ def _importances(weights: Mapping[str, Tensor], norms: Mapping[str, Tensor] | No
     flat = [torch.ones(weight.shape[1], dtype=torch.float64, device=weight.device) for weight in (gate, down)]
     inputs = {"plain": flat} | ({} if norms is None else {"weighted": [norms["gate_proj"], norms["down_proj"]]})
     return {kind: Importance.of(channel_importance(gate, up, down, *found)) for kind, found in inputs.items()}
-
-
-def _described(windows: TokenWindows) -> dict[str, Any]:
-    count, seq_len = windows.input_ids.shape
-    return {
-        "name": windows.name,
-        "windows": count,
-        "seq_len": seq_len,
-        "tokens": windows.tokens,
-        "sha256": windows.sha256,
-    }

@@ -103,17 +103,21 @@ def read_pieces(stored: StoredTensor, *, size: int = 2**26) -> Iterator[tuple[in
                 raise CheckpointError(f"{stored.path} was changed while it was in use; bring it back, or start again")
             for start in range(0, stored.info.nbytes, size):
                 piece = torch.empty(min(size, stored.info.nbytes - start), dtype=torch.uint8)
-                view, done = piece.numpy().data, 0
-                while done < len(view):  # a read may return less than asked for
-                    got = os.preadv(file.fileno(), [view[done:]], stored.info.offset + start + done)
-                    if not got:
-                        raise CheckpointError(
-                            f"{stored.path} ends within {stored.name}: it was cut off while it was in use; copy it again"
-                        )
-                    done += got
+                if read_into(file.fileno(), piece.numpy().data, stored.info.offset + start) < len(piece):
+                    raise CheckpointError(
+                        f"{stored.path} ends within {stored.name}: it was cut off while it was in use; copy it again"
+                    )
                 yield start, piece
     except OSError as error:
         raise CheckpointError(f"cannot read {stored.name} from {stored.path}: {error.strerror}") from error
+
+
+def read_into(file: int, view: memoryview, offset: int) -> int:
+    """Fill ``view`` from a file: how many bytes there were. A single read may return less than was asked for."""
+    done = 0
+    while done < len(view) and (got := os.preadv(file, [view[done:]], offset + done)):
+        done += got
+    return done
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:

@@ -134,7 +134,7 @@ class Run:
         report = CompressionReport(model=self.name, config=self.config, calibration={})
         report.params_total_before = count_parameters(self.model)
         windows, *texts = self._windows(calibration, evaluation)
-        report.calibration = _describe(windows)
+        report.calibration = {**windows.describe(), "sources": [asdict(share) for share in windows.shares]}
         before = self._losses_before(texts)
         plan = self._plan(windows)
         with self.watch("calibrate"):
@@ -379,18 +379,6 @@ def check_finite(model: nn.Module) -> None:
             raise FactorizationError(
                 f"{name} contains {bad:,} values that are NaN or infinite; the checkpoint is damaged"
             )
-
-
-def _describe(windows: TokenWindows) -> dict[str, Any]:
-    count, seq_len = windows.input_ids.shape
-    return {
-        "name": windows.name,
-        "windows": count,
-        "seq_len": seq_len,
-        "tokens": windows.tokens,
-        "sha256": windows.sha256,
-        "sources": [asdict(share) for share in windows.shares],
-    }
 
 
 def _vocab_size(model: Any) -> int:

@@ -65,15 +65,11 @@ class Processes:
 
     def from_first(self, value: T) -> T:
         """What the first process has, for all of them."""
-        return self.gather_from(0, value)
-
-    def gather_from(self, rank: int, value: T) -> T:
-        """What process ``rank`` has, for all of them."""
         if self.count == 1:
             return value
         box: list[Any] = [value]
         with _peers():
-            dist.broadcast_object_list(box, src=rank)
+            dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def wait(self) -> None:

@@ -68,6 +68,12 @@ class TokenWindows:
         """Tokens that count: all but padding."""
         return int(self.input_ids.numel() if self.attention_mask is None else self.attention_mask.sum())
 
+    def describe(self) -> dict[str, Any]:
+        """What a report says of them."""
+        count, seq_len = self.input_ids.shape
+        sizes = {"windows": count, "seq_len": seq_len, "tokens": self.tokens}
+        return {"name": self.name, **sizes, "sha256": self.sha256}
+
 
 @dataclass(frozen=True)
 class _Stream:

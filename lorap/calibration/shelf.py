@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lorap.errors import CheckpointError
+from lorap.paging import read_into
 from lorap.tensor_files import as_bytes, write_all
 
 
@@ -34,9 +35,7 @@ class Held:
         data = torch.empty(size, dtype=torch.uint8)
         try:
             with self._path.open("rb", buffering=0) as file:
-                view, done = data.numpy().data, 0
-                while done < size and (got := file.readinto(view[done:])):
-                    done += got
+                done = read_into(file.fileno(), data.numpy().data, 0)
         except OSError as error:
             raise CheckpointError(f"cannot read hidden states back from {self._path}: {error.strerror}") from error
         if done < size:
