@@ -246,7 +246,7 @@ class _Layer:
         self.replaced |= {"gate_proj": keep_outputs(gate, kept), "up_proj": keep_outputs(up, kept), "down_proj": narrow}
 
     def _repaired(self, folds: Folds, kept: Tensor) -> Tensor:
-        """The refitted down projection; afterwards the first fold holds the sums of all."""
+        """The refitted down projection; afterwards the first fold holds the sums of all, and the others no outer products."""
         down = self.dense["down_proj"].weight.data
         shrinkage = self._shrinkage(folds)
         ridge = self.config.repair_ridge
@@ -254,6 +254,7 @@ class _Layer:
             ridge = choose_ridge(down, folds, kept, shrinkage=shrinkage)
         for fold in folds[1:]:
             folds[0].merge(fold)
+            fold.outer = None
         return repair_down(down, Moment.of(folds[0]).shrunk(shrinkage), kept, ridge=float(ridge))
 
     def _metric(self, folds: Folds) -> Tensor | None:

@@ -52,7 +52,8 @@ class Moment:
     def after(self, w: Tensor) -> Tensor:
         """w C for w (..., K), in the precision of the sums."""
         w = w.to(self.sums.dtype)
-        return ((1 - self.shrinkage) * (w @ self.sums) + self.shrinkage * w * self.sums.diagonal()) / self.weight
+        product = (w @ self.sums).mul_(1 - self.shrinkage)
+        return product.addcmul_(w, self.sums.diagonal(), value=self.shrinkage).div_(self.weight)
 
     def block(self, rows: Tensor) -> Tensor:
         """C[rows][:, rows], a new matrix; ``rows`` int64 may stand in any order."""
@@ -63,7 +64,7 @@ class Moment:
 
     def energy(self, w: Tensor) -> float:
         """tr(w C w^T), at least 0."""
-        return max(float((self.after(w) * w).sum(dtype=torch.float64)), 0.0)
+        return max(float(self.after(w).mul_(w).sum(dtype=torch.float64)), 0.0)
 
 
 def ridged_cholesky(make: Callable[[], Tensor], pull: float) -> tuple[Tensor, float]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lorap.factorization import suffix_sums
 from lorap.moments import Moment, ridged_cholesky
+from lorap.pruning import CHANNELS
 
 # Relative to the mean channel energy: keeps the normal equations solvable where channels are collinear or never fire.
 SMALLEST_RIDGE = 1e-8
@@ -25,9 +26,13 @@ def output_scores(down: Tensor, inner_sq_norm: Tensor, output_metric: Tensor | N
         inner_sq_norm: (intermediate_size,), squared norms of the inner activations.
         output_metric: A (hidden_size, hidden_size); the identity where None.
     """
-    w = down.double()
-    seen = w if output_metric is None else output_metric.to(w) @ w
-    return ((w * seen).sum(0).clamp(min=0) * inner_sq_norm.double()).sqrt()
+    metric = None if output_metric is None else output_metric.double()
+
+    def sizes(w: Tensor) -> Tensor:
+        return (w * (w if metric is None else metric @ w)).sum(0).clamp(min=0)
+
+    sq_norms = torch.cat([sizes(part.double()) for part in down.split(CHANNELS, dim=1)])
+    return (sq_norms * inner_sq_norm.double()).sqrt()
 
 
 def fluctuation_scores(down: Tensor, variance: Tensor) -> Tensor:

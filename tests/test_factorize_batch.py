@@ -194,7 +194,9 @@ def test_what_misses_in_company_is_tried_alone(monkeypatch: pytest.MonkeyPatch) 
         (4096, 1024, False, "mixed"),
         (4096, 256, False, "subspace"),
         (4096, 256, True, "mixed"),
-        (4096, 3000, False, "mixed"),
+        (4096, 1600, False, "mixed"),
+        (4096, 1700, False, "eigh"),
+        (4096, 1700, True, "eigh"),
         (4096, 4090, False, "eigh"),
     ],
 )
@@ -209,6 +211,8 @@ def test_auto_on_a_gpu_asks_for_its_float64(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert solvers.choose("auto", torch.device("cuda"), 400, 100, spectrum=False) == expected
     assert solvers.choose("auto", torch.device("cuda"), 4096, 1024, spectrum=False) == "subspace"
+    # With a fifth more vectors than wanted the basis is the whole space, and its float64 eigenproblem the whole matrix.
+    assert solvers.choose("auto", torch.device("cuda"), 4096, 3600, spectrum=False) == "eigh"
 
 
 def test_all_are_checked_before_any_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from lorap import pruning
 from lorap.allocation import pruned_positions
 from lorap.pruning import channel_importance, keep_inputs, keep_outputs, new_linear, removed_shares
 from lorap.repair import keep_best
@@ -152,3 +153,13 @@ def test_new_linear_takes_its_tensors(bias: bool) -> None:
     assert linear.weight.data_ptr() == weight.data_ptr()
     assert linear.weight.dtype == torch.bfloat16
     assert (linear.bias is not None) == bias
+
+
+@pytest.mark.parametrize("at_once", [1, 10, 63])
+def test_importance_does_not_depend_on_how_many_channels_are_looked_at(at_once, monkeypatch):
+    parts = ffn(63)
+    expected = [sum(norms) for norms in zip(*loop_norms(*parts).values(), strict=True)]
+    monkeypatch.setattr(pruning, "CHANNELS", at_once)
+    torch.testing.assert_close(
+        channel_importance(*parts), torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=0
+    )

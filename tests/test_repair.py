@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lorap import repair
 from lorap.allocation import pruned_positions
 from lorap.repair import (
     SMALLEST_RIDGE,
@@ -214,3 +215,15 @@ def test_keep_best_without_a_lowest_share(width: int) -> None:
     scores = torch.tensor([3.0, 9.0, 1.0, 7.0, 7.0, 0.0, 2.0])
     best = [1, 4, 3, 0, 6, 2, 5][:width]  # of two equal ones the later stays
     assert keep_best(scores, width).tolist() == sorted(best)
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+def test_scores_do_not_depend_on_how_many_channels_are_looked_at(
+    weighed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    down, sq_norm = normal(HIDDEN, WIDTH), normal(WIDTH, seed=5).square()
+    metric = positive(HIDDEN) if weighed else None
+    seen = down if metric is None else metric @ down
+    expected = ((down * seen).sum(0) * sq_norm).sqrt()
+    monkeypatch.setattr(repair, "CHANNELS", 10)
+    torch.testing.assert_close(output_scores(down, sq_norm, metric), expected, rtol=1e-12, atol=0)

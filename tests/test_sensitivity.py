@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from lorap.architectures import PROJECTIONS, find_architecture
 from lorap.calibration import TokenWindows
 from lorap.calibration.sensitivity import Sensitivity, _Sums, layer_sensitivities
+from lorap.calibration.statistics import ActivationStats
 
 CPU = torch.device("cpu")
 
@@ -95,6 +96,28 @@ def test_padding_never_counts(make_model: Callable[..., Any], tokens: Tensor, le
     for key, value in found.items():
         torch.testing.assert_close(again[key].output, value.output, rtol=1e-5, atol=1e-12)
         torch.testing.assert_close(again[key].input, value.input, rtol=1e-6, atol=1e-12)
+
+
+def test_sums_of_wide_layers_are_float32(
+    make_model: Callable[..., Any], tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("llama-gqa").double()
+    wide = sensitivities(model, windows(tokens))
+    made = []
+    monkeypatch.setattr("lorap.calibration.sensitivity.WIDE", 50)
+
+    class Watched(ActivationStats):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            made.append((self.outer.dtype, len(self.outer)))
+
+    monkeypatch.setattr("lorap.calibration.sensitivity.ActivationStats", Watched)
+    for key, value in sensitivities(model, windows(tokens)).items():
+        for name in ("output", "input"):
+            expected = getattr(wide[key], name)
+            size = float(expected.diagonal().max())
+            torch.testing.assert_close(getattr(value, name), expected, rtol=1e-5, atol=1e-6 * size)
+    assert set(made) == {(torch.float64, 32), (torch.float32, 64), (torch.float32, 100)}  # k and v; the others
 
 
 def test_batches_add_up(make_model: Callable[..., Any], tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

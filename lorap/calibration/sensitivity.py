@@ -35,6 +35,8 @@ from lorap.processes import ALONE, Processes
 BATCH_TOKENS = 512
 # Keeps the product of a vanishing gradient and its weight within float32.
 LARGEST_RATIO = 1e30
+# Above so many channels sums are float32: prices need no more, and in float64 all moments of a layer are several times the layer.
+WIDE = 2048
 
 
 @dataclass(frozen=True)
@@ -116,22 +118,19 @@ class _Sums:
 
     def add(self, role: str, x: Tensor, g: Tensor, mask: Tensor | None) -> None:
         x_norm, g_norm = (part.float().norm(dim=-1) for part in (x, g))
-        _moments(self.inputs, role, x).update(x, mask, _ratio(g_norm, x_norm))
-        _moments(self.outputs, role, g).update(g, mask, _ratio(x_norm, g_norm))
+        _moments(self.inputs, role, x.shape[-1], x.device).update(x, mask, _ratio(g_norm, x_norm))
+        _moments(self.outputs, role, g.shape[-1], g.device).update(g, mask, _ratio(x_norm, g_norm))
 
     def add_up(self, sizes: Mapping[str, tuple[int, int]], device: torch.device, processes: Processes) -> None:
         """Sums over all processes, of which some may have seen nothing."""
         for role, (in_features, out_features) in sizes.items():
             for stats, features in ((self.inputs, in_features), (self.outputs, out_features)):
-                if role not in stats:
-                    stats[role] = ActivationStats(features, moments=True, device=device)
-                stats[role].add_up(processes)
+                _moments(stats, role, features, device).add_up(processes)
 
     def sensitivities(self) -> dict[str, Sensitivity]:
         """By role, of all that was summed up; the sums are used up."""
         found = {}
         for role in list(self.outputs):
-            # Prices need no more than float32, and all moments of a layer together are as large as the layer.
             output, input_ = (_per_token(stats.pop(role)).float() for stats in (self.outputs, self.inputs))
             found[role] = Sensitivity(output=output, input=input_)
         return found
@@ -148,9 +147,11 @@ def _per_token(stats: ActivationStats) -> Tensor:
     return stats.outer.div_(max(stats.tokens, 1))
 
 
-def _moments(stats: dict[str, ActivationStats], role: str, x: Tensor) -> ActivationStats:
+def _moments(
+    stats: dict[str, ActivationStats], role: str, features: int, device: torch.device | str
+) -> ActivationStats:
     if role not in stats:
-        stats[role] = ActivationStats(x.shape[-1], moments=True, device=x.device)
+        stats[role] = ActivationStats(features, moments=True, device=device, wide=WIDE)
     return stats[role]
 
 

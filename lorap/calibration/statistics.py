@@ -31,23 +31,30 @@ class ActivationStats:
         mean: also gather sum(x).
         moments: also gather sum(x x^T), which costs a (K, K) float64 matrix and a matmul per batch.
         device: where the sums live.
+        wide: above so many channels sums of outer products are float32; None for ``WIDE``.
 
     Attributes:
         tokens: how many tokens were counted; padding never is.
         weight: sum of the tokens' weights; equal to ``tokens`` where they have none.
         sq_sum: (K,) float64, sum over tokens of x_j^2.
         total: (K,) float64, sum over tokens of x_j; only with ``mean``.
-        outer: (K, K) float64, sum over tokens of x x^T; only with ``moments``. float32 above ``WIDE`` channels.
+        outer: (K, K) float64, sum over tokens of x x^T; only with ``moments``. float32 above ``wide`` channels.
     """
 
     def __init__(
-        self, features: int, *, mean: bool = False, moments: bool = False, device: torch.device | str = "cpu"
+        self,
+        features: int,
+        *,
+        mean: bool = False,
+        moments: bool = False,
+        device: torch.device | str = "cpu",
+        wide: int | None = None,
     ) -> None:
         self.tokens = 0
         self.weight = 0.0
         self.sq_sum = torch.zeros(features, dtype=torch.float64, device=device)
         self.total = torch.zeros(features, dtype=torch.float64, device=device) if mean else None
-        precision = torch.float32 if features > WIDE else torch.float64
+        precision = torch.float32 if features > (WIDE if wide is None else wide) else torch.float64
         self.outer = torch.zeros(features, features, dtype=precision, device=device) if moments else None
 
     @torch.no_grad()

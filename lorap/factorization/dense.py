@@ -75,10 +75,13 @@ def orthonormal(x: Tensor) -> Tensor:
     nearly orthogonal to begin with. It sees whether the first was good enough; Householder's way is taken where not.
     """
     basis = x / x.norm(dim=-2, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-    identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
     for _ in range(2):
         gram = lower_product(basis.mT, basis.mT)
-        near = float((gram - identity).abs().max()) < NEARLY_ORTHOGONAL  # NaN is not
+        diagonal = gram.diagonal(dim1=-2, dim2=-1)
+        diagonal -= 1  # exact, and undone: the entries are near 1
+        low, high = gram.aminmax()
+        near = max(-float(low), float(high)) < NEARLY_ORTHOGONAL  # NaN is not
+        diagonal += 1
         root, failed = torch.linalg.cholesky_ex(gram)
         if bool((failed != 0).any()):
             break

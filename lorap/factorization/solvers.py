@@ -25,24 +25,27 @@ class Rule:
     Args:
         eigh_up_to: size of the smaller side up to which the whole float64 eigenproblem is solved.
         subspace_share: largest share of the size that a rank may have for the block iteration, which carries a fifth more.
+        mixed_share: the same for the float32 eigensolver, whose float64 steps are eigenproblems of a fifth more than the rank.
     """
 
     eigh_up_to: int
     subspace_share: float
+    mixed_share: float
 
     def choose(self, size: int, rank: int, *, spectrum: bool) -> str:
-        if size <= self.eigh_up_to or rank + eigen.LEAST_OVERSAMPLING >= size:
+        if size <= self.eigh_up_to or rank > self.mixed_share * size or eigen.basis_size(size, rank) == size:
             return "eigh"
         return "mixed" if spectrum or rank > self.subspace_share * size else "subspace"
 
 
 # Measured on two cores with AVX-512: at 1,024 eigh takes 0.17 s and mixed 0.21; at 4,096 mixed takes 4.8 s for a rank of 1,024
-# and 3.6 for 256, eigh 6.4, and the block iteration 7.1 and 3.0.
-CPU = Rule(eigh_up_to=1024, subspace_share=0.07)
+# and 3.6 for 256, eigh 6.4, and the block iteration 7.1 and 3.0. On one core, size 4,096: mixed takes 0.72, 0.89, 1.12, 1.45 and
+# 1.97 x the time of eigh at ranks of 0.25, 0.35, 0.45, 0.55 and 0.7 of the size; size 1,280: 0.71, 0.94, 1.41, 1.80 and 2.60 x.
+CPU = Rule(eigh_up_to=1024, subspace_share=0.07, mixed_share=0.4)
 # Predicted, never measured: eigensolvers of a GPU are further behind its matrix products than those of a CPU, and the more so
 # where float64 runs at a 64th of the rate of float32: there the block iteration has the fewest float64 operations of all.
-GPU = Rule(eigh_up_to=512, subspace_share=0.7)
-GPU_SLOW_FLOAT64 = Rule(eigh_up_to=128, subspace_share=0.8)
+GPU = Rule(eigh_up_to=512, subspace_share=0.7, mixed_share=1.0)
+GPU_SLOW_FLOAT64 = Rule(eigh_up_to=128, subspace_share=0.8, mixed_share=1.0)
 # Compute capabilities with float64 at half the rate of float32: P100, V100, A100, H100, B200.
 FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 

@@ -127,7 +127,7 @@ def _plan(run: Passes) -> Ledger:
     roles = weighed_roles(config)
     for role in roles:
         for side, size in zip(("outputs", "inputs"), shape.projections[role], strict=True):
-            run.second_moment(layers, tokens, size, f"{role} {side}", batch=BACKWARD_TOKENS)
+            run.second_moment(layers, tokens, size, f"{role} {side}", batch=BACKWARD_TOKENS, prices=True)
     ledger.include(paging)
     ledger.include(layers)
     run.loss(ledger, tokens, backward=True)

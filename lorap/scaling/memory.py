@@ -119,8 +119,8 @@ class Memory:
         logits = batch * shape.vocab_size * (shape.itemsize + 4 * (LOGIT_COPIES + LOGIT_GRADIENTS))
         roles = ["down_proj"] if config.target == "stock" else ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
         sizes = [size for role in roles for size in shape.projections[role]]
-        sums = sum(self._sums(size) for size in sizes)
-        update = max(self._updating(size, batch) for size in sizes)
+        sums = sum(self._sums(size, prices=True) for size in sizes)
+        update = max(self._updating(size, batch, prices=True) for size in sizes)
         head = 0 if self.resident else shape.head_params * shape.itemsize
         pricing = 0 if config.allocation != "loss" or config.target == "stock" else self._pricing()
         return self.held + self.in_memory(states) + max(sums + max(backward + update, pricing), head + logits)
@@ -173,12 +173,12 @@ class Memory:
         wide = FORWARD_HIDDEN * self.shape.hidden_size + FORWARD_INNER * self.shape.width
         return tokens * wide * self.shape.itemsize
 
-    def _sums(self, features: int) -> int:
-        return features**2 * (4 if sums_dtype(features) == "float32" else DOUBLE)
+    def _sums(self, features: int, *, prices: bool = False) -> int:
+        return features**2 * (4 if sums_dtype(features, prices=prices) == "float32" else DOUBLE)
 
-    def _updating(self, features: int, tokens: int) -> int:
+    def _updating(self, features: int, tokens: int, *, prices: bool = False) -> int:
         """Products in float64 are made beside the sums, those in float32 in place; tokens are converted in chunks."""
-        wide = sums_dtype(features) == "float32"
+        wide = sums_dtype(features, prices=prices) == "float32"
         chunk = min(CHUNK_TOKENS, tokens) * features * (4 if wide else DOUBLE)
         return tokens * features * 4 + chunk + (0 if wide else 2 * self._sums(features))
 
@@ -199,8 +199,7 @@ class Memory:
     def _pricing(self) -> int:
         """The larger of a spectrum and of the FFN's Cholesky factor."""
         hidden, width = self.shape.projections["down_proj"]
-        size = 4 if sums_dtype(width) == "float32" else DOUBLE
-        ffn = (1 if width >= IN_PLACE_FROM else 2) * width**2 * size + 3 * hidden * width * size
+        ffn = (1 if width >= IN_PLACE_FROM else 2) * width**2 * 4 + 3 * hidden * width * 4
         out, inner = self.shape.projections["q_proj"]
         spectrum = DOUBLE * (4 * out * inner + 2 * inner**2 + 3 * out**2)
         return max(ffn, spectrum)

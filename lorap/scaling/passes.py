@@ -102,9 +102,11 @@ class Passes:
         nbytes = passes * tokens * self.shape.vocab_size * 4
         ledger.moved("loss", nbytes, f"{passes} x {tokens:,} tokens x {self.shape.vocab_size:,} words x 4 B")
 
-    def second_moment(self, ledger: Ledger, tokens: int, size: int, told: str, *, batch: int) -> None:
+    def second_moment(
+        self, ledger: Ledger, tokens: int, size: int, told: str, *, batch: int, prices: bool = False
+    ) -> None:
         """Sums of outer products of one input."""
-        dtype = sums_dtype(size)
+        dtype = sums_dtype(size, prices=prices)
         told = f"second moment of {told}"
         ledger.products(told, 2 * tokens * size**2, dtype, f"2 x {tokens:,} tokens x {size:,}^2")
         passes, width = (8, 8) if dtype == "float64" else (4, 4)

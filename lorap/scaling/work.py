@@ -7,6 +7,7 @@ Operations are counted from the code of :mod:`lorap.factorization`, :mod:`lorap.
 from __future__ import annotations
 
 from lorap.allocation import LayerPlan
+from lorap.calibration.sensitivity import WIDE as PRICES_WIDE
 from lorap.calibration.statistics import WIDE
 from lorap.config import CompressionConfig
 from lorap.factorization.eigen import OUTLIER_STEPS, OUTLIERS, basis_size
@@ -23,9 +24,9 @@ SCORE_PASSES = 15
 FOLDS = 2
 
 
-def sums_dtype(features: int) -> str:
-    """Of the sums of outer products of an input."""
-    return "float32" if features > WIDE else "float64"
+def sums_dtype(features: int, *, prices: bool = False) -> str:
+    """Of the sums of outer products of an input, or of those that sizes are priced by."""
+    return "float32" if features > (PRICES_WIDE if prices else WIDE) else "float64"
 
 
 def metric_axes(config: CompressionConfig) -> int:
@@ -59,11 +60,10 @@ def price(ledger: Ledger, shape: ModelShape, role: str) -> None:
         _reduce(ledger, (out, inner), 2, weighed=True)
         ledger.eigen("spectra", min(out, inner), "values")
         return
-    dtype = sums_dtype(inner)
     ledger.products("channel scores", 2 * out**2 * inner, "float64", f"2 x {out:,}^2 x {inner:,}")
-    ledger.cholesky("prices of widths", inner, dtype)
+    ledger.cholesky("prices of widths", inner, "float32")
     flop = 2 * out * inner**2 + 2 * out**2 * inner
-    ledger.products("prices of widths", flop, dtype, f"2 x {out:,} x {inner:,} x ({inner:,} + {out:,})")
+    ledger.products("prices of widths", flop, "float32", f"2 x {out:,} x {inner:,} x ({inner:,} + {out:,})")
 
 
 def prune(ledger: Ledger, shape: ModelShape, config: CompressionConfig, layer: LayerPlan) -> None:
