@@ -68,6 +68,7 @@ ELSEWHERE = {
     "vllm serve": "tests/vllm",
     "pip download": "tests/test_tasks.py, with files made there",
     "pip install --no-build-isolation": "every set-up",
+    "pip install setuptools": "every set-up",
 }
 
 
@@ -226,13 +227,15 @@ def given(there: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(there / "llama")
+    tokenizer.chat_template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     return {
         "weight": torch.randn(1100, 1063),
         "channel_sq_norm": torch.rand(1063) + 0.1,
         **{name: torch.randn(520, 630) for name in ("wq", "wk", "wv")},
         "c": torch.rand(630) + 0.1,
         "model": AutoModelForCausalLM.from_pretrained(there / "llama"),
-        "tokenizer": AutoTokenizer.from_pretrained(there / "llama"),
+        "tokenizer": tokenizer,
     }
 
 
