@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from lorap import backends, native, shapes
 from lorap.errors import ShapeError
 from lorap.kernels import reference
+from lorap.symmetric import add_outer_products
 
 # Lists have no defaults: torch 2.13 refuses gradients of a list op that was called without one of its arguments.
 _LOW_RANK_LISTS = "Tensor x, Tensor[] right, Tensor[] left, Tensor[] bias"
@@ -183,11 +184,13 @@ def _triton_low_rank(x: Tensor, right: Tensor, left: Tensor, bias: Any = None, p
 
 def _second_moment(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """On a GPU, products of two bfloat16 or float16 are exact in float32, so tensor cores may do the work."""
-    if not (x.is_cuda and x.dtype in backends.HALVES):
-        return reference.second_moment(x, mask)
+    on_tensor_cores = x.is_cuda and x.dtype in backends.HALVES
     total = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device)
-    for chunk in reference.masked_chunks(x, mask, x.dtype):
-        total += torch.mm(chunk.T, chunk, out_dtype=torch.float32)
+    for chunk in reference.masked_chunks(x, mask, x.dtype if on_tensor_cores else torch.float64):
+        if on_tensor_cores:
+            total += torch.mm(chunk.T, chunk, out_dtype=torch.float32)
+        else:
+            add_outer_products(total, chunk)
     return total, reference.token_count(x, mask)
 
 

@@ -67,7 +67,8 @@ def repair_down(down: Tensor, second_moment: Moment | Tensor, kept: Tensor, *, r
         return w[:, kept]
     wanted = c.after(w)[:, kept]
     root, pull = ridged_cholesky(lambda: c.block(kept), pull)
-    return torch.cholesky_solve((wanted + pull * w[:, kept]).T, root).T.contiguous()
+    wanted.add_(w[:, kept], alpha=pull)
+    return torch.cholesky_solve(wanted.T, root).T.contiguous()
 
 
 def removed_share(down: Tensor, second_moment: Moment | Tensor, kept: Tensor, weight: Tensor) -> float:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lorap.factorization import eigen
 from lorap.factorization.certificate import gain_left
-from lorap.factorization.dense import full_precision, lower_product, orthonormal
+from lorap.factorization.dense import full_precision, orthonormal
+from lorap.symmetric import add_outer_products, lower_product
 
 KINDS = ["gaussian", "outliers", "lognormal", "power", "slow-power", "deficient", "clusters"]
 TOLERANCES = {"mixed": 1e-4, "subspace": 1e-4}
@@ -192,6 +193,15 @@ def test_lower_product(size: int, batch: tuple[int, ...]) -> None:
     found = lower_product(x, x)
     torch.testing.assert_close(found, x @ x.mT, rtol=1e-12, atol=1e-12)
     assert torch.equal(found, found.mT)
+
+
+@pytest.mark.parametrize("size", [1, 63, 128, 129, 1000])
+def test_add_outer_products(size: int) -> None:
+    x = torch.randn(40, size, dtype=torch.float64)
+    sums = torch.ones(size, size, dtype=torch.float64)
+    add_outer_products(sums, x)
+    torch.testing.assert_close(sums, 1 + x.T @ x, rtol=1e-12, atol=1e-12)
+    assert torch.equal(sums, sums.mT)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -14,6 +14,7 @@ from torch import Tensor
 from lorap import ops
 from lorap.kernels import reference
 from lorap.processes import Processes
+from lorap.symmetric import add_outer_products
 
 # From so many channels on, sums of outer products are kept in float32: those of LLaMA-7B's FFN take 1 GB in float64, two
 # folds and the working copies of the refit several times that. They feed refits with a ridge of some percent of the mean channel
@@ -85,7 +86,7 @@ class ActivationStats:
             self.outer += ops.second_moment(x, mask)[0]
         else:
             for chunk in reference.masked_chunks(x, mask, torch.float32):
-                self.outer.addmm_(chunk.T, chunk)  # in place: the product alone would be as large
+                add_outer_products(self.outer, chunk)  # in place: the product alone would be as large
 
     def merge(self, other: ActivationStats) -> None:
         """Add the sums of another process or batch."""

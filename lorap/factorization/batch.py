@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -167,14 +167,17 @@ def _solve_group(tasks: Sequence[Task], tolerance: float) -> Iterator[Factorizat
     problems = [Problem.of(task.weight, task.metric, task.output_metric) for task in tasks]
     grams = [problem.gram for problem in problems]
     solved = solve(grams, [task.rank for task in tasks], method=tasks[0].method, tolerance=tolerance)
-    for task, problem, answer in zip(tasks, problems, solved, strict=True):
-        yield _factorization(task, problem, answer)
+    totals = [float(gram.trace()) for gram in grams]
+    # What is solved is not needed to make factors.
+    problems = [replace(problem, gram=problem.gram.new_empty(0, 0)) for problem in problems]
+    del grams
+    for task, problem, answer, total in zip(tasks, problems, solved, totals, strict=True):
+        yield _factorization(task, problem, answer, total)
 
 
-def _factorization(task: Task, problem: Problem, solved: Solved) -> Factorization:
+def _factorization(task: Task, problem: Problem, solved: Solved, total: float) -> Factorization:
     eigen = solved.eigen
     left, right = problem.factors(problem.outputs(eigen), task.weight.dtype)
-    total = float(problem.gram.trace())
     return Factorization(
         left=left.to(task.home),
         right=right.to(task.home),

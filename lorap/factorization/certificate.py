@@ -21,7 +21,8 @@ import math
 import torch
 from torch import Tensor
 
-from lorap.factorization.dense import is_positive_definite, lower_product
+from lorap.factorization.dense import is_positive_definite
+from lorap.symmetric import lower_product
 
 EPS = torch.finfo(torch.float64).eps
 # Parts of the way from theta_r down to theta_k at which the complement is tried to end: near the top is proved more

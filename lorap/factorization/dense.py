@@ -1,4 +1,4 @@
-"""Dense linear algebra that torch has no name for: symmetric products at half the cost, orthonormal bases, full precision."""
+"""Dense linear algebra that torch has no name for: orthonormal bases, definiteness, full precision."""
 
 from __future__ import annotations
 
@@ -8,37 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-# Rows of a block. torch has no symmetric rank-k update, so only the blocks on and below the diagonal are multiplied: with 8
-# blocks 56 % of the work.
-BLOCKS = 8
-SMALLEST_BLOCK = 128
+from lorap.symmetric import lower_product
+
 # Largest entry of a Gram matrix, off the identity, from which one pass of Cholesky QR reaches full accuracy.
 NEARLY_ORTHOGONAL = 1e-2
 CHOLESKY_BLOCK = 512
-
-
-def lower_product(left: Tensor, right: Tensor, *, mirrored: bool = True) -> Tensor:
-    """(..., n, n): left right^T where that is known to be symmetric.
-
-    Args:
-        left: (..., n, k).
-        right: (..., n, k).
-        mirrored: fill the upper triangle as well; without, what is there means nothing.
-    """
-    size = left.shape[-2]
-    block = max(SMALLEST_BLOCK, -(-size // BLOCKS))
-    if size <= block:
-        product = left @ right.mT
-        return (product + product.mT) / 2
-    product = left.new_empty(*left.shape[:-1], size)
-    for start in range(0, size, block):
-        rows = slice(start, min(start + block, size))
-        product[..., rows, : rows.stop] = left[..., rows, :] @ right[..., : rows.stop, :].mT
-        diagonal = product[..., rows, rows]
-        product[..., rows, rows] = (diagonal + diagonal.mT) / 2
-        if mirrored:
-            product[..., : rows.start, rows] = product[..., rows, : rows.start].mT
-    return product
 
 
 def eigh(x: Tensor) -> tuple[Tensor, Tensor]:

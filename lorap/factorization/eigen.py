@@ -23,7 +23,8 @@ from torch import Tensor
 
 from lorap.factorization import dense
 from lorap.factorization.certificate import FLAT, gain_left, rounding
-from lorap.factorization.dense import full_precision, lower_product, orthonormal
+from lorap.factorization.dense import full_precision, orthonormal
+from lorap.symmetric import lower_product
 
 # Vectors more than asked for: the iteration sees the gap from the last wanted one to the first outside. A fifth instead of an
 # eighth costs 7 % a step and leaves a tenth of the error after 14 of them (Gaussian 1024 x 1024, rank 256).

@@ -74,10 +74,12 @@ class Footprint:
 
     @property
     def finishing(self) -> int:
-        """While the factors are made, without what is held."""
+        """While the factors are made, without what is held; the Gram matrix is no longer."""
         vectors = self.size * self.rank
         outputs = self.out_features * self.rank
-        return vectors + max(4 * outputs if self._tall else 0, 2 * outputs + 2 * self.rank * self.in_features)
+        inverse = self.out_features**2 if self.output_metric else 0
+        factors = inverse + 2 * outputs + 2 * self.rank * self.in_features
+        return vectors + max(4 * outputs if self._tall else 0, factors) - self.size**2
 
 
 def working_bytes(group: Sequence[Footprint]) -> int:

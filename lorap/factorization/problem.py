@@ -24,8 +24,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorap.factorization.dense import lower_product, orthonormal
+from lorap.factorization.dense import orthonormal
 from lorap.factorization.eigen import Eigen
+from lorap.symmetric import lower_product
 
 # A metric is known to some 12 digits after all sums, so its root, which has the square root of its condition, to half as many.
 SINGULAR = 1e-6
@@ -74,7 +75,7 @@ class Problem:
         """P (out, rank): an orthonormal basis of the outputs that are kept."""
         if self.weighted is None:
             return eigen.vectors
-        if eigen.vectors.shape[1] == len(self.gram):
+        if eigen.vectors.shape[1] == min(self.seen.shape):
             return torch.linalg.qr(self.seen).Q  # all of W fits, also the part that the metric does not see
         return orthonormal(self.weighted @ eigen.vectors)
 

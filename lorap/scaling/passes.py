@@ -15,6 +15,7 @@ from lorap.scaling.shapes import ModelShape
 from lorap.scaling.sizes import Sizes, matrix_params
 from lorap.scaling.texts import Texts
 from lorap.scaling.work import sums_dtype
+from lorap.symmetric import LOWER
 
 # Numbers that a layer reads or writes besides its matrix products, per token: of the hidden state's width, and of the FFN's.
 HIDDEN_PASSES, INNER_PASSES = 30, 6
@@ -108,11 +109,12 @@ class Passes:
         """Sums of outer products of one input."""
         dtype = sums_dtype(size, prices=prices)
         told = f"second moment of {told}"
-        ledger.products(told, 2 * tokens * size**2, dtype, f"2 x {tokens:,} tokens x {size:,}^2")
+        formula = f"{2 * LOWER:.3g} x {tokens:,} tokens x {size:,}^2"
+        ledger.products(told, 2 * LOWER * tokens * size**2, dtype, formula)
         passes, width = (8, 8) if dtype == "float64" else (4, 4)
         batches = -(-tokens // batch)
-        formula = f"{batches:,} batches x {passes} passes over {size:,}^2 x {width} B"
-        ledger.moved(told + ", sums", batches * passes * width * size**2, formula)
+        passed = f"{batches:,} batches x {passes} passes over {size:,}^2 x {width} B"
+        ledger.moved(told + ", sums", batches * passes * width * size**2, passed)
 
     def deal(self, ledger: Ledger, jobs: Sequence[Callable[[Ledger], None]]) -> None:
         """Work of one layer that is dealt out whole: as many jobs at once as there are processes and evenly large pieces."""

@@ -14,9 +14,8 @@ from lorap.factorization.eigen import OUTLIER_STEPS, OUTLIERS, basis_size
 from lorap.metrics import JUDGED_OUTPUTS, RIDGES
 from lorap.scaling.ledger import Ledger
 from lorap.scaling.shapes import ModelShape
+from lorap.symmetric import LOWER
 
-# Share of a symmetric product that is multiplied (lorap/factorization/dense.py).
-LOWER = 0.56
 # Polynomial degrees of the block iteration that a typical spectrum takes, Rayleigh-Ritz steps included.
 SUBSPACE_PRODUCTS = 18
 # Float64 passes over the FFN's weights for the paper's importance, its share of what goes, and the narrower copies.
