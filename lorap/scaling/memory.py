@@ -14,7 +14,9 @@ from lorap.config import CompressionConfig
 from lorap.evaluation import BATCH_TOKENS as EVALUATION_BATCH
 from lorap.factorization.memory import Footprint, working_bytes
 from lorap.kernels.reference import CHUNK_TOKENS
+from lorap.metrics import JUDGED_OUTPUTS
 from lorap.moments import IN_PLACE_FROM
+from lorap.pruning import CHANNELS
 from lorap.scaling.rates import Machine
 from lorap.scaling.shapes import ModelShape
 from lorap.scaling.texts import Texts
@@ -159,15 +161,21 @@ class Memory:
         return self.held + self.in_memory(self.hidden_bytes) + most + others
 
     def prune(self) -> int:
-        """The sums of two folds, and the matrix of one refit in place; LAPACK copies it while it is small."""
+        """Scores piece by piece; ridges judged on a sample of outputs beside both folds; the refit beside their sum.
+
+        Refits are solved in place; LAPACK copies the matrix while it is small.
+        """
         hidden, width = self.shape.projections["down_proj"]
         kept = self.layer.intermediate_size
         size = 4 if sums_dtype(width) == "float32" else DOUBLE
-        weights = 3 * DOUBLE * hidden * width
+        held = self.held + self.in_memory(self.hidden_bytes)
+        scoring = 3 * DOUBLE * hidden * min(CHANNELS, width)
         if not self.config.repair:
-            return self.held + self.in_memory(self.hidden_bytes) + weights
-        solving = (1 if kept >= IN_PLACE_FROM else 2) * kept**2 * size + 3 * hidden * width * size
-        return self.held + self.in_memory(self.hidden_bytes) + self.folds * width**2 * size + max(weights, solving)
+            return held + scoring
+        solving = (1 if kept >= IN_PLACE_FROM else 2) * kept**2
+        judging = self.folds * width**2 + solving + 4 * min(JUDGED_OUTPUTS, hidden) * width
+        refitting = width**2 + solving + 4 * hidden * width
+        return held + max(self.folds * width**2 * size + scoring, max(judging, refitting) * size)
 
     def _forward(self, tokens: int) -> int:
         wide = FORWARD_HIDDEN * self.shape.hidden_size + FORWARD_INNER * self.shape.width
