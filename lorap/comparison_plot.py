@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lorap.comparison import DECODE, Contender
+from lorap.drawing import STYLE, save
 from lorap.errors import ConfigError
 
 SUFFIXES = (".png", ".svg")
 DENSE_COLOUR, COLOUR, GRID = "#333333", "#3b6ea5", "#dddddd"
-STYLE: Any = {"svg.hashsalt": "lorap", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 
 
 def check_plot(picture: Path) -> None:
@@ -56,7 +56,7 @@ def draw(contenders: Sequence[Contender], picture: Path) -> list[str]:
             _panel(axis, complete, title, dense=contenders[0].label)
             shown |= {label for label, *_ in complete}
         figure.axes[0].set_ylabel("nats per token, mean over texts\n(lower is better)")
-        figure.savefig(picture, metadata={"Date": None} if picture.suffix == ".svg" else None, dpi=150)
+        save(figure, picture)
     return [one.label for one in contenders if one.label not in shown]
 
 

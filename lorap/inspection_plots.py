@@ -20,22 +20,12 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image  # comes with matplotlib
 
 from lorap.architectures import ATTENTION, MLP
+from lorap.drawing import STYLE, save
 from lorap.inspection_report import GROUPS, Inspection
 from lorap.inspection_values import LEAST, LEVELS, SingularValues, random_matrix, sample_points
 
-# The salt gives elements of an SVG the same names in every run.
-STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "lorap",
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "lines.linewidth": 1.2,
-    "legend.frameon": False,
-    # Half a pixel: an SVG of 420 spectra stays small.
-    "path.simplify_threshold": 0.5,
-}
+# Half a pixel: an SVG of 420 spectra stays small.
+THIN: dict[Any, Any] = {"lines.linewidth": 1.2, "path.simplify_threshold": 0.5}
 # The light end of viridis cannot be seen on white.
 DEPTH = LinearSegmentedColormap.from_list("depth", mpl.colormaps["viridis"]([index / 50 for index in range(45)]))
 GROUP_LOOKS: dict[str, Any] = {
@@ -68,10 +58,10 @@ def write_plots(found: Inspection, folder: Path) -> list[Path]:
     """``spectra``, ``energy_ranks``, ``effective_ranks`` and ``channels``, each as .png and .svg, into an existing folder."""
     written = []
     for name, draw in FIGURES.items():
-        with mpl.rc_context(STYLE):
+        with mpl.rc_context(STYLE | THIN):
             figure = draw(found)
             written += [folder / f"{name}.svg", folder / f"{name}.png"]
-            figure.savefig(written[-2], metadata={"Date": None})
+            save(figure, written[-2])
             figure.set_layout_engine("none")  # what the first drawing has found stays, and takes no time again
             _save_png(figure, written[-1])
     return written

@@ -451,7 +451,7 @@ def test_nothing_overlaps(inspection):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     for draw in plots.FIGURES.values():
-        with mpl.rc_context(plots.STYLE):
+        with mpl.rc_context(plots.STYLE | plots.THIN):
             figure = draw(inspection)
             canvas = FigureCanvasAgg(figure)
             canvas.draw()

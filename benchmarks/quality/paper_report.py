@@ -15,6 +15,7 @@ from records import DENSE
 from table import increase, markdown, mean, number
 from tasks import answers, difference, percent
 
+from lorap.drawing import STYLE, save
 from lorap.tasks.results import average, estimate
 
 # Nats per token. What 4,096 tokens a text do not tell apart; the losses of larger texts are surer than that.
@@ -166,8 +167,7 @@ def draw(
     """Mean increase of each variant, one panel per study; the paper's choice in its own colour."""
     columns = min(4, len(studies))
     lines = math.ceil(len(studies) / columns)
-    style = {"svg.hashsalt": "lorap", "font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False}
-    with mpl.rc_context(style):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(2.6 * columns, 2.5 * lines), layout="constrained")
         axes = figure.subplots(lines, columns, squeeze=False).ravel()
         for axis, (name, study) in zip(axes, studies.items(), strict=False):
@@ -175,10 +175,10 @@ def draw(
             colours = [CHOSEN if label == study.chosen else OTHER for label in cells[name]]
             bars = axis.bar(list(cells[name]), [math.nan if one is None else one for one in losses], color=colours)
             axis.bar_label(bars, [number(one, ".2f") for one in losses], fontsize=7, color="#555555")
-            axis.set_title(study.title, loc="left", fontsize=8.5)
+            axis.set_title(study.title)
             axis.tick_params(axis="x", length=0, labelrotation=25 if len(cells[name]) > 3 else 0)
             axis.margins(y=0.15)
         for axis in axes[len(studies) :]:
             axis.set_visible(False)
-        figure.supylabel("nats per token over dense", fontsize=8.5)
-        figure.savefig(picture, metadata={"Date": None} if picture.suffix == ".svg" else None)
+        figure.supylabel("nats per token over dense", fontsize=9)
+        save(figure, picture)

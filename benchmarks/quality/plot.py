@@ -8,6 +8,8 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from lorap.drawing import STYLE, save
+
 COLOURS = ("#9aa7b5", "#c8553d", "#3b6ea5", "#6a9c78", "#b08ec2", "#d9a441", "#4f5d75")
 GROUP_WIDTH = 0.8
 
@@ -17,8 +19,7 @@ def draw(cells: Any, picture: Path) -> None:
     sparsities = [one for one in cells.sparsities if any(cells.get(name, one) for name in cells.recipes)]
     if not sparsities:
         return
-    style = {"svg.hashsalt": "lorap", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    with mpl.rc_context(style):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9.5, 2.6 * len(sparsities) + 0.5), layout="constrained")
         axes = figure.subplots(len(sparsities), 1, squeeze=False)[:, 0]
         recipes = [name for name in cells.recipes if any(cells.get(name, sparsity) for sparsity in sparsities)]
@@ -27,9 +28,9 @@ def draw(cells: Any, picture: Path) -> None:
         for axis, sparsity in zip(axes, sparsities, strict=True):
             _panel(axis, cells, recipes, sparsity)
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, frameon=False, ncols=max(1, len(recipes)), loc="outside upper right")
+        figure.legend(handles, labels, ncols=max(1, len(recipes)), loc="outside upper right")
         figure.suptitle("Calibrated on the default mixture", x=0.01, ha="left", fontsize=10)
-        figure.savefig(picture, metadata={"Date": None} if picture.suffix == ".svg" else None)
+        save(figure, picture)
 
 
 def _panel(axis: Any, cells: Any, recipes: list[str], sparsity: float) -> None:
@@ -45,7 +46,7 @@ def _panel(axis: Any, cells: Any, recipes: list[str], sparsity: float) -> None:
             axis.annotate(shown, (place, height), fontsize=6.5, color="#555555", **above)
     axis.set_xticks(range(len(cells.texts)), cells.texts)
     axis.tick_params(axis="x", length=0)
-    axis.set_title(f"sparsity {sparsity:g}", loc="left", fontsize=9)
+    axis.set_title(f"sparsity {sparsity:g}")
     axis.set_ylabel("nats over dense")
     axis.axhline(0, color="#888888", linewidth=0.6)
     axis.margins(y=0.12)
