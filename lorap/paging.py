@@ -10,6 +10,7 @@ the process with a bus error, and its pages count as memory of the process.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -201,7 +202,8 @@ def in_memory(module: nn.Module, device: torch.device | None = None) -> Iterator
 def in_memory_throughout(model: Any, layers: Sequence[nn.Module], *, limit_bytes: int | None = None) -> Iterator[None]:
     """A paged model can be run as a whole while this is active: it is in memory where it fits; else each layer comes and goes.
 
-    ``limit_bytes`` is what may be held; by default half of the memory that is free.
+    The latter reads the model once for every call, and a warning says so. ``limit_bytes`` is what may be held; by default half
+    of the memory that is free.
     """
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     paged = [unit for unit in (*ends, *layers) if pages_of(unit) is not None]
@@ -211,6 +213,13 @@ def in_memory_throughout(model: Any, layers: Sequence[nn.Module], *, limit_bytes
         free = torch.cuda.mem_get_info(paged[0].pages.device)[0] if on_gpu else available_memory_bytes()  # type: ignore[union-attr]
         limit_bytes = free // 2
     fits = size <= limit_bytes
+    if not fits:
+        warnings.warn(
+            f"the model holds {size / 1e9:.1f} GB and half of the free memory is {limit_bytes / 1e9:.1f}, so every token that it "
+            "writes for `self` reads all weights from the disk; texts of your own do without: --calibration FILE",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     with ExitStack() as stack:
         for unit in paged:
             if fits or unit not in layers:
