@@ -81,7 +81,7 @@ figcaption p { margin: 0 0 8px; font-size: 0.8125rem; line-height: 1.4; }
 @media (min-width: 860px) {
   .tiles { grid-template-columns: repeat(4, minmax(0, 1fr)); }
   .charts { grid-template-columns: repeat(2, minmax(0, 1fr)); }
-  .pair { grid-template-columns: minmax(0, 340px) minmax(0, 1fr); }
+  .pair { grid-template-columns: minmax(0, 310px) minmax(0, 1fr); }
   .pair .chart text { font-size: 12.5px; }
 }
 .grid { stroke: var(--grid); fill: none; }
@@ -103,7 +103,7 @@ figcaption p { margin: 0 0 8px; font-size: 0.8125rem; line-height: 1.4; }
     linear-gradient(to left, var(--edge), transparent) right / 12px 100% no-repeat scroll;
 }
 table { width: 100%; border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 5px 11px 5px 0; border-bottom: 1px solid var(--grid); text-align: right; vertical-align: top; }
+th, td { padding: 5px 8px 5px 0; border-bottom: 1px solid var(--grid); text-align: right; vertical-align: top; }
 th:first-child, td:first-child, .words th, .words td { text-align: left; }
 th:last-child, td:last-child { padding-right: 0; }
 thead th { color: var(--soft); font-weight: 600; }
@@ -116,7 +116,6 @@ details { margin: 12px 0 0; }
 summary { padding: 4px 0; cursor: pointer; color: var(--link); }
 @media (max-width: 559px) {
   table { font-size: 0.8125rem; }
-  th, td { padding-right: 8px; }
 }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; user-select: all; font: 0.875rem/1.5 ui-monospace, monospace; }

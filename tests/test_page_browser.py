@@ -131,6 +131,12 @@ def test_a_table_too_wide_scrolls_in_its_own_box(browser, tmp_path):
     assert browser.run("scrollTo(50, 0), scrollX") == 0
 
 
+def test_parameters_fit_beside_their_chart(browser, tmp_path):
+    browser.open(write_page(made_report(4), tmp_path), width=1280)
+    box = "document.querySelector('[aria-label=\"Parameters by kind\"]')"
+    assert browser.run(f"{box}.scrollWidth <= {box}.clientWidth")
+
+
 def test_one_click_selects_the_command(browser, tmp_path):
     browser.open(write_page(made_report(1, command="lorap compress './a  b' out"), tmp_path), width=390)
     browser.run("document.querySelector('pre').scrollIntoView()")
