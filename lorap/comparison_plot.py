@@ -65,16 +65,20 @@ def _panel(axis: Any, points: Sequence[Any], title: str, *, dense: str) -> None:
     axis.grid(color=GRID, linewidth=0.6)
     axis.set_axisbelow(True)
     axis.margins(0.25, 0.2)
-    middle = sum(across for _, across, *_ in points) / max(1, len(points))
+    places = [across for _, across, *_ in points]
+    low, width = min(places, default=0), max(places, default=0) - min(places, default=0)
     for label, across, nats, reach in points:
         first = label == dense
         colour = DENSE_COLOUR if first else COLOUR
         axis.plot(across, nats, marker="D" if first else "o", color=colour, linestyle="none", gid=label)
         if reach is not None:
             axis.hlines(nats, *reach, color=colour, linewidth=1.2)
-        # Labels grow towards the middle, where there is room.
-        place = {"xytext": (0, 7), "textcoords": "offset points", "ha": "right" if across > middle else "left"}
-        axis.annotate(f"{label} (dense)" if first else label, (across, nats), color=colour, **place)
+        # Labels grow towards the middle, where there is room; below the dense model, which loses least, there is no other.
+        side = (across - low) / width if width else 0.5
+        along = "right" if side > 0.6 else "left" if side < 0.4 else "center"
+        height = {"xytext": (0, -7), "va": "top"} if first else {"xytext": (0, 7)}
+        text = f"{label} (dense)" if first else label
+        axis.annotate(text, (across, nats), color=colour, textcoords="offset points", ha=along, **height)
         if first:
             axis.axvline(across, color=colour, linewidth=0.8, linestyle=":")
             axis.axhline(nats, color=colour, linewidth=0.8, linestyle=":")
