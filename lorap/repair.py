@@ -68,7 +68,9 @@ def repair_down(down: Tensor, second_moment: Moment | Tensor, kept: Tensor, *, r
     wanted = c.after(w)[:, kept]
     root, pull = ridged_cholesky(lambda: c.block(kept), pull)
     wanted.add_(w[:, kept], alpha=pull)
-    return torch.cholesky_solve(wanted.T, root).T.contiguous()
+    # cholesky_solve would copy the factor first: half a gigabyte for LLaMA-7B.
+    half = torch.linalg.solve_triangular(root.T, wanted, upper=True, left=False)
+    return torch.linalg.solve_triangular(root, half, upper=False, left=False).contiguous()
 
 
 def removed_share(down: Tensor, second_moment: Moment | Tensor, kept: Tensor, weight: Tensor) -> float:
