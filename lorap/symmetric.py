@@ -1,7 +1,8 @@
 """Products that are known to be symmetric, at half the cost.
 
 torch has no symmetric rank-k update, so only the blocks on and below the diagonal are multiplied, and mirrored: with 8 blocks
-56 % of the work. On one core, 1,024 tokens: 0.63 x the time of the whole product for 1,536 channels, 0.56 x for 4,096 and 11,008.
+56 % of the work. Adding the products of 1,024 tokens on one core takes 0.73, 0.66, 0.61 and 0.63 x the time of the whole product
+for 576, 1,536, 4,096 and (float32) 11,008 channels.
 """
 
 from __future__ import annotations
