@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 import lorap
 from lorap import native
+from lorap.resources import peak_memory_bytes
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PROMPT_TOKENS = 16
@@ -120,13 +120,6 @@ def peak_memory(size: Size, contender: str, new_tokens: int) -> int:
     return int(done.stdout.split()[-1])
 
 
-def own_peak() -> int:
-    """Peak resident bytes of this process alone, where Linux tells; ``ru_maxrss`` would include the parent's."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text("utf-8"))
-    assert found is not None
-    return int(found[1]) * 1024
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     head = ["model", "", "parameters", "weights", "tokens/s", "x dense torch", "x dense lorap", "peak memory"]
@@ -169,7 +162,7 @@ def main() -> None:
     if options.memory_of:
         label, contender = options.memory_of
         decode_rate(build((MODELS | QUICK)[label], contender), options.new_tokens)
-        print(own_peak())
+        print(peak_memory_bytes())
         return
     rows = []
     for label, size in (QUICK if options.quick else MODELS).items():

@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -65,6 +64,8 @@ def serve(folder: Path) -> None:
     os.dup2(2, 1)  # vLLM prints too
     from vllm import LLM, SamplingParams
 
+    from lorap.resources import peak_memory_bytes
+
     llm = LLM(
         str(folder),
         dtype="bfloat16",
@@ -90,15 +91,8 @@ def serve(folder: Path) -> None:
             first = seconds(sequences, PROMPT_TOKENS, 1)
             decoding = seconds(sequences, PROMPT_TOKENS, 1 + NEW_TOKENS) - first
             found[f"decode_{sequences}"] = sequences * NEW_TOKENS / decoding
-        print(json.dumps(found | {"peak_bytes": own_peak()}), file=answers, flush=True)
+        print(json.dumps(found | {"peak_bytes": peak_memory_bytes()}), file=answers, flush=True)
     os._exit(0)
-
-
-def own_peak() -> int:
-    """Peak resident bytes of this process, as Linux tells it."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text("utf-8"))
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ crash is nobody else's.
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from pathlib import Path
@@ -73,7 +72,7 @@ def _speed(model: Any, _tokenizer: Any, options: dict[str, Any]) -> dict[str, An
     return {
         "prefill_tokens_per_second": options["prompt_tokens"] / prefill,
         "decode_tokens_per_second": options["new_tokens"] / decode,
-        "peak_bytes": own_peak_bytes(),
+        "peak_bytes": peak_memory_bytes(),
         "peak_device_bytes": torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else None,
     }
 
@@ -100,13 +99,6 @@ def _now(model: Any) -> float:
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter()
-
-
-def own_peak_bytes() -> int:
-    """Peak resident bytes of this process; where Linux tells it, without what the process that started it had held."""
-    status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text("utf-8")) if status.exists() else None
-    return int(found[1]) * 1024 if found else peak_memory_bytes()
 
 
 def main(argument: str) -> None:

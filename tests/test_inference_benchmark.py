@@ -87,5 +87,5 @@ def test_table_and_json(rows, inference, monkeypatch, tmp_path, capsys):
 def test_peak_memory_is_that_of_a_process_of_its_own(inference, tiny):
     ballast = torch.ones(2**28)  # 1 GB here must not count there
     found = inference.peak_memory(tiny, inference.OURS, 3)
-    assert 100e6 < found < 1e9 < inference.own_peak()
+    assert 100e6 < found < 1e9 < inference.peak_memory_bytes()
     assert ballast[0] == 1

@@ -1,6 +1,10 @@
-"""Seconds by stage: what runs inside a stage is counted once."""
+"""Seconds by stage: what runs inside a stage is counted once. Peak memory: that of this process alone."""
+
+import subprocess
+import sys
 
 import pytest
+import torch
 
 from lorap import resources
 from lorap.resources import Stopwatch
@@ -48,3 +52,11 @@ def test_a_stage_that_raises_is_counted_and_closed(clock: Clock) -> None:
     with watch("outer"):
         clock.now += 1
     assert watch.seconds == {"inner": 5, "outer": 1}
+
+
+def test_peak_memory_is_not_that_of_the_process_that_started_this_one() -> None:
+    ballast = torch.ones(2**29)  # 2 GB here must not count there
+    command = [sys.executable, "-c", "from lorap.resources import peak_memory_bytes; print(peak_memory_bytes())"]
+    theirs = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    assert 100e6 < theirs < 2e9 < resources.peak_memory_bytes()
+    assert ballast[0] == 1
