@@ -28,7 +28,7 @@ from lorap.processes import Processes
 from lorap.pruning import channel_importance, keep_inputs, keep_outputs, new_linear, removed_shares
 from lorap.repair import fluctuation_scores, keep_best, output_scores, removed_share, repair_down
 from lorap.report import ProjectionReport
-from lorap.resources import Stopwatch
+from lorap.resources import Stopwatch, release_freed_memory
 from lorap.spectra import Spectrum, sampled_spectrum
 
 Folds = tuple[ActivationStats, ...]
@@ -79,6 +79,7 @@ class LayerCompressor:
         plan, dense = work.plan, work.dense
         with self.watch("calibrate"):
             folds = self._observe(index, layer, dense, inputs)
+            release_freed_memory()
         with self.watch("factorize"):
             for name in inputs:
                 work.factorize(
@@ -174,6 +175,8 @@ class _Layer:
             )
             for role, factors in zip(roles, found, strict=True):
                 self._store(role, factors, metric, names[role])
+            del weights, found, factors
+            release_freed_memory()
         if self.processes.count == 1:
             return
         for sent in self.processes.gather({role: self._pack(role) for role in mine}):
@@ -255,6 +258,7 @@ class _Layer:
         for fold in folds[1:]:
             folds[0].merge(fold)
             fold.outer = None
+        release_freed_memory()
         return repair_down(down, Moment.of(folds[0]).shrunk(shrinkage), kept, ridge=float(ridge))
 
     def _metric(self, folds: Folds) -> Tensor | None:

@@ -25,7 +25,7 @@ from lorap.architectures import Architecture, find_architecture
 from lorap.errors import CheckpointError
 from lorap.folders import TensorInfo, read_header, weight_files
 from lorap.loading import DTYPES, ModelSource
-from lorap.resources import available_memory_bytes
+from lorap.resources import available_memory_bytes, release_freed_memory
 
 # safetensors' names for what a model may hold.
 STORED_DTYPES = {
@@ -196,6 +196,7 @@ def in_memory(module: nn.Module, device: torch.device | None = None) -> Iterator
         now = pages_of(module)
         if now is not None and not now.stay:
             module.to("meta")
+            release_freed_memory()
 
 
 @contextmanager

@@ -38,6 +38,7 @@ from lorap.moments import Moment
 from lorap.processes import ALONE, Processes
 from lorap.repair import fluctuation_scores, output_scores, repaired_tail
 from lorap.report import compressed_roles
+from lorap.resources import release_freed_memory
 
 Key = tuple[int, str]  # (layer index, role); the FFN of a layer goes by the name of its down projection
 
@@ -125,6 +126,7 @@ def make_plan(
     )
     with closing(walk):
         for index, found in walk:
+            release_freed_memory()
             linears, mine = architecture.linears(layers[index]), processes.share(list(found))
             for role, sensitivity in found.items():
                 _check_gradients(sensitivity, architecture.module_name(index, role), model.dtype)
@@ -136,6 +138,7 @@ def make_plan(
                 if config.output_weighting == "loss":
                     metrics[index, role] = metric
                 del sensitivity, metric
+                release_freed_memory()
     return Plan(by_shape or prices.buy(processes), metrics)
 
 

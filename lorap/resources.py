@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,24 @@ def peak_memory_bytes() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def release_freed_memory() -> None:
+    """Give the system what is free already; does nothing where the C library is not glibc.
+
+    glibc gives back large blocks at once, but of blocks up to 32 MB only what lies at the end of the heap: planning 12 layers 2,304
+    wide held 1,452 MB at the end, of which 650 were in use. This takes milliseconds.
+    """
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Any:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
 
 
 def parse_bytes(text: str) -> int:
