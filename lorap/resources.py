@@ -71,8 +71,8 @@ def peak_memory_bytes() -> int:
 def release_freed_memory() -> None:
     """Give the system what is free already; does nothing where the C library is not glibc.
 
-    glibc gives back large blocks at once, but of blocks up to 32 MB only what lies at the end of the heap: planning 12 layers 2,304
-    wide held 1,452 MB at the end, of which 650 were in use. This takes milliseconds.
+    glibc gives back large blocks at once, but of blocks up to 32 MB only what lies at the end of the heap: after planning 12
+    layers 2,304 wide a process held 1,452 MB, of which 650 were in use. This takes milliseconds.
     """
     if (trim := _malloc_trim()) is not None:
         trim(0)

