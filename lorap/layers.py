@@ -79,7 +79,7 @@ class LayerCompressor:
         plan, dense = work.plan, work.dense
         with self.watch("calibrate"):
             folds = self._observe(index, layer, dense, inputs)
-            release_freed_memory()
+            release_freed_memory(max(linear.weight.numel() for linear in dense.values()))
         with self.watch("factorize"):
             for name in inputs:
                 work.factorize(
@@ -176,7 +176,7 @@ class _Layer:
             for role, factors in zip(roles, found, strict=True):
                 self._store(role, factors, metric, names[role])
             del weights, found, factors
-            release_freed_memory()
+            release_freed_memory(max(self.dense[role].weight.numel() for role in roles))
         if self.processes.count == 1:
             return
         for sent in self.processes.gather({role: self._pack(role) for role in mine}):
@@ -258,7 +258,7 @@ class _Layer:
         for fold in folds[1:]:
             folds[0].merge(fold)
             fold.outer = None
-        release_freed_memory()
+        release_freed_memory(down.numel())
         return repair_down(down, Moment.of(folds[0]).shrunk(shrinkage), kept, ridge=float(ridge))
 
     def _metric(self, folds: Folds) -> Tensor | None:

@@ -196,7 +196,7 @@ def in_memory(module: nn.Module, device: torch.device | None = None) -> Iterator
         now = pages_of(module)
         if now is not None and not now.stay:
             module.to("meta")
-            release_freed_memory()
+            release_freed_memory(max((stored.info.numel for stored in pages.tensors.values()), default=0))
 
 
 @contextmanager

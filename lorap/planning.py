@@ -126,8 +126,8 @@ def make_plan(
     )
     with closing(walk):
         for index, found in walk:
-            release_freed_memory()
             linears, mine = architecture.linears(layers[index]), processes.share(list(found))
+            release_freed_memory(max(linear.weight.numel() for linear in linears.values()))
             for role, sensitivity in found.items():
                 _check_gradients(sensitivity, architecture.module_name(index, role), model.dtype)
             for role in sorted(found, key=PROJECTIONS.index):  # the largest last, when the others are gone
@@ -138,7 +138,7 @@ def make_plan(
                 if config.output_weighting == "loss":
                     metrics[index, role] = metric
                 del sensitivity, metric
-                release_freed_memory()
+                release_freed_memory(linears[role].weight.numel())
     return Plan(by_shape or prices.buy(processes), metrics)
 
 
