@@ -6,7 +6,6 @@ hypothesis's own generator or with atheris, which is guided by the branches that
 
 from __future__ import annotations
 
-import resource
 import time
 import warnings
 from collections import Counter
@@ -38,6 +37,7 @@ from lorap.errors import LoRAPError
 from lorap.folders import INDEX, read_header, read_tensors, weight_files
 from lorap.info import describe_model, format_info
 from lorap.loading import find_model, load_model
+from lorap.resources import peak_memory_bytes
 
 SECONDS, MEGABYTES = 5.0, 300
 # Parts of messages that say the machine, not lorap, has refused.
@@ -83,7 +83,7 @@ def _check_error(error: LoRAPError) -> None:
 
 
 def _peak_megabytes() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_memory_bytes() / 2**20
 
 
 class Folders:
