@@ -82,4 +82,8 @@ def bench_tasks(benchmark, kind):
         tokens=sum(len(ids) for question in questions for ids in question.ids),
     )
     expected = shared(model, questions)
-    assert max(abs(a - b) for a, b in zip(scores, expected, strict=True)) < 1e-4 * (1 + max(map(abs, expected)) / 100)
+    predicted = [
+        len(ids) - start for question in questions for ids, start in zip(question.ids, question.starts, strict=True)
+    ]
+    # torch's float32 log_softmax over a vocabulary is off by up to 5e-6 a token, always to one side; lorap's is not (test_tasks.py).
+    assert all(abs(a - b) < 1e-4 + 1e-5 * count for a, b, count in zip(scores, expected, predicted, strict=True))
