@@ -85,5 +85,5 @@ def bench_tasks(benchmark, kind):
     predicted = [
         len(ids) - start for question in questions for ids, start in zip(question.ids, question.starts, strict=True)
     ]
-    # torch's float32 log_softmax over a vocabulary is off by up to 5e-6 a token, always to one side; lorap's is not (test_tasks.py).
+    # torch's float32 log_softmax over a vocabulary is off by up to 5e-6 a token, to one side; lorap's is not (test_tasks.py).
     assert all(abs(a - b) < 1e-4 + 1e-5 * count for a, b, count in zip(scores, expected, predicted, strict=True))

@@ -52,6 +52,7 @@ _LORAP: Mapping[str, Any] = {
     "bias_compensation": False,
     "sequential": "layer",
     "storage": "factors",
+    "correction_steps": 0,
     "target": "lorap",
 }
 
@@ -139,6 +140,8 @@ class CompressionConfig:
         sequential: ``sublayer`` lets o_proj see the compressed q, k, v and down_proj the compressed attention; ``layer`` takes
             all statistics of a layer before changing it (the paper).
         storage: ``pivoted`` stores a rank-r matrix (m, n) in r (m + n - r) numbers instead of r (m + n), without loss.
+        correction_steps: when all layers are compressed, so many small steps of all weights against the gradient of the loss, on
+            the calibration windows, each of which is used once. Sizes do not change.
         target: who is to open the result. ``lorap``: hosts that have lorap. ``stock``: every host. Attention stays dense and all
             FFNs get one width, narrow enough for the whole sparsity, so ``allocation`` decides nothing and ``shapes`` is
             uniform; the same model costs more quality, and all of the saving is real without any plug-in.
@@ -170,6 +173,7 @@ class CompressionConfig:
     bias_compensation: bool = _FROM_RECIPE
     sequential: str = _FROM_RECIPE
     storage: str = _FROM_RECIPE
+    correction_steps: int = _FROM_RECIPE
     target: str = _FROM_RECIPE
     num_calibration_samples: int = 128
     calibration_seq_len: int = 128
@@ -227,7 +231,7 @@ class CompressionConfig:
                 value == "auto" or _is_whole(value, least=1),
                 f"{name} is {value}; it must be a whole number >= 1 or auto",
             )
-        for name, least in (("num_calibration_samples", 1), ("calibration_seq_len", 2)):
+        for name, least in (("num_calibration_samples", 1), ("calibration_seq_len", 2), ("correction_steps", 0)):
             value = getattr(self, name)
             _check(_is_whole(value, least=least), f"{name} is {value}; it must be a whole number >= {least}")
         _check(
@@ -243,6 +247,11 @@ class CompressionConfig:
         _check(
             "mlp" in self.sublayers or self.allocation != "flap",
             "allocation flap takes everything from the FFN; compress mlp too, or use another allocation",
+        )
+        _check(
+            self.correction_steps <= self.num_calibration_samples,
+            f"{self.correction_steps} correction steps need as many calibration windows, and there are "
+            f"{self.num_calibration_samples}; raise num_calibration_samples or lower correction_steps",
         )
         if self.target == "stock":
             self._check_stock()

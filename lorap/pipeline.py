@@ -24,6 +24,7 @@ from lorap.calibration.shelf import IN_MEMORY, Shelf
 from lorap.calibration.sources import DEFAULT_CALIBRATION, Source
 from lorap.calibration.stream import CalibrationStream, on_device
 from lorap.config import CompressionConfig
+from lorap.correction import correct
 from lorap.errors import ConfigError, FactorizationError
 from lorap.evaluation import BATCH_TOKENS as EVALUATION_BATCH
 from lorap.evaluation import Evaluation, evaluate_stream
@@ -45,7 +46,7 @@ from lorap.loading import check_tokenizer, find_model, load_model, load_tokenize
 from lorap.modules import count_parameters
 from lorap.paging import in_memory_throughout, pages_of
 from lorap.planning import Key, Plan, make_plan
-from lorap.report import CompressionReport, ProjectionReport
+from lorap.report import CompressionReport, ProjectionReport, compressed_roles
 from lorap.resources import Stopwatch, describe_environment, peak_memory_bytes
 from lorap.typed import read_as
 from lorap.version import __version__
@@ -142,7 +143,11 @@ class Run:
             stream = self._stream(windows, fold_of=halves)
         with self.watch("evaluate"):
             judged = [self._stream(text, batch_tokens=EVALUATION_BATCH) for text in texts]
-        self._compress_layers(plan, stream, judged, report)
+        corrects = self.config.correction_steps > 0 and self.config.sparsity > 0
+        self._compress_layers(plan, stream, [] if corrects else judged, report)
+        if corrects:
+            self._correct(windows)
+            self._advance(judged)
         with self.watch("evaluate"):
             for text, dense, behind in zip(texts, before, judged, strict=True):
                 report.add_evaluation(dense, evaluate_stream(self.model, self.layers, behind, text))
@@ -202,10 +207,7 @@ class Run:
         start = dict(self.watch.seconds)
         with self.watch("evaluate"):
             streams = [self._stream(text, batch_tokens=EVALUATION_BATCH) for text in texts]
-            for index, layer in enumerate(self._bar(self.layers, desc="Evaluating")):
-                with on_device(layer, self.device):
-                    for stream in streams:
-                        stream.advance(index, layer)
+            self._advance(streams)
             losses = [
                 evaluate_stream(self.model, self.layers, stream, text)
                 for stream, text in zip(streams, texts, strict=True)
@@ -265,22 +267,69 @@ class Run:
                     with self.watch(stage):
                         each.advance(index, layer)
 
+    def _correct(self, windows: TokenWindows) -> None:
+        """Small steps of all weights together. An interrupted pass begins again, with the layers as they were before it."""
+        if self.journal.has("corrected"):
+            self.watch.add(self.journal.read("corrected")["seconds"])
+            for index, layer in enumerate(self.layers):
+                self._reloaded(_corrected(index), layer)
+            return
+        start, steps = dict(self.watch.seconds), self.config.correction_steps
+
+        def keep(step: int, index: int, layer: nn.Module) -> None:
+            if self.journal.folder is not None and (pages_of(layer) is not None or step == steps - 1):
+                self.journal.keep_tensors(_corrected(index), layer.state_dict())
+                self.journal.processes.wait()
+                self._repaged(_corrected(index), layer)
+
+        with self.watch("correct"):
+            correct(
+                self.model,
+                self.layers,
+                windows,
+                fold_of(windows),
+                self.architecture,
+                compressed_roles(self.config),
+                steps=steps,
+                device=self.device,
+                keep=keep,
+                progress=lambda step: partial(self._bar, desc=f"Correcting, step {step + 1} of {steps}"),
+                shelf=self.shelf,
+                processes=self.journal.processes,
+            )
+        self.journal.keep("corrected", {"seconds": self.watch.since(start)})
+
+    def _advance(self, judged: Sequence[CalibrationStream]) -> None:
+        """Send the texts to judge by through all layers."""
+        with self.watch("evaluate"):
+            for index, layer in enumerate(self._bar(self.layers, desc="Evaluating")) if judged else ():
+                with on_device(layer, self.device):
+                    for text in judged:
+                        text.advance(index, layer)
+
     def _restored(self, step: str, layer: nn.Module) -> list[ProjectionReport]:
         """Bring a finished layer back into the model; of a paged one only where it is."""
         home = next(layer.parameters()).device
-        stored = self.journal.tensors(step)
-        adopt(layer, stored, self.architecture)
-        if pages_of(layer) is None:
-            load_kept(layer, stored, home)
-        self._repaged(step, layer)
+        adopt(layer, self.journal.tensors(step), self.architecture)
+        self._reloaded(step, layer, home)
         kept = self.journal.read(step)
         self.watch.add(kept["seconds"])
         return kept_reports(kept, step)
+
+    def _reloaded(self, step: str, layer: nn.Module, home: torch.device | None = None) -> None:
+        """The weights that were kept, where the layer is in memory; a paged one finds them when it is used."""
+        if pages_of(layer) is None:
+            load_kept(layer, self.journal.tensors(step), home or next(layer.parameters()).device)
+        self._repaged(step, layer)
 
     def _repaged(self, step: str, layer: nn.Module) -> None:
         """From now on a paged layer comes from what was kept of it."""
         if (pages := pages_of(layer)) is not None:
             layer.pages = replace(pages, tensors=self.journal.tensors(step), dtype=None)  # type: ignore[assignment]
+
+
+def _corrected(index: int) -> str:
+    return f"corrected-{index:05}"
 
 
 def _open(model_or_path: Any, tokenizer: Any, device: str, dtype: str) -> tuple[Any, Any, str]:

@@ -174,6 +174,7 @@ WRITTEN: list[tuple[str, list[Any], Any]] = [
     ("bias_compensation", ["--bias-compensation"], True),
     ("sequential", ["--sequential", "layer"], "layer"),
     ("storage", ["--storage", "factors"], "factors"),
+    ("correction_steps", ["--correction-steps", "8"], 8),
     ("target", ["--target", "stock"], "stock"),
 ]
 

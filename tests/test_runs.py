@@ -5,6 +5,7 @@ What changes under a run (options, texts, weights) is refused; nothing that was 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -62,11 +63,12 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in told}
 
 
-@pytest.mark.parametrize("recipe", ["best", "lorap", "svd-llm", "flap", "stock"])
+@pytest.mark.parametrize("recipe", ["best", "lorap", "svd-llm", "flap", "stock", "corrected"])
 @pytest.mark.parametrize("family", ["llama-gqa", "qwen2", "qwen3", "llama-biases"])
 def test_same_bytes_as_in_memory(family: str, recipe: str, make_model: Any, tokens: Path, tmp_path: Path) -> None:
     make_model(family).save_pretrained(tmp_path / "model", max_shard_size="100KB")
-    config = small(target="stock") if recipe == "stock" else small(recipe=recipe)
+    more = {"stock": {"target": "stock"}, "corrected": {"correction_steps": 3}}
+    config = small(**more.get(recipe, {"recipe": recipe}))
     model, report = lorap.compress(
         tmp_path / "model",
         calibration=str(tokens),
@@ -85,12 +87,12 @@ def test_same_bytes_as_in_memory(family: str, recipe: str, make_model: Any, toke
     assert not journal_folder(tmp_path / "out").exists()
 
 
-def test_another_dtype_is_cast_on_the_way(source: Path, tokens: Path, tmp_path: Path) -> None:
-    compress_to_folder(source, tmp_path / "out", small(recipe="lorap"), options(tokens, dtype="bfloat16"))
+@pytest.mark.parametrize("steps", [0, 3])
+def test_another_dtype_is_cast_on_the_way(steps: int, source: Path, tokens: Path, tmp_path: Path) -> None:
+    config = small(recipe="lorap", correction_steps=steps)
+    compress_to_folder(source, tmp_path / "out", config, options(tokens, dtype="bfloat16"))
     assert {info.dtype for info in read_tensors(tmp_path / "out").values()} == {"BF16"}
-    model = lorap.compress(
-        source, calibration=str(tokens), config=small(recipe="lorap"), dtype="bfloat16", device="cpu"
-    )[0]
+    model = lorap.compress(source, calibration=str(tokens), config=config, dtype="bfloat16", device="cpu")[0]
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         torch.testing.assert_close(tensor, model.state_dict()[name], rtol=0, atol=0)
 
@@ -124,7 +126,7 @@ def test_one_layer_is_in_memory_at_a_time(source: Path, tokens: Path, tmp_path: 
 
     monkeypatch.setattr("lorap.runs.open_paged", opens)
     monkeypatch.setattr(lorap.calibration.stream.CalibrationStream, "advance", watching)
-    compress_to_folder(source, tmp_path / "out", small(), options(tokens))
+    compress_to_folder(source, tmp_path / "out", small(correction_steps=2), options(tokens))
     assert set(seen) == {1}
     assert len(seen) >= 9
 
@@ -172,12 +174,41 @@ def test_hidden_states_beyond_the_budget_are_on_disk(source: Path, tokens: Path,
     assert not list((tmp_path / "shelf").iterdir())
 
 
-STEPS = ["windows", "before", "plan", "layer-00000", "layer-00002", "complete"]
+STEPS = ["windows", "before", "plan", "layer-00000", "layer-00002", "corrected", "complete"]
+
+
+@pytest.mark.parametrize("paged", [True, False], ids=["paged", "in memory"])
+@pytest.mark.parametrize("at", range(1, 7, 2))
+def test_a_correction_that_was_interrupted_begins_again(
+    at: int, paged: bool, source: Path, tokens: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    if not paged:
+        monkeypatch.setattr("lorap.runs.open_paged", lambda *args, **kwargs: None)
+    config = small(correction_steps=2)
+    compress_to_folder(source, tmp_path / "whole", config, options(tokens))
+    keep, kept = Journal.keep_tensors, itertools.count(1)
+
+    def stops(self: Journal, name: str, *args: Any, **kwargs: Any) -> None:
+        keep(self, name, *args, **kwargs)
+        if name.startswith("corrected") and next(kept) == at:
+            raise KeyboardInterrupt
+
+    # Three layers are kept, twice where they leave memory after each step.
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "keep_tensors", stops)
+        if not paged and at > 3:
+            compress_to_folder(source, tmp_path / "out", config, options(tokens))
+            return
+        with pytest.raises(KeyboardInterrupt):
+            compress_to_folder(source, tmp_path / "out", config, options(tokens))
+    compress_to_folder(source, tmp_path / "out", config, options(tokens))
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_goes_on_behind_the_last_step(step: str, source: Path, tokens: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    compress_to_folder(source, tmp_path / "whole", small(), options(tokens))
+    config = small(correction_steps=2)
+    compress_to_folder(source, tmp_path / "whole", config, options(tokens))
     keep = Journal.keep_alone
     done: list[str] = []
 
@@ -189,11 +220,11 @@ def test_goes_on_behind_the_last_step(step: str, source: Path, tokens: Path, tmp
 
     monkeypatch.setattr(Journal, "keep_alone", stops)
     with pytest.raises(KeyboardInterrupt):
-        compress_to_folder(source, tmp_path / "out", small(), options(tokens))
+        compress_to_folder(source, tmp_path / "out", config, options(tokens))
     assert not (tmp_path / "out").exists()
     assert journal_folder(tmp_path / "out").is_dir()
     first, done[:], step = list(done), [], "never"
-    report = compress_to_folder(source, tmp_path / "out", small(), options(tokens))
+    report = compress_to_folder(source, tmp_path / "out", config, options(tokens))
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     assert not set(first) & set(done)  # nothing is done twice
     assert report.seconds["load"] > 0

@@ -103,7 +103,8 @@ def test_a_large_vocabulary_is_read_in_parts(tokens, bias):
     targets = torch.randint(49_157, (tokens,))
     targets[-1] = 49_156
     parts = list(_logits(features, head, 20_000))
-    assert len(parts) == math.ceil(49_157 / (20_000 // tokens)) and max(part.numel() for _, part in parts) <= 20_000
+    assert len(parts) == math.ceil(49_157 / (20_000 // tokens))
+    assert max(part.numel() for _, part in parts) <= 20_000
     losses, likeliest = _cross_entropy(parts, targets)
     logits = torch.cat([part for _, part in parts], -1)
     assert torch.allclose(logits.detach(), head(features), atol=1e-4)
@@ -115,7 +116,8 @@ def test_a_large_vocabulary_is_read_in_parts(tokens, bias):
     # A hook may change what the layer gives: it is called as a whole.
     head.register_forward_hook(lambda module, given, found: -found)
     ((first, whole),) = _logits(features, head, 20_000)
-    assert first == 0 and torch.allclose(whole, -logits, atol=1e-4)
+    assert first == 0
+    assert torch.allclose(whole, -logits, atol=1e-4)
 
 
 def test_the_first_of_equal_tokens_is_the_likeliest():

@@ -114,7 +114,7 @@ def specification(cell: Cell, material: Material, *, count: int = TOKENS, long_p
     calibration = None if default else material.calibrations[cell.calibration]
     config = cell.config()
     sources = {
-        "config": config and config.to_dict(),
+        "config": config and _described(config),
         "calibration": calibration.sha256 if calibration else config and default_sha256(),
         "model": material.model_sha256,
     }
@@ -126,6 +126,14 @@ def specification(cell: Cell, material: Material, *, count: int = TOKENS, long_p
         "key": hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest(),
         "sources": sources,
     }
+
+
+def _described(config: lorap.CompressionConfig) -> dict[str, Any]:
+    """Options; one that came later counts only where it is used, so that older cells stay valid."""
+    options = config.to_dict()
+    if not options["correction_steps"]:
+        del options["correction_steps"]
+    return options
 
 
 def is_done(path: Path, specification: dict[str, Any]) -> bool:

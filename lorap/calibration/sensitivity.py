@@ -17,22 +17,19 @@ Nothing is trained: no weight has a gradient, only activations do.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorap.calibration.backward import BATCH_TOKENS, walk_back
 from lorap.calibration.data import TokenWindows
-from lorap.calibration.shelf import IN_MEMORY, Held, Shelf
+from lorap.calibration.shelf import IN_MEMORY, Shelf
 from lorap.calibration.statistics import ActivationStats
-from lorap.calibration.stream import Batch, CalibrationStream, on_device, run_layer, summed_loss
-from lorap.paging import in_memory
+from lorap.calibration.stream import CalibrationStream
 from lorap.processes import ALONE, Processes
 
-# Tokens that run backward at once. Each keeps all activations of one layer, and once the logits.
-BATCH_TOKENS = 512
 # Keeps the product of a vanishing gradient and its weight within float32.
 LARGEST_RATIO = 1e30
 # Above so many channels sums are float32: prices need no more, and in float64 all moments of a layer are several times the layer.
@@ -78,35 +75,13 @@ def layer_sensitivities(
     stream = CalibrationStream.from_model(
         model, layers, windows, device=device, batch_tokens=BATCH_TOKENS, shelf=shelf, processes=processes
     )
-    inputs = []
-    for index, layer in enumerate(layers):
-        inputs.append([batch.held for batch in stream.batches])
-        with on_device(layer, device):
-            stream.advance(index, layer)
-    with in_memory(model.get_output_embeddings()):
-        gradients = [_loss_gradient(model, layers, batch) for batch in stream.batches]
-    for index in progress(reversed(range(len(layers)))):
-        layer, hidden = layers[index], inputs.pop()
-        sums = _Sums()
-        with on_device(layer, device):
-            linears = projections(layer)
-            for position, (batch, held) in enumerate(zip(stream.batches, hidden, strict=True)):
-                gradient = _backward(index, layer, batch, held.get(), gradients[position].get(), linears, sums)
-                gradients[position] = shelf.put(gradient)
-            # Who has no window adds nothing.
-            sums.add_up(
-                {role: (linear.in_features, linear.out_features) for role, linear in linears.items()}, device, processes
-            )
-            yield index, sums.sensitivities()
-
-
-def _loss_gradient(model: Any, layers: Sequence[nn.Module], batch: Batch) -> Held:
-    """Gradient of the summed loss with respect to the last layer's output."""
-    with torch.enable_grad():
-        states = batch.hidden.to(model.get_output_embeddings().weight.device).detach().requires_grad_(True)
-        loss, _ = summed_loss(model, layers, batch, states)
-        (gradient,) = torch.autograd.grad(loss, states)
-    return batch.shelf.put(gradient.to(batch.hidden.device))
+    walk = walk_back(model, layers, stream, projections, _Sums, device=device, progress=progress, shelf=shelf)
+    for index, linears, sums in walk:
+        # Who has no window adds nothing.
+        sums.add_up(
+            {role: (linear.in_features, linear.out_features) for role, linear in linears.items()}, device, processes
+        )
+        yield index, sums.sensitivities()
 
 
 class _Sums:
@@ -116,7 +91,7 @@ class _Sums:
         self.inputs: dict[str, ActivationStats] = {}
         self.outputs: dict[str, ActivationStats] = {}
 
-    def add(self, role: str, x: Tensor, g: Tensor, mask: Tensor | None) -> None:
+    def add(self, role: str, x: Tensor, g: Tensor, mask: Tensor | None, fold: int = 0) -> None:
         x_norm, g_norm = (part.float().norm(dim=-1) for part in (x, g))
         _moments(self.inputs, role, x.shape[-1], x.device).update(x, mask, _ratio(g_norm, x_norm))
         _moments(self.outputs, role, g.shape[-1], g.device).update(g, mask, _ratio(x_norm, g_norm))
@@ -153,30 +128,3 @@ def _moments(
     if role not in stats:
         stats[role] = ActivationStats(features, moments=True, device=device, wide=WIDE)
     return stats[role]
-
-
-def _backward(
-    index: int,
-    layer: nn.Module,
-    batch: Batch,
-    hidden: Tensor,
-    gradient: Tensor,
-    linears: Mapping[str, nn.Linear],
-    sums: _Sums,
-) -> Tensor:
-    """Gradient with respect to the layer's input; adds what passed the projections on the way to ``sums``."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def note(role: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        return lambda _module, args, output: seen.__setitem__(role, (args[0], output))
-
-    with torch.enable_grad(), ExitStack() as hooks:
-        for role, linear in linears.items():
-            hooks.callback(linear.register_forward_hook(note(role)).remove)
-        hidden = hidden.detach().requires_grad_(True)
-        output = run_layer(layer, hidden, batch, index)
-        wanted = [hidden, *(seen[role][1] for role in linears)]
-        below, *at_outputs = torch.autograd.grad(output, wanted, gradient)
-    for role, g in zip(linears, at_outputs, strict=True):
-        sums.add(role, seen[role][0].detach(), g, batch.mask)
-    return below

@@ -148,6 +148,14 @@ def compress_command(
         Optional[str],
         _option("storage", "pivoted: higher ranks for the same parameters, without loss (checkpoint format 2)."),
     ] = None,
+    correction_steps: Annotated[
+        Optional[int],
+        _option(
+            "correction_steps",
+            "Afterwards, so many small steps of all weights against the gradient of the loss on the calibration text; "
+            "8 is a good number.",
+        ),
+    ] = None,
     target: Annotated[
         Optional[str],
         _option(

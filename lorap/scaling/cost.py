@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from lorap.architectures import ATTENTION, MLP, PROJECTIONS, SHARED_INPUTS
-from lorap.calibration.sensitivity import BATCH_TOKENS as BACKWARD_TOKENS
+from lorap.calibration.backward import BATCH_TOKENS as BACKWARD_TOKENS
 from lorap.calibration.stream import BATCH_TOKENS
 from lorap.config import CompressionConfig
 from lorap.evaluation import BATCH_TOKENS as EVALUATION_BATCH

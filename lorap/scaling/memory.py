@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lorap.allocation import LayerPlan
-from lorap.calibration.sensitivity import BATCH_TOKENS as BACKWARD_TOKENS
+from lorap.calibration.backward import BATCH_TOKENS as BACKWARD_TOKENS
 from lorap.calibration.stream import BATCH_TOKENS
 from lorap.config import CompressionConfig
 from lorap.evaluation import BATCH_TOKENS as EVALUATION_BATCH

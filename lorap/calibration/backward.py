@@ -1,0 +1,108 @@
+"""One backward pass with one decoder layer in memory at a time: forward through all of them first, then back from the last one.
+
+Only activations have gradients. What passes the linear layers on the way, inputs and gradients of outputs, goes to a gatherer;
+the weights are the caller's while their layer is in memory, and may change: nothing below needs them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lorap.calibration.shelf import IN_MEMORY, Held, Shelf
+from lorap.calibration.stream import Batch, CalibrationStream, on_device, run_layer, summed_loss
+from lorap.paging import in_memory
+
+# Tokens that run backward at once. Each keeps all activations of one layer, and once the logits.
+BATCH_TOKENS = 512
+
+
+class Gatherer(Protocol):
+    """Takes what passes the linear layers of one decoder layer."""
+
+    def add(self, role: str, x: Tensor, g: Tensor, mask: Tensor | None, fold: int) -> None:
+        """Inputs (windows, seq_len, in_features) of a linear layer, and the gradients of the summed loss at its outputs."""
+
+
+G = TypeVar("G", bound=Gatherer)
+
+
+def walk_back(
+    model: Any,
+    layers: Sequence[nn.Module],
+    stream: CalibrationStream,
+    linears_of: Callable[[nn.Module], Mapping[str, nn.Linear]],
+    gatherer: Callable[[], G],
+    *,
+    device: torch.device,
+    progress: Any = iter,
+    shelf: Shelf = IN_MEMORY,
+) -> Generator[tuple[int, Mapping[str, nn.Linear], G]]:
+    """(layer index, its linear layers, what was gathered), from the last decoder layer to the first, while it is in memory.
+
+    Args:
+        model: in evaluation mode.
+        layers: its decoder layers.
+        stream: windows before the first layer; afterwards they are behind the last one.
+        linears_of: the linear layers of a decoder layer that are asked for, by name.
+        gatherer: makes one for each layer.
+        device: where the layers are worked on.
+        progress: wraps the layer indices, for a progress bar.
+        shelf: keeps the hidden states before every layer, (tokens, hidden_size) each.
+    """
+    inputs = []
+    for index, layer in enumerate(layers):
+        inputs.append([batch.held for batch in stream.batches])
+        with on_device(layer, device):
+            stream.advance(index, layer)
+    with in_memory(model.get_output_embeddings()):
+        gradients = [_loss_gradient(model, layers, batch) for batch in stream.batches]
+    for index in progress(reversed(range(len(layers)))):
+        layer, hidden = layers[index], inputs.pop()
+        gathered = gatherer()
+        with on_device(layer, device):
+            linears = linears_of(layer)
+            for position, (batch, held) in enumerate(zip(stream.batches, hidden, strict=True)):
+                gradient = _backward(index, layer, batch, held.get(), gradients[position].get(), linears, gathered)
+                gradients[position] = shelf.put(gradient)
+            yield index, linears, gathered
+
+
+def _loss_gradient(model: Any, layers: Sequence[nn.Module], batch: Batch) -> Held:
+    """Gradient of the summed loss with respect to the last layer's output."""
+    with torch.enable_grad():
+        states = batch.hidden.to(model.get_output_embeddings().weight.device).detach().requires_grad_(True)
+        loss, _ = summed_loss(model, layers, batch, states)
+        (gradient,) = torch.autograd.grad(loss, states)
+    return batch.shelf.put(gradient.to(batch.hidden.device))
+
+
+def _backward(
+    index: int,
+    layer: nn.Module,
+    batch: Batch,
+    hidden: Tensor,
+    gradient: Tensor,
+    linears: Mapping[str, nn.Linear],
+    gathered: Gatherer,
+) -> Tensor:
+    """Gradient with respect to the layer's input; adds what passed the linear layers on the way to ``gathered``."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def note(role: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda _module, args, output: seen.__setitem__(role, (args[0], output))
+
+    with torch.enable_grad(), ExitStack() as hooks:
+        for role, linear in linears.items():
+            hooks.callback(linear.register_forward_hook(note(role)).remove)
+        hidden = hidden.detach().requires_grad_(True)
+        output = run_layer(layer, hidden, batch, index)
+        wanted = [hidden, *(seen[role][1] for role in linears)]
+        below, *at_outputs = torch.autograd.grad(output, wanted, gradient)
+    for role, g in zip(linears, at_outputs, strict=True):
+        gathered.add(role, seen[role][0].detach(), g, batch.mask, batch.fold)
+    return below

@@ -1,0 +1,176 @@
+"""After all layers are compressed: a few steps of their weights against the gradient of the loss, on the calibration windows.
+
+Least squares repairs each layer by itself, towards what the dense layer gave. What all layers together have lost shows in the
+gradient of the loss, and only there. Each step takes a part of the windows and moves every weight by the same small amount
+against the sign of its gradient (sign descent; Bernstein et al., arXiv 1802.04434), so that nothing but the weights outlives a
+step and one decoder layer is in memory at a time. A weight moves where both folds of the text, which differ in kind, want it to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorap.architectures import Architecture
+from lorap.calibration.backward import BATCH_TOKENS, walk_back
+from lorap.calibration.data import TokenWindows
+from lorap.calibration.shelf import IN_MEMORY, Held, Shelf
+from lorap.calibration.stream import CalibrationStream
+from lorap.errors import CalibrationError
+from lorap.paging import pages_of
+from lorap.processes import ALONE, Processes
+
+# The first step moves an output by at most this share of what independent weights give; later ones by less, down to none.
+RATE = 0.012
+# Sums of more numbers are float32: two numbers of processes may then differ in the sign of what is next to 0.
+EXACT_NUMBERS = 2**22
+
+
+def correct(
+    model: Any,
+    layers: Sequence[nn.Module],
+    windows: TokenWindows,
+    folds: Tensor,
+    architecture: Architecture,
+    roles: Sequence[str],
+    *,
+    steps: int,
+    device: torch.device,
+    keep: Callable[[int, int, nn.Module], None] = lambda step, index, layer: None,
+    progress: Callable[[int], Any] = lambda step: iter,
+    shelf: Shelf = IN_MEMORY,
+    processes: Processes = ALONE,
+) -> None:
+    """Move the weights of ``roles`` in all ``layers``, in place.
+
+    Args:
+        model: compressed, in evaluation mode.
+        layers: its decoder layers.
+        windows: each is used in one step.
+        folds: (windows,) bool, see :func:`lorap.calibration.data.fold_of`.
+        architecture: where the projections are.
+        roles: projections that are corrected; of a low-rank one both factors.
+        steps: how many.
+        device: where layers are worked on.
+        keep: called with (step, layer index, layer) after each change, before the layer may leave memory.
+        progress: gives what wraps the layer indices of a step.
+        shelf: keeps hidden states.
+        processes: who share the windows.
+
+    Raises:
+        CalibrationError: there are fewer windows than steps, or a gradient is not finite.
+    """
+    if len(windows.input_ids) < steps:
+        raise CalibrationError(
+            f"{steps} correction steps need {steps} windows of calibration text and there are {len(windows.input_ids)}; raise "
+            "--num-calibration-samples or lower --correction-steps"
+        )
+    exact = _ExactWeights(shelf)
+    for step, rows in enumerate(parts(folds, steps)):
+        mask = None if windows.attention_mask is None else windows.attention_mask[rows]
+        stream = CalibrationStream.from_model(
+            model,
+            layers,
+            TokenWindows(windows.input_ids[rows], windows.name, windows.sha256, mask),
+            device=device,
+            fold_of=folds[rows] if len(folds[rows].unique()) == 2 else None,
+            batch_tokens=BATCH_TOKENS,
+            shelf=shelf,
+            processes=processes,
+        )
+        walk = walk_back(
+            model,
+            layers,
+            stream,
+            lambda layer: _linears(layer, architecture, roles),
+            lambda count=stream.folds: _Gradients(count),  # type: ignore[misc]
+            device=device,
+            progress=progress(step),
+            shelf=shelf,
+        )
+        for index, linears, gradients in walk:
+            gradients.add_up(linears, device, processes)
+            for name, linear in linears.items():
+                votes = gradients.votes(name)
+                if votes is None:
+                    raise CalibrationError(
+                        f"the gradients at {name} of layer {index} are not finite in {model.dtype}: try --dtype float32 or "
+                        "bfloat16, or do without them: --correction-steps 0"
+                    )
+                exact.move(index, name, layers[index], linear, votes, RATE * (1 - step / steps))
+            keep(step, index, layers[index])
+
+
+def parts(folds: Tensor, steps: int) -> list[Tensor]:
+    """Which windows each step takes: every ``steps``-th, so that all sources have their part, and both folds where they can."""
+    order = torch.argsort(folds.int(), stable=True)
+    return [order[step::steps] for step in range(steps)]
+
+
+def _linears(layer: nn.Module, architecture: Architecture, roles: Sequence[str]) -> dict[str, nn.Linear]:
+    paths = [architecture.projections[role] for role in roles]
+    return {
+        name: module
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear) and any(name == path or name.startswith(path + ".") for path in paths)
+    }
+
+
+class _Gradients:
+    """Of the weights of one decoder layer, by name, a sum for each fold."""
+
+    def __init__(self, folds: int) -> None:
+        self.folds = folds
+        self.sums: dict[str, list[Tensor]] = {}
+
+    def add(self, role: str, x: Tensor, g: Tensor, mask: Tensor | None, fold: int) -> None:
+        x, g = x.flatten(0, -2).float(), g.flatten(0, -2).float()
+        if mask is not None:
+            g = g * mask.flatten()[:, None]
+        self._sums(role, g.shape[-1], x.shape[-1], x.device)[fold] += g.T @ x
+
+    def _sums(self, role: str, out_features: int, in_features: int, device: torch.device) -> list[Tensor]:
+        if role not in self.sums:
+            dtype = torch.float64 if out_features * in_features <= EXACT_NUMBERS else torch.float32
+            self.sums[role] = [
+                torch.zeros(out_features, in_features, dtype=dtype, device=device) for _ in range(self.folds)
+            ]
+        return self.sums[role]
+
+    def add_up(self, linears: Mapping[str, nn.Linear], device: torch.device, processes: Processes) -> None:
+        """Sums over all processes, of which some may have seen nothing."""
+        for name, linear in linears.items():
+            processes.sum(*self._sums(name, linear.out_features, linear.in_features, device))
+
+    def votes(self, name: str) -> Tensor | None:
+        """(out_features, in_features) float32: 1 or -1 where the folds agree on the sign, 0 elsewhere; None if not finite."""
+        sums = self.sums.pop(name)
+        if not all(torch.isfinite(each).all() for each in sums):
+            return None
+        total = torch.stack([each.sign() for each in sums]).sum(0)
+        return (total / len(sums)).trunc().float()
+
+
+class _ExactWeights:
+    """16 bits are too coarse for small steps, so float32 copies of such weights are moved, and the weights rounded from them."""
+
+    def __init__(self, shelf: Shelf) -> None:
+        # Beside a model that is paged because it is large, copies go to files.
+        self.files = Shelf(budget_bytes=0, folder=None if shelf.folder is None else shelf.folder / "weights")
+        self.copies: dict[tuple[int, str], Held] = {}
+
+    def move(self, index: int, name: str, layer: nn.Module, linear: nn.Linear, votes: Tensor, rate: float) -> None:
+        weight = linear.weight.data
+        rounded = weight.dtype in (torch.float16, torch.bfloat16)
+        copy = self.copies.pop((index, name), None)
+        exact = weight.float() if copy is None else copy.get().to(weight.device)
+        size = rate * float(exact.square().mean().sqrt()) / math.sqrt(linear.in_features)
+        exact = exact - size * votes.to(exact.device)
+        weight.copy_(exact)
+        if rounded:
+            shelf = IN_MEMORY if pages_of(layer) is None else self.files
+            self.copies[index, name] = shelf.put(exact)

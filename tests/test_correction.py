@@ -1,0 +1,178 @@
+"""Steps against the gradient: which way, how far, from which windows, and that they help on text that was not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lorap
+from lorap.architectures import ARCHITECTURES, PROJECTIONS
+from lorap.calibration import TokenWindows
+from lorap.correction import RATE, _Gradients, correct, parts
+from lorap.errors import CalibrationError, ConfigError
+
+CPU = torch.device("cpu")
+
+
+def corrected(model: Any, ids: Tensor, folds: Tensor, steps: int = 1, **more: Any) -> Any:
+    architecture = ARCHITECTURES[model.config.model_type]
+    layers = list(architecture.decoder_layers(model))
+    windows = TokenWindows(ids, "tokens", "", more.pop("mask", None))
+    roles = more.pop("roles", PROJECTIONS)
+    correct(model, layers, windows, folds, architecture, roles, steps=steps, device=CPU, **more)
+    return model
+
+
+def loss_of(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    logits = model(ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    targets = ids[:, 1:]
+    if mask is not None:
+        targets = targets.masked_fill((mask[:, 1:] * mask[:, :-1]) == 0, -100)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+def linears(model: Any) -> dict[str, nn.Linear]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".layers." in f".{name}"
+    }
+
+
+def signs_by_autograd(model: Any, ids: Tensor, folds: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+    """1 and -1 where both folds agree, 0 elsewhere, from autograd on the weights of the whole model."""
+    weights = {name: module.weight for name, module in linears(model).items()}
+    found = []
+    for fold in folds.unique():
+        rows = folds == fold
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        loss = loss_of(model, ids[rows], None if mask is None else mask[rows])
+        found.append([gradient.sign() for gradient in torch.autograd.grad(loss, list(weights.values()))])
+        for weight in weights.values():
+            weight.requires_grad_(False)
+    agreed = [torch.where(one == two, one, 0.0) for one, two in zip(found[0], found[-1], strict=True)]
+    return dict(zip(weights, agreed, strict=True))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("two_folds", [False, True])
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("family", ["llama-gqa", "qwen3", "llama-biases"])
+def test_a_step_goes_against_the_gradient(
+    make_model: Callable[..., Any],
+    compress_small: Callable[..., Any],
+    tokens: Tensor,
+    family: str,
+    compressed: bool,
+    two_folds: bool,
+    padded: bool,
+) -> None:
+    model = make_model(family)
+    if compressed:
+        model, _ = compress_small(model, storage="pivoted")
+    model = model.double()
+    folds = torch.arange(len(tokens)) % 3 == 1 if two_folds else torch.zeros(len(tokens), dtype=torch.bool)
+    mask = torch.ones_like(tokens)
+    if padded:
+        mask[1, 20:] = mask[2, 5:] = 0
+    before = {name: module.weight.data.clone() for name, module in linears(model).items()}
+    expected = signs_by_autograd(model, tokens, folds, mask if padded else None)
+    corrected(model, tokens, folds, mask=mask if padded else None)
+    for name, module in linears(model).items():
+        size = RATE * before[name].square().mean().sqrt() / before[name].shape[1] ** 0.5
+        moved = (before[name] - module.weight.data) / size
+        # Gradients next to 0 may have either sign in float32.
+        assert float((moved - expected[name]).abs().gt(1e-3).double().mean()) < 2e-3, name
+        assert two_folds or float(moved.abs().mean()) > 0.5
+
+
+def test_only_what_is_asked_for_moves(make_model: Callable[..., Any], tokens: Tensor) -> None:
+    model = make_model("llama-gqa")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    corrected(model, tokens, torch.zeros(8, dtype=torch.bool), roles=("q_proj", "down_proj"))
+    for name, tensor in model.state_dict().items():
+        asked = ("q_proj" in name or "down_proj" in name) and name.endswith("weight")
+        assert torch.equal(tensor, before[name]) != asked, name
+
+
+def test_later_steps_are_smaller_and_each_window_is_used_once(
+    make_model: Callable[..., Any], tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("llama-gqa")
+    name, module = next(iter(linears(model).items()))
+    size = float(RATE * module.weight.data.square().mean().sqrt() / module.in_features**0.5)
+    seen, largest, previous = [], [], module.weight.data.clone()
+    original = lorap.correction.CalibrationStream.from_model
+
+    def from_model(model: Any, layers: Any, windows: TokenWindows, **options: Any) -> Any:
+        seen.append(windows.input_ids)
+        return original(model, layers, windows, **options)
+
+    def keep(step: int, index: int, layer: Any) -> None:
+        nonlocal previous
+        if index == 0:
+            largest.append(float((module.weight.data - previous).abs().max()) / size)
+            previous = module.weight.data.clone()
+
+    monkeypatch.setattr(lorap.correction.CalibrationStream, "from_model", from_model)
+    corrected(model, tokens, torch.arange(8) >= 4, steps=4, keep=keep)
+    assert largest == pytest.approx([1, 0.75, 0.5, 0.25], rel=0.01)
+    assert sorted(torch.cat(seen).tolist()) == sorted(tokens.tolist())
+    assert name
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(1, 40))
+def test_parts(folds: list[bool], steps: int) -> None:
+    found = parts(torch.tensor(folds), steps)
+    assert sorted(torch.cat(found).tolist()) == list(range(len(folds)))
+    assert max(map(len, found)) - min(map(len, found)) <= 1
+    for fold in (False, True):
+        count = [sum(folds[row] == fold for row in part.tolist()) for part in found]
+        assert max(count) - min(count) <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_follow_exact_weights(make_model: Callable[..., Any], tokens: Tensor, dtype: torch.dtype) -> None:
+    """Ten steps of a thousandth each would be lost one by one in bfloat16, which has three digits."""
+    model = make_model("llama-gqa").to(dtype)
+    before = {name: module.weight.data.clone() for name, module in linears(model).items()}
+    corrected(model, tokens, torch.zeros(8, dtype=torch.bool), steps=8)
+    moved = [float((module.weight.data != before[name]).float().mean()) for name, module in linears(model).items()]
+    assert min(moved) > 0.3
+    assert all(module.weight.dtype == dtype for module in linears(model).values())
+
+
+def test_gradients_that_are_not_finite_are_told(make_model: Callable[..., Any], tokens: Tensor) -> None:
+    model = make_model("llama-gqa")
+    model.model.norm.weight.data.fill_(1e38)
+    with pytest.raises(
+        CalibrationError,
+        match=r"the gradients at self_attn\.q_proj of layer 1 are not finite in torch\.float32.*--correction-steps 0",
+    ):
+        corrected(model, tokens, torch.zeros(8, dtype=torch.bool))
+    gradients = _Gradients(1)
+    gradients.add("up", torch.full((1, 2, 3), torch.nan), torch.ones(1, 2, 4), None, 0)
+    assert gradients.votes("up") is None
+
+
+def test_too_few_windows(make_model: Callable[..., Any], tokens: Tensor) -> None:
+    with pytest.raises(ConfigError, match="9 correction steps need as many calibration windows, and there are 8"):
+        lorap.CompressionConfig(correction_steps=9, num_calibration_samples=8)
+    with pytest.raises(CalibrationError, match="9 windows of calibration text and there are 8"):
+        corrected(make_model("llama-gqa"), tokens, torch.zeros(8, dtype=torch.bool), steps=9)
+
+
+def test_nothing_to_correct_at_sparsity_0(make_model: Callable[..., Any], compress_small: Callable[..., Any]) -> None:
+    model = make_model("llama-gqa")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model, report = compress_small(model, sparsity=0.0, correction_steps=2)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert "correct" not in report.seconds
