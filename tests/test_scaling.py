@@ -17,15 +17,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from typer.testing import CliRunner
 
-from lorap.architectures import PROJECTIONS
+from lorap.architectures import ARCHITECTURES, PROJECTIONS
+from lorap.calibration import TokenWindows
 from lorap.calibration.statistics import ActivationStats
 from lorap.cli import app
 from lorap.cli.compress import compress_command
 from lorap.cli.plan import LEFT_OUT
 from lorap.config import CompressionConfig
+from lorap.correction import correct
 from lorap.errors import ArchitectureError, CheckpointError, ConfigError
 from lorap.factorization import factorize_batch
 from lorap.folders import INDEX
@@ -433,6 +436,42 @@ def test_planning_happens_only_where_the_loss_is_asked(shape_of, unit_machine: M
     assert not {"sample", "evaluate before", "evaluate after"} & set(seconds(texts))
 
 
+class Products(TorchDispatchMode):
+    """Counts as FlopCounterMode does, which refuses to run inside torch.autograd.grad."""
+
+    flop = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.flop += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def test_a_correction_takes_what_torch_counts(make_model, compress_small, shape_of, unit_machine: Machine) -> None:
+    config = CompressionConfig(
+        recipe="lorap", sparsity=0.5, correction_steps=4, num_calibration_samples=16, calibration_seq_len=32
+    )
+    model, _ = compress_small(make_model("llama-gqa"), sparsity=0.5)
+    model.set_attn_implementation("eager")
+    architecture = ARCHITECTURES["llama"]
+    windows = TokenWindows(torch.randint(3, 500, (16, 32)), "tokens", "")
+    parts = (model, list(architecture.decoder_layers(model)), windows, torch.arange(16) > 7, architecture, PROJECTIONS)
+    with Products() as products:
+        correct(*parts, steps=4, device=torch.device("cpu"))
+    shape = shape_of("llama-gqa")
+    found = estimate(shape, config, unit_machine)
+    assert sum(flop(found, "correct").values()) == pytest.approx(products.flop, rel=0.1)
+    plain = estimate(shape, replace(config, correction_steps=0), unit_machine)
+    assert "correct" not in seconds(plain)
+    # Every layer lies on the disk once more.
+    (kept,) = [stage for stage in found.stages if stage.name == "keep layers"]
+    (nbytes,) = [part.amount for part in kept.parts]
+    assert found.disk_bytes - plain.disk_bytes == nbytes
+    (stage,) = [stage for stage in found.stages if stage.name == "correct"]
+    assert sum(part.amount for part in stage.parts if part.what == "corrected layers") == 4 * nbytes
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Memory, processes, machines
 
@@ -441,7 +480,7 @@ def test_planning_happens_only_where_the_loss_is_asked(shape_of, unit_machine: M
 def test_memory_does_not_grow_with_the_layers(shape_of, unit_machine: Machine, recipe: str) -> None:
     few = shape_of("llama-mha")
     many = replace(few, num_layers=200 * few.num_layers)
-    config = CompressionConfig(recipe=recipe, sparsity=0.3)
+    config = CompressionConfig(recipe=recipe, sparsity=0.3, correction_steps=8)
 
     def memory(shape: ModelShape) -> dict[str, int]:
         found = estimate(shape, config, unit_machine, calibration=["wiki.txt"], max_memory=1000)

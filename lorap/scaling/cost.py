@@ -51,6 +51,7 @@ def stages(run: Passes) -> Iterator[Stage]:
         ("factorize", _factorize(run), memory.factorize()),
         ("prune and repair", _prune(run), memory.prune()),
         ("keep layers", _keep(run), memory.held),
+        ("correct", _correct(run), memory.correct(sum(run.after[role] for role in compressed_roles(run.config)))),
         ("evaluate after", _evaluate(run, run.after, paged=False), memory.evaluate(run.texts.evaluation_tokens)),
         ("write", _write(run), memory.held),
     ]
@@ -123,7 +124,8 @@ def _plan(run: Passes) -> Ledger:
         return ledger
     run.page(paging, run.before, passes=2)
     tokens = run.texts.planning_tokens
-    run.run(layers, tokens, 3 * dense, batch=BACKWARD_TOKENS, what="forward, forward again, backward")
+    what = "forward, forward again, backward"
+    run.run(layers, tokens, 3 * dense, batch=BACKWARD_TOKENS, what=what, attention=4)
     roles = weighed_roles(config)
     for role in roles:
         for side, size in zip(("outputs", "inputs"), shape.projections[role], strict=True):
@@ -237,6 +239,32 @@ def _keep(run: Passes) -> Ledger:
     nbytes = sum(run.sizes.nbytes[role] for role in PROJECTIONS)
     ledger.carried("finished layers", nbytes, "written", f"{nbytes:,} B")
     return ledger
+
+
+def _correct(run: Passes) -> Ledger:
+    """Of each window once: forward, forward again, and backward to inputs and weights."""
+    ledger, steps = run.ledger(shared=True), run.config.correction_steps
+    if not steps or run.config.sparsity == 0:
+        return ledger
+    paging, layers = run.ledger(), run.ledger(shared=True, each_layer=True)
+    run.page(paging, run.after, passes=2 * steps)
+    tokens, params = run.texts.tokens, sum(run.after.values())
+    what = "forward, forward again, backward, weights"
+    run.run(layers, tokens, 4 * params, batch=BACKWARD_TOKENS, what=what, attention=4)
+    ledger.include(paging)
+    ledger.include(layers)
+    run.loss(ledger, tokens, backward=True)
+    kept = run.ledger()
+    nbytes, times = corrected_bytes(run), 1 if run.memory.resident else steps
+    kept.carried("corrected layers", times * nbytes, "written", f"{times:,} x {nbytes:,} B")
+    ledger.include(kept)
+    return ledger
+
+
+def corrected_bytes(run: Passes) -> int:
+    """Layers that are kept once more when they are corrected."""
+    corrects = run.config.correction_steps > 0 and run.config.sparsity > 0
+    return sum(run.sizes.nbytes[role] for role in PROJECTIONS) if corrects else 0
 
 
 def _write(run: Passes) -> Ledger:

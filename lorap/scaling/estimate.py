@@ -13,7 +13,7 @@ from lorap.config import CompressionConfig
 from lorap.info import KINDS
 from lorap.layers import needs_folds
 from lorap.report import format_table
-from lorap.scaling.cost import Stage, metric_bytes, stages
+from lorap.scaling.cost import Stage, corrected_bytes, metric_bytes, stages
 from lorap.scaling.ledger import duration, quantity
 from lorap.scaling.memory import Memory
 from lorap.scaling.passes import Passes
@@ -174,7 +174,7 @@ def estimate(
     run = Passes(shape, config, sizes, texts, machine, memory, processes=processes)
     spilled = processes * (memory.hidden_bytes - memory.in_memory(memory.hidden_bytes))
     # A finished layer lies there twice while the folder is being written.
-    disk = 2 * sum(sizes.nbytes.values()) + max(spilled, metric_bytes(run))
+    disk = 2 * sum(sizes.nbytes.values()) + max(spilled, metric_bytes(run)) + corrected_bytes(run)
     return Estimate(shape, config, sizes, machine, processes, list(stages(run)), disk)
 
 

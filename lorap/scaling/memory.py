@@ -11,6 +11,7 @@ from lorap.allocation import LayerPlan
 from lorap.calibration.backward import BATCH_TOKENS as BACKWARD_TOKENS
 from lorap.calibration.stream import BATCH_TOKENS
 from lorap.config import CompressionConfig
+from lorap.correction import EXACT_NUMBERS
 from lorap.evaluation import BATCH_TOKENS as EVALUATION_BATCH
 from lorap.factorization.memory import Footprint, working_bytes
 from lorap.kernels.reference import CHUNK_TOKENS
@@ -176,6 +177,29 @@ class Memory:
         judging = self.folds * width**2 + solving + 4 * min(JUDGED_OUTPUTS, hidden) * width
         refitting = width**2 + solving + 4 * hidden * width
         return held + max(self.folds * width**2 * size + scoring, max(judging, refitting) * size)
+
+    def correct(self, layer_params: int) -> int:
+        """The hidden states of one step before every layer, the gradients of one layer by fold, and a batch on its way back.
+
+        Args:
+            layer_params: of one compressed layer, that move.
+        """
+        shape, steps = self.shape, max(1, self.config.correction_steps)
+        tokens = -(-self.tokens // steps)
+        states = tokens * shape.hidden_size * shape.itemsize * (shape.num_layers + 2)
+        batch = min(BACKWARD_TOKENS, tokens)
+        backward = batch * (BACKWARD_HIDDEN * shape.hidden_size + BACKWARD_INNER * shape.width) * shape.itemsize
+        logits = batch * shape.vocab_size * (shape.itemsize + 4 * (LOGIT_COPIES + LOGIT_GRADIENTS))
+        largest = shape.hidden_size * max(shape.hidden_size, self.layer.intermediate_size)
+        gradients = self.folds * layer_params * (DOUBLE if largest <= EXACT_NUMBERS else 4)
+        head = 0 if self.resident else shape.head_params * shape.itemsize
+        copies = 4 * shape.num_layers * layer_params if self.resident and shape.itemsize < 4 else 0
+        return (
+            self.held
+            + copies
+            + self.in_memory(states)
+            + max(gradients + backward + 4 * DOUBLE * largest, head + logits)
+        )
 
     def _forward(self, tokens: int) -> int:
         wide = FORWARD_HIDDEN * self.shape.hidden_size + FORWARD_INNER * self.shape.width

@@ -82,10 +82,10 @@ class Passes:
         source = "cache" if nbytes <= FILE_ROOM * self.machine.host_bytes else "disk"
         ledger.carried(what, passes * nbytes, source, f"{passes:,} x {nbytes:,} B")
 
-    def run(self, ledger: Ledger, tokens: int, params: int, *, batch: int, what: str, attention: bool = True) -> None:
-        """Tokens through matrices of one layer."""
+    def run(self, ledger: Ledger, tokens: int, params: int, *, batch: int, what: str, attention: int = 1) -> None:
+        """Tokens through matrices of one layer, and through so many attentions; backward is two."""
         dtype, seq_len = self.shape.dtype, self.texts.seq_len
-        across = 4 * seq_len * self.shape.projections["q_proj"][0] if attention else 0
+        across = 4 * attention * seq_len * self.shape.projections["q_proj"][0]
         told = f"{tokens:,} tokens x (2 x {params:,} parameters + {across:,} of attention)"
         ledger.products(what, tokens * (2 * params + across), dtype, told)
         wide = HIDDEN_PASSES * self.shape.hidden_size + INNER_PASSES * self.shape.width
