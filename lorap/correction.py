@@ -24,8 +24,9 @@ from lorap.errors import CalibrationError
 from lorap.paging import pages_of
 from lorap.processes import ALONE, Processes
 
-# The first step moves an output by at most this share of what independent weights give; later ones by less, down to none.
-RATE = 0.012
+# The first step moves an output by at most this share of what independent weights give; later ones by less, down to none. A
+# quarter, half and the whole of it brought SmolLM2-135M at sparsity 0.5 down by 0.14, 0.17 and 0.19 nats on five other texts.
+RATE = 0.048
 # Sums of more numbers are float32: two numbers of processes may then differ in the sign of what is next to 0.
 EXACT_NUMBERS = 2**22
 
