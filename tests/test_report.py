@@ -152,6 +152,14 @@ def test_method_of_each_recipe(recipe):
     assert method_text(lorap.CompressionConfig(recipe=recipe)) == TEXTS[recipe]
 
 
+def test_weights_that_moved_are_told():
+    text = method_text(lorap.CompressionConfig(correction_steps=8))
+    assert text == TEXTS["best"].replace(
+        "Nothing was trained.",
+        "These weights then took 8 small steps against the gradient of the loss on the calibration text; nothing else was trained.",
+    )
+
+
 def test_method_follows_the_choices_and_not_the_name():
     for recipe, choices in RECIPES.items():
         for name in RECIPES:
@@ -163,7 +171,7 @@ def test_every_choice_can_be_told():
     told = {"allocation": ["paper", "even", "loss"], "attention_method": CHOICES["attention_method"]}
     told |= {"channel_score": CHOICES["channel_score"], "storage": CHOICES["storage"]}
     told |= {"output_weighting": CHOICES["output_weighting"], "repair": [True, False]}
-    told |= {"target": CHOICES["target"]}
+    told |= {"target": CHOICES["target"], "correction_steps": [0, 1, 8]}
     told |= {"bias_compensation": [True, False], "sublayers": [("mlp",), ("self_attn",), ("self_attn", "mlp")]}
     for name, ways in told.items():
         texts = [method_text(lorap.CompressionConfig(**{name: way})) for way in ways]
