@@ -395,7 +395,9 @@ def test_a_small_disk(source: Path, tokens: Path, tmp_path: Path) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def torchrun(count: int, source: Path, tokens: Path, out: Path, **env: str) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    count: int, source: Path, tokens: Path, out: Path, *more: str, **env: str
+) -> subprocess.CompletedProcess[str]:
     command = [
         sys.executable,
         "-m",
@@ -416,6 +418,7 @@ def torchrun(count: int, source: Path, tokens: Path, out: Path, **env: str) -> s
         "32",
         "--device",
         "cpu",
+        *more,
     ]
     return subprocess.run(command, env=ENV | env, capture_output=True, text=True, timeout=300)
 
@@ -431,18 +434,22 @@ def reconstructed(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def test_the_result_does_not_depend_on_the_number_of_processes(source: Path, tokens: Path, tmp_path: Path) -> None:
-    compress_to_folder(source, tmp_path / "1", small(), options(tokens))
+# Gradients next to 0 may have another sign in another order of summation.
+@pytest.mark.parametrize(("steps", "difference"), [(0, 1e-6), (2, 1e-4)])
+def test_the_result_does_not_depend_on_the_number_of_processes(
+    steps: int, difference: float, source: Path, tokens: Path, tmp_path: Path
+) -> None:
+    compress_to_folder(source, tmp_path / "1", small(correction_steps=steps), options(tokens))
     alone = reconstructed(tmp_path / "1")
     for count in (2, 3):
-        run = torchrun(count, source, tokens, tmp_path / str(count))
+        run = torchrun(count, source, tokens, tmp_path / str(count), "--correction-steps", str(steps))
         assert run.returncode == 0, run.stderr[-3000:]
         assert run.stdout.count("saved to") == 1
         for name, weight in reconstructed(tmp_path / str(count)).items():
-            assert float((weight - alone[name]).norm() / alone[name].norm()) < 1e-6, name
+            assert float((weight - alone[name]).norm() / alone[name].norm()) < difference, name
         one, many = (json.loads((tmp_path / name / "lorap_report.json").read_text()) for name in ("1", str(count)))
         assert many["evaluations"][0]["after"]["nats"] == pytest.approx(
-            one["evaluations"][0]["after"]["nats"], rel=1e-6
+            one["evaluations"][0]["after"]["nats"], rel=difference
         )
         assert many["params_saved"] == one["params_saved"]
 
