@@ -115,6 +115,7 @@ def test_lorap_is_the_paper() -> None:
         "bias_compensation": False,
         "sequential": "layer",
         "storage": "factors",
+        "correction_steps": 0,
         "target": "lorap",
         "num_calibration_samples": 128,
         "calibration_seq_len": 128,
