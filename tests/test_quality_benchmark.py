@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -520,6 +521,16 @@ def test_table_of_a_study_from_its_cells(q):
         "| afm | - (-) | - (-) | - | - |",
         "| **awsvd** | 24.53 (+0.200) | 90.02 (+0.500) | +0.350 | 0.7998 |",
     ]
+
+
+def test_accuracy_has_a_column_where_two_models_can_be_compared(q):
+    record = {"tasks": {"boolq": {"correct": [1, 0, 1], "sha256": "s"}}, "limit": 3}
+    for measured in (1, 2):
+        cells, results = study_results(q, {"svd": (0.5, 0.7), "awsvd": (0.2, 0.5)})
+        named = ["dense", *(cells[label].name for label in ("svd", "awsvd")[:measured])]
+        results = replace(results, tasks={name: record | {"name": name} for name in named})
+        header, *_ = q.paper_report.study_table(q.paper.STUDIES["attention"], cells, results).splitlines()
+        assert ("| tasks | over dense |" in header) == (measured == 2)
 
 
 @pytest.mark.parametrize(

@@ -82,12 +82,13 @@ class Results:
 
 def study_table(study: Study, cells: Mapping[str, Cell], results: Results) -> str:
     """Perplexity and increase in nats by text and window length, their mean, what was kept, and tasks where asked."""
-    with_tasks = [results.tasks[cell.name] for cell in cells.values() if cell.name in results.tasks]
+    # One model alone is compared with nothing.
+    with_tasks = len({cell.name for cell in cells.values()} & set(results.tasks)) > 1
     columns = [(length, text) for length in study.lengths for text in results.texts]
     header = ["", *(text if len(study.lengths) == 1 else f"{text}, windows of {length}" for length, text in columns)]
     header += [f"mean{'' if len(study.lengths) == 1 else f', {length}'}" for length in study.lengths]
     header += ["kept", *(["tasks", "over dense"] if with_tasks else [])]
-    rows = [_dense_row(study, columns, results, bool(with_tasks))]
+    rows = [_dense_row(study, columns, results, with_tasks)]
     for label, cell in cells.items():
         losses = {length: results.losses(cell, length) for length in study.lengths}
         row = [f"**{label}**" if label == study.chosen else label]
