@@ -1,6 +1,6 @@
 """HellaSwag with SmolLM2-135M: contexts read once for all choices, against one choice at a time.
 
-    pytest benchmarks/bench_tasks.py --benchmark-only
+    pytest benchmarks/bench_tasks.py --benchmark-only          some twenty minutes on two cores
 
 ``one by one`` is what a loop over transformers does: each context with each continuation, logits everywhere. ``harness`` is
 lm-evaluation-harness's own scoring at its default batch size of 1. ``lorap`` is ``lorap eval --tasks``. All find the same scores.
@@ -18,7 +18,7 @@ from lorap.tasks.requests import find_requests
 from lorap.tasks.scoring import encode, score
 from lorap.tasks.trees import Encoded
 
-QUESTIONS = 40
+QUESTIONS = 100  # with fewer, more of what lorap reads is padding
 HELLASWAG = assets.QUALITY / "tasks" / "hellaswag.jsonl.gz"
 
 
