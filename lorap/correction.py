@@ -168,7 +168,7 @@ class _ExactWeights:
         weight = linear.weight.data
         rounded = weight.dtype in (torch.float16, torch.bfloat16)
         copy = self.copies.pop((index, name), None)
-        exact = weight.float() if copy is None else copy.get().to(weight.device)
+        exact = copy.get().to(weight.device) if copy else weight.float() if rounded else weight
         size = rate * float(exact.square().mean().sqrt()) / math.sqrt(linear.in_features)
         exact = exact - size * votes.to(exact.device)
         weight.copy_(exact)

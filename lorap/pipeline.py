@@ -143,9 +143,8 @@ class Run:
             stream = self._stream(windows, fold_of=halves)
         with self.watch("evaluate"):
             judged = [self._stream(text, batch_tokens=EVALUATION_BATCH) for text in texts]
-        corrects = self.config.correction_steps > 0 and self.config.sparsity > 0
-        self._compress_layers(plan, stream, [] if corrects else judged, report)
-        if corrects:
+        self._compress_layers(plan, stream, [] if self.config.corrects else judged, report)
+        if self.config.corrects:
             self._correct(windows)
             self._advance(judged)
         with self.watch("evaluate"):

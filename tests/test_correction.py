@@ -10,12 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn import functional as F
+from whole_model import loss_of
 
 import lorap
 from lorap.architectures import ARCHITECTURES, PROJECTIONS
 from lorap.calibration import TokenWindows
-from lorap.correction import RATE, _Gradients, correct, parts
+from lorap.calibration.shelf import IN_MEMORY
+from lorap.correction import RATE, _ExactWeights, _Gradients, correct, parts
 from lorap.errors import CalibrationError, ConfigError
 
 CPU = torch.device("cpu")
@@ -28,14 +29,6 @@ def corrected(model: Any, ids: Tensor, folds: Tensor, steps: int = 1, **more: An
     roles = more.pop("roles", PROJECTIONS)
     correct(model, layers, windows, folds, architecture, roles, steps=steps, device=CPU, **more)
     return model
-
-
-def loss_of(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    logits = model(ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-    targets = ids[:, 1:]
-    if mask is not None:
-        targets = targets.masked_fill((mask[:, 1:] * mask[:, :-1]) == 0, -100)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
 
 def linears(model: Any) -> dict[str, nn.Linear]:
@@ -107,7 +100,7 @@ def test_later_steps_are_smaller_and_each_window_is_used_once(
     make_model: Callable[..., Any], tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model("llama-gqa")
-    name, module = next(iter(linears(model).items()))
+    module = next(iter(linears(model).values()))
     size = float(RATE * module.weight.data.square().mean().sqrt() / module.in_features**0.5)
     seen, largest, previous = [], [], module.weight.data.clone()
     original = lorap.correction.CalibrationStream.from_model
@@ -126,7 +119,6 @@ def test_later_steps_are_smaller_and_each_window_is_used_once(
     corrected(model, tokens, torch.arange(8) >= 4, steps=4, keep=keep)
     assert largest == pytest.approx([1, 0.75, 0.5, 0.25], rel=0.01)
     assert sorted(torch.cat(seen).tolist()) == sorted(tokens.tolist())
-    assert name
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(1, 40))
@@ -141,13 +133,24 @@ def test_parts(folds: list[bool], steps: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits_follow_exact_weights(make_model: Callable[..., Any], tokens: Tensor, dtype: torch.dtype) -> None:
-    """Ten steps of a thousandth each would be lost one by one in bfloat16, which has three digits."""
     model = make_model("llama-gqa").to(dtype)
     before = {name: module.weight.data.clone() for name, module in linears(model).items()}
     corrected(model, tokens, torch.zeros(8, dtype=torch.bool), steps=8)
     moved = [float((module.weight.data != before[name]).float().mean()) for name, module in linears(model).items()]
     assert min(moved) > 0.3
     assert all(module.weight.dtype == dtype for module in linears(model).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_steps_too_small_for_the_dtype_add_up(dtype: torch.dtype) -> None:
+    """Each is a 10,000th of the weight: rounded one by one, all of them would be lost in 16 bits."""
+    linear = nn.Linear(4, 3, bias=False).to(dtype)
+    linear.weight.data.fill_(1.0)
+    exact = _ExactWeights(IN_MEMORY)
+    for _ in range(100):
+        exact.move(0, "up", linear, linear, torch.ones(3, 4), rate=2e-4)
+    expected = torch.full((3, 4), (1 - 1e-4) ** 100, dtype=torch.float64)
+    torch.testing.assert_close(linear.weight.data, expected.to(dtype), rtol=2e-6 if dtype.itemsize > 2 else 0, atol=0)
 
 
 def test_gradients_that_are_not_finite_are_told(make_model: Callable[..., Any], tokens: Tensor) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from whole_model import loss_of
 
 from lorap.architectures import PROJECTIONS, find_architecture
 from lorap.calibration import TokenWindows
@@ -28,15 +28,6 @@ def sensitivities(model: Any, text: TokenWindows, roles: tuple = PROJECTIONS) ->
 
     found = layer_sensitivities(model, list(architecture.decoder_layers(model)), text, wanted, device=CPU)
     return {(index, role): value for index, by_role in found for role, value in by_role.items()}
-
-
-def loss_of(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Summed over all tokens that have a real predecessor."""
-    logits = model(ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-    targets = ids[:, 1:]
-    if mask is not None:
-        targets = targets.masked_fill((mask[:, 1:] * mask[:, :-1]) == 0, -100)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
 
 def by_autograd(model: Any, ids: Tensor, mask: Tensor | None = None) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:

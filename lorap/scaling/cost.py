@@ -244,7 +244,7 @@ def _keep(run: Passes) -> Ledger:
 def _correct(run: Passes) -> Ledger:
     """Of each window once: forward, forward again, and backward to inputs and weights."""
     ledger, steps = run.ledger(shared=True), run.config.correction_steps
-    if not steps or run.config.sparsity == 0:
+    if not run.config.corrects:
         return ledger
     paging, layers = run.ledger(), run.ledger(shared=True, each_layer=True)
     run.page(paging, run.after, passes=2 * steps)
@@ -263,8 +263,7 @@ def _correct(run: Passes) -> Ledger:
 
 def corrected_bytes(run: Passes) -> int:
     """Layers that are kept once more when they are corrected."""
-    corrects = run.config.correction_steps > 0 and run.config.sparsity > 0
-    return sum(run.sizes.nbytes[role] for role in PROJECTIONS) if corrects else 0
+    return sum(run.sizes.nbytes[role] for role in PROJECTIONS) if run.config.corrects else 0
 
 
 def _write(run: Passes) -> Ledger:

@@ -115,18 +115,14 @@ class Memory:
         shape, config = self.shape, self.config
         if config.allocation == "flap":
             return self.held + self.in_memory(self.hidden_bytes) + self._forward(min(BATCH_TOKENS, self.tokens))
-        states = self.planning_tokens * shape.hidden_size * shape.itemsize * (shape.num_layers + 2)
         batch = min(BACKWARD_TOKENS, self.planning_tokens)
-        wide = BACKWARD_HIDDEN * shape.hidden_size + BACKWARD_INNER * shape.width
-        backward = batch * wide * shape.itemsize
-        logits = batch * shape.vocab_size * (shape.itemsize + 4 * (LOGIT_COPIES + LOGIT_GRADIENTS))
+        states, backward, loss = self._backward(self.planning_tokens)
         roles = ["down_proj"] if config.target == "stock" else ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
         sizes = [size for role in roles for size in shape.projections[role]]
         sums = sum(self._sums(size, prices=True) for size in sizes)
         update = max(self._updating(size, batch, prices=True) for size in sizes)
-        head = 0 if self.resident else shape.head_params * shape.itemsize
         pricing = 0 if config.allocation != "loss" or config.target == "stock" else self._pricing()
-        return self.held + self.in_memory(states) + max(sums + max(backward + update, pricing), head + logits)
+        return self.held + self.in_memory(states) + max(sums + max(backward + update, pricing), loss)
 
     def calibrate(self) -> int:
         """Hidden states, a batch on its way through a layer, and the sums of its inputs."""
@@ -185,21 +181,21 @@ class Memory:
             layer_params: of one compressed layer, that move.
         """
         shape, steps = self.shape, max(1, self.config.correction_steps)
-        tokens = -(-self.tokens // steps)
-        states = tokens * shape.hidden_size * shape.itemsize * (shape.num_layers + 2)
-        batch = min(BACKWARD_TOKENS, tokens)
-        backward = batch * (BACKWARD_HIDDEN * shape.hidden_size + BACKWARD_INNER * shape.width) * shape.itemsize
-        logits = batch * shape.vocab_size * (shape.itemsize + 4 * (LOGIT_COPIES + LOGIT_GRADIENTS))
+        states, backward, loss = self._backward(-(-self.tokens // steps))
         largest = shape.hidden_size * max(shape.hidden_size, self.layer.intermediate_size)
         gradients = self.folds * layer_params * (DOUBLE if largest <= EXACT_NUMBERS else 4)
-        head = 0 if self.resident else shape.head_params * shape.itemsize
         copies = 4 * shape.num_layers * layer_params if self.resident and shape.itemsize < 4 else 0
-        return (
-            self.held
-            + copies
-            + self.in_memory(states)
-            + max(gradients + backward + 4 * DOUBLE * largest, head + logits)
-        )
+        layer = gradients + backward + 4 * DOUBLE * largest
+        return self.held + copies + self.in_memory(states) + max(layer, loss)
+
+    def _backward(self, tokens: int) -> tuple[int, int, int]:
+        """Hidden states before every layer, a batch on its way back through one, and a batch in the head with its loss."""
+        shape, batch = self.shape, min(BACKWARD_TOKENS, tokens)
+        states = tokens * shape.hidden_size * shape.itemsize * (shape.num_layers + 2)
+        layer = batch * (BACKWARD_HIDDEN * shape.hidden_size + BACKWARD_INNER * shape.width) * shape.itemsize
+        head = 0 if self.resident else shape.head_params * shape.itemsize
+        logits = batch * shape.vocab_size * (shape.itemsize + 4 * (LOGIT_COPIES + LOGIT_GRADIENTS))
+        return states, layer, head + logits
 
     def _forward(self, tokens: int) -> int:
         wide = FORWARD_HIDDEN * self.shape.hidden_size + FORWARD_INNER * self.shape.width

@@ -1,0 +1,15 @@
+"""What the layer-by-layer backward pass is compared with: the loss of the whole model at once, for autograd."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def loss_of(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Summed over all tokens that have a real predecessor."""
+    logits = model(ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    targets = ids[:, 1:]
+    if mask is not None:
+        targets = targets.masked_fill((mask[:, 1:] * mask[:, :-1]) == 0, -100)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
