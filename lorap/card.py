@@ -77,8 +77,12 @@ def method_text(config: CompressionConfig) -> str:
     if config.output_weighting == "loss" and config.allocation != "flap" and reads_outputs:
         sentences.append("Errors of outputs were weighted by the gradients of the loss.")
     steps = config.correction_steps
-    trained = f"These weights then took {steps} small {'step' if steps == 1 else 'steps'} against the gradient of the loss on "
-    sentences.append(trained + "the calibration text; nothing else was trained." if steps else "Nothing was trained.")
+    trained = (
+        f"These weights then took {steps} small {'step' if steps == 1 else 'steps'} towards what the original model "
+    )
+    sentences.append(
+        trained + "predicts on the calibration text; nothing else was trained." if steps else "Nothing was trained."
+    )
     text = " ".join(sentences)
     return re.sub(r"\{([\d.]+)\}", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
 

@@ -140,8 +140,8 @@ class CompressionConfig:
         sequential: ``sublayer`` lets o_proj see the compressed q, k, v and down_proj the compressed attention; ``layer`` takes
             all statistics of a layer before changing it (the paper).
         storage: ``pivoted`` stores a rank-r matrix (m, n) in r (m + n - r) numbers instead of r (m + n), without loss.
-        correction_steps: when all layers are compressed, so many small steps of all weights against the gradient of the loss, on
-            the calibration windows, each of which is used once. Sizes do not change.
+        correction_steps: when all layers are compressed, so many small steps of all weights towards what the dense model predicts
+            on the calibration windows, each of which is used once, so there are no more steps than windows. Sizes do not change.
         target: who is to open the result. ``lorap``: hosts that have lorap. ``stock``: every host. Attention stays dense and all
             FFNs get one width, narrow enough for the whole sparsity, so ``allocation`` decides nothing and ``shapes`` is
             uniform; the same model costs more quality, and all of the saving is real without any plug-in.
@@ -247,11 +247,6 @@ class CompressionConfig:
         _check(
             "mlp" in self.sublayers or self.allocation != "flap",
             "allocation flap takes everything from the FFN; compress mlp too, or use another allocation",
-        )
-        _check(
-            self.correction_steps <= self.num_calibration_samples,
-            f"{self.correction_steps} correction steps need as many calibration windows, and there are "
-            f"{self.num_calibration_samples}; raise num_calibration_samples or lower correction_steps",
         )
         if self.target == "stock":
             self._check_stock()

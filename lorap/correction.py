@@ -1,28 +1,30 @@
-"""After all layers are compressed: a few steps of their weights against the gradient of the loss, on the calibration windows.
+"""After all layers are compressed: a few steps of their weights towards what the dense model predicts on the calibration windows.
 
 Least squares repairs each layer by itself, towards what the dense layer gave. What all layers together have lost shows in the
-gradient of the loss, and only there. Each step takes a part of the windows and moves every weight by the same small amount
-against the sign of its gradient (sign descent; Bernstein et al., arXiv 1802.04434), so that nothing but the weights outlives a
-step and one decoder layer is in memory at a time. A weight moves where both folds of the text, which differ in kind, want it to.
+predictions, and only there. The loss is their Kullback-Leibler divergence from the dense model's, which teaches fidelity and
+nothing else (cf. Hinton et al., arXiv 1503.02531). Each step takes a part of the windows and moves every weight by the same small
+amount against the sign of its gradient (sign descent; Bernstein et al., arXiv 1802.04434), so that nothing but the weights
+outlives a step and one decoder layer is in memory at a time. A weight moves where both folds of the text, which differ in kind,
+want it to.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorap.architectures import Architecture
-from lorap.calibration.backward import BATCH_TOKENS, walk_back
+from lorap.calibration.backward import walk_back
 from lorap.calibration.data import TokenWindows
 from lorap.calibration.shelf import IN_MEMORY, Held, Shelf
 from lorap.calibration.stream import CalibrationStream
 from lorap.errors import CalibrationError
 from lorap.paging import pages_of
-from lorap.processes import ALONE, Processes
+from lorap.processes import Processes
 
 # The first step moves an output by at most this share of what independent weights give; later ones by less, down to none. A
 # quarter, half and the whole of it brought SmolLM2-135M at sparsity 0.5 down by 0.14, 0.17 and 0.19 nats on five other texts.
@@ -34,55 +36,35 @@ EXACT_NUMBERS = 2**22
 def correct(
     model: Any,
     layers: Sequence[nn.Module],
-    windows: TokenWindows,
-    folds: Tensor,
+    streams: Iterable[CalibrationStream],
+    targets: Sequence[CalibrationStream],
     architecture: Architecture,
     roles: Sequence[str],
     *,
-    steps: int,
     device: torch.device,
     keep: Callable[[int, int, nn.Module], None] = lambda step, index, layer: None,
     progress: Callable[[int], Any] = lambda step: iter,
     shelf: Shelf = IN_MEMORY,
-    processes: Processes = ALONE,
 ) -> None:
-    """Move the weights of ``roles`` in all ``layers``, in place.
+    """Move the weights of ``roles`` in all ``layers``, in place: as many steps as there are ``targets``.
 
     Args:
         model: compressed, in evaluation mode.
         layers: its decoder layers.
-        windows: each is used in one step.
-        folds: (windows,) bool, see :func:`lorap.calibration.data.fold_of`.
+        streams: the windows of each step, see :func:`dealt`, before the first layer.
+        targets: the same windows, behind the last layer of the dense model.
         architecture: where the projections are.
         roles: projections that are corrected; of a low-rank one both factors.
-        steps: how many.
         device: where layers are worked on.
         keep: called with (step, layer index, layer) after each change, before the layer may leave memory.
         progress: gives what wraps the layer indices of a step.
         shelf: keeps hidden states.
-        processes: who share the windows.
 
     Raises:
-        CalibrationError: there are fewer windows than steps, or a gradient is not finite.
+        CalibrationError: a gradient is not finite.
     """
-    if len(windows.input_ids) < steps:
-        raise CalibrationError(
-            f"{steps} correction steps need {steps} windows of calibration text and there are {len(windows.input_ids)}; raise "
-            "--num-calibration-samples or lower --correction-steps"
-        )
     exact = _ExactWeights(shelf)
-    for step, rows in enumerate(parts(folds, steps)):
-        mask = None if windows.attention_mask is None else windows.attention_mask[rows]
-        stream = CalibrationStream.from_model(
-            model,
-            layers,
-            TokenWindows(windows.input_ids[rows], windows.name, windows.sha256, mask),
-            device=device,
-            fold_of=folds[rows] if len(folds[rows].unique()) == 2 else None,
-            batch_tokens=BATCH_TOKENS,
-            shelf=shelf,
-            processes=processes,
-        )
+    for step, (stream, target) in enumerate(zip(streams, targets, strict=True)):
         walk = walk_back(
             model,
             layers,
@@ -90,11 +72,12 @@ def correct(
             lambda layer: _linears(layer, architecture, roles),
             lambda count=stream.folds: _Gradients(count),  # type: ignore[misc]
             device=device,
+            targets=target,
             progress=progress(step),
             shelf=shelf,
         )
         for index, linears, gradients in walk:
-            gradients.add_up(linears, device, processes)
+            gradients.add_up(linears, device, stream.processes)
             for name, linear in linears.items():
                 votes = gradients.votes(name)
                 if votes is None:
@@ -102,8 +85,20 @@ def correct(
                         f"the gradients at {name} of layer {index} are not finite in {model.dtype}: try --dtype float32 or "
                         "bfloat16, or do without them: --correction-steps 0"
                     )
-                exact.move(index, name, layers[index], linear, votes, RATE * (1 - step / steps))
+                exact.move(index, name, layers[index], linear, votes, RATE * (1 - step / len(targets)))
             keep(step, index, layers[index])
+
+
+def dealt(windows: TokenWindows, folds: Tensor, steps: int) -> Iterator[tuple[TokenWindows, Tensor | None]]:
+    """Windows of each step, and which of them form a second fold, if any do. A step needs a window, so they may be fewer steps.
+
+    Args:
+        windows: each goes to one step.
+        folds: (windows,) bool, see :func:`lorap.calibration.data.fold_of`.
+        steps: how many at most.
+    """
+    for rows in parts(folds, min(steps, len(folds))):
+        yield windows.rows(rows), folds[rows] if len(folds[rows].unique()) == 2 else None
 
 
 def parts(folds: Tensor, steps: int) -> list[Tensor]:

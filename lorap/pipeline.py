@@ -5,7 +5,7 @@ text -> windows -> plan of all layers -> for each decoder layer: [observe -> fac
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from lorap.allocation import LayerPlan
 from lorap.architectures import PROJECTIONS, Architecture, find_architecture
+from lorap.calibration.backward import BATCH_TOKENS as BACKWARD_BATCH
 from lorap.calibration.data import Sampler, TokenWindows, consecutive_windows, draw_windows, fold_of
 from lorap.calibration.mixtures import Sources
 from lorap.calibration.samples import sample_windows
@@ -24,7 +25,7 @@ from lorap.calibration.shelf import IN_MEMORY, Shelf
 from lorap.calibration.sources import DEFAULT_CALIBRATION, Source
 from lorap.calibration.stream import CalibrationStream, on_device
 from lorap.config import CompressionConfig
-from lorap.correction import correct
+from lorap.correction import correct, dealt
 from lorap.errors import ConfigError, FactorizationError
 from lorap.evaluation import BATCH_TOKENS as EVALUATION_BATCH
 from lorap.evaluation import Evaluation, evaluate_stream
@@ -143,10 +144,13 @@ class Run:
             stream = self._stream(windows, fold_of=halves)
         with self.watch("evaluate"):
             judged = [self._stream(text, batch_tokens=EVALUATION_BATCH) for text in texts]
-        self._compress_layers(plan, stream, [] if self.config.corrects else judged, report)
         if self.config.corrects:
-            self._correct(windows)
+            targets = [] if self.journal.has("corrected") else list(self._dealt(windows))
+            self._compress_layers(plan, stream, [], targets, report)
+            self._correct(windows, targets)
             self._advance(judged)
+        else:
+            self._compress_layers(plan, stream, judged, [], report)
         with self.watch("evaluate"):
             for text, dense, behind in zip(texts, before, judged, strict=True):
                 report.add_evaluation(dense, evaluate_stream(self.model, self.layers, behind, text))
@@ -169,6 +173,11 @@ class Run:
             processes=self.journal.processes,
             **options,
         )
+
+    def _dealt(self, windows: TokenWindows) -> Iterator[CalibrationStream]:
+        """The calibration windows again, for each correction step its own."""
+        for part, halves in dealt(windows, fold_of(windows), self.config.correction_steps):
+            yield self._stream(part, fold_of=halves, batch_tokens=BACKWARD_BATCH)
 
     def _bar(self, items: Iterable[T], *, desc: str) -> Iterable[T]:
         hidden = not self.progress or not self.journal.processes.is_first
@@ -240,13 +249,19 @@ class Run:
         return plan
 
     def _compress_layers(
-        self, plan: Plan, stream: CalibrationStream, judged: Sequence[CalibrationStream], report: CompressionReport
+        self,
+        plan: Plan,
+        stream: CalibrationStream,
+        judged: Sequence[CalibrationStream],
+        targets: Sequence[CalibrationStream],
+        report: CompressionReport,
     ) -> None:
-        """Every layer in order, behind the compressed ones before it."""
+        """Every layer in order, behind the compressed ones before it; ``targets`` go through the dense ones."""
         compressor = LayerCompressor(self.config, self.architecture, stream, self.device, self.watch)
         for index, layer in enumerate(self._bar(self.layers, desc="Compressing")):
             if index + 1 < len(self.layers) and (following := pages_of(self.layers[index + 1])) is not None:
                 following.prefetch()
+            self._advance_all(targets, index, "correct")
             step = f"layer-{index:05}"
             if self.journal.has(step):
                 report.projections += self._restored(step, layer)
@@ -262,18 +277,17 @@ class Run:
                 if (index, role) in plan.output_metrics:
                     del plan.output_metrics[index, role]
             with on_device(layer, self.device):
-                for each, stage in ((stream, "calibrate"), *((text, "evaluate") for text in judged)):
-                    with self.watch(stage):
-                        each.advance(index, layer)
+                self._advance_all([stream], index, "calibrate")
+                self._advance_all(judged, index, "evaluate")
 
-    def _correct(self, windows: TokenWindows) -> None:
+    def _correct(self, windows: TokenWindows, targets: Sequence[CalibrationStream]) -> None:
         """Small steps of all weights together. An interrupted pass begins again, with the layers as they were before it."""
         if self.journal.has("corrected"):
             self.watch.add(self.journal.read("corrected")["seconds"])
             for index, layer in enumerate(self.layers):
                 self._reloaded(_corrected(index), layer)
             return
-        start, steps = dict(self.watch.seconds), self.config.correction_steps
+        start, steps = dict(self.watch.seconds), len(targets)
 
         def keep(step: int, index: int, layer: nn.Module) -> None:
             if self.journal.folder is not None and (pages_of(layer) is not None or step == steps - 1):
@@ -285,26 +299,29 @@ class Run:
             correct(
                 self.model,
                 self.layers,
-                windows,
-                fold_of(windows),
+                self._dealt(windows),
+                targets,
                 self.architecture,
                 compressed_roles(self.config),
-                steps=steps,
                 device=self.device,
                 keep=keep,
                 progress=lambda step: partial(self._bar, desc=f"Correcting, step {step + 1} of {steps}"),
                 shelf=self.shelf,
-                processes=self.journal.processes,
             )
         self.journal.keep("corrected", {"seconds": self.watch.since(start)})
 
     def _advance(self, judged: Sequence[CalibrationStream]) -> None:
         """Send the texts to judge by through all layers."""
-        with self.watch("evaluate"):
-            for index, layer in enumerate(self._bar(self.layers, desc="Evaluating")) if judged else ():
-                with on_device(layer, self.device):
-                    for text in judged:
-                        text.advance(index, layer)
+        for index in self._bar(range(len(self.layers)), desc="Evaluating") if judged else ():
+            self._advance_all(judged, index, "evaluate")
+
+    def _advance_all(self, streams: Sequence[CalibrationStream], index: int, stage: str) -> None:
+        """Send the streams through one layer."""
+        if not streams:
+            return
+        with self.watch(stage), on_device(self.layers[index], self.device):
+            for stream in streams:
+                stream.advance(index, self.layers[index])
 
     def _restored(self, step: str, layer: nn.Module) -> list[ProjectionReport]:
         """Bring a finished layer back into the model; of a paged one only where it is."""

@@ -293,9 +293,7 @@ def spread_sample(windows: TokenWindows, tokens: int) -> TokenWindows:
     """About ``tokens`` tokens of the windows, evenly spread over them, so that every source has its part."""
     count, seq_len = windows.input_ids.shape
     wanted = min(count, max(1, tokens // seq_len))
-    rows = torch.linspace(0, count - 1, wanted).round().long()
-    mask = None if windows.attention_mask is None else windows.attention_mask[rows]
-    return TokenWindows(windows.input_ids[rows], windows.name, windows.sha256, mask)
+    return windows.rows(torch.linspace(0, count - 1, wanted).round().long())
 
 
 def _size(shape: Shape) -> int:

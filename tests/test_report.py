@@ -156,7 +156,7 @@ def test_weights_that_moved_are_told():
     text = method_text(lorap.CompressionConfig(correction_steps=8))
     assert text == TEXTS["best"].replace(
         "Nothing was trained.",
-        "These weights then took 8 small steps against the gradient of the loss on the calibration text; "
+        "These weights then took 8 small steps towards what the original model predicts on the calibration text; "
         "nothing else was trained.",
     )
 

@@ -17,18 +17,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from corrections import corrected
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from typer.testing import CliRunner
 
-from lorap.architectures import ARCHITECTURES, PROJECTIONS
-from lorap.calibration import TokenWindows
+from lorap.architectures import PROJECTIONS
 from lorap.calibration.statistics import ActivationStats
 from lorap.cli import app
 from lorap.cli.compress import compress_command
 from lorap.cli.plan import LEFT_OUT
 from lorap.config import CompressionConfig
-from lorap.correction import correct
 from lorap.errors import ArchitectureError, CheckpointError, ConfigError
 from lorap.factorization import factorize_batch
 from lorap.folders import INDEX
@@ -452,13 +451,12 @@ def test_a_correction_takes_what_torch_counts(make_model, compress_small, shape_
     config = CompressionConfig(
         recipe="lorap", sparsity=0.5, correction_steps=4, num_calibration_samples=16, calibration_seq_len=32
     )
+    dense = make_model("llama-gqa")
     model, _ = compress_small(make_model("llama-gqa"), sparsity=0.5)
-    model.set_attn_implementation("eager")
-    architecture = ARCHITECTURES["llama"]
-    windows = TokenWindows(torch.randint(3, 500, (16, 32)), "tokens", "")
-    parts = (model, list(architecture.decoder_layers(model)), windows, torch.arange(16) > 7, architecture, PROJECTIONS)
+    for each in (dense, model):
+        each.set_attn_implementation("eager")
     with Products() as products:
-        correct(*parts, steps=4, device=torch.device("cpu"))
+        corrected(model, dense, torch.randint(3, 500, (16, 32)), torch.arange(16) > 7, steps=4)
     shape = shape_of("llama-gqa")
     found = estimate(shape, config, unit_machine)
     assert sum(flop(found, "correct").values()) == pytest.approx(products.flop, rel=0.1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorap.calibration.shelf import IN_MEMORY, Held, Shelf
-from lorap.calibration.stream import Batch, CalibrationStream, on_device, run_layer, summed_loss
+from lorap.calibration.stream import Batch, CalibrationStream, logits_of, on_device, run_layer, summed_loss
 from lorap.paging import in_memory
 
 # Tokens that run backward at once. Each keeps all activations of one layer, and once the logits.
@@ -39,6 +39,7 @@ def walk_back(
     gatherer: Callable[[], G],
     *,
     device: torch.device,
+    targets: CalibrationStream | None = None,
     progress: Any = iter,
     shelf: Shelf = IN_MEMORY,
 ) -> Generator[tuple[int, Mapping[str, nn.Linear], G]]:
@@ -51,6 +52,8 @@ def walk_back(
         linears_of: the linear layers of a decoder layer that are asked for, by name.
         gatherer: makes one for each layer.
         device: where the layers are worked on.
+        targets: the same windows behind the last layer of another model with the same head. The loss then is how far the
+            predictions are from that model's, and not how badly they predict the text.
         progress: wraps the layer indices, for a progress bar.
         shelf: keeps the hidden states before every layer, (tokens, hidden_size) each.
     """
@@ -60,7 +63,11 @@ def walk_back(
         with on_device(layer, device):
             stream.advance(index, layer)
     with in_memory(model.get_output_embeddings()):
-        gradients = [_loss_gradient(model, layers, batch) for batch in stream.batches]
+        if targets is None:
+            gradients = [_loss_gradient(model, layers, batch) for batch in stream.batches]
+        else:
+            pairs = zip(stream.batches, targets.batches, strict=True)
+            gradients = [_distance_gradient(model, layers, batch, target) for batch, target in pairs]
     for index in progress(reversed(range(len(layers)))):
         layer, hidden = layers[index], inputs.pop()
         gathered = gatherer()
@@ -75,10 +82,31 @@ def walk_back(
 def _loss_gradient(model: Any, layers: Sequence[nn.Module], batch: Batch) -> Held:
     """Gradient of the summed loss with respect to the last layer's output."""
     with torch.enable_grad():
-        states = batch.hidden.to(model.get_output_embeddings().weight.device).detach().requires_grad_(True)
+        states = _at_head(model, batch).requires_grad_(True)
         loss, _ = summed_loss(model, layers, batch, states)
         (gradient,) = torch.autograd.grad(loss, states)
     return batch.shelf.put(gradient.to(batch.hidden.device))
+
+
+def _distance_gradient(model: Any, layers: Sequence[nn.Module], batch: Batch, target: Batch) -> Held:
+    """The same of the Kullback-Leibler divergence from the predictions of ``target``, summed over all real tokens.
+
+    That of the logits is the difference of the probabilities, which takes a third of the passes over them that the loss would.
+    """
+    with torch.enable_grad():
+        states = _at_head(model, batch).requires_grad_(True)
+        logits = logits_of(model, layers, states)
+    with torch.no_grad():
+        difference = logits.softmax(-1, dtype=torch.float32)
+        difference -= logits_of(model, layers, _at_head(model, target)).softmax(-1, dtype=torch.float32)
+        if batch.mask is not None:
+            difference *= batch.mask.to(difference.device)[..., None]
+    (gradient,) = torch.autograd.grad(logits, states, difference.to(logits.dtype))
+    return batch.shelf.put(gradient.to(batch.hidden.device))
+
+
+def _at_head(model: Any, batch: Batch) -> Tensor:
+    return batch.hidden.to(model.get_output_embeddings().weight.device).detach()
 
 
 def _backward(

@@ -68,6 +68,11 @@ class TokenWindows:
         """Tokens that count: all but padding."""
         return int(self.input_ids.numel() if self.attention_mask is None else self.attention_mask.sum())
 
+    def rows(self, rows: Tensor) -> TokenWindows:
+        """These windows alone; where each came from is forgotten."""
+        mask = None if self.attention_mask is None else self.attention_mask[rows]
+        return TokenWindows(self.input_ids[rows], self.name, self.sha256, mask)
+
     def describe(self) -> dict[str, Any]:
         """What a report says of them."""
         count, seq_len = self.input_ids.shape

@@ -209,14 +209,20 @@ def run_layer(layer: nn.Module, hidden: Tensor, batch: Batch, index: int) -> Ten
     return output[0] if isinstance(output, tuple) else output
 
 
+def logits_of(model: Any, layers: Sequence[nn.Module], hidden: Tensor) -> Tensor:
+    """(windows, seq_len, vocab_size), given the outputs of the last layer."""
+    with bypassed(list(layers)):
+        logits: Tensor = model(inputs_embeds=hidden, use_cache=False).logits
+    return logits
+
+
 def summed_loss(model: Any, layers: Sequence[nn.Module], batch: Batch, hidden: Tensor) -> tuple[Tensor, int]:
     """Negative log-likelihood of a batch, in nats, given the outputs of the last layer; and how many tokens were predicted.
 
     Padding is neither predicted nor predicted from.
     """
     assert batch.ids is not None
-    with bypassed(list(layers)):
-        logits = model(inputs_embeds=hidden, use_cache=False).logits[:, :-1]
+    logits = logits_of(model, layers, hidden)[:, :-1]
     targets = batch.ids[:, 1:].to(logits.device)
     if batch.mask is not None:
         mask = batch.mask.bool().to(logits.device)

@@ -152,8 +152,7 @@ def compress_command(
         Optional[int],
         _option(
             "correction_steps",
-            "Afterwards, so many small steps of all weights against the gradient of the loss on the calibration text; "
-            "8 is a good number.",
+            "Afterwards, so many small steps of all weights towards what the dense model predicts on the calibration text.",
         ),
     ] = None,
     target: Annotated[

@@ -14,7 +14,7 @@ from lorap.evaluation import BATCH_TOKENS as EVALUATION_BATCH
 from lorap.report import compressed_roles
 from lorap.scaling import work
 from lorap.scaling.ledger import Ledger, Part
-from lorap.scaling.passes import Passes
+from lorap.scaling.passes import LOSS_PASSES, Passes
 
 # Float32 passes that it takes as long as to draw the next token from logits, random numbers aside.
 DRAW_PASSES = 60
@@ -105,7 +105,7 @@ def _evaluate(run: Passes, params: dict[str, int], *, paged: bool) -> Ledger:
     layers = run.ledger(shared=True, each_layer=True)
     run.run(layers, tokens, sum(params.values()), batch=EVALUATION_BATCH, what="decoder layers")
     ledger.include(layers)
-    run.loss(ledger, tokens, backward=False)
+    run.loss(ledger, tokens)
     return ledger
 
 
@@ -132,7 +132,7 @@ def _plan(run: Passes) -> Ledger:
             run.second_moment(layers, tokens, size, f"{role} {side}", batch=BACKWARD_TOKENS, prices=True)
     ledger.include(paging)
     ledger.include(layers)
-    run.loss(ledger, tokens, backward=True)
+    run.loss(ledger, tokens, heads=2, passes=2 * LOSS_PASSES)
     if not by_shape:
         run.deal(ledger, [partial(_price, run, role) for role in roles])
     if config.output_weighting == "loss":
@@ -242,18 +242,21 @@ def _keep(run: Passes) -> Ledger:
 
 
 def _correct(run: Passes) -> Ledger:
-    """Of each window once: forward, forward again, and backward to inputs and weights."""
-    ledger, steps = run.ledger(shared=True), run.config.correction_steps
+    """Of each window once: forward through the dense layers, then forward, forward again, and backward to inputs and weights."""
+    ledger = run.ledger(shared=True)
+    steps = min(run.config.correction_steps, run.config.num_calibration_samples)
     if not run.config.corrects:
         return ledger
     paging, layers = run.ledger(), run.ledger(shared=True, each_layer=True)
+    run.page(paging, run.before, what="dense weights")
     run.page(paging, run.after, passes=2 * steps)
     tokens, params = run.texts.tokens, sum(run.after.values())
+    run.run(layers, tokens, sum(run.before.values()), batch=BACKWARD_TOKENS, what="forward, dense")
     what = "forward, forward again, backward, weights"
     run.run(layers, tokens, 4 * params, batch=BACKWARD_TOKENS, what=what, attention=4)
     ledger.include(paging)
     ledger.include(layers)
-    run.loss(ledger, tokens, backward=True)
+    run.loss(ledger, tokens, heads=3)
     kept = run.ledger()
     nbytes, times = corrected_bytes(run), 1 if run.memory.resident else steps
     kept.carried("corrected layers", times * nbytes, "written", f"{times:,} x {nbytes:,} B")

@@ -80,8 +80,9 @@ class Memory:
 
     @property
     def hidden_bytes(self) -> int:
-        """Hidden states of all windows between two layers."""
-        return (self.tokens + self.evaluation_tokens) * self.shape.hidden_size * self.shape.itemsize
+        """Hidden states of all windows between two layers; those of the dense model beside them where it is followed."""
+        calibration = (2 if self.config.corrects else 1) * self.tokens
+        return (calibration + self.evaluation_tokens) * self.shape.hidden_size * self.shape.itemsize
 
     def in_memory(self, hidden: int) -> int:
         """What the budget leaves there of that many bytes of hidden states."""
@@ -175,13 +176,17 @@ class Memory:
         return held + max(self.folds * width**2 * size + scoring, max(judging, refitting) * size)
 
     def correct(self, layer_params: int) -> int:
-        """The hidden states of one step before every layer, the gradients of one layer by fold, and a batch on its way back.
+        """The hidden states of one step before every layer, those of the dense model, the gradients of one layer by fold, and a
+        batch on its way back.
 
         Args:
             layer_params: of one compressed layer, that move.
         """
         shape, steps = self.shape, max(1, self.config.correction_steps)
-        states, backward, loss = self._backward(-(-self.tokens // steps))
+        states, backward, _ = self._backward(-(-self.tokens // steps))
+        states += self.tokens * shape.hidden_size * shape.itemsize
+        head = 0 if self.resident else shape.head_params * shape.itemsize
+        loss = head + min(BACKWARD_TOKENS, self.tokens) * shape.vocab_size * 2 * (shape.itemsize + 4)
         largest = shape.hidden_size * max(shape.hidden_size, self.layer.intermediate_size)
         gradients = self.folds * layer_params * (DOUBLE if largest <= EXACT_NUMBERS else 4)
         copies = 4 * shape.num_layers * layer_params if self.resident and shape.itemsize < 4 else 0

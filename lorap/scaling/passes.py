@@ -20,6 +20,7 @@ from lorap.symmetric import LOWER
 # Numbers that a layer reads or writes besides its matrix products, per token: of the hidden state's width, and of the FFN's.
 HIDDEN_PASSES, INNER_PASSES = 30, 6
 # Float32 passes over logits that a loss takes as long as: exponentials, and fresh memory from the system, are the most of them.
+# The two softmaxes whose difference is the gradient of a divergence take as many.
 LOSS_PASSES = 28
 # Share of the memory that files may take, so that the system does not drop them before they are wanted again.
 FILE_ROOM = 0.8
@@ -94,12 +95,12 @@ class Passes:
         batches = -(-tokens // batch)
         ledger.calls(f"{what}, calls", batches, f"{batches:,} batches of {batch:,} tokens")
 
-    def loss(self, ledger: Ledger, tokens: int, *, backward: bool) -> None:
-        """The head, and cross entropy over all words; backward as much again."""
-        head, twice = self.shape.head_params, 2 if backward else 1
-        told = f"{2 * twice} x {head:,} x {tokens:,} tokens"
-        ledger.products("head", 2 * twice * head * tokens, self.shape.dtype, told)
-        passes = LOSS_PASSES * twice
+    def loss(self, ledger: Ledger, tokens: int, *, heads: int = 1, passes: int = LOSS_PASSES) -> None:
+        """The head, backward as often again, and so many passes over logits: by default those of cross entropy."""
+        head = self.shape.head_params
+        ledger.products(
+            "head", 2 * heads * head * tokens, self.shape.dtype, f"{2 * heads} x {head:,} x {tokens:,} tokens"
+        )
         nbytes = passes * tokens * self.shape.vocab_size * 4
         ledger.moved("loss", nbytes, f"{passes} x {tokens:,} tokens x {self.shape.vocab_size:,} words x 4 B")
 
