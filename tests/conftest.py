@@ -92,6 +92,12 @@ def tokens(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
 
 
 @pytest.fixture
+def short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Correction steps of two windows of 32 tokens, so that few windows are enough for several."""
+    monkeypatch.setattr("lorap.correction.STEP_TOKENS", 64)
+
+
+@pytest.fixture
 def compress_small(tokens: torch.Tensor) -> Callable[..., Any]:
     """``compress_small(model, **config)``: lorap.compress in memory, the paper's recipe at 50 % unless told otherwise."""
 

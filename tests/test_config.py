@@ -128,8 +128,8 @@ def test_best_is_the_default() -> None:
     config = CompressionConfig()
     assert config == CompressionConfig(recipe="best")
     assert {name: getattr(config, name) for name in RECIPES["best"]} == dict(RECIPES["best"])
-    chosen = (config.allocation, config.attention_method, config.storage, config.sequential, config.repair)
-    assert chosen == ("loss", "second_moment", "pivoted", "sublayer", True)
+    chosen = (config.allocation, config.attention_method, config.storage, config.correction_steps, config.repair)
+    assert chosen == ("loss", "second_moment", "pivoted", 8, True)
 
 
 @pytest.mark.parametrize("recipe", list(RECIPES))

@@ -9,14 +9,12 @@ from typing import Any
 import pytest
 import torch
 from corrections import corrected
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from whole_model import divergence_of
 
 from lorap.calibration import TokenWindows
 from lorap.calibration.shelf import IN_MEMORY
-from lorap.correction import RATE, _ExactWeights, _Gradients, dealt, parts
+from lorap.correction import RATE, _ExactWeights, _Gradients, dealt
 from lorap.errors import CalibrationError
 
 
@@ -96,6 +94,7 @@ def test_only_what_is_asked_for_moves(make_model: Callable[..., Any], tokens: Te
         assert torch.equal(tensor, before[name]) != asked, name
 
 
+@pytest.mark.usefixtures("short_steps")
 def test_later_steps_are_smaller(make_model: Callable[..., Any], tokens: Tensor) -> None:
     model = make_model("llama-gqa")
     module = next(iter(linears(model).values()))
@@ -112,21 +111,12 @@ def test_later_steps_are_smaller(make_model: Callable[..., Any], tokens: Tensor)
     assert largest == pytest.approx([1, 0.75, 0.5, 0.25], rel=0.01)
 
 
-@given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(1, 40))
-def test_parts(folds: list[bool], steps: int) -> None:
-    found = parts(torch.tensor(folds), steps)
-    assert sorted(torch.cat(found).tolist()) == list(range(len(folds)))
-    assert max(map(len, found)) - min(map(len, found)) <= 1
-    for fold in (False, True):
-        count = [sum(folds[row] == fold for row in part.tolist()) for part in found]
-        assert max(count) - min(count) <= 1
-
-
+@pytest.mark.usefixtures("short_steps")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits_follow_exact_weights(make_model: Callable[..., Any], tokens: Tensor, dtype: torch.dtype) -> None:
     model = make_model("llama-gqa").to(dtype)
     before = {name: module.weight.data.clone() for name, module in linears(model).items()}
-    corrected(model, another(model), tokens, torch.zeros(8, dtype=torch.bool), steps=8)
+    corrected(model, another(model), tokens, torch.zeros(8, dtype=torch.bool), steps=4)
     moved = [float((module.weight.data != before[name]).float().mean()) for name, module in linears(model).items()]
     assert min(moved) > 0.3
     assert all(module.weight.dtype == dtype for module in linears(model).values())
@@ -157,20 +147,39 @@ def test_gradients_that_are_not_finite_are_told(make_model: Callable[..., Any], 
     assert gradients.votes("up") is None
 
 
-@pytest.mark.parametrize("count", [1, 3, 8])
-@pytest.mark.parametrize("steps", [1, 3, 9])
-def test_each_window_is_used_in_one_step(count: int, steps: int, tokens: Tensor) -> None:
-    mask = (torch.arange(tokens.shape[1]) < torch.arange(5, 5 + count)[:, None]).long()
+@pytest.mark.parametrize(
+    ("count", "seq_len", "asked", "steps", "sizes"),
+    [
+        (128, 128, 8, 8, {8}),  # half of the windows are enough
+        (128, 128, 16, 16, {8}),
+        (100, 128, 16, 12, {8, 9}),
+        (63, 100, 4, 4, {10, 11}),
+        (7, 128, 8, 1, {7}),
+        (1, 128, 8, 1, {1}),
+        (6, 2048, 8, 3, {2}),  # two windows, however long
+    ],
+)
+def test_windows_of_each_step(count: int, seq_len: int, asked: int, steps: int, sizes: set[int]) -> None:
+    ids = torch.arange(count)[:, None].expand(count, seq_len)
+    mask = (torch.arange(seq_len) <= torch.arange(count)[:, None]).long()
     folds = torch.arange(count) % 3 == 1
-    found = list(dealt(TokenWindows(tokens[:count], "tokens", "", mask), folds, steps))
-    assert len(found) == min(steps, count)
-    assert sorted(row for part, _ in found for row in part.input_ids.tolist()) == sorted(tokens[:count].tolist())
-    assert sum(part.tokens for part, _ in found) == int(mask.sum())
+    found = list(dealt(TokenWindows(ids, "tokens", "", mask), folds, asked))
+    assert len(found) == steps
+    assert {len(part.input_ids) for part, _ in found} == sizes
+    used = [row for part, _ in found for row in part.input_ids[:, 0].tolist()]
+    assert len(set(used)) == len(used)
+    for fold in (False, True):
+        count_of = [int((folds[part.input_ids[:, 0]] == fold).sum()) for part, _ in found]
+        assert max(count_of) - min(count_of) <= 1
     for part, halves in found:
-        expected = [folds[tokens[:count].tolist().index(row)] for row in part.input_ids.tolist()]
-        assert (halves is None and len(set(expected)) == 1) or halves.tolist() == expected
+        rows = part.input_ids[:, 0]
+        torch.testing.assert_close(part.attention_mask, mask[rows])
+        assert (halves is None and len(set(folds[rows].tolist())) == 1) or torch.equal(halves, folds[rows])
+    # From the whole range, not from its beginning.
+    assert max(used) - min(used) >= 0.8 * (count - 1)
 
 
+@pytest.mark.usefixtures("short_steps")
 def test_steps_bring_the_predictions_closer(
     make_model: Callable[..., Any], compress_small: Callable[..., Any], tokens: Tensor
 ) -> None:

@@ -63,6 +63,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in told}
 
 
+@pytest.mark.usefixtures("short_steps")
 @pytest.mark.parametrize("recipe", ["best", "lorap", "svd-llm", "flap", "stock", "corrected"])
 @pytest.mark.parametrize("family", ["llama-gqa", "qwen2", "qwen3", "llama-biases"])
 def test_same_bytes_as_in_memory(family: str, recipe: str, make_model: Any, tokens: Path, tmp_path: Path) -> None:
@@ -87,6 +88,7 @@ def test_same_bytes_as_in_memory(family: str, recipe: str, make_model: Any, toke
     assert not journal_folder(tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("short_steps")
 @pytest.mark.parametrize("steps", [0, 3])
 def test_another_dtype_is_cast_on_the_way(steps: int, source: Path, tokens: Path, tmp_path: Path) -> None:
     config = small(recipe="lorap", correction_steps=steps)
@@ -109,6 +111,7 @@ def test_shards_are_as_small_as_asked_and_load(source: Path, tokens: Path, tmp_p
         compress_to_folder(source, tmp_path / "other", small(), options(tokens, max_shard_size="small"))
 
 
+@pytest.mark.usefixtures("short_steps")
 def test_one_layer_is_in_memory_at_a_time(source: Path, tokens: Path, tmp_path: Path, monkeypatch: Any) -> None:
     seen: list[int] = []
     advance = lorap.calibration.stream.CalibrationStream.advance
@@ -177,6 +180,7 @@ def test_hidden_states_beyond_the_budget_are_on_disk(source: Path, tokens: Path,
 STEPS = ["windows", "before", "plan", "layer-00000", "layer-00002", "corrected", "complete"]
 
 
+@pytest.mark.usefixtures("short_steps")
 @pytest.mark.parametrize("paged", [True, False], ids=["paged", "in memory"])
 @pytest.mark.parametrize("at", range(1, 7, 2))
 def test_a_correction_that_was_interrupted_begins_again(
@@ -205,6 +209,7 @@ def test_a_correction_that_was_interrupted_begins_again(
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("short_steps")
 @pytest.mark.parametrize("step", STEPS)
 def test_goes_on_behind_the_last_step(step: str, source: Path, tokens: Path, tmp_path: Path, monkeypatch: Any) -> None:
     config = small(correction_steps=2)
@@ -437,12 +442,16 @@ def reconstructed(folder: Path) -> dict[str, torch.Tensor]:
 # Gradients next to 0 may have another sign in another order of summation.
 @pytest.mark.parametrize(("steps", "difference"), [(0, 1e-6), (2, 1e-4)])
 def test_the_result_does_not_depend_on_the_number_of_processes(
-    steps: int, difference: float, source: Path, tokens: Path, tmp_path: Path
+    steps: int, difference: float, source: Path, tmp_path: Path
 ) -> None:
-    compress_to_folder(source, tmp_path / "1", small(correction_steps=steps), options(tokens))
+    tokens, windows = tmp_path / "tokens.npy", 64  # enough for two steps
+    np.save(tokens, np.random.default_rng(0).integers(0, 500, (windows, 32)))
+    config = small(correction_steps=steps, num_calibration_samples=windows)
+    compress_to_folder(source, tmp_path / "1", config, options(tokens))
+    more = ["--correction-steps", str(steps), "--num-calibration-samples", str(windows)]
     alone = reconstructed(tmp_path / "1")
     for count in (2, 3):
-        run = torchrun(count, source, tokens, tmp_path / str(count), "--correction-steps", str(steps))
+        run = torchrun(count, source, tokens, tmp_path / str(count), *more)
         assert run.returncode == 0, run.stderr[-3000:]
         assert run.stdout.count("saved to") == 1
         for name, weight in reconstructed(tmp_path / str(count)).items():

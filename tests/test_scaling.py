@@ -447,6 +447,7 @@ class Products(TorchDispatchMode):
         return out
 
 
+@pytest.mark.usefixtures("short_steps")
 def test_a_correction_takes_what_torch_counts(make_model, compress_small, shape_of, unit_machine: Machine) -> None:
     config = CompressionConfig(
         recipe="lorap", sparsity=0.5, correction_steps=4, num_calibration_samples=16, calibration_seq_len=32

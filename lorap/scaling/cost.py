@@ -242,15 +242,15 @@ def _keep(run: Passes) -> Ledger:
 
 
 def _correct(run: Passes) -> Ledger:
-    """Of each window once: forward through the dense layers, then forward, forward again, and backward to inputs and weights."""
+    """Forward through the dense layers; later forward, forward again, and backward to inputs and weights."""
     ledger = run.ledger(shared=True)
-    steps = min(run.config.correction_steps, run.config.num_calibration_samples)
+    steps, step_tokens = run.texts.step_tokens(run.config.correction_steps)
     if not run.config.corrects:
         return ledger
     paging, layers = run.ledger(), run.ledger(shared=True, each_layer=True)
     run.page(paging, run.before, what="dense weights")
     run.page(paging, run.after, passes=2 * steps)
-    tokens, params = run.texts.tokens, sum(run.after.values())
+    tokens, params = steps * step_tokens, sum(run.after.values())
     run.run(layers, tokens, sum(run.before.values()), batch=BACKWARD_TOKENS, what="forward, dense")
     what = "forward, forward again, backward, weights"
     run.run(layers, tokens, 4 * params, batch=BACKWARD_TOKENS, what=what, attention=4)

@@ -159,6 +159,7 @@ def estimate(
     sizes = planned_sizes(shape, config)
     texts = Texts.of(config, calibration, evaluation_texts=evaluation_texts)
     share = -(-texts.windows // processes)
+    steps, step_tokens = texts.step_tokens(config.correction_steps)
     memory = Memory(
         shape=shape,
         config=config,
@@ -167,6 +168,8 @@ def estimate(
         tokens=share * texts.seq_len,
         evaluation_tokens=-(-texts.evaluation_tokens // processes),
         planning_tokens=min(texts.planning_tokens, share * texts.seq_len),
+        steps=steps,
+        step_tokens=-(-step_tokens // processes),
         folds=FOLDS if needs_folds(config) else 1,
         budget=max_memory,
         resident=not shape.paged,

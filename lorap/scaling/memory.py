@@ -46,6 +46,7 @@ class Memory:
         tokens: of calibration, on one process.
         evaluation_tokens: that walk beside them, on one process.
         planning_tokens: of the backward pass.
+        steps, step_tokens: of the correction, on one process.
         folds: halves of the calibration text whose sums are kept apart.
         budget: bytes of hidden states that stay in memory; the rest is on the disk. None for no bound.
         resident: the whole model is in memory, instead of a layer at a time.
@@ -58,6 +59,8 @@ class Memory:
     tokens: int
     evaluation_tokens: int
     planning_tokens: int
+    steps: int
+    step_tokens: int
     folds: int
     budget: int | None
     resident: bool
@@ -81,8 +84,8 @@ class Memory:
     @property
     def hidden_bytes(self) -> int:
         """Hidden states of all windows between two layers; those of the dense model beside them where it is followed."""
-        calibration = (2 if self.config.corrects else 1) * self.tokens
-        return (calibration + self.evaluation_tokens) * self.shape.hidden_size * self.shape.itemsize
+        targets = self.steps * self.step_tokens if self.config.corrects else 0
+        return (self.tokens + targets + self.evaluation_tokens) * self.shape.hidden_size * self.shape.itemsize
 
     def in_memory(self, hidden: int) -> int:
         """What the budget leaves there of that many bytes of hidden states."""
@@ -182,11 +185,11 @@ class Memory:
         Args:
             layer_params: of one compressed layer, that move.
         """
-        shape, steps = self.shape, max(1, self.config.correction_steps)
-        states, backward, _ = self._backward(-(-self.tokens // steps))
-        states += self.tokens * shape.hidden_size * shape.itemsize
+        shape, tokens = self.shape, self.step_tokens
+        states, backward, _ = self._backward(tokens)
+        states += self.steps * tokens * shape.hidden_size * shape.itemsize
         head = 0 if self.resident else shape.head_params * shape.itemsize
-        loss = head + min(BACKWARD_TOKENS, self.tokens) * shape.vocab_size * 2 * (shape.itemsize + 4)
+        loss = head + min(BACKWARD_TOKENS, tokens) * shape.vocab_size * 2 * (shape.itemsize + 4)
         largest = shape.hidden_size * max(shape.hidden_size, self.layer.intermediate_size)
         gradients = self.folds * layer_params * (DOUBLE if largest <= EXACT_NUMBERS else 4)
         copies = 4 * shape.num_layers * layer_params if self.resident and shape.itemsize < 4 else 0

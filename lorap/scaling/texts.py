@@ -8,6 +8,7 @@ from lorap.calibration.mixtures import Sources, split_by_weight, weighted_source
 from lorap.calibration.samples import BATCH_WINDOWS
 from lorap.calibration.sources import OWN_SAMPLES
 from lorap.config import CompressionConfig
+from lorap.correction import shares
 from lorap.pipeline import EVALUATION_TOKENS
 from lorap.planning import SENSITIVITY_TOKENS
 
@@ -46,6 +47,11 @@ class Texts:
             own_windows=sum(share for share, is_own in zip(shares, own, strict=True) if is_own),
             evaluation_tokens=evaluation_texts * (EVALUATION_TOKENS // seq_len) * seq_len,
         )
+
+    def step_tokens(self, steps: int) -> tuple[int, int]:
+        """Correction steps that there will be, and the tokens of each."""
+        parts, steps = shares(self.windows, self.seq_len, steps)
+        return steps, -(-self.windows // parts) * self.seq_len
 
     @property
     def tokens(self) -> int:
