@@ -156,10 +156,12 @@ class _Gradients:
     def votes(self, name: str) -> Tensor | None:
         """(out_features, in_features) float32: 1 or -1 where the folds agree on the sign, 0 elsewhere; None if not finite."""
         sums = self.sums.pop(name)
-        if not all(torch.isfinite(each).all() for each in sums):
+        if not all(math.isfinite(each.sum()) for each in sums):  # in one pass; what overflows here is of no use either
             return None
-        total = torch.stack([each.sign() for each in sums]).sum(0)
-        return (total / len(sums)).trunc().float()
+        total = sums[0].sign_()
+        for each in sums[1:]:
+            total += each.sign_()
+        return total.div_(len(sums)).trunc_().float()
 
 
 class _ExactWeights:

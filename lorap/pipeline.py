@@ -69,7 +69,7 @@ def compress(
     dtype: str = "auto",
     progress: bool = True,
 ) -> tuple[Any, CompressionReport]:
-    """Compress a language model with LoRAP (arXiv 2404.09695): low-rank attention, pruned FFN, nothing trained.
+    """Compress a language model with LoRAP (arXiv 2404.09695): low-rank attention, pruned FFN, no retraining.
 
     The whole model is in memory; :func:`lorap.compress_to_folder` needs one decoder layer at a time, and can be interrupted.
 
