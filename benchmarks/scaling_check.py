@@ -47,6 +47,7 @@ STAGES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("calibrate",): ("calibrate",),
     ("factorize",): ("factorize",),
     ("prune and repair",): ("prune",),
+    ("correct",): ("correct",),
     ("write",): ("save",),
 }
 

@@ -138,7 +138,11 @@ class _Gradients:
         x, g = x.flatten(0, -2).float(), g.flatten(0, -2).float()
         if mask is not None:
             g = g * mask.flatten()[:, None]
-        self._sums(role, g.shape[-1], x.shape[-1], x.device)[fold] += g.T @ x
+        sums = self._sums(role, g.shape[-1], x.shape[-1], x.device)[fold]
+        if sums.dtype == torch.float32:
+            sums.addmm_(g.T, x)  # the product alone would be as large
+        else:
+            sums += g.T @ x
 
     def _sums(self, role: str, out_features: int, in_features: int, device: torch.device) -> list[Tensor]:
         if role not in self.sums:
@@ -177,9 +181,9 @@ class _ExactWeights:
         rounded = weight.dtype in (torch.float16, torch.bfloat16)
         copy = self.copies.pop((index, name), None)
         exact = copy.get().to(weight.device) if copy else weight.float() if rounded else weight
-        size = rate * float(exact.square().mean().sqrt()) / math.sqrt(linear.in_features)
-        exact = exact - size * votes.to(exact.device)
-        weight.copy_(exact)
+        size = rate * float(exact.norm()) / math.sqrt(exact.numel() * linear.in_features)
+        exact.add_(votes.to(exact.device), alpha=-size)
         if rounded:
+            weight.copy_(exact)
             shelf = IN_MEMORY if pages_of(layer) is None else self.files
             self.copies[index, name] = shelf.put(exact)

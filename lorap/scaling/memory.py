@@ -193,7 +193,7 @@ class Memory:
         largest = shape.hidden_size * max(shape.hidden_size, self.layer.intermediate_size)
         gradients = self.folds * layer_params * (DOUBLE if largest <= EXACT_NUMBERS else 4)
         copies = 4 * shape.num_layers * layer_params if self.resident and shape.itemsize < 4 else 0
-        layer = gradients + backward + 4 * DOUBLE * largest
+        layer = gradients + backward + 2 * 4 * largest  # a product, or votes, beside an exact weight
         return self.held + copies + self.in_memory(states) + max(layer, loss)
 
     def _backward(self, tokens: int) -> tuple[int, int, int]:
