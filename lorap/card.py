@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lorap.config import CompressionConfig
+from lorap.correction import shares
 from lorap.report import KIND_HEADER, PAGE, CompressionReport, evaluation_lines
 
 # What the choices of a config do to a model, as parts of sentences for the model card.
@@ -76,13 +77,12 @@ def method_text(config: CompressionConfig) -> str:
     reads_outputs = bool(factorized) or (pruned and config.channel_score == "output")
     if config.output_weighting == "loss" and config.allocation != "flap" and reads_outputs:
         sentences.append("Errors of outputs were weighted by the gradients of the loss.")
-    steps = config.correction_steps
-    trained = (
-        f"These weights then took {steps} small {'step' if steps == 1 else 'steps'} towards what the original model "
-    )
-    sentences.append(
-        trained + "predicts on the calibration text; nothing else was trained." if steps else "Nothing was trained."
-    )
+    if config.corrects:
+        _, steps = shares(config.num_calibration_samples, config.calibration_seq_len, config.correction_steps)
+        took = f"These weights then took {steps} small {'step' if steps == 1 else 'steps'} towards what the original model "
+        sentences.append(took + "predicts on the calibration text; nothing else was trained.")
+    else:
+        sentences.append("Nothing was trained.")
     text = " ".join(sentences)
     return re.sub(r"\{([\d.]+)\}", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
 

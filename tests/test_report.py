@@ -159,6 +159,12 @@ def test_weights_that_stayed_are_told():
     assert text == TEXTS["best"].split(" These weights")[0] + " Nothing was trained."
 
 
+@pytest.mark.parametrize(("windows", "told"), [(8, "1 small step "), (15, "1 small step "), (63, "7 small steps ")])
+def test_fewer_steps_on_little_text_are_told(windows, told):
+    text = method_text(lorap.CompressionConfig(num_calibration_samples=windows))
+    assert text == TEXTS["best"].replace("8 small steps ", told)
+
+
 def test_method_follows_the_choices_and_not_the_name():
     for recipe, choices in RECIPES.items():
         for name in RECIPES:
