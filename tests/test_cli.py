@@ -172,9 +172,9 @@ WRITTEN: list[tuple[str, list[Any], Any]] = [
     ("repair", ["--no-repair"], False),
     ("repair_ridge", ["--repair-ridge", "1e-3"], 0.001),
     ("bias_compensation", ["--bias-compensation"], True),
-    ("sequential", ["--sequential", "layer"], "layer"),
+    ("sequential", ["--sequential", "sublayer"], "sublayer"),
     ("storage", ["--storage", "factors"], "factors"),
-    ("correction_steps", ["--correction-steps", "8"], 8),
+    ("correction_steps", ["--correction-steps", "3"], 3),
     ("target", ["--target", "stock"], "stock"),
 ]
 
