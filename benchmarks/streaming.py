@@ -26,7 +26,7 @@ from lorap.report import format_table
 from lorap.tensor_files import write_tensors
 
 RESULTS = Path(__file__).parent / "results" / "streaming.json"
-STAGES = ("check", "plan", "calibrate", "factorize", "prune", "save")
+STAGES = ("check", "plan", "calibrate", "factorize", "prune", "correct", "save")
 
 
 def llama_7b(layers: int) -> LlamaConfig:
