@@ -80,20 +80,19 @@ class LayerCompressor:
         with self.watch("calibrate"):
             folds = self._observe(index, layer, dense, inputs)
             release_freed_memory(max(linear.weight.numel() for linear in dense.values()))
-        with self.watch("factorize"):
-            for name in inputs:
-                work.factorize(
-                    {
-                        role: self.architecture.module_name(index, role)
-                        for role in SHARED_INPUTS[name]
-                        if role in plan.ranks
-                    },
-                    folds[name],
-                )
+        # The FFN first: its sums are the largest of all, and go when it is done.
         with self.watch("prune"):
             if "mlp_inner" in inputs and plan.intermediate_size < dense["gate_proj"].out_features:
-                work.prune(folds["mlp_input"], folds["mlp_inner"])
+                work.prune(folds["mlp_input"], folds.pop("mlp_inner"))
                 layer.get_submodule(self.architecture.mlp).intermediate_size = plan.intermediate_size  # type: ignore[assignment]
+                release_freed_memory(dense["down_proj"].weight.numel())
+        with self.watch("factorize"):
+            for name in inputs:
+                roles = [role for role in SHARED_INPUTS[name] if role in plan.ranks]
+                if roles:
+                    work.factorize(
+                        {role: self.architecture.module_name(index, role) for role in roles}, folds.pop(name)
+                    )
         for role, module in work.replaced.items():
             layer.set_submodule(self.architecture.projections[role], module)
 

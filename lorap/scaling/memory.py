@@ -158,7 +158,7 @@ class Memory:
             weights = together * DOUBLE * out * inner
             after = 2 * DOUBLE * rank * (out + inner) + 4 * DOUBLE * out * inner
             most = max(most, metric + weights + max(working_bytes([print_of]), after))
-        others = self._layer_sums() if config.sequential == "layer" else 0
+        others = self._other_sums()
         return self.held + self.in_memory(self.hidden_bytes) + most + others
 
     def prune(self) -> int:
@@ -169,7 +169,7 @@ class Memory:
         hidden, width = self.shape.projections["down_proj"]
         kept = self.layer.intermediate_size
         size = 4 if sums_dtype(width) == "float32" else DOUBLE
-        held = self.held + self.in_memory(self.hidden_bytes)
+        held = self.held + self.in_memory(self.hidden_bytes) + self._other_sums()
         scoring = 3 * DOUBLE * hidden * min(CHANNELS, width)
         if not self.config.repair:
             return held + scoring
@@ -229,8 +229,14 @@ class Memory:
             found.append(self.shape.width)
         return found
 
-    def _layer_sums(self) -> int:
-        return sum(self.folds * self._sums(size) for size in self._summed_inputs())
+    def _other_sums(self) -> int:
+        """Of inputs whose turn comes later, where all are observed at once; those of a pruned FFN, the largest, go first."""
+        if self.config.sequential != "layer":
+            return 0
+        inputs = self._summed_inputs()
+        if self.config.mlp_method == "prune" and self.layer.intermediate_size < self.shape.width and self.config.repair:
+            inputs.remove(self.shape.width)
+        return sum(self.folds * self._sums(size) for size in inputs)
 
     def _pricing(self) -> int:
         """The larger of a spectrum and of the FFN's Cholesky factor."""
