@@ -1,6 +1,7 @@
 """One layer at a time: what each part has seen when it is compressed, what comes out, and that it opens again."""
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -66,6 +67,27 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What is seen
+
+
+def test_sums_of_the_ffn_are_gone_when_attention_is_factorized(make_model, tokens, monkeypatch) -> None:
+    """They are the largest: a layer of LLaMA-7B's shapes would hold another gigabyte."""
+    model = make_model("llama-gqa")
+    sums: list[weakref.ref[Any]] = []
+    observe, factorize = LayerCompressor._observe, lorap.layers._Layer.factorize
+
+    def observed(self: Any, *args: Any) -> Any:
+        found = observe(self, *args)
+        sums.extend(weakref.ref(fold) for fold in found["mlp_inner"])
+        return found
+
+    def factorized(self: Any, *args: Any) -> None:
+        assert [fold() for fold in sums] == [None] * len(sums)
+        factorize(self, *args)
+
+    monkeypatch.setattr(LayerCompressor, "_observe", observed)
+    monkeypatch.setattr(lorap.layers._Layer, "factorize", factorized)
+    compressor(model, tokens, recipe="best").compress(0, model.model.layers[0], PLAN, {})
+    assert sums
 
 
 @pytest.mark.parametrize("sequential", ["layer", "sublayer"])
