@@ -81,32 +81,34 @@ def walk_back(
 
 def _loss_gradient(model: Any, layers: Sequence[nn.Module], batch: Batch) -> Held:
     """Gradient of the summed loss with respect to the last layer's output."""
+    hidden = batch.hidden
     with torch.enable_grad():
-        states = _at_head(model, batch).requires_grad_(True)
+        states = _at_head(model, hidden).requires_grad_(True)
         loss, _ = summed_loss(model, layers, batch, states)
         (gradient,) = torch.autograd.grad(loss, states)
-    return batch.shelf.put(gradient.to(batch.hidden.device))
+    return batch.shelf.put(gradient.to(hidden.device))
 
 
 def _distance_gradient(model: Any, layers: Sequence[nn.Module], batch: Batch, target: Batch) -> Held:
     """The same of the Kullback-Leibler divergence from the predictions of ``target``, summed over all real tokens.
 
-    That of the logits is the difference of the probabilities, which takes a third of the passes over them that the loss would.
+    That of the logits is the difference of the probabilities, so the divergence itself is never computed.
     """
+    hidden = batch.hidden
     with torch.enable_grad():
-        states = _at_head(model, batch).requires_grad_(True)
+        states = _at_head(model, hidden).requires_grad_(True)
         logits = logits_of(model, layers, states)
     with torch.no_grad():
         difference = logits.softmax(-1, dtype=torch.float32)
-        difference -= logits_of(model, layers, _at_head(model, target)).softmax(-1, dtype=torch.float32)
+        difference -= logits_of(model, layers, _at_head(model, target.hidden)).softmax(-1, dtype=torch.float32)
         if batch.mask is not None:
             difference *= batch.mask.to(difference.device)[..., None]
     (gradient,) = torch.autograd.grad(logits, states, difference.to(logits.dtype))
-    return batch.shelf.put(gradient.to(batch.hidden.device))
+    return batch.shelf.put(gradient.to(hidden.device))
 
 
-def _at_head(model: Any, batch: Batch) -> Tensor:
-    return batch.hidden.to(model.get_output_embeddings().weight.device).detach()
+def _at_head(model: Any, hidden: Tensor) -> Tensor:
+    return hidden.to(model.get_output_embeddings().weight.device).detach()
 
 
 def _backward(

@@ -109,10 +109,9 @@ class Memory:
         """The head with the logits of one batch, beside the hidden states of the text."""
         shape = self.shape
         batch = min(EVALUATION_BATCH, text_tokens)
-        head = 0 if self.resident else shape.head_params * shape.itemsize
-        logits = batch * shape.vocab_size * (shape.itemsize + 4 * LOGIT_COPIES)
+        loss = self._head(batch, shape.itemsize + 4 * LOGIT_COPIES)
         hidden = self.in_memory(text_tokens * shape.hidden_size * shape.itemsize)
-        return self.held + hidden + max(head + logits, self._forward(batch))
+        return self.held + hidden + max(loss, self._forward(batch))
 
     def plan(self) -> int:
         """The hidden states before every layer, and the sums and spectra of one; metrics of outputs are on the disk."""
@@ -120,7 +119,8 @@ class Memory:
         if config.allocation == "flap":
             return self.held + self.in_memory(self.hidden_bytes) + self._forward(min(BATCH_TOKENS, self.tokens))
         batch = min(BACKWARD_TOKENS, self.planning_tokens)
-        states, backward, loss = self._backward(self.planning_tokens)
+        states, backward = self._backward(self.planning_tokens)
+        loss = self._head(batch, shape.itemsize + 4 * (LOGIT_COPIES + LOGIT_GRADIENTS))
         roles = ["down_proj"] if config.target == "stock" else ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
         sizes = [size for role in roles for size in shape.projections[role]]
         sums = sum(self._sums(size, prices=True) for size in sizes)
@@ -186,24 +186,26 @@ class Memory:
             layer_params: of one compressed layer, that move.
         """
         shape, tokens = self.shape, self.step_tokens
-        states, backward, _ = self._backward(tokens)
+        states, backward = self._backward(tokens)
         states += self.steps * tokens * shape.hidden_size * shape.itemsize
-        head = 0 if self.resident else shape.head_params * shape.itemsize
-        loss = head + min(BACKWARD_TOKENS, tokens) * shape.vocab_size * 2 * (shape.itemsize + 4)
+        loss = self._head(min(BACKWARD_TOKENS, tokens), 2 * (shape.itemsize + 4))
         largest = shape.hidden_size * max(shape.hidden_size, self.layer.intermediate_size)
         gradients = self.folds * layer_params * (DOUBLE if largest <= EXACT_NUMBERS else 4)
         copies = 4 * shape.num_layers * layer_params if self.resident and shape.itemsize < 4 else 0
         layer = gradients + backward + 2 * 4 * largest  # a product, or votes, beside an exact weight
         return self.held + copies + self.in_memory(states) + max(layer, loss)
 
-    def _backward(self, tokens: int) -> tuple[int, int, int]:
-        """Hidden states before every layer, a batch on its way back through one, and a batch in the head with its loss."""
+    def _head(self, tokens: int, word_bytes: int) -> int:
+        """A batch in the head, with so many bytes for each word of each token."""
+        head = 0 if self.resident else self.shape.head_params * self.shape.itemsize
+        return head + tokens * self.shape.vocab_size * word_bytes
+
+    def _backward(self, tokens: int) -> tuple[int, int]:
+        """Hidden states before every layer, and a batch on its way back through one."""
         shape, batch = self.shape, min(BACKWARD_TOKENS, tokens)
         states = tokens * shape.hidden_size * shape.itemsize * (shape.num_layers + 2)
         layer = batch * (BACKWARD_HIDDEN * shape.hidden_size + BACKWARD_INNER * shape.width) * shape.itemsize
-        head = 0 if self.resident else shape.head_params * shape.itemsize
-        logits = batch * shape.vocab_size * (shape.itemsize + 4 * (LOGIT_COPIES + LOGIT_GRADIENTS))
-        return states, layer, head + logits
+        return states, layer
 
     def _forward(self, tokens: int) -> int:
         wide = FORWARD_HIDDEN * self.shape.hidden_size + FORWARD_INNER * self.shape.width
