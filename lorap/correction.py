@@ -165,7 +165,7 @@ class _Gradients:
         total = sums[0].sign_()
         for each in sums[1:]:
             total += each.sign_()
-        return total.div_(len(sums)).trunc_().float()
+        return total.to(torch.int8).div(len(sums), rounding_mode="trunc").float()  # bytes: a third of the time
 
 
 class _ExactWeights:

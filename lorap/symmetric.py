@@ -45,7 +45,7 @@ def lower_product(left: Tensor, right: Tensor, *, mirrored: bool = True) -> Tens
 
 
 def add_outer_products(sums: Tensor, x: Tensor) -> None:
-    """Add x^T x to ``sums`` (K, K), in place; x (tokens, K) of the same dtype.
+    """Add x^T x to ``sums`` (K, K), in place; x (tokens, K) of the same dtype or a coarser one.
 
     Products are made and then added, so that it does not matter to the last bit which of them share a call.
     """

@@ -143,6 +143,20 @@ def test_covariance_of_channels_far_from_zero() -> None:
     torch.testing.assert_close(gathered(x).covariance, expected, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("features", [1, 63, 200])
+def test_outer_products_next_to_the_size_of_their_channels(features: int) -> None:
+    """They are float32 before they are added, and no coarser than that, over many batches and channels of very different size."""
+    x = activations(3000, features) * torch.logspace(-3, 3, features)
+    stats = ActivationStats(features, moments=True)
+    for batch in x.split(77):
+        stats.update(batch)
+    expected = x.double().T @ x.double()
+    size = expected.diagonal().sqrt()
+    assert stats.outer.dtype == torch.float64
+    assert float(((stats.outer - expected) / torch.outer(size, size)).abs().max()) < 3e-7
+    assert torch.equal(stats.outer, stats.outer.T)
+
+
 def test_mean_and_moments_are_gathered_only_when_asked_for() -> None:
     x = activations(63, 7)
     mean, moments = ActivationStats(7, mean=True), ActivationStats(7, moments=True)

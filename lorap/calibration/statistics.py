@@ -1,7 +1,8 @@
 """Sums over calibration tokens, per input of a linear layer.
 
 Everything is a sum plus a token count, in float64, never a running mean: batches, processes and resumed runs add up to the
-same numbers. What the recipes want (norms, second moment, covariance) is derived at the end.
+same numbers. What the recipes want (norms, second moment, covariance) is derived at the end. Outer products are float32
+before they are added, unless a mean will be subtracted from them: that takes half the time.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lorap import ops
+from lorap.backends import HALVES
 from lorap.kernels import reference
 from lorap.processes import Processes
 from lorap.symmetric import add_outer_products
@@ -82,7 +84,9 @@ class ActivationStats:
             self.weight += tokens
         if self.outer is None:
             return
-        if self.outer.dtype == torch.float64:
+        exact = self.total is not None or (x.is_cuda and x.dtype in HALVES)
+        if exact and self.outer.dtype == torch.float64:
+            # A covariance subtracts numbers that may agree in all digits of a float32; halves have tensor cores.
             self.outer += ops.second_moment(x, mask)[0]
         else:
             for chunk in reference.masked_chunks(x, mask, torch.float32):

@@ -170,7 +170,8 @@ def _calibrate(run: Passes) -> Ledger:
         for name in inputs:
             if has_moments(run.config, name):
                 size = shape.projections[SHARED_INPUTS[name][0]][1]
-                run.second_moment(layers, tokens, size, name.replace("_", " "), batch=BATCH_TOKENS)
+                told, mean = name.replace("_", " "), has_mean(run.config, name)
+                run.second_moment(layers, tokens, size, told, batch=BATCH_TOKENS, mean=mean)
     run.run(layers, tokens, sum(run.after.values()), batch=BATCH_TOKENS, what="advance")
     ledger.include(layers)
     hidden = run.memory.hidden_bytes
@@ -188,6 +189,13 @@ def has_moments(config: CompressionConfig, name: str) -> bool:
     if name.startswith("mlp") and config.mlp_method == "prune":
         return name == "mlp_inner" and config.repair
     return work.metric_axes(config) == 2
+
+
+def has_mean(config: CompressionConfig, name: str) -> bool:
+    """Whether the mean of an input is taken as well."""
+    if name.startswith("mlp") and config.mlp_method == "prune":
+        return name == "mlp_inner" and (config.bias_compensation or config.channel_score == "fluctuation")
+    return config.attention_method == "afm"
 
 
 def observations(run: Passes) -> Iterator[tuple[tuple[str, ...], int]]:

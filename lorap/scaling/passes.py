@@ -105,14 +105,14 @@ class Passes:
         ledger.moved("loss", nbytes, f"{passes} x {tokens:,} tokens x {self.shape.vocab_size:,} words x 4 B")
 
     def second_moment(
-        self, ledger: Ledger, tokens: int, size: int, told: str, *, batch: int, prices: bool = False
+        self, ledger: Ledger, tokens: int, size: int, told: str, *, batch: int, prices: bool = False, mean: bool = False
     ) -> None:
-        """Sums of outer products of one input."""
-        dtype = sums_dtype(size, prices=prices)
+        """Sums of outer products of one input; the products are exact where a mean will be subtracted."""
+        sums = sums_dtype(size, prices=prices)
         told = f"second moment of {told}"
         formula = f"{2 * LOWER:.3g} x {tokens:,} tokens x {size:,}^2"
-        ledger.products(told, 2 * LOWER * tokens * size**2, dtype, formula)
-        passes, width = (8, 8) if dtype == "float64" else (4, 4)
+        ledger.products(told, 2 * LOWER * tokens * size**2, sums if mean else "float32", formula)
+        passes, width = (8, 8) if sums == "float64" else (4, 4)
         batches = -(-tokens // batch)
         passed = f"{batches:,} batches x {passes} passes over {size:,}^2 x {width} B"
         ledger.moved(told + ", sums", batches * passes * width * size**2, passed)
