@@ -68,8 +68,6 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
                 "attention_method": "second_moment",
                 "metric_shrinkage": "auto",
                 "output_weighting": "loss",
-                "token_weighting": "residual",
-                "channel_score": "output",
                 "least_important_kept": 0.0,
                 "repair": True,
                 "repair_ridge": "auto",
@@ -130,7 +128,7 @@ class CompressionConfig:
             the next normalisation divides by it; without, a few tokens of huge norm decide. ``none``: all tokens count alike.
         mlp_method: ``prune`` removes whole FFN channels, ``factorize`` makes the three FFN matrices low-rank.
         channel_score: which channels stay. ``lorap``: sum of three weighted norms (the paper). ``output``: what the channel adds
-            to the FFN's output, fit for ``repair``. ``fluctuation``: variance of the channel times the norm of its output
+            to the FFN's output. ``fluctuation``: variance of the channel times the norm of its output
             weights (FLAP).
         least_important_kept: fraction of FFN channels, those of least importance, that stay; the paper keeps 1 %.
         repair: refit down_proj by least squares to the output of all channels. Over-fits with few calibration tokens.
@@ -141,7 +139,7 @@ class CompressionConfig:
             all statistics of a layer before changing it (the paper).
         storage: ``pivoted`` stores a rank-r matrix (m, n) in r (m + n - r) numbers instead of r (m + n), without loss.
         correction_steps: when all layers are compressed, so many small steps of all weights towards what the dense model predicts
-            on the calibration windows, 1,024 tokens a step, none of them twice; fewer steps where there are fewer tokens. Sizes
+            on the calibration windows, 1,536 tokens a step, none of them twice; fewer steps where there are fewer tokens. Sizes
             do not change.
         target: who is to open the result. ``lorap``: hosts that have lorap. ``stock``: every host. Attention stays dense and all
             FFNs get one width, narrow enough for the whole sparsity, so ``allocation`` decides nothing and ``shapes`` is

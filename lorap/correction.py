@@ -30,9 +30,9 @@ from lorap.processes import Processes
 # SmolLM2-135M on five other texts, in nats: 0.127, 0.136 and 0.136 at 0.024, 0.036 and 0.048 from sparsity 0.5, and 0.048, 0.049
 # and 0.050 from 0.2. At 0.096 steps overshoot: 0.018 worse than none from 0.2.
 RATE = 0.036
-# Of a step. With half as many, signs are noise too often: 16 such steps gained 0.119 where 8 of these gained 0.138. Twice as many
-# gained 0.152, at twice the time.
-STEP_TOKENS = 1024
+# Of a step. With few, signs are noise too often, and time grows with them: 8 steps of 1,024 tokens gained 0.125 nats where 8 of
+# 2,048 gained 0.148; so many are between. More and smaller steps are no way out (docs/recipes.md).
+STEP_TOKENS = 1536
 # Sums of more numbers are float32: two numbers of processes may then differ in the sign of what is next to 0.
 EXACT_NUMBERS = 2**22
 

@@ -228,7 +228,9 @@ class _Layer:
         gate, up, down = (self.dense[role] for role in MLP)
         inner = merged(inner_folds, moments=False)
         weights = (gate.weight.data, up.weight.data, down.weight.data)
-        norms = (merged(input_folds).channel_sq_norm, inner.channel_sq_norm)
+        # Weighted tokens or not, the norms of both inputs are of as many tokens: the paper's score adds one to the other.
+        inner_sq_norm = inner.channel_sq_norm * (inner.tokens / inner.weight if inner.weight > 0 else 1.0)
+        norms = (merged(input_folds).channel_sq_norm, inner_sq_norm)
         metric = self._output_metric("down_proj", down.weight)
         if config.channel_score == "lorap":
             scores = channel_importance(*weights, *norms)

@@ -24,7 +24,7 @@ DEFAULT_SHRINKAGE = 0.25
 DEFAULT_RIDGE = 0.3
 # Tried on the folds, relative to the mean channel energy.
 RIDGES = (0.05, 0.2, 0.8, 3.2)
-JUDGED_OUTPUTS = 128
+JUDGED_OUTPUTS = 64
 # Rows of two correlation matrices that are compared at once.
 CORRELATED_ROWS = 1024
 

@@ -147,6 +147,7 @@ class Run:
         if self.config.corrects:
             targets = [] if self.journal.has("corrected") else list(self._dealt(windows))
             self._compress_layers(plan, stream, [], targets, report)
+            del stream  # what was calibrated on is used up
             self._correct(windows, targets)
             self._advance(judged)
         else:

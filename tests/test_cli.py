@@ -165,7 +165,7 @@ WRITTEN: list[tuple[str, list[Any], Any]] = [
     ("attention_method", ["--attention-method", "afm"], "afm"),
     ("metric_shrinkage", ["--metric-shrinkage", ".25"], 0.25),
     ("output_weighting", ["--output-weighting", "none"], "none"),
-    ("token_weighting", ["--token-weighting", "none"], "none"),
+    ("token_weighting", ["--token-weighting", "residual"], "residual"),
     ("mlp_method", ["--mlp-method", "factorize", "--allocation", "even"], "factorize"),
     ("channel_score", ["--channel-score", "fluctuation"], "fluctuation"),
     ("least_important_kept", ["--least-important-kept", "0.1"], 0.1),

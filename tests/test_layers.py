@@ -322,11 +322,26 @@ def test_bias_compensation_of_a_repair_is_for_what_the_repair_left(make_model, t
     model = make_model("llama-gqa")
     layer, dense = model.model.layers[0], copy.deepcopy(model.model.layers[0])
     x = torch.cat(inputs_of(dense, stream_of(model, tokens), dense.mlp.down_proj))
-    compressor(model, tokens, token_weighting="none", bias_compensation=True).compress(0, layer, LayerPlan({}, 60), {})
+    compressor(model, tokens, channel_score="output", bias_compensation=True).compress(0, layer, LayerPlan({}, 60), {})
     kept = keep_best(output_scores(dense.mlp.down_proj.weight.data, x.square().sum(0)), 60)
     down = layer.mlp.down_proj
     mean = x[:, kept].mean(0) @ down.weight.double().T + down.bias.double()
     torch.testing.assert_close(mean, x.mean(0) @ dense.mlp.down_proj.weight.double().T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e2])
+def test_the_papers_score_does_not_mind_how_much_all_tokens_weigh(make_model, tokens, size: float) -> None:
+    """It adds norms of two inputs, of which only one is weighted; tokens of one size all weigh the same, however much that is."""
+    kept = []
+    for weighting in ("none", "residual"):
+        model = make_model("llama-gqa")
+        layer = model.model.layers[0]
+        work = compressor(model, tokens, channel_score="lorap", token_weighting=weighting)
+        for batch in work.stream.batches:
+            batch.hidden = size * batch.hidden / batch.hidden.square().mean(-1, keepdim=True).sqrt()
+        work.compress(0, layer, LayerPlan({}, 60), {})
+        kept.append(layer.mlp.gate_proj.weight)
+    assert torch.equal(*kept)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -335,7 +335,7 @@ def test_ablation_is_told_as_what_it_adds(q):
     assert lines[2] == "| `best` | +0.500 | +0.700 | +0.600 | 0.7998 |"
     by_label = {line.split(" | ")[0]: line for line in lines}
     assert by_label["| down_proj not refitted"].endswith("| +0.100 | +0.000 | +0.050 | 0.7998 |")
-    assert by_label["| all tokens count alike"].endswith("| - | - | - | - |")
+    assert by_label["| tokens weighted by their hidden state"].endswith("| - | - | - | - |")
 
 
 def test_ablation_in_one_command(q, material, jobs_run, monkeypatch, tmp_path):
