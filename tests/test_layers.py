@@ -195,10 +195,10 @@ def test_auto_is_judged_on_the_folds(make_model, tokens) -> None:
     model = make_model("llama-gqa")
     layer, dense = model.model.layers[0], copy.deepcopy(model.model.layers[0])
     plan = LayerPlan({}, 60)
-    probe = {"x": Probe(layer.mlp.down_proj, moments=True, weighted=True)}
+    probe = {"x": Probe(layer.mlp.down_proj, moments=True)}
     folds = stream_of(model, tokens, HALVES).observe(0, layer, probe)["x"]
     (whole,) = stream_of(model, tokens).observe(0, layer, probe)["x"]
-    work = compressor(model, tokens, HALVES)
+    work = compressor(model, tokens, HALVES, channel_score="output")
     work.compress(0, layer, plan, {})
     down = dense.mlp.down_proj.weight.data
     kept = keep_best(output_scores(down, whole.sq_sum), 60)

@@ -2,7 +2,7 @@
 
 Everything is a sum plus a token count, in float64, never a running mean: batches, processes and resumed runs add up to the
 same numbers. What the recipes want (norms, second moment, covariance) is derived at the end. Outer products are float32
-before they are added, unless a mean will be subtracted from them: that takes half the time.
+before they are added, unless the activations are float64 or a mean will be subtracted: that takes half the time.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class ActivationStats:
             self.weight += tokens
         if self.outer is None:
             return
-        exact = self.total is not None or (x.is_cuda and x.dtype in HALVES)
+        exact = self.total is not None or x.dtype == torch.float64 or (x.is_cuda and x.dtype in HALVES)
         if exact and self.outer.dtype == torch.float64:
             # A covariance subtracts numbers that may agree in all digits of a float32; halves have tensor cores.
             self.outer += ops.second_moment(x, mask)[0]
