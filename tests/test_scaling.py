@@ -33,7 +33,7 @@ from lorap.factorization import factorize_batch
 from lorap.folders import INDEX
 from lorap.info import describe_model
 from lorap.loading import find_model
-from lorap.metrics import choose_ridge
+from lorap.metrics import JUDGED_OUTPUTS, choose_ridge
 from lorap.moments import Moment
 from lorap.pivoting import pivot, storage_error
 from lorap.repair import output_scores, removed_share, repair_down
@@ -359,7 +359,7 @@ def test_a_factorization_takes_what_torch_counts(shape_of, unit_machine: Machine
 
 
 def test_a_refit_takes_what_torch_counts(unit_machine: Machine, shape_of) -> None:
-    hidden, width, kept = 192, 300, 210
+    hidden, width, kept = 160, 300, 210
     torch.manual_seed(0)
     down = torch.randn(hidden, width).double()
     folds = tuple(ActivationStats(width, moments=True) for _ in range(2))
@@ -376,12 +376,13 @@ def test_a_refit_takes_what_torch_counts(unit_machine: Machine, shape_of) -> Non
     shape = replace(shape_of("llama-gqa"), projections={"down_proj": (hidden, width)})
     layer = planned_sizes(shape_of("llama-gqa"), CompressionConfig(recipe="lorap")).layer
     ledger = Ledger(unit_machine)
-    work.prune(ledger, shape, CompressionConfig(), replace(layer, intermediate_size=kept))
+    work.prune(ledger, shape, CompressionConfig(channel_score="output"), replace(layer, intermediate_size=kept))
     products = sum(part.amount for part in ledger.parts if part.unit == "FLOP" and "Cholesky" not in part.rate)
-    # choose_ridge judges every row of a model as narrow as this one; solves are no products.
-    rows = len(down[:: max(1, hidden // 128)])
-    solves = 8 * 2 * 128 * 2 * kept**2 + 2 * hidden * 2 * kept**2
-    judged = 8 * 2 * (rows - 128) * 3 * width**2
+    # choose_ridge judges every second row of so narrow a model, which is more than it aims at; solves are no products.
+    rows = len(down[:: hidden // JUDGED_OUTPUTS])
+    assert rows == 80
+    solves = 8 * 2 * JUDGED_OUTPUTS * 2 * kept**2 + 2 * hidden * 2 * kept**2
+    judged = 8 * 2 * (rows - JUDGED_OUTPUTS) * 3 * width**2
     assert products - solves + judged == counted(refit)
 
 
