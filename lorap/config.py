@@ -121,9 +121,9 @@ class CompressionConfig:
             ``afm``: principal components of the outputs.
         metric_shrinkage: share of its diagonal in the second moment, in [0, 1]: 0 fits the calibration text most closely, 1 is
             ``awsvd``. ``auto`` chooses per layer, judged on texts other than those that the statistics come from.
-        output_weighting: ``loss`` weighs errors of a projection's outputs by how much the loss minds them, for factors and
-            channels alike, from the same backward pass as ``allocation="loss"``; gate and up always count plain, and with
-            ``none`` all do.
+        output_weighting: ``loss`` weighs errors of a projection's outputs by how much the loss minds them, for factors,
+            and for channels with ``channel_score="output"``, from the same backward pass as ``allocation="loss"``; gate and up
+            always count plain, and with ``none`` all do.
         token_weighting: ``residual`` weighs each token by the inverse square norm of the hidden state it is added to, because
             the next normalisation divides by it; without, a few tokens of huge norm decide. ``none``: all tokens count alike.
         mlp_method: ``prune`` removes whole FFN channels, ``factorize`` makes the three FFN matrices low-rank.
