@@ -72,7 +72,8 @@ class ActivationStats:
             for chunk in reference.masked_chunks(counted, mask, torch.float64):
                 self.total += chunk.sum(0)
         if weights is not None:
-            x = x.float() * weights.float().sqrt().unsqueeze(-1)
+            precision = torch.promote_types(x.dtype, torch.float32)
+            x = x.to(precision) * weights.to(precision).sqrt().unsqueeze(-1)
         sq_norm, counted_tokens = ops.channel_sq_norm(x, mask)
         self.sq_sum += sq_norm
         # Without a mask the count is known, and a GPU need not be waited for.
