@@ -124,14 +124,9 @@ class LayerCompressor:
         return found
 
     def _probe(self, name: str, linear: nn.Linear) -> Probe:
-        config = self.config
-        weighted = config.token_weighting == "residual" and name in ("attention_output", "mlp_inner")
-        if name.startswith("mlp") and config.mlp_method == "prune":
-            inner = name == "mlp_inner"
-            mean = inner and (config.bias_compensation or config.channel_score == "fluctuation")
-            return Probe(linear, mean=mean, moments=inner and config.repair, weighted=weighted)
-        afm = config.attention_method == "afm"
-        return Probe(linear, mean=afm, moments=afm or config.attention_method == "second_moment", weighted=weighted)
+        mean, moments = sums_of(self.config, name)
+        weighted = self.config.token_weighting == "residual" and name in ("attention_output", "mlp_inner")
+        return Probe(linear, mean=mean, moments=moments, weighted=weighted)
 
 
 class _Layer:
@@ -310,3 +305,12 @@ def needs_folds(config: CompressionConfig) -> bool:
     """Whether anything is to be judged on another half of the calibration text than it was fitted on."""
     fitted = config.attention_method == "second_moment" or (config.mlp_method == "prune" and config.repair)
     return fitted and "auto" in (config.metric_shrinkage, config.repair_ridge)
+
+
+def sums_of(config: CompressionConfig, name: str) -> tuple[bool, bool]:
+    """Whether x, and whether x x^T, of an input of :data:`SHARED_INPUTS` is summed up beside its channel norms."""
+    if name.startswith("mlp") and config.mlp_method == "prune":
+        inner = name == "mlp_inner"
+        return inner and (config.bias_compensation or config.channel_score == "fluctuation"), inner and config.repair
+    method = config.attention_method
+    return method == "afm", method in ("afm", "second_moment")

@@ -11,6 +11,7 @@ from lorap.calibration.backward import BATCH_TOKENS as BACKWARD_TOKENS
 from lorap.calibration.stream import BATCH_TOKENS
 from lorap.config import CompressionConfig
 from lorap.evaluation import BATCH_TOKENS as EVALUATION_BATCH
+from lorap.layers import sums_of
 from lorap.report import compressed_roles
 from lorap.scaling import work
 from lorap.scaling.ledger import Ledger, Part
@@ -168,9 +169,9 @@ def _calibrate(run: Passes) -> Ledger:
         if params:
             run.run(layers, tokens, params, batch=BATCH_TOKENS, what=f"observe {inputs[-1].replace('_', ' ')}")
         for name in inputs:
-            if has_moments(run.config, name):
-                size = shape.projections[SHARED_INPUTS[name][0]][1]
-                told, mean = name.replace("_", " "), has_mean(run.config, name)
+            mean, moments = sums_of(run.config, name)
+            if moments:
+                size, told = shape.projections[SHARED_INPUTS[name][0]][1], name.replace("_", " ")
                 run.second_moment(layers, tokens, size, told, batch=BATCH_TOKENS, mean=mean)
     run.run(layers, tokens, sum(run.after.values()), batch=BATCH_TOKENS, what="advance")
     ledger.include(layers)
@@ -182,20 +183,6 @@ def _calibrate(run: Passes) -> Ledger:
         "hidden states", passes * spilled, "cache", f"{passes} x {shape.num_layers} x what is over the budget"
     )
     return ledger
-
-
-def has_moments(config: CompressionConfig, name: str) -> bool:
-    """Whether the outer products of an input are summed up."""
-    if name.startswith("mlp") and config.mlp_method == "prune":
-        return name == "mlp_inner" and config.repair
-    return work.metric_axes(config) == 2
-
-
-def has_mean(config: CompressionConfig, name: str) -> bool:
-    """Whether the mean of an input is taken as well."""
-    if name.startswith("mlp") and config.mlp_method == "prune":
-        return name == "mlp_inner" and (config.bias_compensation or config.channel_score == "fluctuation")
-    return config.attention_method == "afm"
 
 
 def observations(run: Passes) -> Iterator[tuple[tuple[str, ...], int]]:
