@@ -1,6 +1,7 @@
 """What each choice of a recipe is worth: the recipe with one choice taken back at a time, on the default mixture.
 
     python benchmarks/quality/ablation.py                  at 0.2 and 0.5; writes its tables into docs/results.md
+    python benchmarks/quality/ablation.py --tables-only    the same, of what has been made so far
 
 The cells lie among those of matrix.py and are not made twice.
 """
@@ -16,7 +17,7 @@ from cells import Cell
 from jobs import finish
 from matrix import SPARSITIES, add_common, make_cells, out_folder
 from records import read_cells
-from table import Cells, increase, markdown, mean, number
+from table import Cells, Record, increase, markdown, mean, number
 from texts import DEFAULT, SOURCES, assets, gather
 
 RECIPE = "best"
@@ -51,13 +52,14 @@ def cells_of(sparsities: Sequence[float]) -> list[Cell]:
 
 
 def ablation_table(cells: Cells, sparsity: float) -> str:
-    """Increase in nats over the dense model of the whole recipe, and what each ablation adds to it."""
+    """Increase in nats over the dense model of the whole recipe, and what each ablation that was made adds to it."""
     whole = cells.get(RECIPE, sparsity)
     first = [increase(whole, text) for text in cells.texts]
     rows = [[f"`{RECIPE}`", *(number(loss) for loss in [*first, mean(first)]), _kept(whole)]]
     for label, overrides in ABLATIONS:
         name = Cell(recipe=RECIPE, overrides=overrides).recipe_name
-        record = cells.get(name, sparsity)
+        if (record := cells.get(name, sparsity)) is None:
+            continue
         added = [
             None if loss is None or base is None else loss - base
             for loss, base in zip((increase(record, text) for text in cells.texts), first, strict=True)
@@ -66,7 +68,7 @@ def ablation_table(cells: Cells, sparsity: float) -> str:
     return markdown([f"sparsity {sparsity:g}", *cells.texts, "mean", "kept"], rows)
 
 
-def _kept(record: dict[str, Any] | None) -> str:
+def _kept(record: Record | None) -> str:
     return "-" if record is None else f"{record['param_ratio']:.4f}"
 
 
@@ -87,11 +89,13 @@ def main() -> list[str]:
     parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
     parser.add_argument("--texts", nargs="+", choices=tuple(SOURCES), default=tuple(SOURCES))
     parser.add_argument("--document", type=Path, default=RESULTS, help="where the tables go")
+    parser.add_argument("--tables-only", action="store_true", help="make no cells; rows that have none are left out")
     add_common(parser)
     arguments = parser.parse_args()
     arguments.out = arguments.out or out_folder(arguments.model)
-    wanted = cells_of(arguments.sparsities)
-    failed = make_cells(wanted, gather(arguments.model, arguments.texts, (DEFAULT,)), arguments)
+    wanted, failed = cells_of(arguments.sparsities), []
+    if not arguments.tables_only:
+        failed = make_cells(wanted, gather(arguments.model, arguments.texts, (DEFAULT,)), arguments)
     cells = Cells(read_cells(arguments.out / "cells"))
     text = "\n\n".join(ablation_table(cells, sparsity) for sparsity in arguments.sparsities)
     arguments.document.write_text(insert(arguments.document.read_text("utf-8"), text), "utf-8")
