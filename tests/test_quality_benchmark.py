@@ -367,7 +367,10 @@ def test_ablation_of_what_is_there(q, jobs_run, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["ablation.py", *told])
     assert q.ablation.main() == []
     rows = [line for line in document.read_text().splitlines() if line.startswith("|")]
-    assert rows[2:] == ["| `best` | +0.500 | +0.500 | 0.7998 |", "| down_proj not refitted | +0.100 | +0.100 | 0.7998 |"]
+    assert rows[2:] == [
+        "| `best` | +0.500 | +0.500 | 0.7998 |",
+        "| down_proj not refitted | +0.100 | +0.100 | 0.7998 |",
+    ]
     assert jobs_run == []
 
 
