@@ -8,6 +8,7 @@ from typing import Any
 
 from lorap.config import CompressionConfig
 from lorap.correction import shares
+from lorap.planning import weighed_roles
 from lorap.report import KIND_HEADER, PAGE, CompressionReport, evaluation_lines
 
 # What the choices of a config do to a model, as parts of sentences for the model card.
@@ -73,9 +74,7 @@ def method_text(config: CompressionConfig) -> str:
     sizes = "even" if config.allocation == "paper" and "self_attn" not in config.sublayers else config.allocation
     sizes = "stock" if config.target == "stock" else sizes
     sentences.append(_SIZES[sizes].format(ratio=config.vo_to_qk_ratio))
-    # `flap` makes no backward pass, and only factors and the output score look at the outputs.
-    reads_outputs = bool(factorized) or (pruned and config.channel_score == "output")
-    if config.output_weighting == "loss" and config.allocation != "flap" and reads_outputs:
+    if weighed_roles(config):
         sentences.append("Errors of outputs were weighted by the gradients of the loss.")
     if config.corrects:
         _, steps = shares(config.num_calibration_samples, config.calibration_seq_len, config.correction_steps)

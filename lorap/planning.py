@@ -109,11 +109,9 @@ def make_plan(
     ]
     if config.allocation == "flap" and config.sparsity > 0:
         return Plan(_flap_widths(model, layers, windows, config, architecture, shapes, device, shelf, processes))
-    by_shape = plan_by_shape(model, shapes, config)
-    if config.sparsity == 0 or (by_shape is not None and config.output_weighting == "none"):
+    by_shape, roles, weighed = plan_by_shape(model, shapes, config), asked_roles(config), weighed_roles(config)
+    if not roles:
         return Plan(by_shape or [LayerPlan(ranks={}, intermediate_size=shape["gate_proj"][0]) for shape in shapes])
-    stays_dense = (*MLP[:2], *(ATTENTION if config.target == "stock" else ()))
-    roles = [role for role in compressed_roles(config) if role not in stays_dense]
     prices = _Prices(config, shapes)
     metrics: MutableMapping[Key, Tensor] = {} if output_metrics is None else output_metrics
     sampled = spread_sample(windows, SENSITIVITY_TOKENS)
@@ -135,11 +133,33 @@ def make_plan(
                 metric = output_metric(sensitivity.output)
                 if by_shape is None and role in mine:
                     prices.add(index, role, linears[role].weight.data, sensitivity, metric)
-                if config.output_weighting == "loss":
+                if role in weighed:
                     metrics[index, role] = metric
                 del sensitivity, metric
                 release_freed_memory(linears[role].weight.numel())
     return Plan(by_shape or prices.buy(processes), metrics)
+
+
+def buys_sizes(config: CompressionConfig) -> bool:
+    """Whether the loss decides on ranks and widths."""
+    return config.sparsity > 0 and config.allocation == "loss" and config.target != "stock"
+
+
+def asked_roles(config: CompressionConfig) -> tuple[str, ...]:
+    """Projections whose outputs a backward pass is asked about: to price sizes, or to weigh errors."""
+    if buys_sizes(config):
+        return tuple(role for role in (*ATTENTION, "down_proj") if role in compressed_roles(config))
+    return weighed_roles(config)
+
+
+def weighed_roles(config: CompressionConfig) -> tuple[str, ...]:
+    """Projections that are compressed with a metric of their outputs: low-rank ones, and a down_proj that scores channels."""
+    if config.sparsity == 0 or config.output_weighting == "none" or config.allocation == "flap":
+        return ()
+    roles = () if config.target == "stock" else ATTENTION
+    if config.mlp_method == "factorize" or config.channel_score == "output":
+        roles = (*roles, "down_proj")
+    return tuple(role for role in roles if role in compressed_roles(config))
 
 
 def _check_gradients(sensitivity: Sensitivity, name: str, dtype: torch.dtype) -> None:

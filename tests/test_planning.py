@@ -123,11 +123,18 @@ def test_plans_by_shape_read_no_model(make_model, tokens, recipe: str, monkeypat
     assert plan.output_metrics == {}
 
 
+def test_best_for_stock_hosts_needs_no_backward_pass(make_model, tokens, monkeypatch) -> None:
+    model = make_model("llama-gqa")
+    monkeypatch.setattr(type(model), "forward", lambda *args, **kwargs: pytest.fail("the model ran"))
+    plan = plan_of(model, tokens, recipe="best", target="stock", sparsity=0.2)
+    assert [layer.ranks for layer in plan.layers] == [{}, {}]
+
+
 @pytest.mark.parametrize("sublayers", [("self_attn", "mlp"), ("mlp",)], ids=["both", "mlp"])
 @pytest.mark.parametrize("sparsity", [0.1, 0.2, 0.35])
 @pytest.mark.parametrize("family", ["llama-mha", "llama-gqa", "smollm3"])
 def test_stock_takes_all_from_one_ffn_width(make_model, tokens, family: str, sparsity: float, sublayers: tuple) -> None:
-    """One channel more would be over the budget; attention stays dense, and only down_proj needs a metric."""
+    """One channel more would be over the budget; attention stays dense, and only the output score needs a metric."""
     model = make_model(family)
     options = {"target": "stock", "sparsity": sparsity, "sublayers": sublayers, "width_multiple": 1}
     plan = plan_of(model, tokens, **options)
@@ -136,7 +143,10 @@ def test_stock_takes_all_from_one_ffn_width(make_model, tokens, family: str, spa
     roles = PROJECTIONS if len(sublayers) == 2 else PROJECTIONS[4:]
     before, after = kept(model, plan, roles=roles)
     assert 1 - sparsity - len(plan.layers) * 3 * 64 / before < after / before <= 1 - sparsity
-    assert set(plan.output_metrics) == {(index, "down_proj") for index in range(len(plan.layers))}
+    assert plan.output_metrics == {}
+    scored = plan_of(model, tokens, channel_score="output", **options)
+    assert set(scored.output_metrics) == {(index, "down_proj") for index in range(len(plan.layers))}
+    assert scored.layers == plan.layers
     assert plan_of(model, tokens, recipe="lorap", **options).layers == plan.layers
     assert {
         layer.intermediate_size for layer in plan_of(model, tokens, **(options | {"width_multiple": 8})).layers
@@ -184,7 +194,9 @@ def test_mlp_only(make_model, tokens) -> None:
     assert all(layer.ranks == {} for layer in plan.layers)
     widths = [layer.intermediate_size for layer in plan.layers]
     assert sum(widths) == 140
-    assert set(plan.output_metrics) == {(0, "down_proj"), (1, "down_proj")}
+    assert plan.output_metrics == {}
+    scored = plan_of(model, tokens, sublayers="mlp", channel_score="output")
+    assert set(scored.output_metrics) == {(0, "down_proj"), (1, "down_proj")}
 
 
 def test_attention_only(make_model, tokens) -> None:
@@ -214,8 +226,13 @@ def test_multiples_that_cannot_be_met_are_refused(make_model, tokens) -> None:
 
 def test_metrics_weigh_outputs_and_may_be_left_out(make_model, tokens) -> None:
     model = make_model("llama-gqa")
-    plan = plan_of(model, tokens)
+    plan = plan_of(model, tokens, channel_score="output")
     assert set(plan.output_metrics) == {(i, role) for i in (0, 1) for role in (*ATTENTION, "down_proj")}
+    unread = plan_of(model, tokens)  # the paper's score does not look at the outputs
+    assert set(unread.output_metrics) == {(i, role) for i in (0, 1) for role in ATTENTION}
+    assert unread.layers == plan.layers
+    factorized = plan_of(model, tokens, recipe="svd-llm", output_weighting="loss")
+    assert set(factorized.output_metrics) == set(plan.output_metrics)
     for (index, role), metric in plan.output_metrics.items():
         out_features = shapes_of(model)[index][role][0]
         assert metric.shape == (out_features, out_features)
@@ -223,7 +240,7 @@ def test_metrics_weigh_outputs_and_may_be_left_out(make_model, tokens) -> None:
     plain = plan_of(model, tokens, output_weighting="none")
     assert plain.output_metrics == {}
     assert plain.layers == plan.layers
-    even = plan_of(model, tokens, allocation="even")
+    even = plan_of(model, tokens, channel_score="output", allocation="even")
     assert set(even.output_metrics) == set(plan.output_metrics)
     assert all(torch.equal(even.output_metrics[key], metric) for key, metric in plan.output_metrics.items())
 

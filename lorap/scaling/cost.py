@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from lorap.architectures import ATTENTION, MLP, PROJECTIONS, SHARED_INPUTS
+from lorap.architectures import MLP, PROJECTIONS, SHARED_INPUTS
 from lorap.calibration.backward import BATCH_TOKENS as BACKWARD_TOKENS
 from lorap.calibration.stream import BATCH_TOKENS
-from lorap.config import CompressionConfig
 from lorap.evaluation import BATCH_TOKENS as EVALUATION_BATCH
 from lorap.layers import sums_of
+from lorap.planning import asked_roles, buys_sizes, weighed_roles
 from lorap.report import compressed_roles
 from lorap.scaling import work
 from lorap.scaling.ledger import Ledger, Part
@@ -112,32 +112,30 @@ def _evaluate(run: Passes, params: dict[str, int], *, paged: bool) -> Ledger:
 
 def _plan(run: Passes) -> Ledger:
     config, shape, ledger = run.config, run.shape, run.ledger(shared=True)
-    by_shape = config.allocation in ("paper", "even") or config.target == "stock"
-    if config.sparsity == 0 or (by_shape and config.output_weighting == "none"):
-        return ledger
     paging, layers = run.ledger(), run.ledger(shared=True, each_layer=True)
     dense = sum(run.before.values())
-    if config.allocation == "flap":
+    if config.allocation == "flap" and config.sparsity > 0:
         run.page(paging, run.before)
         run.run(layers, run.texts.tokens, 2 * dense, batch=BATCH_TOKENS, what="observe and advance")
         ledger.include(paging)
         ledger.include(layers)
         return ledger
+    if not (roles := asked_roles(config)):
+        return ledger
     run.page(paging, run.before, passes=2)
     tokens = run.texts.planning_tokens
     what = "forward, forward again, backward"
     run.run(layers, tokens, 3 * dense, batch=BACKWARD_TOKENS, what=what, attention=4)
-    roles = weighed_roles(config)
     for role in roles:
         for side, size in zip(("outputs", "inputs"), shape.projections[role], strict=True):
             run.second_moment(layers, tokens, size, f"{role} {side}", batch=BACKWARD_TOKENS, prices=True)
     ledger.include(paging)
     ledger.include(layers)
     run.loss(ledger, tokens, heads=2, passes=2 * LOSS_PASSES)
-    if not by_shape:
+    if buys_sizes(config):
         run.deal(ledger, [partial(_price, run, role) for role in roles])
-    if config.output_weighting == "loss":
-        kept, nbytes = run.ledger(), metric_bytes(run)
+    if nbytes := metric_bytes(run):
+        kept = run.ledger()
         kept.carried("metrics of outputs", nbytes, "written", f"{nbytes:,} B")
         ledger.include(kept)
     return ledger
@@ -147,16 +145,8 @@ def _price(run: Passes, role: str, ledger: Ledger) -> None:
     work.price(ledger, run.shape, role)
 
 
-def weighed_roles(config: CompressionConfig) -> list[str]:
-    """Projections whose outputs the loss is asked about."""
-    asked = ("down_proj",) if config.target == "stock" else (*ATTENTION, "down_proj")
-    return [role for role in asked if role in compressed_roles(config)]
-
-
 def metric_bytes(run: Passes) -> int:
     """Metrics of the outputs of all layers, float32, which wait on the disk until their layer is compressed."""
-    if run.config.output_weighting != "loss" or run.config.sparsity == 0 or run.config.allocation == "flap":
-        return 0
     return run.shape.num_layers * sum(4 * run.shape.projections[role][0] ** 2 for role in weighed_roles(run.config))
 
 
