@@ -17,6 +17,7 @@ from lorap.factorization.memory import Footprint, working_bytes
 from lorap.kernels.reference import CHUNK_TOKENS
 from lorap.metrics import JUDGED_OUTPUTS
 from lorap.moments import IN_PLACE_FROM
+from lorap.planning import weighed_roles
 from lorap.pruning import CHANNELS
 from lorap.scaling.rates import Machine
 from lorap.scaling.shapes import ModelShape
@@ -143,17 +144,18 @@ class Memory:
         most = 0
         for role, rank in self.layer.ranks.items():
             out, inner = shape.projections[role]
+            weighed = role in weighed_roles(config)
             print_of = Footprint(
                 out,
                 inner,
                 rank,
                 method=self.machine.rule.choose(min(out, inner), rank, spectrum=False),
                 metric=metric_axes(config),
-                output_metric=config.output_weighting == "loss",
+                output_metric=weighed,
                 converted=False,
             )
             metric = self.folds * self._sums(inner) + 3 * DOUBLE * inner**2 if metric_axes(config) == 2 else 0
-            metric += DOUBLE * out**2 if config.output_weighting == "loss" else 0
+            metric += DOUBLE * out**2 if weighed else 0
             together = 3 if role in ("q_proj", "k_proj", "v_proj") else 1
             weights = together * DOUBLE * out * inner
             after = 2 * DOUBLE * rank * (out + inner) + 4 * DOUBLE * out * inner

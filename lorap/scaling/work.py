@@ -12,6 +12,7 @@ from lorap.calibration.statistics import WIDE
 from lorap.config import CompressionConfig
 from lorap.factorization.eigen import OUTLIER_STEPS, OUTLIERS, basis_size
 from lorap.metrics import JUDGED_OUTPUTS, RIDGES
+from lorap.planning import weighed_roles
 from lorap.scaling.ledger import Ledger
 from lorap.scaling.shapes import ModelShape
 from lorap.symmetric import LOWER
@@ -37,7 +38,7 @@ def factorize(ledger: Ledger, shape: ModelShape, config: CompressionConfig, laye
     """From one weight to what is stored."""
     out, inner = shape.projections[role]
     rank = layer.ranks[role]
-    weighed = config.output_weighting == "loss"
+    weighed = role in weighed_roles(config)
     _reduce(ledger, (out, inner), metric_axes(config), weighed=weighed)
     _solve(ledger, min(out, inner), rank)
     n, tall = min(out, inner), out > inner
@@ -71,7 +72,7 @@ def prune(ledger: Ledger, shape: ModelShape, config: CompressionConfig, layer: L
     kept = layer.intermediate_size
     dtype = sums_dtype(width)
     size = 8 if dtype == "float64" else 4
-    if config.channel_score == "output" and config.output_weighting == "loss":
+    if "down_proj" in weighed_roles(config):
         ledger.products("channel scores", 2 * hidden**2 * width, "float64", f"2 x {hidden:,}^2 x {width:,}")
     if config.channel_score == "lorap":
         nbytes = SCORE_PASSES * 3 * hidden * width * 8
