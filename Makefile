@@ -1,4 +1,4 @@
-# make demo | test | fuzz | test-vllm | lint | bench | targets | inference | quality: each sets up .venv first, if it is missing or out of date.
+# make demo | test | test-all | fuzz | test-vllm | lint | bench | targets | inference | quality: each sets up .venv first, if it is missing or out of date.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -6,7 +6,7 @@ VLLM := .venv-vllm/bin
 VLLM_READY := .venv-vllm/.ready
 VLLM_VERSION := 0.32.0
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz test-vllm lint bench targets inference quality
+.PHONY: help setup demo test test-all fuzz test-vllm lint bench targets inference quality
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile
@@ -27,11 +27,21 @@ demo: $(READY) ## compress SmolLM2-135M, judge it, save it, load it, let it spea
 lint: $(READY) ## format, lint and types
 	$(BIN)/pre-commit run --all-files
 
-test: lint ## lint, then all tests, each benchmark once, and test-vllm
+# Two processes with one thread each, a file of tests in one of them: session and module fixtures are made once where they are used.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+TESTS := tests --ignore=tests/triton_interpreter --ignore=tests/vllm
+
+test: lint ## lint, the tests that are not slow, and each benchmark once
 	$(BIN)/python benchmarks/assets.py
-	$(BIN)/pytest tests --ignore=tests/triton_interpreter --ignore=tests/vllm
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/triton_interpreter --quiet
-	$(BIN)/pytest benchmarks --benchmark-disable --quiet
+	$(PYTEST) $(TESTS) -m 'not slow'
+	TRITON_INTERPRET=1 $(PYTEST) tests/triton_interpreter --quiet
+	$(PYTEST) benchmarks --benchmark-disable --quiet
+
+test-all: lint ## lint, all tests, each benchmark once, and test-vllm
+	$(BIN)/python benchmarks/assets.py
+	$(PYTEST) $(TESTS)
+	TRITON_INTERPRET=1 $(PYTEST) tests/triton_interpreter --quiet
+	$(PYTEST) benchmarks --benchmark-disable --quiet
 	$(MAKE) --no-print-directory test-vllm
 
 fuzz: $(READY) ## damaged checkpoints for ten minutes, then the C++ operators under the sanitizers for two

@@ -39,7 +39,9 @@ def run(command: list[str], **options) -> str:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("arch", ["80", "90a", "100"])
+@pytest.mark.parametrize(
+    "arch", [pytest.param("80", marks=pytest.mark.slow), "90a", pytest.param("100", marks=pytest.mark.slow)]
+)
 def test_machine_code(arch, tmp_path):
     cubin = tmp_path / "kernel.cubin"
     target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
@@ -164,6 +166,7 @@ def test_emulated_prefetch_uses_the_shared_memory_there_is(emulate):
 
 
 @needs_gxx
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["tokens filled up to four", "left prefetched in part"])
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
 def test_emulated_kernel_has_no_races_and_stays_in_bounds(case, sanitizer, emulate):

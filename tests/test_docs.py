@@ -84,8 +84,16 @@ def commands(path: Path) -> list[list[str]]:
 
 
 ALL = [(path.name, words) for path in DOCUMENTS for words in commands(path)]
-LORAP = [(name, words[1:]) for name, words in ALL if words[0] == "lorap"]
-OTHERS = [(name, words) for name, words in ALL if words[0] != "lorap"]
+# What a newcomer types runs in `make test`; the other documents are slow.
+FIRST = ("README.md", "quickstart.md")
+
+
+def marked(name: str, *values: Any) -> Any:
+    return pytest.param(*values, marks=[] if name in FIRST else [pytest.mark.slow])
+
+
+LORAP = [marked(name, name, words[1:]) for name, words in ALL if words[0] == "lorap"]
+OTHERS = [marked(name, name, words) for name, words in ALL if words[0] != "lorap"]
 
 
 def case(given: Any) -> str | None:
@@ -239,7 +247,9 @@ def given(there: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("path", [path for path in DOCUMENTS if blocks(path, "python")], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [marked(path.name, path) for path in DOCUMENTS if blocks(path, "python")], ids=lambda path: path.name
+)
 def test_python_examples_run(path, there):
     names = given(there)
     if path.name in MADE:

@@ -36,6 +36,12 @@ def assets() -> None:
     subprocess.run([sys.executable, str(ROOT / "benchmarks" / "assets.py")], check=True, stdout=subprocess.DEVNULL)
 
 
+@pytest.fixture(scope="module", params=[32, pytest.param(128, marks=pytest.mark.slow)], ids="{} windows".format)
+def windows(request) -> int:
+    """Few windows show that a real model goes through and loads back; the default number, that it is good."""
+    return request.param
+
+
 def compress_command(out: Path, *options: str):
     """One `lorap compress` in a process of its own, so that its peak memory is its own."""
     command = [sys.executable, "-m", "lorap", "compress", str(MODEL), str(out), "--eval-text", str(WIKI), "--json"]
@@ -45,13 +51,14 @@ def compress_command(out: Path, *options: str):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return compress_command(tmp_path_factory.mktemp("real") / "small", "--recipe", "lorap")
+def run(tmp_path_factory, windows):
+    out = tmp_path_factory.mktemp("real") / "small"
+    return compress_command(out, "--recipe", "lorap", "--num-calibration-samples", str(windows))
 
 
 @pytest.fixture(scope="module")
-def best(tmp_path_factory):
-    return compress_command(tmp_path_factory.mktemp("real") / "best")
+def best(tmp_path_factory, windows):
+    return compress_command(tmp_path_factory.mktemp("real") / "best", "--num-calibration-samples", str(windows))
 
 
 def kept_parameters(tensors) -> int:
@@ -75,10 +82,10 @@ def test_kept_share_counted_on_the_saved_tensors(run):
     assert tensors["model.layers.7.self_attn.v_proj.weight"].shape == (192, 576)
 
 
-def test_quality_time_and_memory(run):
+def test_quality_time_and_memory(run, windows):
     _, report, _ = run
     (evaluation,) = report["evaluations"]
-    assert 0.2 < evaluation["increase_nats"] < 0.6
+    assert 0.2 < evaluation["increase_nats"] < (0.6 if windows == 128 else 0.8)
     work = sum(seconds for stage, seconds in report["seconds"].items() if stage != "evaluate")
     assert work < 400, "150 s on two idle cores is the target"
     assert report["peak_memory_bytes"] < 2.5e9
@@ -119,10 +126,11 @@ def test_best_keeps_the_same_share_pivoted(best):
         assert tensors[f"{name}.right.weight"].shape == (rank, 576)
 
 
-def test_best_is_better_than_the_paper(run, best):
+def test_best_is_better_than_the_paper(run, best, windows):
     (paper,), (ours,) = run[1]["evaluations"], best[1]["evaluations"]
     assert ours["before"]["nats"] == paper["before"]["nats"]
-    assert 0.05 < ours["increase_nats"] < 0.8 * paper["increase_nats"]
+    share = 0.8 if windows == 128 else 1.0
+    assert 0.05 < ours["increase_nats"] < share * paper["increase_nats"]
     assert best[1]["peak_memory_bytes"] < 3.5e9
 
 
@@ -177,6 +185,7 @@ def first_layer_call(model, ids):
     return calls[0]
 
 
+@pytest.mark.slow
 def test_equals_the_published_program():
     source = find_model(MODEL)
     tokenizer = load_tokenizer(source)
@@ -189,6 +198,7 @@ def test_equals_the_published_program():
     assert lorap.evaluate(ours, text).nats == pytest.approx(lorap.evaluate(literal, text).nats, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_two_runs_give_the_same_bytes(tmp_path):
     config = lorap.CompressionConfig(num_calibration_samples=8)
     digests = []
@@ -204,6 +214,7 @@ def test_gguf_tokenizer_splits_numbers_into_digits():
     assert tokenizer.tokenize("In 1984") == ["In", "Ġ", "1", "9", "8", "4"]
 
 
+@pytest.mark.slow
 def test_multi_head_twin_is_compressed_like_the_grouped_query_model():
     """Repeating each k/v head three times changes nothing; q sees the same inputs, so it gets the same factors."""
     source = find_model(MODEL)

@@ -63,9 +63,24 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in told}
 
 
+# One recipe for each family, and one family for each recipe; the rest is slow.
+QUICK = {
+    ("llama-gqa", "best"),
+    ("qwen2", "stock"),
+    ("qwen3", "lorap"),
+    ("llama-biases", "svd-llm"),
+    ("llama-gqa", "flap"),
+    ("qwen3", "corrected"),
+}
+PAIRS = [
+    pytest.param(family, recipe, marks=[] if (family, recipe) in QUICK else [pytest.mark.slow])
+    for family in ("llama-gqa", "qwen2", "qwen3", "llama-biases")
+    for recipe in ("best", "lorap", "svd-llm", "flap", "stock", "corrected")
+]
+
+
 @pytest.mark.usefixtures("short_steps")
-@pytest.mark.parametrize("recipe", ["best", "lorap", "svd-llm", "flap", "stock", "corrected"])
-@pytest.mark.parametrize("family", ["llama-gqa", "qwen2", "qwen3", "llama-biases"])
+@pytest.mark.parametrize(("family", "recipe"), PAIRS)
 def test_same_bytes_as_in_memory(family: str, recipe: str, make_model: Any, tokens: Path, tmp_path: Path) -> None:
     make_model(family).save_pretrained(tmp_path / "model", max_shard_size="100KB")
     more = {"stock": {"target": "stock"}, "corrected": {"correction_steps": 3}}
@@ -178,11 +193,12 @@ def test_hidden_states_beyond_the_budget_are_on_disk(source: Path, tokens: Path,
 
 
 STEPS = ["windows", "before", "plan", "layer-00000", "layer-00002", "corrected", "complete"]
+OFTEN = ("plan", "layer-00000", "corrected")
 
 
 @pytest.mark.usefixtures("short_steps")
-@pytest.mark.parametrize("paged", [True, False], ids=["paged", "in memory"])
-@pytest.mark.parametrize("at", range(1, 7, 2))
+@pytest.mark.parametrize("paged", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["paged", "in memory"])
+@pytest.mark.parametrize("at", [1, pytest.param(3, marks=pytest.mark.slow), 5])
 def test_a_correction_that_was_interrupted_begins_again(
     at: int, paged: bool, source: Path, tokens: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -210,7 +226,9 @@ def test_a_correction_that_was_interrupted_begins_again(
 
 
 @pytest.mark.usefixtures("short_steps")
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize(
+    "step", [step if step in OFTEN else pytest.param(step, marks=pytest.mark.slow) for step in STEPS]
+)
 def test_goes_on_behind_the_last_step(step: str, source: Path, tokens: Path, tmp_path: Path, monkeypatch: Any) -> None:
     config = small(correction_steps=2)
     compress_to_folder(source, tmp_path / "whole", config, options(tokens))
@@ -361,7 +379,9 @@ def crash(kind: str, source: Path, tokens: Path, folder: Path, stride: int) -> l
     return [json.loads(line) for line in run.stdout.splitlines()][1:]
 
 
-@pytest.mark.parametrize("kind", ["kill", "full", "eio", "short"])
+@pytest.mark.parametrize(
+    "kind", ["kill", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("full", "eio", "short"))]
+)
 def test_a_broken_disk_loses_nothing(kind: str, source: Path, tokens: Path, tmp_path: Path) -> None:
     """Killed, full or failing at points all over the run, the last renames among them; then the same bytes as undisturbed."""
     found = crash(kind, source, tokens, tmp_path / "runs", stride=71)
@@ -440,9 +460,10 @@ def reconstructed(folder: Path) -> dict[str, torch.Tensor]:
 
 
 # Gradients next to 0 may have another sign in another order of summation.
-@pytest.mark.parametrize(("steps", "difference"), [(0, 1e-6), (2, 1e-4)])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("steps", "difference"), [pytest.param(0, 1e-6, marks=pytest.mark.slow), (2, 1e-4)])
 def test_the_result_does_not_depend_on_the_number_of_processes(
-    steps: int, difference: float, source: Path, tmp_path: Path
+    steps: int, difference: float, count: int, source: Path, tmp_path: Path
 ) -> None:
     tokens, windows = tmp_path / "tokens.npy", 64  # enough for two steps
     np.save(tokens, np.random.default_rng(0).integers(0, 500, (windows, 32)))
@@ -450,19 +471,19 @@ def test_the_result_does_not_depend_on_the_number_of_processes(
     compress_to_folder(source, tmp_path / "1", config, options(tokens))
     more = ["--correction-steps", str(steps), "--num-calibration-samples", str(windows)]
     alone = reconstructed(tmp_path / "1")
-    for count in (2, 3):
-        run = torchrun(count, source, tokens, tmp_path / str(count), *more)
-        assert run.returncode == 0, run.stderr[-3000:]
-        assert run.stdout.count("saved to") == 1
-        for name, weight in reconstructed(tmp_path / str(count)).items():
-            assert float((weight - alone[name]).norm() / alone[name].norm()) < difference, name
-        one, many = (json.loads((tmp_path / name / "lorap_report.json").read_text()) for name in ("1", str(count)))
-        assert many["evaluations"][0]["after"]["nats"] == pytest.approx(
-            one["evaluations"][0]["after"]["nats"], rel=difference
-        )
-        assert many["params_saved"] == one["params_saved"]
+    run = torchrun(count, source, tokens, tmp_path / str(count), *more)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("saved to") == 1
+    for name, weight in reconstructed(tmp_path / str(count)).items():
+        assert float((weight - alone[name]).norm() / alone[name].norm()) < difference, name
+    one, many = (json.loads((tmp_path / name / "lorap_report.json").read_text()) for name in ("1", str(count)))
+    assert many["evaluations"][0]["after"]["nats"] == pytest.approx(
+        one["evaluations"][0]["after"]["nats"], rel=difference
+    )
+    assert many["params_saved"] == one["params_saved"]
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_run_and_another_number_goes_on(
     source: Path, tokens: Path, tmp_path: Path
 ) -> None:

@@ -21,10 +21,11 @@ VARIANTS = {
     for variant in module.shipped_configs()
 }
 ONE_OF_EACH_KERNEL = {variant.kernel.__name__: variant for variant in VARIANTS.values()}
-each_architecture = pytest.mark.parametrize("arch", ARCHITECTURES)
 
 
-@each_architecture
+@pytest.mark.parametrize(
+    "arch", [arch if arch == 90 else pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHITECTURES]
+)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_shipped_variant(name, arch):
     variant = VARIANTS[name]

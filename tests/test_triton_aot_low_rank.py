@@ -42,7 +42,10 @@ def dtype(variant: Variant) -> str:
 
 # Dependent launches need sm_90.
 CASES = [
-    (name, arch) for name, variant in VARIANTS.items() for arch in ARCHITECTURES if arch >= 90 or not waits(variant)
+    pytest.param(name, arch, marks=[] if arch == 90 else [pytest.mark.slow])
+    for name, variant in VARIANTS.items()
+    for arch in ARCHITECTURES
+    if arch >= 90 or not waits(variant)
 ]
 
 
