@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lorap.architectures import ARCHITECTURES
 from lorap.checkpoint_format import QUANT_METHOD, LoRAPConfig
 from lorap.errors import CheckpointError
-from lorap.folders import TensorInfo
-from lorap.integrations.transformers import put_layers
+from lorap.folders import TensorInfo, read_files, weight_files
+from lorap.integrations.transformers import check_stored, put_layers
+from lorap.stored_tensors import STORED_DTYPES, Stamp, StoredTensor, same_values
 from lorap.strict_json import INFINITY, named, read_json, shown
+from lorap.unused_tensors import check_unused, origin_of, unused_names
 
-CONFIG = "config.json"
+CONFIG, GENERATION, ADAPTER = "config.json", "generation_config.json", "adapter_config.json"
 # Fields that make transformers read other files than those which were checked.
 OTHER_FILES = ("configuration_files", "transformers_weights")
 # Fields that can name code on the hub, and the values that need none.
@@ -42,7 +45,8 @@ MAX_LABELS = 1_000_000
 MAX_COMPUTED = 2**28
 # Elements that other formats pack into a byte: 2 bits each, and room for what they drop.
 MAX_PACKED = 8
-FLOATS = ("F64", "F32", "F16", "BF16", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+# Numbers of 8 bits mean nothing without scales.
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -88,8 +92,32 @@ def lorap_config(config: Mapping[str, Any]) -> LoRAPConfig | None:
     return LoRAPConfig(**quantization) if quantization and quantization.get("quant_method") == QUANT_METHOD else None
 
 
-def check_folder(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
-    """Refuse a folder whose config.json does not fit ``tensors``, which are all that its files hold.
+@dataclass(frozen=True)
+class CheckedFolder:
+    """A model folder that has passed every check there is, and what was learned on the way.
+
+    Args:
+        folder: with config.json and weights.
+        settings: config.json.
+        config: the same as transformers reads it, but for what the tensors say better: whether the head is the embedding.
+        tensors: all that the weight files hold, by name.
+        compression: what lorap has done to the model; None for others.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    config: Any
+    tensors: Mapping[str, StoredTensor]
+    compression: LoRAPConfig | None = None
+
+    @property
+    def headers(self) -> dict[str, TensorInfo]:
+        """Dtype, shape and size of every tensor."""
+        return {name: stored.info for name, stored in self.tensors.items()}
+
+
+def check_folder(folder: Path) -> CheckedFolder:
+    """Refuse a folder that asks for code or other files, or whose config.json does not fit what its weight files hold.
 
     For the families that lorap compresses every name and shape must agree. Of others only the size of the whole is known.
 
@@ -97,18 +125,57 @@ def check_folder(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
         CheckpointError: naming the field or the tensor and the numbers.
         Exception: whatever transformers raises on a config that it cannot make sense of.
     """
-    config = read_config(folder / CONFIG)
+    settings = read_config(folder / CONFIG)
+    _check_neighbours(folder)
+    tensors = _stored(folder)
+    headers = {name: stored.info for name, stored in tensors.items()}
+    check_counts(settings, headers)
+    compression = lorap_config(settings)
+    known = settings.get("model_type") in ARCHITECTURES
+    if known:
+        _check_finite(settings)
+        _check_padding(settings)
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    model = empty_model(config)
+    wanted = put_layers(model, compression) if compression else {}
+    unused = unused_names(model, tensors)
+    if known and settings.get("quantization_config") and not compression:
+        _refuse_quantized(settings["quantization_config"], headers, unused)
+    if known:
+        integers = [name for name in wanted if name.endswith((".pivot_rows", "_weight_qdata"))]
+        _check_shapes(model, headers, integers, unused)
+    if compression:
+        check_stored([str(path) for path in weight_files(folder)], wanted)
+    if known or model.state_dict().keys() <= tensors.keys():  # else transformers has other names for some of them
+        check_unused(model, tensors, unused)
+    _check_total(model, headers, 1 if known else MAX_PACKED)
+    believe_stored_head(model, config, tensors)
+    return CheckedFolder(folder, settings, config, tensors, compression)
+
+
+def _check_neighbours(folder: Path) -> None:
+    """Refuse files that transformers would take in place of those that are checked, or on top of them."""
+    if (folder / ADAPTER).is_file():
+        raise CheckpointError(f"{folder} holds an adapter ({ADAPTER}); merge it into its model first, or remove it")
     if any(folder.glob("shard-*-model-*.safetensors")):
         raise CheckpointError(f"{folder} holds a distributed checkpoint beside its weights; save it as one model first")
-    check_counts(config, tensors)
-    compression = lorap_config(config)
-    model = empty_model(folder)
-    wanted = put_layers(model, compression) if compression else {}
-    known = model.config.model_type in ARCHITECTURES and (compression or not config.get("quantization_config"))
-    if known:
-        _check_finite(config)
-        _check_shapes(model, tensors, [name for name in wanted if name.endswith((".pivot_rows", "_weight_qdata"))])
-    _check_total(model, tensors, 1 if known else MAX_PACKED)
+    if (folder / GENERATION).is_file():
+        read_json(folder / GENERATION)
+        try:
+            GenerationConfig.from_pretrained(str(folder))
+        except Exception as error:  # whatever transformers makes of a value
+            raise CheckpointError(
+                f"{folder / GENERATION}: {' '.join(str(error).split())[:300]}; correct the file, or remove it"
+            ) from error
+
+
+def _stored(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the folder's weight files; errors as :func:`lorap.folders.read_tensors`."""
+    tensors: dict[str, StoredTensor] = {}
+    for path, headers in read_files(folder).items():
+        stamp = Stamp.of(path)
+        tensors |= {name: StoredTensor(path, name, info, stamp) for name, info in headers.items()}
+    return tensors
 
 
 def check_counts(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
@@ -136,14 +203,15 @@ def check_counts(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
             )
 
 
-def empty_model(folder: Path) -> Any:
-    """The model that a folder's config.json describes, on the meta device."""
-    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+def empty_model(config: Any, dtype: torch.dtype | None = None) -> Any:
+    """The model that a config describes, on the meta device, in ``dtype`` or what the config says."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **({"dtype": dtype} if dtype else {}))
 
 
-def _check_shapes(model: Any, tensors: Mapping[str, TensorInfo], integers: list[str]) -> None:
+def _check_shapes(
+    model: Any, tensors: Mapping[str, TensorInfo], integers: Sequence[str], unused: Sequence[str]
+) -> None:
     """Every tensor of ``model`` is stored, in its shape; all but ``integers`` as floating point."""
     stored = dict(tensors)
     prefix = model.base_model_prefix + "."
@@ -161,7 +229,10 @@ def _check_shapes(model: Any, tensors: Mapping[str, TensorInfo], integers: list[
             if dtype not in FLOATS and name not in integers:
                 raise CheckpointError(f"{name} is stored as {dtype}; floating point is needed")
     if missing:
-        raise CheckpointError(f"the folder is incomplete: {len(missing)} tensors are missing, first {missing[0]}")
+        instead = f"; it holds {named(unused[0])}, which {origin_of(unused[0])}" if unused else ""
+        raise CheckpointError(
+            f"the folder is incomplete: {len(missing)} tensors are missing, first {missing[0]}{instead}"
+        )
 
 
 def _check_total(model: nn.Module, tensors: Mapping[str, TensorInfo], per_byte: int) -> None:
@@ -183,6 +254,41 @@ def _state(model: nn.Module) -> list[tuple[list[str], torch.Tensor]]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         by_id.setdefault(id(tensor), ([], tensor))[0].append(name)
     return list(by_id.values())
+
+
+def _refuse_quantized(quantization: Mapping[str, Any], tensors: Mapping[str, TensorInfo], unused: list[str]) -> None:
+    """Weights in another format than floating point: the seam where reading such formats would begin."""
+    method = named(quantization.get("quant_method"))
+    if not unused and all(tensor.dtype in FLOATS for tensor in tensors.values()):
+        raise CheckpointError(
+            f"config.json says that the weights are quantized ({method}), but they are floating-point numbers: remove "
+            "quantization_config from it"
+        )
+    raise CheckpointError(f"the model is quantized ({method}); start from the one in floating point")
+
+
+def believe_stored_head(model: Any, config: Any, tensors: Mapping[str, StoredTensor]) -> None:
+    """Where config.json says that the head is the embedding, and the files hold another head: ``config`` says so no more."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or not getattr(config, "tie_word_embeddings", False):
+        return
+    stored = [tensors.get(f"{module_name(model, part)}.weight") for part in (head, embedding)]
+    readable = [one for one in stored if one is not None and one.info.dtype in STORED_DTYPES]
+    if len(readable) == 2 and not same_values(*readable):
+        config.tie_word_embeddings = False
+
+
+def module_name(model: nn.Module, wanted: nn.Module) -> str:
+    """Full name of a module of ``model``."""
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
+def _check_padding(config: Mapping[str, Any]) -> None:
+    padding, size = config.get("pad_token_id"), config.get("vocab_size")
+    if type(padding) is int and type(size) is int and not -size <= padding < size:
+        raise CheckpointError(
+            f"config.json: pad_token_id is {padding:,}, but there are {size:,} embeddings; set it to null"
+        )
 
 
 def _check_finite(config: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from lorap.errors import CheckpointError, FactorizationError, JournalError
 from lorap.folders import weight_files
 from lorap.journal import Journal
 from lorap.loading import ModelSource
-from lorap.paging import Stamp, StoredTensor, read_pieces, stored_tensors
+from lorap.stored_tensors import Stamp, StoredTensor, read_pieces, stored_tensors
 from lorap.version import __version__
 
 WEIGHTS_STEP = "weights"

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lorap.architectures import PROJECTIONS
-from lorap.consistency import lorap_config
 from lorap.errors import CheckpointError
-from lorap.folders import TensorInfo, read_json, read_tensors
+from lorap.folders import TensorInfo
 from lorap.loading import ModelSource
 from lorap.report import format_table
-from lorap.strict_json import INFINITY, named
+from lorap.strict_json import named
 
 # llama.cpp's names for what Hugging Face calls otherwise.
 GGUF_KINDS = {
@@ -38,12 +37,10 @@ def describe_model(source: ModelSource) -> dict[str, Any]:
     """
     if source.folder is None:
         raise CheckpointError(f"no model folder {source.location}; `info` reads local folders and .gguf files only")
-    if source.gguf_file:
-        tensors, config = gguf_tensors(source.folder / source.gguf_file), {}
-    else:
-        tensors = read_tensors(source.folder)
-        config = read_json(source.folder / "config.json", constants=INFINITY)
-    settings = lorap_config(config)
+    checked = source.checked
+    tensors = checked.headers if checked else gguf_tensors(source.folder / str(source.gguf_file))
+    config: Mapping[str, Any] = checked.settings if checked else {}
+    settings = checked.compression if checked else None
     width = settings.dense_intermediate_size if settings else None
     before, after = _count(tensors, width)
     index_bytes = sum(tensor.nbytes for tensor in tensors.values() if tensor.is_index)

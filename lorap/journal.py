@@ -29,8 +29,8 @@ from typing import Any
 from lorap.checkpoint import reason
 from lorap.errors import CheckpointError, JournalError
 from lorap.folders import read_json
-from lorap.paging import StoredTensor, stored_tensors
 from lorap.processes import ALONE, Processes
+from lorap.stored_tensors import StoredTensor, stored_tensors
 from lorap.tensor_files import Writable, write_tensors
 
 IDENTITY = "identity"

@@ -14,9 +14,10 @@ from lorap.architectures import Architecture
 from lorap.calibration.data import Share, TokenWindows
 from lorap.journal import Journal
 from lorap.modules import LowRankLinear
-from lorap.paging import StoredTensor, put_tensor
+from lorap.paging import put_tensor
 from lorap.planning import Key
 from lorap.report import ProjectionReport
+from lorap.stored_tensors import StoredTensor
 from lorap.typed import read_as
 
 

@@ -1,13 +1,13 @@
-"""Reading models: a Hugging Face folder, a hub name, or a GGUF file.
+"""The one door to models: a Hugging Face folder, a hub name, or a GGUF file.
 
-transformers does the reading. This file finds out what it is given, has a folder checked before it is opened
-(lorap/consistency.py), turns the many ways in which it can be broken into one clear sentence each, and refuses weights that were
-not all in the files.
+``find_model`` finds out what it is given and checks all of it, from headers alone (lorap/consistency.py); every command and every
+function that takes a path begins with it. ``load_model`` then reads the weights, all at once or when they are used. No other file
+asks transformers for a model.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from lorap.consistency import CONFIG, check_folder, read_config
+from lorap.consistency import ADAPTER, CONFIG, CheckedFolder, check_folder, read_config
 from lorap.errors import CheckpointError, ConfigError, LoRAPError
-from lorap.folders import read_json, read_tensors
-from lorap.strict_json import INFINITY, named
+from lorap.folders import weight_files
+from lorap.paging import paged_model
+from lorap.strict_json import named
+from lorap.unused_tensors import check_unused
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What else people call them.
+SPELLINGS = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+# What may lie in a folder as a tokenizer.
+TOKENIZERS = ("tokenizer*", "tekken.json", "vocab.json", "spiece.model")
 
 
 @dataclass(frozen=True)
@@ -35,23 +41,29 @@ class ModelSource:
         name: what to call the model in reports: a hub name, or the folder's own name.
         gguf_file: name of the GGUF file inside the folder.
         folder: the local folder; None for a hub name.
+        checked: what the checks found in a folder; None for a hub name and a GGUF file.
     """
 
     location: str
     name: str
     gguf_file: str | None = None
     folder: Path | None = None
+    checked: CheckedFolder | None = field(default=None, repr=False, compare=False)
 
 
 def find_model(model: str | Path) -> ModelSource:
-    """Tell a folder, a GGUF file and a hub name apart, and check a folder's files before they are loaded.
+    """Tell a folder, a GGUF file and a hub name apart, and refuse a folder that cannot be opened rightly.
 
     Raises:
-        CheckpointError: there is no such folder, or it is half-written, truncated or ambiguous.
+        CheckpointError: there is no such folder, or it is half-written, truncated, ambiguous, or describes another model than it
+            holds.
     """
     try:
         return _find(str(model), Path(model).expanduser())
-    except (OSError, RuntimeError, ValueError) as error:  # no permission, a name too long, no such user, a NUL
+    except LoRAPError:
+        raise
+    # transformers and torch stumble over a bad config in any way there is: here that is a bad checkpoint, not a bug.
+    except Exception as error:
         raise CheckpointError(f"cannot open {named(str(model))}: {_first_lines(error)}") from error
 
 
@@ -65,9 +77,7 @@ def _find(model: str, path: Path) -> ModelSource:
             raise CheckpointError(f"no model folder {named(model)}")
         return ModelSource(model, model)
     if (path / CONFIG).is_file():
-        read_json(path / CONFIG, constants=INFINITY)
-        read_tensors(path)
-        return ModelSource(str(path), path.resolve().name, folder=path)
+        return ModelSource(str(path), model_name(path), folder=path, checked=check_folder(path))
     files = sorted(file.name for file in path.glob("*.gguf"))
     if len(files) == 1:
         return ModelSource(str(path), Path(files[0]).stem, gguf_file=files[0], folder=path)
@@ -76,35 +86,59 @@ def _find(model: str, path: Path) -> ModelSource:
     raise CheckpointError(f"{path} is no model folder: it has neither config.json nor a .gguf file")
 
 
-def load_model(source: ModelSource, *, dtype: str = "auto", device: torch.device | str = "cpu") -> Any:
+def model_name(folder: Path) -> str:
+    """What people call the model in a folder: the folder's name, or the repository's in the hub's cache.
+
+    The cache has models--OWNER--NAME/snapshots/COMMIT.
+    """
+    folder = folder.resolve()
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return folder.name
+
+
+def dtype_name(dtype: str) -> str:
+    """One spelling for each dtype: ``auto``, or one of ``DTYPES``.
+
+    Raises:
+        ConfigError: there is no such dtype.
+    """
+    name = dtype.strip().lower().removeprefix("torch.")
+    name = SPELLINGS.get(name, name)
+    if name != "auto" and name not in DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}; choose from auto, {', '.join(DTYPES)}")
+    return name
+
+
+def load_model(
+    source: ModelSource, *, dtype: str = "auto", device: torch.device | str = "cpu", paged: bool = False
+) -> Any:
     """The model, in evaluation mode, with every weight found in the files.
 
     Args:
         source: from :func:`find_model`.
         dtype: ``auto`` for the checkpoint's own (float32 for GGUF), or float32, bfloat16 or float16.
         device: where to put it.
+        paged: leave the weights in the files until they are used, where that can be done (:mod:`lorap.paging`).
 
     Raises:
         CheckpointError: it cannot be read, or weights are missing.
+        ArchitectureError: with ``paged``, the family is not known.
     """
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ConfigError(f"unknown dtype {dtype!r}; choose from auto, {', '.join(DTYPES)}")
-    wanted: Any = DTYPES.get(dtype, "auto")
-    options: dict[str, Any] = {"dtype": wanted, "output_loading_info": True}
-    options |= _gguf_options(source, wanted) if source.gguf_file else {"use_safetensors": True}
+    wanted = DTYPES.get(dtype_name(dtype))
     try:
-        if not source.gguf_file:
-            _check_source(source)
-        # Never None, with which transformers asks at the terminal whether to run the checkpoint's code.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source.location, trust_remote_code=False, **options)
+        if paged and source.checked is not None:
+            model = paged_model(source.checked, dtype=wanted, device=torch.device(device))
+            if model is not None:
+                return model
+        model, found = _load_whole(source, wanted)
     except LoRAPError:
         raise
-    # transformers and torch stumble over a bad config in any way there is: here that is a bad checkpoint, not a bug.
-    except Exception as error:
+    except Exception as error:  # as in find_model
         hint = "" if source.folder else " (it is no local folder either)"
         raise CheckpointError(f"cannot load {source.name}{hint}: {_first_lines(error)}") from error
-    model, info = loaded
-    absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    absent = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
     if absent:
         raise CheckpointError(
             f"{source.name} is incomplete: {len(absent)} tensors are missing or misshapen, first {absent[0]}"
@@ -112,10 +146,31 @@ def load_model(source: ModelSource, *, dtype: str = "auto", device: torch.device
     return model.eval().to(device)
 
 
+def _load_whole(source: ModelSource, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
+    """The model from ``from_pretrained``, and what that found in the files."""
+    options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
+    if source.gguf_file:
+        options |= _gguf_options(source, dtype)
+    elif source.checked:
+        in_pickle = weight_files(source.checked.folder)[0].suffix == ".bin"
+        options |= {"config": source.checked.config, "use_safetensors": not in_pickle}
+    else:
+        _check_hub_name(source)
+        options |= {"use_safetensors": True}
+    # Never None, with which transformers asks at the terminal whether to run the checkpoint's code.
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source.location, trust_remote_code=False, weights_only=True, **options
+    )
+    model, found = loaded
+    if not source.gguf_file:
+        check_unused(model, source.checked.tensors if source.checked else {}, found["unexpected_keys"])
+    return model, found
+
+
 def load_tokenizer(source: ModelSource) -> Any | None:
     """The tokenizer that lies beside the model, or None where there is none."""
     gguf = {"gguf_file": source.gguf_file} if source.gguf_file else {}
-    if source.folder and not gguf and not any(source.folder.glob("tokenizer*")):
+    if source.folder and not gguf and not any(any(source.folder.glob(pattern)) for pattern in TOKENIZERS):
         return None
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False, **gguf)
@@ -161,20 +216,15 @@ def resolve_device(device: str) -> torch.device:
     return resolved
 
 
-def _check_source(source: ModelSource) -> None:
-    """Refuse what transformers would run, or read from elsewhere; and, in a local folder, whatever does not fit together."""
+def _check_hub_name(source: ModelSource) -> None:
+    """Refuse what transformers would run, or read from elsewhere, before weights are fetched."""
     if find_adapter_config_file(source.location):
-        raise CheckpointError(
-            f"{source.name} holds an adapter (adapter_config.json); merge it into its model first, or remove it"
-        )
-    if source.folder:
-        check_folder(source.folder, read_tensors(source.folder))
-    else:
-        read_config(Path(str(cached_file(source.location, CONFIG))))
+        raise CheckpointError(f"{source.name} holds an adapter ({ADAPTER}); merge it into its model first")
+    read_config(Path(str(cached_file(source.location, CONFIG))))
 
 
-def _gguf_options(source: ModelSource, dtype: Any) -> dict[str, Any]:
-    options = {"gguf_file": source.gguf_file, "dtype": torch.float32 if dtype == "auto" else dtype}
+def _gguf_options(source: ModelSource, dtype: torch.dtype | None) -> dict[str, Any]:
+    options: dict[str, Any] = {"gguf_file": source.gguf_file, "dtype": dtype or torch.float32}
     if hasattr(transformers, "GgufConfig"):
         # Without it newer versions keep the model marked as quantized and refuse to save it.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)

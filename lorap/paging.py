@@ -1,10 +1,8 @@
 """A model whose decoder layers, embedding and head stay in their files until they are used, and go again afterwards.
 
-``open_paged`` builds the model on the meta device and gives each such module ``pages``: where its tensors lie. Whoever needs the
+``paged_model`` builds the model on the meta device and gives each such module ``pages``: where its tensors lie. Whoever needs the
 weights enters :func:`in_memory` (or ``on_device`` of the calibration stream), so that at most one decoder layer is in memory.
-
-Files are read with plain reads into memory of our own. A memory map would be shorter, but a file that is cut off meanwhile kills
-the process with a bus error, and its pages count as memory of the process.
+It is a way of holding weights: what may be opened at all is decided before (lorap/consistency.py).
 """
 
 from __future__ import annotations
@@ -14,117 +12,16 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from lorap.architectures import Architecture, find_architecture
-from lorap.errors import CheckpointError
-from lorap.folders import TensorInfo, read_header, weight_files
-from lorap.loading import DTYPES, ModelSource
+from lorap.consistency import CheckedFolder, empty_model, module_name
 from lorap.resources import available_memory_bytes, release_freed_memory
-
-# safetensors' names for what a model may hold.
-STORED_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-@dataclass(frozen=True)
-class Stamp:
-    """Size and time of change of a file: another one means that somebody wrote to it."""
-
-    size: int
-    mtime_ns: int
-
-    @classmethod
-    def of(cls, file: Path | int) -> Stamp:
-        found = os.stat(file)
-        return cls(found.st_size, found.st_mtime_ns)
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor in a file.
-
-    Args:
-        path: of the file.
-        name: in the file, for messages.
-        info: what its header says.
-        stamp: of the file when its header was read.
-    """
-
-    path: Path
-    name: str
-    info: TensorInfo
-    stamp: Stamp
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.info.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """
-        Raises:
-            CheckpointError: torch has no such dtype.
-        """
-        if self.info.dtype not in STORED_DTYPES:
-            raise CheckpointError(f"{self.path}: {self.name} is stored as {self.info.dtype}, which lorap cannot read")
-        return STORED_DTYPES[self.info.dtype]
-
-    def read(self) -> Tensor:
-        """The tensor, in memory of its own.
-
-        Raises:
-            CheckpointError: the file was changed, is shorter than it was, or cannot be read.
-        """
-        data = torch.empty(self.info.nbytes, dtype=torch.uint8)
-        for start, piece in read_pieces(self):
-            data[start : start + len(piece)] = piece
-        return data.view(self.dtype).view(self.shape)
-
-
-def read_pieces(stored: StoredTensor, *, size: int = 2**26) -> Iterator[tuple[int, Tensor]]:
-    """(offset within the tensor, uint8 bytes) of one tensor, piece by piece; errors as :meth:`StoredTensor.read`."""
-    try:
-        with stored.path.open("rb", buffering=0) as file:
-            if Stamp.of(file.fileno()) != stored.stamp:
-                raise CheckpointError(f"{stored.path} was changed while it was in use; bring it back, or start again")
-            for start in range(0, stored.info.nbytes, size):
-                piece = torch.empty(min(size, stored.info.nbytes - start), dtype=torch.uint8)
-                if read_into(file.fileno(), piece.numpy().data, stored.info.offset + start) < len(piece):
-                    raise CheckpointError(
-                        f"{stored.path} ends within {stored.name}: it was cut off while it was in use; copy it again"
-                    )
-                yield start, piece
-    except OSError as error:
-        raise CheckpointError(f"cannot read {stored.name} from {stored.path}: {error.strerror}") from error
-
-
-def read_into(file: int, view: memoryview, offset: int) -> int:
-    """Fill ``view`` from a file: how many bytes there were. A single read may return less than was asked for."""
-    done = 0
-    while done < len(view) and (got := os.preadv(file, [view[done:]], offset + done)):
-        done += got
-    return done
-
-
-def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of one safetensors file, by name."""
-    stamp = Stamp.of(path)
-    return {name: StoredTensor(path, name, info, stamp) for name, info in read_header(path).items()}
+from lorap.stored_tensors import STORED_DTYPES, StoredTensor
 
 
 @dataclass
@@ -246,52 +143,39 @@ def _comes_and_goes(layer: nn.Module) -> Iterator[None]:
         del layer.forward
 
 
-def open_paged(source: ModelSource, *, dtype: str, device: torch.device) -> Any | None:
+def paged_model(checked: CheckedFolder, *, dtype: torch.dtype | None, device: torch.device) -> Any | None:
     """The model of a folder with its weights left in the files; None where the files name tensors otherwise than the model.
 
     Args:
-        source: a folder with safetensors.
-        dtype: ``auto`` for what the config says, or float32, bfloat16 or float16.
+        checked: the folder, whatever files its weights are in.
+        dtype: of the weights in memory; None for what the config says.
         device: where modules come into memory.
 
     Raises:
-        CheckpointError: the folder cannot be read.
+        CheckpointError: a file cannot be read.
         ArchitectureError: the model is of a family that is not known.
     """
-    assert source.folder is not None
-    files: dict[str, StoredTensor] = {}
-    for path in weight_files(source.folder):
-        files |= stored_tensors(path)
-    try:
-        config = AutoConfig.from_pretrained(source.location)
-        own = getattr(config, "dtype", None) or _main_dtype(files)
-        wanted = own if dtype == "auto" else DTYPES[dtype]
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=wanted).eval()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise CheckpointError(f"cannot open {source.name}: {error}") from error
+    wanted = dtype or getattr(checked.config, "dtype", None) or _main_dtype(checked.tensors)
+    model = empty_model(checked.config, wanted).eval()
     architecture = find_architecture(model)
-    model.config._name_or_path = source.location
-    if (source.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source.location)
-    _renew_buffers(model, device)
-    if not _give_pages(model, architecture, files, wanted, device):
-        return None
-    return model
+    model.config._name_or_path = str(checked.folder)
+    if (checked.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(checked.folder))
+    renew_buffers(model, device)
+    return model if _give_pages(model, architecture, checked.tensors, wanted, device) else None
 
 
 def _give_pages(
     model: Any, architecture: Architecture, files: Mapping[str, StoredTensor], dtype: torch.dtype, device: torch.device
 ) -> bool:
     """Pages for the layers, the embedding and the head; what else there is comes into memory. False where tensors are missing."""
-    head = f"{_name_of(model, model.get_output_embeddings())}.weight"
-    embedding = f"{_name_of(model, model.get_input_embeddings())}.weight"
+    head = f"{module_name(model, model.get_output_embeddings())}.weight"
+    embedding = f"{module_name(model, model.get_input_embeddings())}.weight"
     wanted = {name: stored for name, stored in files.items() if name in model.state_dict()}
     if model.config.tie_word_embeddings and embedding in wanted:
         wanted[head] = wanted[embedding]
-    for name, tensor in model.state_dict().items():
-        if name not in wanted or wanted[name].info.shape != tuple(tensor.shape):
-            return False
+    if any(name not in wanted for name in model.state_dict()):
+        return False
     stay = _fits_for_good(device, sum(nbytes_of(stored, dtype) for stored in wanted.values()))
     units = [f"{architecture.layers}.{index}" for index in range(len(architecture.decoder_layers(model)))]
     for unit in [*units, embedding.removesuffix(".weight"), head.removesuffix(".weight")]:
@@ -319,15 +203,11 @@ def _owners(model: nn.Module, name: str) -> Iterator[nn.Module]:
     return (model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts) + 1))
 
 
-def _renew_buffers(model: nn.Module, device: torch.device) -> None:
+def renew_buffers(model: nn.Module, device: torch.device) -> None:
     """Buffers that no file holds, such as the frequencies of rotary embeddings, are computed by their module's constructor."""
     for name, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module._buffers.values() if buffer is not None):
             model.set_submodule(name, type(module)(config=model.config).to(device))  # type: ignore[call-arg]
-
-
-def _name_of(model: nn.Module, wanted: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted)
 
 
 def _main_dtype(files: Mapping[str, StoredTensor]) -> torch.dtype:

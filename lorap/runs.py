@@ -26,7 +26,7 @@ from lorap.fingerprints import check_weights, identity_of
 from lorap.folders import stored_parameters
 from lorap.journal import COMPLETE, STAGE, Journal, check_identity, is_complete, open_journal, put_in_place, sync
 from lorap.loading import ModelSource, check_tokenizer, find_model, load_model, load_tokenizer, resolve_device
-from lorap.paging import open_paged, pages_of
+from lorap.paging import pages_of
 from lorap.pipeline import Run, check_finite
 from lorap.processes import joined
 from lorap.report import CompressionReport
@@ -100,7 +100,7 @@ class _FolderRun:
         with watch("load"):
             device = _own_device(self.options.device)
             tokenizer = load_tokenizer(self.source)
-            model = self._open(device)
+            model = load_model(self.source, dtype=self.options.dtype, device=device, paged=True)
             check_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0])
         with watch("check"):
             self._check(model, device)
@@ -126,14 +126,6 @@ class _FolderRun:
             put_in_place(self.journal, self.out)
         processes.wait()
         return report
-
-    def _open(self, device: torch.device) -> Any:
-        """The model, paged where its files allow it."""
-        if self.source.folder is not None and not self.source.gguf_file:
-            paged = open_paged(self.source, dtype=self.options.dtype, device=device)
-            if paged is not None:
-                return paged
-        return load_model(self.source, dtype=self.options.dtype, device=device)
 
     def _check(self, model: Any, device: torch.device) -> None:
         """The run is the one that was begun; every weight is looked at once, before any work."""

@@ -11,7 +11,8 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from lorap.errors import ConfigError
 from lorap.folders import INDEX
-from lorap.paging import Pages, StoredTensor, pages_of
+from lorap.paging import Pages, pages_of
+from lorap.stored_tensors import StoredTensor
 from lorap.tensor_files import Cast, Writable, nbytes, write_tensors
 
 

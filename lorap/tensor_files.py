@@ -12,7 +12,7 @@ from typing import Union
 import torch
 from torch import Tensor
 
-from lorap.paging import STORED_DTYPES, StoredTensor, read_pieces
+from lorap.stored_tensors import STORED_DTYPES, StoredTensor, read_pieces
 
 DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 

@@ -152,7 +152,8 @@ def test_a_model_saved_without_its_tied_head_opens(make_model, tmp_path):
 
 
 def test_tensors_that_nobody_needs_are_no_damage(dense):
-    edit_weights(dense, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
+    frequencies = 10000.0 ** -(torch.arange(8) / 8)
+    edit_weights(dense, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": frequencies}))
     load_model(find_model(dense))
 
 
@@ -182,10 +183,10 @@ def test_code_that_is_not_needed_is_ignored(dense):
             "embed_tokens.weight has the shape (500, 64), but config.json makes it (1000000000000, 64)",
         ),
         ("vocab_size", 499, "embed_tokens.weight has the shape (500, 64), but config.json makes it (499, 64)"),
-        ("vocab_size", 10**30, "cannot load dense"),
+        ("vocab_size", 10**30, "cannot open "),
         ("hidden_size", 10**9, "has the shape (500, 64), but config.json makes it (500, 1000000000)"),
         ("hidden_size", 0, "has the shape (500, 64), but config.json makes it (500, 0)"),
-        ("hidden_size", -64, "cannot load dense"),
+        ("hidden_size", -64, "cannot open "),
         (
             "intermediate_size",
             10**12,
@@ -202,7 +203,7 @@ def test_code_that_is_not_needed_is_ignored(dense):
         ),
         ("rms_norm_eps", float("inf"), "config.json: rms_norm_eps is inf"),
         ("rms_norm_eps", float("nan"), "is not valid JSON: it contains NaN"),
-        ("dtype", "load", "cannot load dense"),
+        ("dtype", "load", "cannot open "),
         ("model_type", ["llama"], "model_type is ['llama'], not a string"),
         ("quantization_config", [1], "quantization_config is [1], not an object"),
         ("quantization_config", {"quant_method": ["lorap"]}, "quant_method is ['lorap'], not a string"),
@@ -380,7 +381,6 @@ def test_code_of_a_tokenizer_is_refused(model_folder):
     path.write_text(json.dumps({"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}))
     (model_folder / "evil.py").write_text("raise SystemExit('code of the checkpoint ran')")
     (model_folder / "tokenizer.json").unlink()
-    edit(model_folder, model_type="evil")
     with pytest.raises(CheckpointError, match="cannot load the tokenizer"):
         load_tokenizer(find_model(model_folder))
 

@@ -24,8 +24,8 @@ from lorap import CheckpointError, CompressionConfig, ConfigError, Factorization
 from lorap.calibration.shelf import Shelf
 from lorap.folders import read_tensors
 from lorap.journal import Journal, journal_folder, open_journal
-from lorap.loading import find_model
-from lorap.paging import in_memory, in_memory_throughout, open_paged, pages_of
+from lorap.loading import find_model, load_model
+from lorap.paging import in_memory, in_memory_throughout, paged_model, pages_of
 from lorap.resources import parse_bytes
 from lorap.runs import RunOptions, compress_to_folder
 
@@ -133,7 +133,7 @@ def test_one_layer_is_in_memory_at_a_time(source: Path, tokens: Path, tmp_path: 
     opened: list[Any] = []
 
     def opens(*args: Any, **kwargs: Any) -> Any:
-        opened.append(open_paged(*args, **kwargs))
+        opened.append(paged_model(*args, **kwargs))
         return opened[-1]
 
     def watching(self: Any, index: int, layer: Any) -> None:
@@ -142,7 +142,7 @@ def test_one_layer_is_in_memory_at_a_time(source: Path, tokens: Path, tmp_path: 
         seen.append(sum(present))
         advance(self, index, layer)
 
-    monkeypatch.setattr("lorap.runs.open_paged", opens)
+    monkeypatch.setattr("lorap.loading.paged_model", opens)
     monkeypatch.setattr(lorap.calibration.stream.CalibrationStream, "advance", watching)
     compress_to_folder(source, tmp_path / "out", small(correction_steps=2), options(tokens))
     assert set(seen) == {1}
@@ -153,7 +153,7 @@ def test_one_layer_is_in_memory_at_a_time(source: Path, tokens: Path, tmp_path: 
 def test_a_paged_model_runs_as_a_whole(limit: int | None, source: Path, tokens: Path) -> None:
     ids = torch.from_numpy(np.load(tokens))[:2]
     dense = lorap.loading.load_model(find_model(source))
-    paged = open_paged(find_model(source), dtype="auto", device=CPU)
+    paged = load_model(find_model(source), paged=True)
     layers = list(paged.model.layers)
     told = pytest.warns(RuntimeWarning, match=r"holds 0.0 GB .* --calibration FILE") if limit == 0 else nullcontext()
     with torch.no_grad(), told, in_memory_throughout(paged, layers, limit_bytes=limit):
@@ -167,7 +167,7 @@ def test_a_paged_model_runs_as_a_whole(limit: int | None, source: Path, tokens: 
 def test_what_is_to_stay_stays(source: Path, monkeypatch: Any) -> None:
     """As on a GPU with room for all."""
     monkeypatch.setattr("lorap.paging._fits_for_good", lambda device, nbytes: True)
-    paged = open_paged(find_model(source), dtype="auto", device=CPU)
+    paged = load_model(find_model(source), paged=True)
     layer = paged.model.layers[1]
     for _ in range(2):
         with in_memory(layer):
@@ -203,7 +203,7 @@ def test_a_correction_that_was_interrupted_begins_again(
     at: int, paged: bool, source: Path, tokens: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     if not paged:
-        monkeypatch.setattr("lorap.runs.open_paged", lambda *args, **kwargs: None)
+        monkeypatch.setattr("lorap.loading.paged_model", lambda *args, **kwargs: None)
     config = small(correction_steps=2)
     compress_to_folder(source, tmp_path / "whole", config, options(tokens))
     keep, kept = Journal.keep_tensors, itertools.count(1)

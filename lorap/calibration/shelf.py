@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorap.errors import CheckpointError
-from lorap.paging import read_into
+from lorap.stored_tensors import read_into
 from lorap.tensor_files import as_bytes, write_all
 
 

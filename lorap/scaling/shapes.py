@@ -10,10 +10,10 @@ from typing import Any
 
 from lorap.allocation import Shape
 from lorap.architectures import ARCHITECTURES, PROJECTIONS
-from lorap.errors import ArchitectureError, CheckpointError, ConfigError
-from lorap.folders import TensorInfo, read_json, read_tensors
+from lorap.errors import ArchitectureError, CheckpointError
+from lorap.folders import TensorInfo
 from lorap.info import gguf_tensors, kind_of
-from lorap.loading import DTYPES, ModelSource
+from lorap.loading import DTYPES, ModelSource, dtype_name
 
 # safetensors' names for what a model can be computed in.
 HEADER_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -63,9 +63,10 @@ class ModelShape:
         """
         if source.folder is None:
             raise CheckpointError(f"no model folder {source.location}; `plan` reads local folders and .gguf files only")
-        if not source.gguf_file:
-            config, tensors = read_json(source.folder / "config.json"), read_tensors(source.folder)
-            return cls.from_tensors(source.name, config, tensors, dtype=dtype)
+        if source.checked:
+            config = {**source.checked.settings, "tie_word_embeddings": source.checked.config.tie_word_embeddings}
+            return cls.from_tensors(source.name, config, source.checked.headers, dtype=dtype)
+        assert source.gguf_file is not None
         path = source.folder / source.gguf_file
         tensors = {
             name: TensorInfo(
@@ -74,7 +75,7 @@ class ModelShape:
             for name, info in gguf_tensors(path).items()
         }
         config = {"model_type": _gguf_architecture(path)}
-        dtype = "float32" if dtype == "auto" else dtype
+        dtype = "float32" if dtype_name(dtype) == "auto" else dtype
         return cls.from_tensors(source.name, config, tensors, dtype=dtype, layers=GGUF_LAYERS, paged=False)
 
     @classmethod
@@ -112,7 +113,7 @@ class ModelShape:
         return cls(
             name=name,
             model_type=config["model_type"],
-            dtype=_checked(own if dtype == "auto" else dtype),
+            dtype=dtype_name(own if dtype_name(dtype) == "auto" else dtype),
             num_layers=len(found),
             projections=shapes,
             biases=biases,
@@ -189,9 +190,3 @@ def _gguf_architecture(path: Path) -> str:
 
     field = GGUFReader(path).get_field("general.architecture")
     return "" if field is None else str(field.contents())
-
-
-def _checked(dtype: str) -> str:
-    if dtype not in DTYPES:
-        raise ConfigError(f"unknown dtype {dtype!r}; choose from auto, {', '.join(DTYPES)}")
-    return dtype
