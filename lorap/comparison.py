@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lorap.calibration.data import consecutive_windows
+from lorap.calibration.mixtures import check_sources
 from lorap.calibration.sources import DEFAULT_EVALUATION
 from lorap.comparison_cells import Cells
 from lorap.comparison_worker import SPEED, TASKS, TEXTS
@@ -190,6 +191,7 @@ def compare(
         ConfigError: as :func:`find_contenders` and :func:`check_tokens`.
         LoRAPError: a model or text is not there.
     """
+    check_sources(*options.texts)
     contenders = find_contenders(models)
     cells = Cells(work, asdict(options), check_tokens(contenders, options))
 

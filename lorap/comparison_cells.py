@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from lorap.calibration import places
 from lorap.comparison_worker import SPEED, TASKS, TEXTS
 from lorap.loading import ModelSource
 from lorap.version import __version__
@@ -66,7 +67,7 @@ class Cells:
 
 def run_worker(request: dict[str, Any]) -> str | None:
     """One process to its end; None where it wrote its cell, else what it said last."""
-    command = [sys.executable, "-m", "lorap.comparison_worker", json.dumps(request)]
+    command = [sys.executable, "-m", "lorap.comparison_worker", json.dumps(request | {"pipes": places.copies()})]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     if done.returncode == 0:
         return None

@@ -18,6 +18,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from lorap.architectures import ARCHITECTURES
+from lorap.calibration import places
 from lorap.calibration.data import consecutive_windows
 from lorap.errors import LoRAPError
 from lorap.evaluation import evaluate
@@ -106,6 +107,7 @@ def main(argument: str) -> None:
     request = json.loads(argument)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    places.adopt(request["pipes"])
     try:
         found = measure(request["part"], request["model"], request["options"])
     except LoRAPError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lorap.calibration.mixtures import Sources, weighted_sources
-from lorap.calibration.sources import Source, source_name
+from lorap.calibration.places import located
+from lorap.calibration.sources import Source, is_packaged, source_name
 from lorap.errors import CheckpointError, FactorizationError, JournalError
 from lorap.folders import weight_files
 from lorap.journal import Journal
@@ -30,29 +30,37 @@ def identity_of(
     source: ModelSource, config: Mapping[str, Any], calibration: Sources, evaluation: Iterable[Source], **more: Any
 ) -> dict[str, Any]:
     """Everything but the weights that a run depends on, for :func:`lorap.journal.check_identity`."""
-    parts = {
-        f"{source_name(text)} x {weight:g}": digest(text)
-        for text, weight in weighted_sources(calibration, own_samples=True)
-    }
+    weighted = weighted_sources(calibration, own_samples=True)
     return {
         "lorap": __version__,
         "torch": torch.__version__,
         "option": dict(config),
-        "calibration": parts,
-        "evaluation": {source_name(text): digest(text) for text in evaluation},
+        "calibration": _by_name((f"{source_name(text)} x {weight:g}", digest(text)) for text, weight in weighted),
+        "evaluation": _by_name((source_name(text), digest(text)) for text in evaluation),
         "model": {"name": source.name, **_small_files(source)},
         **more,
     }
 
 
+def _by_name(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Hashes by name; texts of one name, such as two pipes, are told apart by their order."""
+    found: dict[str, str] = {}
+    for name, value in pairs:
+        found[name] = f"{found[name]} {value}" if name in found else value
+    return found
+
+
 def digest(source: Source) -> str:
-    """A hash of a text's file or of tokens; of a name where there is no file."""
+    """A hash of a text's file or of tokens; of a name where there is no file. What was read from a pipe counts, not its name."""
     if isinstance(source, Tensor):
         return hashlib.sha256(source.cpu().contiguous().numpy().tobytes()).hexdigest()
     if isinstance(source, Mapping):
         return " ".join(digest(source[name]) for name in sorted(source))
-    if os.path.isfile(source):
-        return hash_file(Path(source))
+    if not is_packaged(str(source)) and (place := located(source)) is not None:
+        inside = (
+            sorted(path for path in place.path.rglob("*") if path.is_file()) if place.path.is_dir() else [place.path]
+        )
+        return " ".join([*map(hash_file, inside), place.config, place.split, place.field]).strip()
     return hashlib.sha256(str(source).encode()).hexdigest()
 
 

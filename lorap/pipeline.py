@@ -19,7 +19,7 @@ from lorap.allocation import LayerPlan
 from lorap.architectures import PROJECTIONS, Architecture, find_architecture
 from lorap.calibration.backward import BATCH_TOKENS as BACKWARD_BATCH
 from lorap.calibration.data import Sampler, TokenWindows, consecutive_windows, draw_windows, fold_of
-from lorap.calibration.mixtures import Sources
+from lorap.calibration.mixtures import Sources, check_sources
 from lorap.calibration.samples import sample_windows
 from lorap.calibration.shelf import IN_MEMORY, Shelf
 from lorap.calibration.sources import DEFAULT_CALIBRATION, Source
@@ -93,6 +93,7 @@ def compress(
         LoRAPError: with a sentence that says what is wrong and what to do. Files of the source model are only ever read.
     """
     watch = Stopwatch()
+    check_sources(calibration, *evaluation)
     with watch("load"):
         model, tokenizer, name = _open(model_or_path, tokenizer, device, dtype)
         find_architecture(model)

@@ -19,7 +19,7 @@ import torch
 
 from lorap.architectures import ARCHITECTURES, ATTENTION, MLP, PROJECTIONS
 from lorap.calibration.data import TokenWindows, consecutive_windows
-from lorap.calibration.mixtures import Sources
+from lorap.calibration.mixtures import Sources, check_sources
 from lorap.calibration.samples import sample_windows
 from lorap.calibration.sources import DEFAULT_CALIBRATION, Source
 from lorap.checkpoint import REPORT, SPARE_BYTES, check_output, staged_folder
@@ -104,6 +104,7 @@ def recover(
     require_peft()
     watch, where = Stopwatch(), resolve_device(device)
     recovery = _settled(recovery or Recovery(), where)
+    check_sources(recovery.text, *evaluation)
     source, origin = _local(folder)
     needed_bytes = sum(tensor.nbytes for tensor in read_tensors(origin).values()) + SPARE_BYTES
     check_output(out, source=origin, overwrite=overwrite, needed_bytes=needed_bytes)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from lorap.calibration.mixtures import Sources
+from lorap.calibration.mixtures import Sources, check_sources
 from lorap.calibration.shelf import Shelf
 from lorap.calibration.sources import DEFAULT_CALIBRATION, Source
 from lorap.checkpoint import check_output, reason, share, write_reports
@@ -77,6 +77,7 @@ def compress_to_folder(
         LoRAPError: as :func:`lorap.compress` and :func:`lorap.save`; what was finished is kept.
     """
     config, options, out = config or CompressionConfig(), options or RunOptions(), Path(out)
+    check_sources(options.calibration, *options.evaluation)
     source = find_model(model)
     if not is_complete(out):
         check_output(out, source=source.folder, overwrite=options.overwrite)

@@ -60,7 +60,7 @@ def test_folder_of_jsonl_is_a_data_set(tmp_path: Path) -> None:
 
 
 def test_large_file_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorap.calibration.sources.MAX_TEXT_BYTES", 32 * 100)
+    monkeypatch.setattr("lorap.calibration.pieces.MAX_TEXT_BYTES", 32 * 100)
     lines = [f"line {number} é" for number in range(2000)]
     text = read_source(write(tmp_path / "large.txt", "\n".join(lines)))
     read = [line for line in text.split("\n") if line]
@@ -73,7 +73,7 @@ def test_large_file_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_large_file_of_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorap.calibration.sources.MAX_TEXT_BYTES", 32 * 100)
+    monkeypatch.setattr("lorap.calibration.pieces.MAX_TEXT_BYTES", 32 * 100)
     text = read_source(write(tmp_path / "large.txt", "x" + "é" * 5000))
     assert set(text) <= {"x", "é", "\n"}
     assert text.count("é") > 1000
@@ -193,7 +193,7 @@ def test_heldout_text_is_not_calibrated_on() -> None:
         ("latin1.txt", b"caf\xe9 au lait", ["latin1.txt", "not UTF-8", "offset 3"]),
         ("bad.jsonl", b'{"text": "a"}\n\n{"text": \n', ["bad.jsonl", "line 3 is not JSON"]),
         ("field.jsonl", b'{"text": "a"}\n{"content": "b"}\n', ["field.jsonl", "line 2 has no text field"]),
-        ("number.jsonl", b'{"text": 5}\n', ["number.jsonl", "line 1 has no text field"]),
+        ("number.jsonl", b'{"text": 5}\n', ["number.jsonl", "line 1, field text is a number"]),
         ("list.jsonl", b'["a"]\n', ["list.jsonl", "line 1 has no text field"]),
         ("bad.safetensors", b"xx", ["cannot read tokens from", "bad.safetensors"]),
         ("bad.npy", b"not numpy", ["cannot read tokens from", "bad.npy"]),
@@ -227,9 +227,10 @@ def test_refuses_an_empty_folder(tmp_path: Path, tokenizer: PreTrainedTokenizerF
 
 def test_refuses_a_data_set_without_text(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
-    write(tmp_path / "part.jsonl", '{"content": "one"}\n')
-    with pytest.raises(CalibrationError, match="no column `text`"):
+    write(tmp_path / "part.jsonl", '{"body": "one"}\n')
+    with pytest.raises(CalibrationError, match=r"record 1 has no text field: it has body; .*FILE:FIELD"):
         read_source(str(tmp_path))
+    assert read_source(f"{tmp_path}:::body") == "one"
 
 
 def test_a_text_instead_of_its_name_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -16,7 +16,14 @@ from typing import Any, Union
 
 from torch import Tensor
 
-from lorap.calibration.sources import DEFAULT_CALIBRATION, OWN_SAMPLES, Source, shipped_texts, source_name
+from lorap.calibration.sources import (
+    DEFAULT_CALIBRATION,
+    OWN_SAMPLES,
+    Source,
+    check_source,
+    shipped_texts,
+    source_name,
+)
 from lorap.errors import CalibrationError
 
 # One source, or a list of sources and of pairs (source, weight).
@@ -32,6 +39,17 @@ def parse_source(text: str) -> Source | tuple[Source, float]:
         return name, float(weight)
     except ValueError:
         return text
+
+
+def check_sources(*mixtures: Sources) -> None:
+    """Make sure that every source can be opened, before a model is; pipes are read now, and kept.
+
+    Raises:
+        CalibrationError: a file or text is not there or of a kind that lorap does not read, or a weight is not above 0.
+    """
+    for sources in mixtures:
+        for source, _ in _pairs(sources):
+            check_source(source)
 
 
 def mixture_name(sources: Sources) -> str:

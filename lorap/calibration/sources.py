@@ -1,13 +1,13 @@
 """Reading one source: text or tokens, from wherever people keep them.
 
-A source is a text file, a JSONL file with a text field, a file of tokens, a ``datasets`` name, one of the texts that ship with
-lorap, tokens in memory, or ``self``, what the model writes when left alone. It is read whole and tokenized as one stream.
+A source is a text file, a file or folder of records with texts or chats (:mod:`lorap.calibration.records`), a file of tokens, a
+pipe, a ``datasets`` name, one of the texts that ship with lorap, tokens in memory, or ``self``, what the model writes when left
+alone. It is read whole and tokenized as one stream.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import logging
 from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -19,6 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lorap.calibration import files
+from lorap.calibration.hub import check_hub, read_folder, read_hub
+from lorap.calibration.places import MAX_NAME, Place, located
+from lorap.calibration.records import Reading, read_file
+from lorap.calibration.templates import encode, render
 from lorap.errors import CalibrationError
 
 Source = Union[str, Path, Tensor, Mapping[str, Tensor]]
@@ -30,20 +35,15 @@ DEFAULT_EVALUATION = "heldout"
 # What the model writes itself (lorap/calibration/samples.py).
 OWN_SAMPLES = "self"
 
-TOKEN_SUFFIXES = (".safetensors", ".npy")
-# A longer name is no name but a text given by mistake.
-MAX_NAME = 1000
-# Of a larger text file, this many bytes are read, in equal pieces spread over the file.
-MAX_TEXT_BYTES = 32 * 2**20
-TEXT_PIECES = 32
+_logger = logging.getLogger(__name__)
 
 
 def read_tokens(source: Source, tokenizer: Any, *, vocab_size: int) -> tuple[Tensor, Tensor | None]:
     """Token ids of a source: (tokens,) for a text, or (windows, seq_len) and a mask where it holds windows already."""
     name = source_name(source)
     mask = None
-    if isinstance(source, (str, Path)) and Path(source).suffix in TOKEN_SUFFIXES:
-        source = _read_token_file(Path(source))
+    if isinstance(source, (str, Path)) and (path := _token_file(source)) is not None:
+        source = _read_token_file(path)
     if isinstance(source, Mapping):
         if not isinstance(source.get("input_ids"), Tensor):
             raise CalibrationError(f"{name} has no tensor `input_ids`, only {', '.join(sorted(source)) or 'nothing'}")
@@ -60,7 +60,7 @@ def read_tokens(source: Source, tokenizer: Any, *, vocab_size: int) -> tuple[Ten
     else:
         if tokenizer is None:
             raise CalibrationError(f"the model has no tokenizer, so {name} cannot be read; give tokens instead of text")
-        ids = torch.tensor(tokenizer(read_source(source), verbose=False)["input_ids"])
+        ids = torch.tensor(encode(_read(source).documents, tokenizer, name), dtype=torch.int64)
         if not ids.numel():
             raise CalibrationError(f"{name} gives no tokens")
     ids = ids.long().cpu()
@@ -76,37 +76,72 @@ def read_tokens(source: Source, tokenizer: Any, *, vocab_size: int) -> tuple[Ten
     return ids, mask
 
 
-def read_source(source: str | Path) -> str:
+def read_source(source: str | Path, tokenizer: Any = None) -> str:
     """The text of a file, of a ``datasets`` name, or of a text that ships with lorap; documents are joined by blank lines.
 
+    Args:
+        source: its name.
+        tokenizer: whose chat template writes chats as text, one behind the other; not needed for texts.
+
     Raises:
-        CalibrationError: there is no such source, or it is empty or binary.
+        CalibrationError: there is no such source, it is empty or binary, a record has no text, or there are chats and no
+            tokenizer.
     """
-    path = Path(source)
-    if _is_packaged(str(source)):
-        text = _packaged_text(str(source))
-    elif len(str(source)) > MAX_NAME or "\n" in str(source):
-        raise CalibrationError(
-            f"{source_name(source)} is a text, not the name of one; write it to a file or give its tokens"
-        )
-    elif os.path.isfile(path):  # where the path is too long for the system, Path.is_file() raises
-        text = _read_file(path)
-    elif path.is_dir() and not any(path.iterdir()):
-        raise CalibrationError(f"{path} is an empty folder")
-    else:
-        text = _read_dataset(str(source))
-    if not text.strip():
-        raise CalibrationError(f"{source} holds no text")
-    return text
+    return render(_read(source).documents, tokenizer, source_name(source))
+
+
+def check_source(source: Source) -> None:
+    """Make sure that a source can be opened, before anything expensive is done; its records are not looked at.
+
+    What comes through a pipe is read now, and kept.
+
+    Raises:
+        CalibrationError: there is no such file or text, or it is of a kind that lorap does not read.
+    """
+    if isinstance(source, (str, Path)) and str(source) != OWN_SAMPLES:
+        if is_packaged(str(source)):
+            _packaged_text(str(source))
+        elif (place := located(source)) is None:
+            check_hub(str(source))
+        elif not place.path.is_dir():
+            files.look(place)
 
 
 def source_name(source: Source) -> str:
     """A short name for reports and messages: no folder names, because reports are published."""
     if not isinstance(source, (str, Path)):
         return "tokens"
-    if len(str(source)) > MAX_NAME:
+    if len(str(source)) > MAX_NAME or "\n" in str(source):
         return f"{str(source)[:40]!r}..."
-    return Path(source).name if os.path.exists(source) and not _is_packaged(str(source)) else str(source)
+    if is_packaged(str(source)):
+        return str(source)
+    try:
+        place = located(source)
+    except CalibrationError:
+        return str(source)
+    return str(source) if place is None else place.name
+
+
+def _read(source: str | Path) -> Reading:
+    """Everything that a source says."""
+    if is_packaged(str(source)):
+        reading = Reading([_packaged_text(str(source))])
+    elif (place := located(source)) is None:
+        reading = read_hub(str(source))
+    else:
+        reading = read_folder(place) if place.path.is_dir() else _read_text_file(place)
+    if not any(not isinstance(document, str) or document.strip() for document in reading.documents):
+        raise CalibrationError(f"{source} holds no text" + (f": {reading.told}" if reading.told else ""))
+    if reading.told:
+        _logger.info("%s: %s", source_name(source), reading.told)
+    return reading
+
+
+def _read_text_file(place: Place) -> Reading:
+    content = files.look(place)
+    if content.kind == files.TOKENS:
+        raise CalibrationError(f"{place.name} holds tokens, not text")
+    return read_file(content)
 
 
 def shipped_texts() -> dict[str, str]:
@@ -139,86 +174,28 @@ def _packaged_text(name: str) -> str:
     return texts[name]
 
 
-def _is_packaged(name: str) -> bool:
+def is_packaged(name: str) -> bool:
     return name in (DEFAULT_CALIBRATION, DEFAULT_EVALUATION, OWN_SAMPLES) or name.startswith(f"{DEFAULT_CALIBRATION}/")
 
 
-def _read_file(path: Path) -> str:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if size <= MAX_TEXT_BYTES:
-            raw = file.read()
-        else:
-            raw = b"\n".join(_whole_lines(file, size * piece // TEXT_PIECES) for piece in range(TEXT_PIECES))
-    position = raw.find(b"\0")
-    if position >= 0:
-        raise CalibrationError(f"{path} is binary (a zero byte at offset {position}); give a UTF-8 text or JSONL file")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path} is not UTF-8 text (offset {error.start}); convert it first") from None
-    return _join_jsonl(path, text) if path.suffix in (".jsonl", ".ndjson") else text
-
-
-def _whole_lines(file: Any, offset: int) -> bytes:
-    file.seek(offset)
-    piece: bytes = file.read(MAX_TEXT_BYTES // TEXT_PIECES)
-    first = piece.find(b"\n") + 1 if offset else 0
-    last = piece.rfind(b"\n") + 1
-    if last > first:
-        return piece[first:last]
-    # One line longer than the piece: cut it between characters (a continuation byte of UTF-8 looks like 10xxxxxx).
-    return piece.decode("utf-8", errors="ignore").encode() if b"\0" not in piece else piece
-
-
-def _join_jsonl(path: Path, text: str) -> str:
-    documents = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise CalibrationError(f"{path} line {number} is not JSON: {error}") from None
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise CalibrationError(
-                f'{path} line {number} has no text field; each line must look like {{"text": "..."}}'
-            )
-        documents.append(row["text"])
-    return "\n\n".join(documents)
-
-
-def _read_dataset(name: str) -> str:
-    """``NAME``, ``NAME:CONFIG`` or ``NAME:CONFIG:SPLIT`` through the ``datasets`` package; the column is ``text``."""
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise CalibrationError(
-            f"{name} is no file, and the package `datasets` is not installed to look for a data set of that name"
-        ) from None
-    path, config, split = [*name.split(":"), "", ""][:3]
-    try:
-        rows = load_dataset(path, config or None, split=split or "train", streaming=True)
-        texts, length = [], 0
-        for row in rows:
-            texts.append(row["text"])
-            length += len(row["text"])
-            if length >= MAX_TEXT_BYTES:
-                break
-    except KeyError:
-        raise CalibrationError(f"data set {name} has no column `text`") from None
-    except Exception as error:  # the hub client, the network and the data set's reader each raise their own kinds
-        raise CalibrationError(f"{name} is no file, and reading it as a data set failed: {error}") from error
-    return "\n\n".join(texts)
+def _token_file(source: str | Path) -> Path | None:
+    """Where tokens lie; None where the source is another."""
+    if is_packaged(str(source)) or (place := located(source)) is None or place.path.is_dir():
+        return None
+    content = files.look(place)
+    if content.kind != files.TOKENS:
+        return None
+    if content.packing or place.field:
+        raise CalibrationError(f"{place.name} holds tokens; give the file itself, unpacked and without a field")
+    return place.path
 
 
 def _read_token_file(path: Path) -> Tensor | Mapping[str, Tensor]:
-    readers: dict[str, Callable[[Path], Any]] = {
-        ".npy": lambda file: torch.from_numpy(np.load(file, allow_pickle=False)),
-        ".safetensors": load_file,
-    }
+    read: Callable[[Path], Any] = load_file
+    if path.suffix.lower() != ".safetensors":
+        read = lambda file: torch.from_numpy(np.load(file, allow_pickle=False))  # noqa: E731
     try:
-        tokens = readers[path.suffix](path)
+        tokens = read(path)
     except (OSError, EOFError, ValueError, TypeError, SafetensorError) as error:
         raise CalibrationError(f"cannot read tokens from {path}: {error}") from error
     return tokens

@@ -13,7 +13,7 @@ import typer
 from transformers.utils import logging as transformers_logging
 
 import lorap
-from lorap.cli.common import interrupt
+from lorap.cli.common import interrupt, tell_what_is_read
 from lorap.cli.compare import compare_command
 from lorap.cli.compress import compress_command
 from lorap.cli.export import export_command
@@ -57,6 +57,7 @@ def root(
         raise typer.Exit
     signal.signal(signal.SIGTERM, interrupt)
     transformers_logging.set_verbosity_error()
+    tell_what_is_read()
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 

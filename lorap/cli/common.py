@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,14 @@ from transformers.utils import logging as transformers_logging
 
 from lorap.errors import LoRAPError
 from lorap.loading import ModelSource, check_tokenizer, find_model, load_model, load_tokenizer, resolve_device
+from lorap.processes import is_first_process
+
+# A source of text, in the help of every option that takes one.
+SOURCE_HELP = (
+    "FILE (text; JSONL, JSON, CSV, TSV, Parquet or Arrow with a field `text`, or chats in `messages` and the like; .gz, .xz, "
+    ".bz2 or .zst of these; .npy or .safetensors tokens), FILE:FIELD for another field, - (standard input), a folder or name for "
+    "`datasets`"
+)
 
 Model = Annotated[
     str, typer.Argument(help="A model folder, a .gguf file or the folder it is in, or a name on the hub.")
@@ -34,9 +43,29 @@ def open_model(model: str, device: str, dtype: str) -> tuple[Any, Any, ModelSour
 
 
 def be_quiet(quiet: bool) -> None:
-    """With ``--quiet``, no progress bars of transformers either."""
+    """With ``--quiet``, no progress bars of transformers either, and nothing of what was read."""
     if quiet:
         transformers_logging.disable_progress_bar()
+        logging.getLogger("lorap").setLevel(logging.WARNING)
+
+
+def tell_what_is_read() -> None:
+    """What the library logs goes to stderr, each line once, from one process of a run."""
+    logger = logging.getLogger("lorap")
+    logger.setLevel(logging.INFO if is_first_process() else logging.WARNING)
+    logger.handlers = [_Teller()]
+
+
+class _Teller(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = record.getMessage()
+        if line not in self.told:
+            self.told.add(line)
+            typer.echo(line, err=True)
 
 
 def print_json(wanted: bool, value: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import typer
 
 from lorap.calibration.mixtures import parse_source
 from lorap.calibration.sources import DEFAULT_CALIBRATION, DEFAULT_EVALUATION
-from lorap.cli.common import AsJson, Debug, Device, Dtype, Model, Quiet, be_quiet, print_json, user_errors
+from lorap.cli.common import SOURCE_HELP, AsJson, Debug, Device, Dtype, Model, Quiet, be_quiet, print_json, user_errors
 from lorap.config import CHOICES, DEFAULT_RECIPE, RECIPES, CompressionConfig
 from lorap.journal import journal_folder
 from lorap.processes import is_first_process
@@ -170,8 +170,8 @@ def compress_command(
     calibration: Annotated[
         Optional[list[str]],
         typer.Option(
-            help="What resembles the text you will run on: FILE (text, JSONL with a field `text`, .npy or .safetensors tokens), "
-            "a `datasets` name, self (the model writes it), default (half texts that ship with lorap, half self), or one of "
+            help=f"What resembles the text you will run on: {SOURCE_HELP}, "
+            "self (the model writes it), default (half texts that ship with lorap, half self), or one of "
             "those texts, default/NAME; may be repeated, with weights: NAME=WEIGHT.  [default: default]",
             metavar="FILE|NAME|NAME=WEIGHT",
         ),
@@ -179,7 +179,8 @@ def compress_command(
     eval_text: Annotated[
         Optional[list[str]],
         typer.Option(
-            help="Text to measure perplexity on before and after; may be repeated; none skips it.  [default: heldout]"
+            help="Text to measure perplexity on before and after, in any of these forms; may be repeated; none skips it.  "
+            "[default: heldout]"
         ),
     ] = None,
     # Where it runs and what comes out.

@@ -10,8 +10,21 @@ import typer
 
 from lorap.architectures import ARCHITECTURES
 from lorap.calibration.data import consecutive_windows
+from lorap.calibration.mixtures import check_sources
 from lorap.calibration.sources import DEFAULT_EVALUATION
-from lorap.cli.common import AsJson, Debug, Device, Dtype, Model, Quiet, be_quiet, open_model, print_json, user_errors
+from lorap.cli.common import (
+    SOURCE_HELP,
+    AsJson,
+    Debug,
+    Device,
+    Dtype,
+    Model,
+    Quiet,
+    be_quiet,
+    open_model,
+    print_json,
+    user_errors,
+)
 from lorap.cli.tasks import TaskOptions, evaluate_tasks
 from lorap.errors import ConfigError
 from lorap.evaluation import evaluate
@@ -23,9 +36,7 @@ def evaluate_command(
     model: Model,
     text: Annotated[
         Optional[list[str]],
-        typer.Option(
-            help="Text, JSONL, token file or `datasets` name; may be repeated.  [default: heldout, ships with lorap]"
-        ),
+        typer.Option(help=f"{SOURCE_HELP}; may be repeated.  [default: heldout, ships with lorap]"),
     ] = None,
     seq_len: Annotated[
         int, typer.Option(help="Tokens per window; loss is taken over seq_len - 1 positions.", min=2)
@@ -69,6 +80,7 @@ def evaluate_command(
             return
         if baseline is not None or limit is not None or task_data != "auto":
             raise ConfigError("--baseline, --limit and --task-data belong to --tasks, which is not given")
+        check_sources(*(text or [DEFAULT_EVALUATION]))
         loaded, tokenizer, source = open_model(model, device, dtype)
         vocab_size = loaded.get_input_embeddings().weight.shape[0]
         results = []

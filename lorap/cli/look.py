@@ -9,10 +9,22 @@ from typing import Annotated, Optional
 
 import typer
 
-from lorap.calibration.mixtures import parse_source
+from lorap.calibration.mixtures import check_sources, parse_source
 from lorap.calibration.sources import DEFAULT_CALIBRATION, OWN_SAMPLES
 from lorap.checkpoint import check_output, staged_folder
-from lorap.cli.common import AsJson, Debug, Device, Dtype, Model, Quiet, be_quiet, open_model, print_json, user_errors
+from lorap.cli.common import (
+    SOURCE_HELP,
+    AsJson,
+    Debug,
+    Device,
+    Dtype,
+    Model,
+    Quiet,
+    be_quiet,
+    open_model,
+    print_json,
+    user_errors,
+)
 from lorap.errors import ConfigError
 from lorap.inspection import inspect_model
 from lorap.loading import find_model, resolve_device
@@ -27,8 +39,8 @@ def inspect_command(
     calibration: Annotated[
         Optional[list[str]],
         typer.Option(
-            help="What resembles the text you will run on: FILE (text, JSONL with a field `text`, .npy or .safetensors tokens), "
-            "a `datasets` name, default (the texts that ship with lorap), or default/NAME; may be repeated, with weights: "
+            help=f"What resembles the text you will run on: {SOURCE_HELP}, "
+            "default (the texts that ship with lorap), or default/NAME; may be repeated, with weights: "
             "NAME=WEIGHT. none: plain spectra only, and the model does not run.  [default: default]",
             metavar="FILE|NAME|NAME=WEIGHT|none",
         ),
@@ -118,9 +130,11 @@ def parse_layers(text: str) -> list[int]:
 def _check_texts(texts: list[str]) -> None:
     if NO_CALIBRATION in texts and len(texts) > 1:
         raise ConfigError("--calibration none means that there is no text; leave it out to use the others")
-    for text in texts:
-        source = parse_source(text)
+    sources = [parse_source(text) for text in texts]
+    for source in sources:
         if OWN_SAMPLES in (source, source[0] if isinstance(source, tuple) else source):
             raise ConfigError(
                 "the model writes no text for inspect, that takes too long; give another --calibration than self"
             )
+    if texts != [NO_CALIBRATION]:
+        check_sources(sources)

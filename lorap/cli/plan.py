@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from lorap.calibration.mixtures import parse_source
+from lorap.calibration.mixtures import check_sources, parse_source
 from lorap.calibration.sources import DEFAULT_CALIBRATION, DEFAULT_EVALUATION
 from lorap.cli.common import AsJson, Debug, Model, print_json, user_errors
 from lorap.cli.compress import chosen_config, compress_command
@@ -74,14 +74,17 @@ def plan_command(
     with user_errors(debug):
         options = context.params
         config = chosen_config(options)
+        calibration = [parse_source(text) for text in options["calibration"] or [DEFAULT_CALIBRATION]]
+        evaluation = [text for text in options["eval_text"] or [DEFAULT_EVALUATION] if text != "none"]
+        check_sources(calibration, *evaluation)
         shape = ModelShape.read(find_model(model), dtype=options["dtype"])
         machine = find_gpu(gpu, processes=processes) if gpu else this_machine(out, dtype=shape.dtype)
         found = estimate(
             shape,
             config,
             machine,
-            calibration=[parse_source(text) for text in options["calibration"] or [DEFAULT_CALIBRATION]],
-            evaluation_texts=sum(text != "none" for text in options["eval_text"] or [DEFAULT_EVALUATION]),
+            calibration=calibration,
+            evaluation_texts=len(evaluation),
             processes=processes,
             max_memory=parse_bytes(options["max_memory"]) if options["max_memory"] else None,
         )

@@ -9,7 +9,7 @@ import typer
 
 from lorap.calibration.mixtures import parse_source
 from lorap.calibration.sources import DEFAULT_CALIBRATION, DEFAULT_EVALUATION
-from lorap.cli.common import AsJson, Debug, Device, Quiet, be_quiet, print_json, user_errors
+from lorap.cli.common import SOURCE_HELP, AsJson, Debug, Device, Quiet, be_quiet, print_json, user_errors
 from lorap.recovery import MODULES, Recovery, recover
 from lorap.recovery_files import work_folder
 from lorap.tuning import PRECISIONS, TuningConfig
@@ -26,8 +26,8 @@ def recover_command(
     text: Annotated[
         Optional[list[str]],
         typer.Option(
-            help="What resembles the text you will run on: FILE (text, JSONL with a field `text`, .npy or .safetensors tokens), "
-            "a `datasets` name, default (the texts that ship with lorap), default/NAME, or with --teacher self (it writes "
+            help=f"What resembles the text you will run on: {SOURCE_HELP}, "
+            "default (the texts that ship with lorap), default/NAME, or with --teacher self (it writes "
             "them: slow); may be repeated, with weights: NAME=WEIGHT.  [default: default]",
             metavar="FILE|NAME|NAME=WEIGHT",
         ),
