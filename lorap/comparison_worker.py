@@ -107,7 +107,7 @@ def main(argument: str) -> None:
     request = json.loads(argument)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    places.adopt(request["pipes"])
+    places.adopt(request.get("pipes", {}))
     try:
         found = measure(request["part"], request["model"], request["options"])
     except LoRAPError as error:
