@@ -47,7 +47,7 @@ def run(*arguments: Any) -> Any:
 
 def last_json(result: Any) -> dict[str, Any]:
     assert result.exit_code == 0, result.output
-    return json.loads(result.stdout.splitlines()[-1])
+    return json.loads(result.stdout)
 
 
 def compressed_params(folder: Path) -> int:
@@ -253,6 +253,39 @@ def test_eval(compressed, model_folder, small_folder, small_text):
     assert result["seq_len"] == 32
     assert result["perplexity"] == pytest.approx(torch.tensor(result["nats"]).exp().item(), rel=1e-4)
     assert result["perplexity"] > 100  # random weights know nothing about 500 tokens
+
+
+def test_eval_against_a_baseline_and_the_report(small_folder, model_folder, small_text, tmp_path):
+    """The difference is that of two runs of the command, and what the compression measured is measured again, or told apart."""
+    report = json.loads((small_folder / "lorap_report.json").read_text())
+    entry = {"tokens": 640, "seq_len": 32, "perplexity": 7.125, "nats": 1.9636, "text": small_text.name, "seconds": 1.0}
+    report["evaluations"] = [{"text": small_text.name, "before": None, "after": entry, "increase_nats": None}]
+    (small_folder / "lorap_report.json").write_text(json.dumps(report))
+    options = ["--text", small_text, "--seq-len", 32, "--max-tokens", 960, "--quiet", "--device", "cpu"]
+    told = run("eval", small_folder, "--baseline", model_folder, *options, "--json")
+    (result,) = last_json(told)["results"]
+    (alone,) = last_json(run("eval", model_folder, *options, "--json"))["results"]
+    assert result["baseline"]["nats"] == alone["nats"]
+    difference = result["difference"]
+    assert difference["nats"] == pytest.approx(result["nats"] - alone["nats"], rel=1e-9)
+    assert difference["windows"] == 30
+    assert 0 < difference["error"] < 0.05
+    assert difference["high"] - difference["nats"] == pytest.approx(1.96 * difference["error"], rel=1e-3)
+    assert f"{difference['nats']:+.4f} ± {difference['error']:.4f} nats" in told.stderr
+    assert "perplexity 7.125" in told.stderr
+    assert "--max-tokens 640 --seq-len 32" in told.stderr
+    same = run("eval", small_folder, "--text", small_text, "--seq-len", 32, "--max-tokens", 640, "--device", "cpu")
+    assert "7.125" not in same.output
+
+
+def test_compress_and_eval_say_the_same_number(model_folder, small_text, tmp_path):
+    made = run("compress", model_folder, tmp_path / "out", "--eval-text", small_text, "--json", *SMALL)
+    (entry,) = last_json(made)["evaluations"]
+    sizes = ["--max-tokens", entry["after"]["tokens"], "--seq-len", entry["after"]["seq_len"]]
+    for folder, when in ((model_folder, "before"), (tmp_path / "out", "after")):
+        options = ["--text", small_text, *sizes, "--device", "cpu", "--quiet", "--json"]
+        (result,) = last_json(run("eval", folder, *options))["results"]
+        assert result["nats"] == pytest.approx(entry[when]["nats"], rel=1e-6)
 
 
 def test_generate_is_greedy_and_agrees_with_transformers(small_folder, tokenizer):

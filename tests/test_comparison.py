@@ -40,7 +40,7 @@ def run(*arguments: Any) -> Any:
 
 
 def last_json(result: Any) -> dict[str, Any]:
-    return json.loads(result.stdout.splitlines()[-1])
+    return json.loads(result.stdout)
 
 
 @pytest.fixture
@@ -134,8 +134,8 @@ def test_tasks_are_paired_with_the_first_model(model_folder, small_folder, measu
     found = last_json(result)["models"][1]["tasks"]["boolq"]
     assert found["correct"] == alone["correct"]
     difference = alone["difference"]
-    assert f"| {100 * difference['mean']:+.1f} ± {100 * difference['stderr']:.1f} |" in result.stdout
-    assert "7 questions, evenly spread" in result.stdout
+    assert f"| {100 * difference['mean']:+.1f} ± {100 * difference['stderr']:.1f} |" in result.stderr
+    assert "7 questions, evenly spread" in result.stderr
 
 
 @pytest.mark.parametrize(("option", "called"), [((), True), (("--no-optimize",), False)])
@@ -195,11 +195,11 @@ def test_what_fails_fails_alone(model_folder, tmp_path):
     ballast = torch.ones(2**28)  # 1 GB here is not the models' memory
     result = run("compare", bad, model_folder, *SIZES, "--rounds", 1, "--quiet", "--json")
     assert result.exit_code == 1
-    assert re.search(r"^bad, texts: the loss on heldout is nan: .* overflow$", result.stdout, re.MULTILINE)
+    assert re.search(r"^bad, texts: the loss on heldout is nan: .* overflow$", result.stderr, re.MULTILINE)
     broken, whole = last_json(result)["models"]
     assert (broken["texts"], list(broken["errors"])) == ([], ["texts"])
     assert (len(whole["texts"]), whole["errors"]) == (1, {})
-    row = next(line for line in result.stdout.splitlines() if line.startswith("| bad"))
+    row = next(line for line in result.stderr.splitlines() if line.startswith("| bad"))
     assert re.search(r"float32 \| +- \|", row), "no loss; the other numbers are there"
     assert all(50e6 < one["peak_bytes"] < 1e9 for one in (broken, whole))
     assert ballast[0] == 1

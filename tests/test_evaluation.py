@@ -1,6 +1,7 @@
 """``evaluate`` is the mean next-token loss of a hand-written loop, whatever the batch size and the padding."""
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorap import CalibrationError, evaluate
 from lorap.calibration import TokenWindows
+from lorap.errors import ConfigError
+from lorap.evaluation import WindowLosses, evaluate_windows, paired_difference
 
 VOCAB = 61
 
@@ -121,3 +124,44 @@ def test_a_huge_finite_loss_raises_no_raw_error(model: LlamaForCausalLM) -> None
         pass  # refusing is as good
     finally:
         model.lm_head.weight.data.copy_(kept)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Two models on the same windows
+
+
+def test_losses_by_window_are_those_of_each_window_alone(model: LlamaForCausalLM) -> None:
+    mask = (torch.arange(17) < torch.tensor([17, 9, 2, 1, 16])[:, None]).long()
+    text = windows(5, 17, mask)
+    whole, by_window = evaluate_windows(model, text, batch_tokens=40)
+    assert by_window.predicted.tolist() == [16, 8, 1, 0, 15]
+    for row in (0, 1, 2, 4):
+        alone = evaluate(model, text.rows(torch.tensor([row])))
+        assert float(by_window.losses[row] / by_window.predicted[row]) == pytest.approx(alone.nats, rel=1e-6)
+    assert by_window.losses[3] == 0
+    assert whole.nats == pytest.approx(float(by_window.losses.sum()) / 40, rel=1e-9)
+
+
+def losses(values: list[float], predicted: list[int], sha256: str = "a") -> WindowLosses:
+    return WindowLosses(torch.tensor(values, dtype=torch.float64), torch.tensor(predicted), sha256)
+
+
+def test_a_paired_difference_and_its_standard_error() -> None:
+    theirs = [30.0, 41.0, 17.0, 99.0, 50.0]
+    differences = [1.0, 3.0, -2.0, 4.0, 0.5]
+    ours = [a + b for a, b in zip(theirs, differences, strict=True)]
+    found = paired_difference(losses(ours, [10] * 5), losses(theirs, [10] * 5))
+    assert found.nats == pytest.approx(statistics.fmean(differences) / 10)
+    assert found.error == pytest.approx(statistics.stdev(differences) / math.sqrt(5) / 10)
+    assert found.windows == 5
+    # Windows that are equally bad for each of their tokens have no spread, however many tokens they hold.
+    even = paired_difference(losses([3.0, 6.0, 1.5], [2, 4, 1]), losses([2.0, 4.0, 1.0], [2, 4, 1]))
+    assert even.nats == pytest.approx(0.5)
+    assert even.error == pytest.approx(0, abs=1e-12)
+    assert math.isnan(paired_difference(losses([3.0], [2]), losses([2.0], [2])).error)
+
+
+@pytest.mark.parametrize("other", [losses([1.0, 2.0], [3, 4], "b"), losses([1.0, 2.0], [3, 3]), losses([1.0], [3])])
+def test_other_windows_are_not_compared(other: WindowLosses) -> None:
+    with pytest.raises(ConfigError, match="did not read the same tokens"):
+        paired_difference(losses([1.0, 2.0], [3, 4]), other)

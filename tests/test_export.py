@@ -213,7 +213,7 @@ def test_command(small_folder, tokens, stock_host, tmp_path) -> None:
     plain = tmp_path / "plain"
     result = run("export", small_folder, plain, "--format", "stock", "--dtype", "bfloat16", "--quiet", "--json")
     assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout.splitlines()[-1])
+    told = json.loads(result.stdout)
     saved = read_tensors(plain)
     assert told["params"] == sum(info.numel for info in saved.values())
     compressed = read_tensors(small_folder)
@@ -273,7 +273,7 @@ def test_target_stock_needs_no_export(recipe, model_folder, small_text, tokens, 
     options = ["--target", "stock", "--recipe", recipe, "--sparsity", 0.3, "--calibration", small_text, "--json"]
     result = run("compress", model_folder, out, *options, *CALIBRATION, *QUIET)
     assert result.exit_code == 0, result.output
-    report = json.loads(result.stdout.splitlines()[-1])
+    report = json.loads(result.stdout)
     config = json.loads((out / "config.json").read_text())
     assert "quantization_config" not in config
     saved, dense = read_tensors(out), read_tensors(model_folder)
@@ -289,7 +289,7 @@ def test_target_stock_needs_no_export(recipe, model_folder, small_text, tokens, 
     expected = logits(AutoModelForCausalLM.from_pretrained(out), tokens)
     assert torch.equal(stock_host(out)[1], expected)
     again = run("export", out, tmp_path / "again", "--quiet", "--json")
-    assert json.loads(again.stdout.splitlines()[-1])["params"] == report["params_saved"]
+    assert json.loads(again.stdout)["params"] == report["params_saved"]
 
 
 def test_target_stock_beyond_the_ffns_is_refused_before_any_work(model_folder, small_text, tmp_path) -> None:

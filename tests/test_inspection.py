@@ -491,7 +491,7 @@ def test_the_command_writes_numbers_and_pictures(model_folder, tmp_path):
     out = tmp_path / "look"
     result = run(model_folder, out, *QUICK_OPTIONS, "--json")
     assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout.splitlines()[-1])
+    told = json.loads(result.stdout)
     stored = json.loads((out / "inspection.json").read_text("utf-8"))
     assert told["files"] == sorted(path.name for path in out.iterdir())
     assert len(told["files"]) == 9
@@ -510,8 +510,8 @@ def test_the_command_writes_numbers_and_pictures(model_folder, tmp_path):
     assert stored["channels"][0]["weighted"]["cumulative"][-1] == 1
     q_proj = [one for one in told["projections"] if one["role"] == "q_proj"]
     ranks = " / ".join(f"{np.median([one['plain']['ranks'][level] for one in q_proj]):.0f}" for level in range(3))
-    assert f"q_proj 64 x 64 {ranks}" in " ".join(result.stdout.split())
-    assert "plain: 90% of the energy takes" in result.stdout
+    assert f"q_proj 64 x 64 {ranks}" in " ".join(result.stderr.split())
+    assert "plain: 90% of the energy takes" in result.stderr
 
 
 def test_the_command_gives_what_the_function_gives(model_folder, make_model, tokenizer, tmp_path):
@@ -530,7 +530,7 @@ def test_calibration_none_needs_no_tokenizer(model_folder, tmp_path):
     assert_refused(run(model_folder, tmp_path / "look", *options), "the model has no tokenizer")
     result = run(model_folder, tmp_path / "look", "--calibration", "none", *options, "--json")
     assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout.splitlines()[-1])
+    told = json.loads(result.stdout)
     assert told["calibration"] is None
     assert "weighted" not in told["projections"][0]
 

@@ -127,9 +127,9 @@ def test_command(model_folder, tmp_path):
     trace = tmp_path / "trace.json"
     result = run("profile", model_folder, *OPTIONS, "--optimize", "--trace", trace, "--json")
     assert result.exit_code == 0, result.output
-    assert "whole forward" in result.stdout
-    assert f"trace written to {trace}" in result.stdout
-    found = json.loads(result.stdout.splitlines()[-1])
+    assert "whole forward" in result.stderr
+    assert f"trace written to {trace}" in result.stderr
+    found = json.loads(result.stdout)
     assert found["optimized"]
     assert (found["tokens"], found["new_tokens"], found["device"]) == (24, 3, "cpu")
     assert_parts_fit(found["phases"]["prefill"], 2)

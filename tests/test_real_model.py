@@ -47,7 +47,7 @@ def compress_command(out: Path, *options: str):
     command = [sys.executable, "-m", "lorap", "compress", str(MODEL), str(out), "--eval-text", str(WIKI), "--json"]
     command += [word for text in TEXTS for word in ("--calibration", text)]
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
-    return out, json.loads(done.stdout.splitlines()[-1]), done
+    return out, json.loads(done.stdout), done
 
 
 @pytest.fixture(scope="module")

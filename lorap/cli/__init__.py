@@ -1,7 +1,7 @@
 """The ``lorap`` command: plan, compress, eval, compare, generate, recover, export, report, inspect, info, profile, env.
 
-Tables go to stdout, progress to stderr; with ``--json`` the last line of stdout is one JSON object. A mistake of the user ends
-with one sentence and exit code 2; ``--debug`` shows the traceback instead.
+Tables go to stdout, progress to stderr; with ``--json`` stdout is one line, a JSON object, and all else goes to stderr. A mistake
+of the user ends with one sentence and exit code 2; ``--debug`` shows the traceback instead.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from lorap.cli.common import interrupt, tell_what_is_read
 from lorap.cli.compare import compare_command
 from lorap.cli.compress import compress_command
 from lorap.cli.export import export_command
-from lorap.cli.judge import evaluate_command, generate_command
+from lorap.cli.generate import generate_command
+from lorap.cli.judge import evaluate_command
 from lorap.cli.look import inspect_command
 from lorap.cli.plan import plan_command
 from lorap.cli.recover import recover_command

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -28,9 +30,11 @@ Model = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto (the first GPU, else the CPU), cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own; float32 for GGUF), float32, bfloat16, float16.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout; tables go to stderr.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars, no hints.")]
 
 
 def open_model(model: str, device: str, dtype: str) -> tuple[Any, Any, ModelSource]:
@@ -68,20 +72,37 @@ class _Teller(logging.Handler):
             typer.echo(line, err=True)
 
 
-def print_json(wanted: bool, value: dict[str, Any]) -> None:
-    """With ``--json``, one line."""
-    if wanted:
-        typer.echo(json.dumps(value))
+def tell_next(steps: Sequence[tuple[str, str]], *, quiet: bool, as_json: bool) -> None:
+    """What can be done now, a command and what it is for in each line; neither with ``--quiet`` nor with ``--json``."""
+    if quiet or as_json:
+        return
+    width = max(len(command) for command, _ in steps)
+    typer.echo("\nnext:\n" + "\n".join(f"  {command.ljust(width)}  # {purpose}" for command, purpose in steps))
 
 
 @contextmanager
-def user_errors(debug: bool, *, unfinished: Path | None = None) -> Iterator[None]:
+def user_errors(
+    debug: bool, as_json: bool = False, *, unfinished: Path | None = None
+) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """A mistake of the user ends with one sentence and exit code 2, an interruption with 130; ``--debug`` lets both through.
 
-    ``unfinished`` is where work that was interrupted is kept, if it is.
+    Yields the function that prints a command's answer with ``--json``, and does nothing without. With ``--json`` stdout is for
+    this one line: whatever the command, or a library, prints meanwhile goes to stderr.
+
+    Args:
+        unfinished: where work that was interrupted is kept, if it is.
     """
+    stdout = sys.stdout
+
+    def answer(value: Mapping[str, Any]) -> None:
+        if as_json:
+            typer.echo(json.dumps(_finite(value), allow_nan=False), file=stdout)
+
     try:
-        yield
+        with ExitStack() as stack:
+            if as_json:
+                stack.enter_context(redirect_stdout(sys.stderr))
+            yield answer
     except LoRAPError as error:
         if debug:
             raise
@@ -96,6 +117,15 @@ def user_errors(debug: bool, *, unfinished: Path | None = None) -> Iterator[None
             left = "nothing was written"
         typer.echo(f"lorap: interrupted; {left}", err=True)
         raise typer.Exit(130) from None
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for NaN and infinities, for which JSON has no words."""
+    if isinstance(value, Mapping):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def interrupt(_signal: int, _frame: Any) -> NoReturn:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from lorap.calibration.sources import DEFAULT_EVALUATION
-from lorap.cli.common import AsJson, Debug, Device, Dtype, Quiet, print_json, user_errors
+from lorap.cli.common import AsJson, Debug, Device, Dtype, Quiet, user_errors
 from lorap.cli.tasks import markdown, percent
 from lorap.comparison import DECODE, PREFILL, ComparisonOptions, Contender, compare
 from lorap.comparison_plot import check_plot, draw
@@ -67,7 +67,7 @@ def compare_command(
       lorap compare ./dense ./small-0.2 ./small-0.5 --text wiki.txt --max-tokens 8192 --plot compared.svg
       lorap compare ./dense ./small --tasks piqa,boolq --limit 200 --work ./measurements
     """
-    with user_errors(debug):
+    with user_errors(debug, as_json) as answer:
         options = ComparisonOptions(
             texts=tuple(text or [DEFAULT_EVALUATION]),
             seq_len=seq_len,
@@ -89,7 +89,7 @@ def compare_command(
         typer.echo(render(found))
         if plot is not None and (missing := draw(found, plot)):
             typer.echo(f"not in {plot}, for want of numbers: {', '.join(missing)}", err=True)
-        print_json(as_json, {"options": asdict(options), "models": [one.to_dict() for one in found]})
+        answer({"options": asdict(options), "models": [one.to_dict() for one in found]})
         if any(one.errors for one in found):
             raise typer.Exit(1)
 

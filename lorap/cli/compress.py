@@ -13,7 +13,7 @@ import typer
 
 from lorap.calibration.mixtures import parse_source
 from lorap.calibration.sources import DEFAULT_CALIBRATION, DEFAULT_EVALUATION
-from lorap.cli.common import SOURCE_HELP, AsJson, Debug, Device, Dtype, Model, Quiet, be_quiet, print_json, user_errors
+from lorap.cli.common import SOURCE_HELP, AsJson, Debug, Device, Dtype, Model, Quiet, be_quiet, user_errors
 from lorap.config import CHOICES, DEFAULT_RECIPE, RECIPES, CompressionConfig
 from lorap.journal import journal_folder
 from lorap.processes import is_first_process
@@ -221,7 +221,7 @@ def compress_command(
     The model is read one decoder layer at a time, so it may be larger than the memory. Interrupted, the same command goes on
     behind the last finished layer, to the same bytes.
     """
-    with user_errors(debug, unfinished=journal_folder(out)):
+    with user_errors(debug, as_json, unfinished=journal_folder(out)) as answer:
         be_quiet(quiet)
         options = RunOptions(
             calibration=[parse_source(text) for text in calibration or [DEFAULT_CALIBRATION]],
@@ -239,7 +239,7 @@ def compress_command(
         if is_first_process():
             typer.echo(report.table())
             typer.echo(f"saved to {out}")
-            print_json(as_json, {"out": str(out), **report.to_dict()})
+            answer({"out": str(out), **report.to_dict()})
 
 
 def chosen_config(options: Mapping[str, Any]) -> CompressionConfig:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lorap.checkpoint import check_output
-from lorap.cli.common import AsJson, Debug, Dtype, Model, Quiet, be_quiet, open_model, print_json, user_errors
+from lorap.cli.common import AsJson, Debug, Dtype, Model, Quiet, be_quiet, open_model, user_errors
 from lorap.errors import ConfigError
 from lorap.export import export_gguf, export_stock
 from lorap.loading import find_model
@@ -52,7 +52,7 @@ def export_command(
       lorap export ./small ./plain --pad-widths --dtype bfloat16
       lorap export ./small ./file --format gguf --dtype float16
     """
-    with user_errors(debug):
+    with user_errors(debug, as_json) as answer:
         be_quiet(quiet)
         if format not in FORMATS:
             raise ConfigError(f"unknown format {format!r}; choose from {', '.join(FORMATS)}")
@@ -75,8 +75,7 @@ def export_command(
         typer.echo(f"{type(loaded).__name__}, FFN width {loaded.config.intermediate_size:,}, {loaded.dtype}")
         typer.echo(f"{before:,} parameters in {source.name}, {after:,} without low-rank layers")
         typer.echo(f"saved to {dest}")
-        print_json(
-            as_json,
+        answer(
             {
                 "out": str(dest),
                 "format": format,

@@ -1,17 +1,17 @@
-"""``lorap eval`` and ``lorap generate``: how well a model predicts, and what it says."""
+"""``lorap eval``: how well a model predicts."""
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Optional
 
-import torch
 import typer
 
-from lorap.architectures import ARCHITECTURES
 from lorap.calibration.data import consecutive_windows
 from lorap.calibration.mixtures import check_sources
 from lorap.calibration.sources import DEFAULT_EVALUATION
+from lorap.checkpoint import REPORT
 from lorap.cli.common import (
     SOURCE_HELP,
     AsJson,
@@ -22,14 +22,15 @@ from lorap.cli.common import (
     Quiet,
     be_quiet,
     open_model,
-    print_json,
     user_errors,
 )
 from lorap.cli.tasks import TaskOptions, evaluate_tasks
-from lorap.errors import ConfigError
-from lorap.evaluation import evaluate
-from lorap.merging import optimize_for_inference
-from lorap.tasks import TASKS
+from lorap.errors import CheckpointError, ConfigError
+from lorap.evaluation import Evaluation, WindowLosses, evaluate_windows, paired_difference
+from lorap.loading import ModelSource
+from lorap.report import CompressionReport
+from lorap.strict_json import read_json
+from lorap.tasks import TASKS, Estimate
 
 
 def evaluate_command(
@@ -48,7 +49,10 @@ def evaluate_command(
     ] = None,
     limit: Annotated[Optional[int], typer.Option(help="Ask at most N questions of each task.", min=1)] = None,
     baseline: Annotated[
-        Optional[str], typer.Option(help="Another model, such as the dense one: its answers to --tasks are compared.")
+        Optional[str],
+        typer.Option(
+            help="Another model, such as the dense one: how much worse or better, on the same windows or questions."
+        ),
     ] = None,
     task_data: Annotated[
         str,
@@ -65,96 +69,104 @@ def evaluate_command(
 ) -> None:
     """Perplexity of MODEL, dense or compressed, over windows that do not overlap (the paper's protocol), or zero-shot tasks.
 
+    Both models find the same windows hard, so the difference to --baseline is known much better than either loss. Whole texts
+    are read; `lorap compress` and `lorap recover` measure on the first 4,096 tokens of each: --max-tokens 4096.
+
     \b
     Example:
+      lorap eval ./small
+      lorap eval ./small --baseline ./dense
       lorap eval ./small --text wiki.txt --seq-len 128 --max-tokens 20000
       lorap eval ./small --tasks piqa,hellaswag --limit 200 --baseline ./dense
     """
-    with user_errors(debug):
+    with user_errors(debug, as_json) as answer:
         be_quiet(quiet)
         if tasks is not None:
             if text:
                 raise ConfigError("--text measures perplexity and --tasks asks questions; run them one after the other")
             wanted = TaskOptions(tasks.split(","), task_data, limit, device, dtype, not quiet)
-            print_json(as_json, evaluate_tasks(model, baseline, wanted))
+            answer(evaluate_tasks(model, baseline, wanted))
             return
-        if baseline is not None or limit is not None or task_data != "auto":
-            raise ConfigError("--baseline, --limit and --task-data belong to --tasks, which is not given")
+        if limit is not None or task_data != "auto":
+            raise ConfigError("--limit and --task-data belong to --tasks, which is not given")
         check_sources(*(text or [DEFAULT_EVALUATION]))
-        loaded, tokenizer, source = open_model(model, device, dtype)
-        vocab_size = loaded.get_input_embeddings().weight.shape[0]
-        results = []
-        for name in text or [DEFAULT_EVALUATION]:
-            windows = consecutive_windows(
-                name, tokenizer, seq_len=seq_len, max_tokens=max_tokens, vocab_size=vocab_size
-            )
-            result = evaluate(loaded, windows, progress=not quiet)
-            results.append(vars(result))
-            typer.echo(
-                f"{result.text}: perplexity {result.perplexity:.3f}, {result.nats:.4f} nats per token, {result.tokens:,} tokens "
-                f"in windows of {result.seq_len}, {result.seconds:.1f} s"
-            )
-        print_json(as_json, {"model": source.name, "results": results})
+        options = TextOptions(text or [DEFAULT_EVALUATION], seq_len, max_tokens, device, dtype, not quiet)
+        answer(evaluate_texts(model, baseline, options))
 
 
-def generate_command(
-    model: Model,
-    prompt: Annotated[Optional[list[str]], typer.Option(help="Text to continue; may be repeated.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add.", min=1)] = 64,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above 0 samples.", min=0)] = 0.0,
-    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    optimize: Annotated[
-        bool, typer.Option(help="Merge q/k/v and gate/up, and use lorap's kernels for dense layers too.")
-    ] = True,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Continue a prompt with MODEL, dense or compressed.
+@dataclass(frozen=True)
+class TextOptions:
+    """What the command line says besides the models."""
 
-    \b
-    Example:
-      lorap generate ./small --prompt "The capital of France is" --max-new-tokens 20
-    """
-    with user_errors(debug):
-        if not prompt:
-            raise ConfigError("nothing to continue; give --prompt")
-        loaded, tokenizer, source = open_model(model, device, dtype)
-        if tokenizer is None:
-            raise ConfigError(f"{source.name} has no tokenizer, so it cannot read a prompt")
-        if chat and not tokenizer.chat_template:
-            raise ConfigError(f"the tokenizer of {source.name} has no chat template; leave out --chat")
-        if optimize and getattr(loaded.config, "model_type", None) in ARCHITECTURES:
-            optimize_for_inference(loaded)
-        results = []
-        for text in prompt:
-            result = _continue(loaded, tokenizer, text, max_new_tokens, temperature, chat, seed)
-            results.append(result)
-            typer.echo(
-                f"{text}{result['continuation']}\n[{result['new_tokens']} tokens, {result['tokens_per_second']:.1f} per second]\n"
-            )
-        print_json(as_json, {"model": source.name, "results": results})
+    texts: Sequence[str]
+    seq_len: int
+    max_tokens: int | None
+    device: str
+    dtype: str
+    progress: bool
 
 
-def _continue(
-    model: Any, tokenizer: Any, text: str, max_new_tokens: int, temperature: float, chat: bool, seed: int
-) -> dict[str, Any]:
-    if chat:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+def evaluate_texts(model: str, baseline: str | None, options: TextOptions) -> dict[str, Any]:
+    """Read the texts with one model, then with the other, print a line for each, and return everything for ``--json``."""
+    source, measured = _read(model, options)
+    for evaluation, _ in measured:
+        typer.echo(describe(evaluation))
+        if note := other_windows(source, evaluation):
+            typer.echo(note)
+    results = [asdict(evaluation) for evaluation, _ in measured]
+    values: dict[str, Any] = {"model": source.name, "results": results}
+    if baseline is None:
+        return values
+    other, measured_too = _read(baseline, options)
+    values["baseline"] = other.name
+    for result, (ours, our_windows), (theirs, their_windows) in zip(results, measured, measured_too, strict=True):
+        difference = paired_difference(our_windows, their_windows)
+        low, high = Estimate(difference.nats, difference.error).interval
+        typer.echo(f"\n{describe(theirs)}, by {other.name}")
+        typer.echo(
+            f"{ours.text}: {source.name} minus {other.name}: {difference.nats:+.4f} ± {difference.error:.4f} nats per token "
+            f"(paired over {difference.windows:,} windows; 95 %: {low:+.4f} to {high:+.4f})"
         )
-    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(model.device)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    torch.manual_seed(seed)
-    start = time.perf_counter()
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, **sampling)
-    seconds = time.perf_counter() - start
-    new = output[0, inputs["input_ids"].shape[1] :]
-    return {
-        "prompt": text,
-        "continuation": tokenizer.decode(new, skip_special_tokens=True),
-        "new_tokens": len(new),
-        "tokens_per_second": len(new) / seconds,
-    }
+        result["baseline"] = asdict(theirs)
+        result["difference"] = asdict(difference) | {"low": low, "high": high}
+    return values
+
+
+def _read(model: str, options: TextOptions) -> tuple[ModelSource, list[tuple[Evaluation, WindowLosses]]]:
+    """One model at a time is in memory."""
+    loaded, tokenizer, source = open_model(model, options.device, options.dtype)
+    vocab_size = loaded.get_input_embeddings().weight.shape[0]
+    texts = [
+        consecutive_windows(
+            name, tokenizer, seq_len=options.seq_len, max_tokens=options.max_tokens, vocab_size=vocab_size
+        )
+        for name in options.texts
+    ]
+    return source, [evaluate_windows(loaded, text, progress=options.progress) for text in texts]
+
+
+def describe(result: Evaluation) -> str:
+    """One text in one line."""
+    return (
+        f"{result.text}: perplexity {result.perplexity:.3f}, {result.nats:.4f} nats per token, {result.tokens:,} tokens "
+        f"in windows of {result.seq_len}, {result.seconds:.1f} s"
+    )
+
+
+def other_windows(source: ModelSource, result: Evaluation) -> str:
+    """Why the report in the model's folder has another number for the same text; empty where it has none, or the same windows."""
+    path = source.folder / REPORT if source.folder is not None else None
+    if path is None or not path.is_file():
+        return ""
+    try:
+        evaluations = CompressionReport.from_dict(read_json(path)).evaluations
+    except CheckpointError:  # a report that cannot be read says nothing
+        return ""
+    for entry in evaluations:
+        tokens, seq_len = entry["after"]["tokens"], entry["after"]["seq_len"]
+        if entry["text"] == result.text and (tokens, seq_len) != (result.tokens, result.seq_len):
+            return (
+                f"{result.text}: the report in this folder says perplexity {entry['after']['perplexity']:.3f}, on other windows: "
+                f"{tokens:,} tokens, {seq_len} at a time; --max-tokens {tokens} --seq-len {seq_len} measures that"
+            )
+    return ""

@@ -22,7 +22,6 @@ from lorap.cli.common import (
     Quiet,
     be_quiet,
     open_model,
-    print_json,
     user_errors,
 )
 from lorap.errors import ConfigError
@@ -75,7 +74,7 @@ def inspect_command(
       lorap inspect ./llama ./look --layers 0,8-11 --calibration wiki.txt
       lorap inspect ./llama ./look --calibration none
     """
-    with user_errors(debug):
+    with user_errors(debug, as_json) as answer:
         be_quiet(quiet)
         if plots and find_spec("matplotlib") is None:
             raise ConfigError("pictures need matplotlib: pip install 'lorap[plot]', or pass --no-plots")
@@ -105,7 +104,7 @@ def inspect_command(
             names = sorted(path.name for path in stage.iterdir())
         typer.echo(found.table())
         typer.echo(f"\nwrote {', '.join(names)} to {out}")
-        print_json(as_json, {"out": str(out), "files": names, **found.to_dict(curves=False)})
+        answer({"out": str(out), "files": names, **found.to_dict(curves=False)})
 
 
 def parse_layers(text: str) -> list[int]:

@@ -11,7 +11,7 @@ import typer
 
 from lorap.calibration.mixtures import check_sources, parse_source
 from lorap.calibration.sources import DEFAULT_CALIBRATION, DEFAULT_EVALUATION
-from lorap.cli.common import AsJson, Debug, Model, print_json, user_errors
+from lorap.cli.common import AsJson, Debug, Model, user_errors
 from lorap.cli.compress import chosen_config, compress_command
 from lorap.loading import find_model
 from lorap.resources import parse_bytes
@@ -71,7 +71,7 @@ def plan_command(
       lorap plan ./llama --sparsity 0.2
       lorap plan ./llama --sparsity 0.5 --recipe lorap --gpu h100 --processes 8
     """
-    with user_errors(debug):
+    with user_errors(debug, as_json) as answer:
         options = context.params
         config = chosen_config(options)
         calibration = [parse_source(text) for text in options["calibration"] or [DEFAULT_CALIBRATION]]
@@ -89,4 +89,4 @@ def plan_command(
             max_memory=parse_bytes(options["max_memory"]) if options["max_memory"] else None,
         )
         typer.echo(found.table())
-        print_json(as_json, found.to_dict())
+        answer(found.to_dict())

@@ -9,7 +9,7 @@ import typer
 
 from lorap.calibration.mixtures import parse_source
 from lorap.calibration.sources import DEFAULT_CALIBRATION, DEFAULT_EVALUATION
-from lorap.cli.common import SOURCE_HELP, AsJson, Debug, Device, Quiet, be_quiet, print_json, user_errors
+from lorap.cli.common import SOURCE_HELP, AsJson, Debug, Device, Quiet, be_quiet, user_errors
 from lorap.recovery import MODULES, Recovery, recover
 from lorap.recovery_files import work_folder
 from lorap.tuning import PRECISIONS, TuningConfig
@@ -88,7 +88,7 @@ def recover_command(
       lorap recover ./small ./tuned --text chats.jsonl=2 --text default --minutes 15
       lorap recover ./small ./tuned --teacher HuggingFaceTB/SmolLM2-135M --steps 1000
     """
-    with user_errors(debug):
+    with user_errors(debug, as_json) as answer:
         be_quiet(quiet)
         tuning = TuningConfig(
             steps=steps,
@@ -120,4 +120,4 @@ def recover_command(
             raise typer.Exit(130) from None
         typer.echo(report.table())
         typer.echo(f"saved to {new}")
-        print_json(as_json, {"out": str(new), **report.to_dict()})
+        answer({"out": str(new), **report.to_dict()})

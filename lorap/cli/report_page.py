@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lorap.checkpoint import REPORT
-from lorap.cli.common import AsJson, Debug, print_json, user_errors
+from lorap.cli.common import AsJson, Debug, user_errors
 from lorap.errors import CheckpointError
 from lorap.page import write_page
 from lorap.report import CompressionReport
@@ -29,7 +29,7 @@ def report_command(
     Example:
       lorap report ./small
     """
-    with user_errors(debug):
+    with user_errors(debug, as_json) as answer:
         path = folder / REPORT
         if not path.is_file():
             raise CheckpointError(f"{folder} has no {REPORT}; give a folder that `lorap compress` has written")
@@ -43,4 +43,4 @@ def report_command(
         except OSError as error:
             raise CheckpointError(f"cannot write into {folder}: {error.strerror}") from error
         typer.echo(f"written to {page}")
-        print_json(as_json, {"page": str(page), "bytes": page.stat().st_size})
+        answer({"page": str(page), "bytes": page.stat().st_size})

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from lorap.cli.common import AsJson, Debug, Device, Dtype, Model, open_model, print_json, user_errors
+from lorap.cli.common import AsJson, Debug, Device, Dtype, Model, open_model, user_errors
 from lorap.environment import describe_environment, format_environment
 from lorap.errors import ConfigError
 from lorap.info import describe_model, format_info
@@ -23,10 +23,10 @@ def info_command(model: Model, as_json: AsJson = False, debug: Debug = False) ->
     Example:
       lorap info ./small
     """
-    with user_errors(debug):
+    with user_errors(debug, as_json) as answer:
         described = describe_model(find_model(model))
         typer.echo(format_info(described))
-        print_json(as_json, described)
+        answer(described)
 
 
 def env_command(as_json: AsJson = False, debug: Debug = False) -> None:
@@ -36,10 +36,10 @@ def env_command(as_json: AsJson = False, debug: Debug = False) -> None:
     Example:
       lorap env
     """
-    with user_errors(debug):
+    with user_errors(debug, as_json) as answer:
         found = describe_environment()
         typer.echo(format_environment(found))
-        print_json(as_json, found)
+        answer(found)
 
 
 def profile_command(
@@ -75,7 +75,7 @@ def profile_command(
       lorap profile ./small --tokens 512 --trace trace.json
       lorap profile ./small --optimize --dtype bfloat16
     """
-    with user_errors(debug):
+    with user_errors(debug, as_json) as answer:
         if trace is not None and not trace.absolute().parent.is_dir():
             raise ConfigError(f"cannot write {trace}: there is no folder {trace.parent}")
         loaded, _, source = open_model(model, device, dtype)
@@ -90,4 +90,4 @@ def profile_command(
             typer.echo(f"trace written to {trace}\n")
         options = ["--tokens", str(tokens), "--new-tokens", str(new_tokens), "--dtype", dtype, "--device", "cuda"]
         typer.echo(deeper(["lorap", "profile", model, *options, *(["--optimize"] if optimize else [])]))
-        print_json(as_json, {"model": source.name, "optimized": optimize, **found.to_dict()})
+        answer({"model": source.name, "optimized": optimize, **found.to_dict()})
