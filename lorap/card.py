@@ -86,6 +86,12 @@ def method_text(config: CompressionConfig) -> str:
     return re.sub(r"\{([\d.]+)\}", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
 
 
+def said_as_tuned(text: str) -> str:
+    """The text about a compression, once its weights were trained: it says so where it said that nothing was trained."""
+    text = re.sub(r"Nothing( else)? was trained\.", "Afterwards it was tuned.", text)
+    return re.sub(r"nothing( else)? was trained\.", "afterwards it was tuned.", text)
+
+
 def model_card(report: CompressionReport) -> str:
     """README.md of a compressed checkpoint, in the form that the Hugging Face hub reads."""
     config = report.config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ GGUF_KINDS = {
     "token_embd": "embed_tokens",
     "output": "lm_head",
 }
+# How int8 checkpoints call a weight (lorap/integrations/torchao.py) and the scales of its rows, ours and those of others.
+INT8_WEIGHT = "_weight_qdata"
+SCALES = ("_weight_scale", "weight_scale", "SCB")
 KINDS = (*PROJECTIONS, "embed_tokens", "lm_head", "other")
 
 
@@ -42,7 +45,8 @@ def describe_model(source: ModelSource) -> dict[str, Any]:
     config: Mapping[str, Any] = checked.settings if checked else {}
     settings = checked.compression if checked else None
     width = settings.dense_intermediate_size if settings else None
-    before, after = _count(tensors, width)
+    parameters, scale_bytes = _parameters(tensors)
+    before, after = _count(parameters, width, added_biases=settings.biases if settings else ())
     index_bytes = sum(tensor.nbytes for tensor in tensors.values() if tensor.is_index)
     linear_before, linear_after = (sum(counts[role] for role in PROJECTIONS) for counts in (before, after))
     ranks: dict[str, list[int]] = defaultdict(list)
@@ -59,6 +63,7 @@ def describe_model(source: ModelSource) -> dict[str, Any]:
         "param_ratio": linear_after / linear_before if linear_before else 1.0,
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),
         "index_bytes": index_bytes,
+        "scale_bytes": scale_bytes,
         "dtypes": sorted({tensor.dtype for tensor in tensors.values() if not tensor.is_index}),
         "storage": settings.storage if settings and ranks else None,
         "kinds": {kind: {"params": after[kind], "params_before": before[kind]} for kind in KINDS if after[kind]},
@@ -96,15 +101,39 @@ def format_info(info: Mapping[str, Any]) -> str:
         )
         if info["storage"] == "pivoted":
             head += f"\nlow-rank layers are pivoted; their row index takes {info['index_bytes'] / 1e3:,.1f} kB"
+    if info["scale_bytes"]:
+        head += f"\nweights are int8; their scales take {info['scale_bytes'] / 1e3:,.1f} kB and are not counted as parameters"
     return head + "\n\n" + format_table(["", "parameters", "kept", "rank"], rows)
 
 
-def _count(tensors: Mapping[str, TensorInfo], dense_width: int | None) -> tuple[dict[str, int], dict[str, int]]:
+def _parameters(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, TensorInfo], int]:
+    """What was trained, and the row index of pivoted layers, under the names of a float checkpoint; and the bytes of scales."""
+    parameters: dict[str, TensorInfo] = {}
+    scale_bytes = 0
+    for name, tensor in tensors.items():
+        layer, _, leaf = name.rpartition(".")
+        if leaf in SCALES and _is_int8(tensors, layer):
+            scale_bytes += tensor.nbytes
+        elif leaf == INT8_WEIGHT:
+            parameters[f"{layer}.weight"] = tensor
+        elif tensor.is_parameter or tensor.is_index:
+            parameters[name] = tensor
+    return parameters, scale_bytes
+
+
+def _is_int8(tensors: Mapping[str, TensorInfo], layer: str) -> bool:
+    names = (f"{layer}.{INT8_WEIGHT}", f"{layer}.weight")
+    return any(name in tensors and tensors[name].dtype == "I8" for name in names)
+
+
+def _count(
+    tensors: Mapping[str, TensorInfo], dense_width: int | None, *, added_biases: Sequence[str] = ()
+) -> tuple[dict[str, int], dict[str, int]]:
     """Parameters by kind, in the dense model and now. A low-rank layer was as large as its outer shape says."""
     before: dict[str, int] = defaultdict(int)
     after: dict[str, int] = defaultdict(int)
     for name, tensor in tensors.items():
-        if not tensor.is_parameter:
+        if tensor.is_index:
             continue
         kind = kind_of(name)
         after[kind] += tensor.numel
@@ -121,6 +150,8 @@ def _count(tensors: Mapping[str, TensorInfo], dense_width: int | None) -> tuple[
             before[kind] += (left.shape[0] + pivots) * tensor.shape[1]
         elif name.endswith(".left.weight"):
             pass  # counted with its right factor
+        elif name.endswith("bias") and name.rpartition(".")[0] in added_biases:
+            pass  # it was not there before
         elif dense_width and kind in ("gate_proj", "up_proj") and tensor.numel:
             before[kind] += tensor.numel // max(tensor.shape[:1], default=1) * dense_width
         elif dense_width and kind == "down_proj" and len(tensor.shape) == 2:

@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 
 from lorap.architectures import PROJECTIONS
-from lorap.card import method_text
+from lorap.card import method_text, said_as_tuned
 from lorap.config import RECIPES, CompressionConfig
 from lorap.page_charts import bar_chart
 from lorap.page_layers import errors, sizes
@@ -20,6 +20,7 @@ from lorap.page_spectra import spectra
 from lorap.page_style import style_sheet
 from lorap.page_tables import card, figure, pair, table
 from lorap.report import KIND_HEADER, PAGE, CompressionReport
+from lorap.report_reading import TUNED_HEADER
 
 # Bytes of a number, by the name of its dtype.
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -37,7 +38,8 @@ def write_page(report: CompressionReport, folder: Path) -> Path:
 def compression_page(report: CompressionReport) -> str:
     """The page, as text of an HTML file."""
     sections = {
-        "Quality": _quality(report),
+        "Tuned after compression": _tunings(report),
+        "Quality before tuning" if report.tunings else "Quality": _quality(report),
         "Parameters by kind": _parameters(report),
         "Ranks and widths by layer": sizes(report),
         "Errors by layer": errors(report),
@@ -55,7 +57,7 @@ def compression_page(report: CompressionReport) -> str:
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(report.model)}, compressed by lorap</title>
+<title>{escape(report.model)}, compressed by lorap{" and tuned" if report.tunings else ""}</title>
 <style>
 {style_sheet()}</style>
 </head>
@@ -73,7 +75,7 @@ def compression_page(report: CompressionReport) -> str:
 def _headline(report: CompressionReport) -> str:
     """Model, method, and the numbers to know first."""
     config = report.config
-    method = re.sub(r"\[([^]]+)\]\((https://[^)]+)\)", r'<a href="\2">\1</a>', escape(method_text(config)))
+    method = re.sub(r"\[([^]]+)\]\((https://[^)]+)\)", r'<a href="\2">\1</a>', escape(_method(report)))
     tiles = [
         ("Recipe", config.recipe, ""),
         ("Sparsity asked for", f"{config.sparsity:g}", f"of {' and '.join(config.sublayers)}"),
@@ -87,19 +89,39 @@ def _headline(report: CompressionReport) -> str:
             if before
             else ""
         )
-        tiles.append((f"Perplexity, {entry['text']}", f"{after['perplexity']:,.2f}", more))
+        tuned = " before tuning" if report.tunings else ""
+        tiles.append((f"Perplexity{tuned}, {entry['text']}", f"{after['perplexity']:,.2f}", more))
+    for entry in report.tunings[-1].evaluations if report.tunings else ():
+        more = _change(entry.before.perplexity, entry.after.perplexity)
+        tiles.append((f"Perplexity now, {entry.text}", f"{entry.after.perplexity:,.2f}", more))
     shown = "\n".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<span>{escape(more)}</span></dd></div>"
         for name, value, more in tiles
     )
     return f"""<header>
-<p class="kicker">Compression report</p>
+<p class="kicker">Compression report{", tuned since" if report.tunings else ""}</p>
 <h1>{escape(report.model)}</h1>
 <p>{method}</p>
 <dl class="tiles">
 {shown}
 </dl>
 </header>"""
+
+
+def _method(report: CompressionReport) -> str:
+    text = method_text(report.config)
+    return said_as_tuned(text) if report.tunings else text
+
+
+def _tunings(report: CompressionReport) -> str:
+    """Each training after the compression: what it was, and the loss before and after."""
+    parts = []
+    for tuning in report.tunings:
+        parts.append(f"<p>{escape(tuning.summary)} It was made from {escape(tuning.model)}.</p>")
+        if tuning.evaluations:
+            rows = [entry.row() for entry in tuning.evaluations]
+            parts.append(card(table("Loss before and after tuning", TUNED_HEADER, rows)))
+    return "\n".join(parts)
 
 
 def _whole_model(report: CompressionReport) -> tuple[str, str, str]:

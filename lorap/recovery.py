@@ -23,13 +23,16 @@ from lorap.calibration.mixtures import Sources, check_sources
 from lorap.calibration.samples import sample_windows
 from lorap.calibration.sources import DEFAULT_CALIBRATION, Source
 from lorap.checkpoint import REPORT, SPARE_BYTES, check_output, staged_folder
+from lorap.consistency import CONFIG, lorap_config
 from lorap.errors import ArchitectureError, CheckpointError, ConfigError
 from lorap.evaluation import evaluate
 from lorap.folders import read_json, read_tensors, stored_parameters
 from lorap.loading import ModelSource, check_tokenizer, find_model, load_model, load_tokenizer, resolve_device
 from lorap.modules import LowRankLinear
+from lorap.page import write_page
 from lorap.recovery_files import merge_into_copy, open_work_folder, sha256_of_weights
 from lorap.recovery_report import RECOVERY_REPORT, RecoveryReport, dense_evaluation, tuned_card
+from lorap.report import PAGE, CompressionReport
 from lorap.resources import Stopwatch, describe_environment, peak_memory_bytes
 from lorap.tuning import SAVE_SECONDS, TuningConfig, add_adapters, autocast_dtype, hold_weights, require_peft, train
 from lorap.tuning_text import training_windows
@@ -162,7 +165,17 @@ def _local(folder: str | Path) -> tuple[ModelSource, Path]:
         raise CheckpointError(
             f"{folder} is no folder of safetensors files; `recover` tunes what `lorap compress` wrote"
         )
+    if not is_compressed(source.folder):
+        raise CheckpointError(
+            f"{source.name} is not compressed by lorap, and `recover` gets back some of what `lorap compress` cost a model: "
+            f"compress it first (lorap compress {folder} OUT), then tune OUT"
+        )
     return source, source.folder
+
+
+def is_compressed(folder: Path) -> bool:
+    """Whether lorap compressed what is in the folder: its config says so, or there is a report of it, as with --target stock."""
+    return lorap_config(read_json(folder / CONFIG)) is not None or (folder / REPORT).is_file()
 
 
 @dataclass(frozen=True)
@@ -263,6 +276,17 @@ def _compression(origin: Path) -> dict[str, Any]:
 
 
 def _write_report(stage: Path, report: RecoveryReport) -> None:
+    """All reports of the folder say that it was tuned; one that cannot be read goes, so that it does not say otherwise."""
+    if (stage / REPORT).exists():
+        try:
+            compression = CompressionReport.from_dict(read_json(stage / REPORT))
+        except CheckpointError:
+            (stage / REPORT).unlink()
+            (stage / PAGE).unlink(missing_ok=True)
+        else:
+            compression.tunings.append(report.record())
+            (stage / REPORT).write_text(json.dumps(compression.to_dict(), indent=2) + "\n", "utf-8")
+            write_page(compression, stage)
     (stage / RECOVERY_REPORT).write_text(json.dumps(report.to_dict(), indent=2) + "\n", "utf-8")
     card = stage / "README.md"
     card.write_text(tuned_card(card.read_text("utf-8") if card.exists() else "", report), "utf-8")

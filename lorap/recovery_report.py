@@ -1,7 +1,7 @@
 """What tuning after compression did: its own report, and what the model card says about it.
 
-A tuned model must not pass for an untuned one. The report of the compression stays as it was, with the numbers from before; what
-came after is in a file of its own, and the model card tells the two apart.
+A tuned model must not pass for an untuned one. The report of the compression keeps its numbers from before, and says what was
+trained afterwards, as the page and the model card do; all of it is in a file of its own.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lorap.card import said_as_tuned
 from lorap.evaluation import Evaluation
 from lorap.report import format_table
+from lorap.report_reading import TUNED_HEADER, TunedEvaluation, Tuning
+from lorap.typed import read_as
 
 RECOVERY_REPORT = "lorap_recovery.json"
 # Steps that the first and the last loss of a training are means of.
 LOSS_STEPS = 10
 # Two measurements of one model on one text differ by less, also where one computed in 16 bits.
 SAME_NATS = 0.02
-UNTRAINED = "Nothing was trained."
 
 
 @dataclass
@@ -98,8 +100,11 @@ class RecoveryReport:
 
     def evaluation_table(self) -> str:
         """Nats per token by text."""
-        header = ["nats per token on", "dense", "compressed", "tuned", "recovered"]
-        return format_table(header, [_row(entry) for entry in self.evaluations])
+        return format_table(TUNED_HEADER, [entry.row() for entry in self.record().evaluations])
+
+    def record(self) -> Tuning:
+        """What the report of the compression says of it from now on."""
+        return Tuning(self.model, self.summary(), read_as(list[TunedEvaluation], self.evaluations, "evaluations"))
 
 
 def dense_evaluation(compression: Mapping[str, Any], compressed: Evaluation) -> Evaluation | None:
@@ -109,7 +114,8 @@ def dense_evaluation(compression: Mapping[str, Any], compressed: Evaluation) -> 
         compression: what is in ``lorap_report.json``.
         compressed: the compressed model on the text. Names of texts say little, so its loss must be the one in the report.
     """
-    for entry in compression.get("evaluations", ()):
+    tuned = [entry for tuning in compression.get("tunings", ()) for entry in tuning["evaluations"]]
+    for entry in [*compression.get("evaluations", ()), *({**entry, "before": entry["dense"]} for entry in tuned)]:
         before, after = entry["before"], entry["after"]
         sizes = (after["text"], after["tokens"], after["seq_len"])
         same = sizes == (compressed.text, compressed.tokens, compressed.seq_len)
@@ -124,17 +130,6 @@ def tuned_card(card: str, report: RecoveryReport) -> str:
     about = f"## Tuned after compression\n\n{report.summary()}\n{measured}\n"
     if not card.strip():
         return f"---\nlibrary_name: transformers\ntags:\n- lorap\n---\n\n# {report.model}, tuned\n\n{about}"
-    card = card.replace(UNTRAINED, "Afterwards it was tuned, see below.")
+    card = said_as_tuned(card)
     card = card.replace("## Quality\n", f"{about}## Quality before tuning\n", 1)
     return card if about in card else f"{card.rstrip()}\n\n{about}"
-
-
-def _row(entry: dict[str, Any]) -> list[str]:
-    dense, recovered = entry["dense"], entry["recovered"]
-    return [
-        f"{entry['text']} ({entry['after']['tokens']:,} tokens)",
-        f"{dense['nats']:.4f}" if dense else "",
-        f"{entry['before']['nats']:.4f}",
-        f"{entry['after']['nats']:.4f}",
-        "" if recovered is None else f"{recovered:.1%}",
-    ]

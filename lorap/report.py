@@ -12,7 +12,7 @@ from typing import Any
 from lorap.architectures import PROJECTIONS
 from lorap.config import CompressionConfig
 from lorap.evaluation import Evaluation
-from lorap.report_reading import SUMS, check_projections, check_sums, read_calibration, read_evaluations
+from lorap.report_reading import SUMS, Tuning, check_projections, check_sums, read_calibration, read_evaluations
 from lorap.spectra import Spectrum
 from lorap.typed import read_as
 
@@ -73,6 +73,7 @@ class CompressionReport:
         peak_memory_bytes: high-water mark of the process; device memory where a GPU was used is ``peak_device_memory_bytes``.
         environment: versions, device, dtype and thread count.
         command: that was run, as it would be typed into a shell; empty where there was none.
+        tunings: what was trained afterwards (:func:`lorap.recover`); all else is as it was before.
     """
 
     model: str
@@ -87,6 +88,7 @@ class CompressionReport:
     peak_device_memory_bytes: int = 0
     environment: dict[str, Any] = field(default_factory=dict)
     command: str = ""
+    tunings: list[Tuning] = field(default_factory=list)
 
     @property
     def params_before(self) -> int:
@@ -118,6 +120,12 @@ class CompressionReport:
         entry["increase_nats"] = after.nats - before.nats if before else None
         self.evaluations.append({"text": after.text, **entry})
 
+    def evaluations_now(self) -> list[Evaluation]:
+        """Of the model as it is: after the last training, where there was one that was measured."""
+        if self.tunings:
+            return [entry.after for entry in self.tunings[-1].evaluations]
+        return [Evaluation(**entry["after"]) for entry in self.evaluations]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
@@ -136,7 +144,7 @@ class CompressionReport:
             "environment": self.environment,
             "command": self.command,
             "projections": [asdict(projection) for projection in self.projections],
-        }
+        } | ({"tunings": [asdict(tuning) for tuning in self.tunings]} if self.tunings else {})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CompressionReport:

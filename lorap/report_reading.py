@@ -14,6 +14,7 @@ from lorap.errors import CheckpointError
 from lorap.evaluation import Evaluation
 from lorap.typed import read_as
 
+TUNED_HEADER = ("nats per token on", "dense", "compressed", "tuned", "recovered")
 # Entries that follow from the projections.
 SUMS = ("params_before", "params_after", "param_ratio")
 
@@ -36,6 +37,42 @@ class _Evaluated:
     before: Evaluation | None = None
     text: str = ""
     increase_nats: float | None = None
+
+
+@dataclass(frozen=True)
+class TunedEvaluation:
+    """Loss on one text before and after a training; of the dense model, and the share of the increase that is gone, if known."""
+
+    text: str
+    before: Evaluation
+    after: Evaluation
+    dense: Evaluation | None = None
+    recovered: float | None = None
+
+    def row(self) -> list[str]:
+        """What :data:`TUNED_HEADER` says."""
+        return [
+            f"{self.text} ({self.after.tokens:,} tokens)",
+            f"{self.dense.nats:.4f}" if self.dense else "",
+            f"{self.before.nats:.4f}",
+            f"{self.after.nats:.4f}",
+            "" if self.recovered is None else f"{self.recovered:.1%}",
+        ]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A training after the compression.
+
+    Args:
+        model: the folder that was tuned.
+        summary: one sentence on what, how long and how.
+        evaluations: one entry for each text.
+    """
+
+    model: str
+    summary: str
+    evaluations: list[TunedEvaluation] = field(default_factory=list)
 
 
 def read_calibration(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import lorap
-from lorap.cli import app
+from lorap.cli import app, show
 from lorap.cli.compress import chosen_config
 from lorap.config import CHOICES, RECIPES
 from lorap.folders import WEIGHTS, read_tensors
@@ -311,7 +311,27 @@ def test_info_of_dense_and_compressed(model_folder, small_folder):
     assert set(small["ranks"]) == set(PROJECTIONS[:4])
 
 
-@pytest.mark.parametrize("command", ["compress", "eval", "generate", "info"])
+def test_a_finished_compression_says_what_can_be_done_next(model_folder, tmp_path):
+    loud = [option for option in SMALL if option != "--quiet"]
+    for extra, told in (((), True), (("--quiet",), False), (("--json",), False)):
+        out = tmp_path / f"out {len(extra)}{told}{extra[:1]}"
+        result = run("compress", model_folder, out, "--recipe", "lorap", "--eval-text", "none", *loud, *extra)
+        assert result.exit_code == 0, result.output
+        assert (f"lorap eval '{out}' --baseline {model_folder}" in result.output.replace('"', "'")) == told
+        assert ("next:" in result.output) == told
+
+
+def test_json_is_alone_whatever_a_library_prints(model_folder, monkeypatch):
+    """Also numbers that JSON has no words for."""
+    monkeypatch.setattr(show, "format_info", lambda _: print("from elsewhere") or "a table")
+    monkeypatch.setattr(show, "describe_model", lambda _: {"a": float("inf"), "b": [float("nan"), 1.5]})
+    result = run("info", model_folder, "--json")
+    assert result.stdout == '{"a": null, "b": [null, 1.5]}\n'
+    assert result.stderr == "from elsewhere\na table\n"
+    assert run("info", model_folder).stdout == "from elsewhere\na table\n"
+
+
+@pytest.mark.parametrize("command", typer.main.get_command(app).commands)
 def test_help_shows_an_example(command):
     result = run(command, "--help")
     assert result.exit_code == 0

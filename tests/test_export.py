@@ -21,8 +21,11 @@ from typer.testing import CliRunner
 
 import lorap
 from lorap.cli import app
+from lorap.cli.export import savings
 from lorap.export import make_stock
 from lorap.folders import read_tensors
+from lorap.integrations.transformers import LoRAPConfig, mark_compressed
+from lorap.pruning import new_linear
 
 # One process for all tests: starting it takes longer than they do. It is given a folder a line, and says what it made of it.
 STOCK_HOST = """
@@ -264,6 +267,49 @@ def test_help_shows_formats_and_examples() -> None:
 
 
 # --- compress --target stock -----------------------------------------------------------------------------------------------
+
+
+def test_an_export_says_first_what_it_saves(make_model, compress_small, tokenizer, tmp_path) -> None:
+    make_model("llama-gqa").save_pretrained(tmp_path / "dense")
+    dense = sum(info.numel for info in read_tensors(tmp_path / "dense").values())
+    model, report = compress_small(make_model("llama-gqa"))
+    lorap.save(model, tmp_path / "small", report=report, tokenizer=tokenizer)
+    small = sum(info.numel for info in read_tensors(tmp_path / "small").values() if info.is_parameter)
+    result = run("export", tmp_path / "small", tmp_path / "plain")
+    saved = sum(info.numel for info in read_tensors(tmp_path / "plain").values())
+    first = result.stdout.splitlines()[0]
+    assert first.startswith(f"{dense:,} parameters dense, {small:,} compressed, {saved:,} exported")
+    assert f"{1 - saved / dense:.1%} less" in first
+    assert "next:" in result.stdout
+    for more, words in ((0, "as large as the dense model"), (64, "larger than the dense model")):
+        line = savings(dense, small, dense + more)
+        assert words in line
+        assert "--target stock" in line
+    assert "--target stock" not in savings(dense, small, small)
+    assert "nothing is saved" in savings(dense, dense, dense)
+    told = json.loads(run("export", tmp_path / "small", tmp_path / "again", "--json").stdout)
+    assert (told["params_dense"], told["params_compressed"], told["params"]) == (dense, small, saved)
+
+
+def test_padding_that_gives_all_back(make_model, tokenizer, tmp_path) -> None:
+    model = make_model("llama-gqa")
+    model.save_pretrained(tmp_path / "dense")
+    dense = sum(info.numel for info in read_tensors(tmp_path / "dense").values())
+    narrow = model.model.layers[1].mlp
+    for role, axis in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+        weight = getattr(narrow, role).weight.data.narrow(axis, 0, 37)
+        setattr(narrow, role, new_linear(weight, None))
+    sizes = {"model.layers.0.mlp": 100, "model.layers.1.mlp": 37}
+    mark_compressed(model, LoRAPConfig(intermediate_sizes=sizes, dense_intermediate_size=100))
+    model.save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    result = run("export", tmp_path / "small", tmp_path / "plain", "--pad-widths", "--quiet")
+    assert result.exit_code == 0, result.output
+    first = result.stdout.splitlines()[0]
+    assert first.startswith(f"{dense:,} parameters dense, {dense - 3 * 64 * 63:,} compressed, {dense:,} exported")
+    assert "as large as the dense model" in first
+    assert "--target stock" in first
+    assert "next:" not in result.stdout
 
 
 @pytest.mark.parametrize("recipe", ["best", "lorap"])

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM
 
 import lorap
 from lorap.folders import read_tensors
+from lorap.info import describe_model, format_info
 from lorap.integrations.transformers import LoRAPConfig
+from lorap.loading import find_model
 
 pytest.importorskip("torchao")
 
@@ -133,6 +135,30 @@ def test_what_cannot_be_done_is_refused(small, monkeypatch, tmp_path) -> None:
     for refused in (lorap.reconstruct, lambda model: lorap.export_stock(model, tmp_path / "plain")):
         with pytest.raises(lorap.ArchitectureError, match="are int8; reconstruct it before it is quantized"):
             refused(small)
+
+
+@pytest.mark.parametrize("recipe", ["lorap", "best", "flap"])
+def test_info_tells_the_kept_share_of_int8_weights(recipe, make_model, compress_small, tmp_path) -> None:
+    """As without int8; scales are bytes and no parameters."""
+    model, report = compress_small(make_model("llama-gqa"), recipe=recipe)
+    lorap.save(model, tmp_path / "float", report=report)
+    lorap.quantize_int8(model).save_pretrained(tmp_path / "int8")
+    floats, int8 = (describe_model(find_model(tmp_path / name)) for name in ("float", "int8"))
+    assert floats["params_before"] == report.params_total_before
+    for name in ("params", "params_before", "param_ratio", "kinds", "ranks", "index_bytes"):
+        assert int8[name] == floats[name], name
+    scales = [info.nbytes for name, info in read_tensors(tmp_path / "int8").items() if name.endswith("_weight_scale")]
+    assert int8["scale_bytes"] == sum(scales) > 0
+    assert f"their scales take {sum(scales) / 1e3:,.1f} kB" in format_info(int8)
+    assert floats["scale_bytes"] == 0
+
+
+def test_info_of_a_dense_model_with_int8_weights(make_model, tmp_path) -> None:
+    model = make_model("llama-biases")
+    model.save_pretrained(tmp_path / "float")
+    lorap.quantize_int8(model).save_pretrained(tmp_path / "int8")
+    floats, int8 = (describe_model(find_model(tmp_path / name)) for name in ("float", "int8"))
+    assert (int8["params"], int8["param_ratio"], int8["kinds"]) == (floats["params"], 1.0, floats["kinds"])
 
 
 def test_versions_of_int8() -> None:

@@ -33,7 +33,7 @@ from lorap.evaluation import Evaluation
 from lorap.folders import WEIGHTS, read_tensors
 from lorap.recovery import Recovery, recover, target_names
 from lorap.recovery_files import SETTINGS, work_folder
-from lorap.recovery_report import RECOVERY_REPORT, UNTRAINED, RecoveryReport, dense_evaluation, tuned_card
+from lorap.recovery_report import RECOVERY_REPORT, RecoveryReport, dense_evaluation, tuned_card
 from lorap.tuning import TuningConfig
 
 TUNING = {"steps": 6, "batch_size": 3, "seq_len": 32, "rank": 5, "learning_rate": 3e-3, "precision": "float32"}
@@ -151,7 +151,11 @@ def test_bfloat16_matmuls_leave_a_float32_checkpoint_exact_where_nothing_was_lea
 def test_reports_of_tuned_and_untuned_are_kept_apart(compressed, tokens, tmp_path, model_folder):
     folder, out = compressed(), tmp_path / "new"
     report = quiet_recover(folder, out, settings(tokens, teacher=model_folder, steps=30), evaluation=[tokens])
-    assert (out / "lorap_report.json").read_bytes() == (folder / "lorap_report.json").read_bytes()
+    plain = json.loads((folder / "lorap_report.json").read_text())
+    tuned = json.loads((out / "lorap_report.json").read_text())
+    (record,) = tuned.pop("tunings")
+    assert tuned == plain
+    assert record == {"model": folder.name, "summary": report.summary(), "evaluations": report.evaluations}
     written = json.loads((out / RECOVERY_REPORT).read_text())
     assert written == json.loads(json.dumps(report.to_dict()))
     assert (written["steps"], written["tokens"]) == (30, 30 * 3 * 32)
@@ -162,8 +166,17 @@ def test_reports_of_tuned_and_untuned_are_kept_apart(compressed, tokens, tmp_pat
     assert after < before
     assert entry["recovered"] == pytest.approx((before - after) / (before - dense))
     card = (out / "README.md").read_text()
-    assert UNTRAINED in (folder / "README.md").read_text()
-    assert UNTRAINED not in card
+    page = (out / "report.html").read_text()
+    for text in (card, page):
+        assert "othing was trained" not in text
+        assert report.summary() in text
+    assert "Nothing was trained." in (folder / "README.md").read_text()
+    assert f"It was made from {folder.name}." in page
+    assert f"{after:.4f}" in page
+    assert page.index("Tuned after compression") < page.index("Quality before tuning")
+    (out / "report.html").unlink()
+    assert run("report", out).exit_code == 0
+    assert (out / "report.html").read_text() == page
     assert card.index("## Tuned after compression") < card.index("## Quality before tuning")
     for fact in ("30 steps", "2,880 tokens", "adapters of rank 5", "learning rate 0.003", f"{after:.4f}"):
         assert fact in card
@@ -325,6 +338,8 @@ def test_mistakes_end_in_one_sentence_and_write_nothing(compressed, tokens, mode
         quiet_recover(folder, model_folder, settings(tokens))
     with pytest.raises(CheckpointError, match="no folder of safetensors"):
         quiet_recover("someone/model", out, settings(tokens))
+    with pytest.raises(CheckpointError, match=r"model is not compressed by lorap, .* compress it first .*, then tune OUT"):
+        quiet_recover(model_folder, out, settings(tokens))
     with pytest.raises(ConfigError, match="modules is 'heads'"):
         settings(tokens, modules="heads")
     make_model("llama-gqa", vocab_size=501).save_pretrained(tmp_path / "teacher")

@@ -13,7 +13,7 @@ import typer
 
 from lorap.calibration.mixtures import parse_source
 from lorap.calibration.sources import DEFAULT_CALIBRATION, DEFAULT_EVALUATION
-from lorap.cli.common import SOURCE_HELP, AsJson, Debug, Device, Dtype, Model, Quiet, be_quiet, user_errors
+from lorap.cli.common import SOURCE_HELP, AsJson, Debug, Device, Dtype, Model, Quiet, be_quiet, tell_next, user_errors
 from lorap.config import CHOICES, DEFAULT_RECIPE, RECIPES, CompressionConfig
 from lorap.journal import journal_folder
 from lorap.processes import is_first_process
@@ -239,7 +239,23 @@ def compress_command(
         if is_first_process():
             typer.echo(report.table())
             typer.echo(f"saved to {out}")
+            tell_next(next_steps(model, out, report.config), quiet=quiet, as_json=as_json)
             answer({"out": str(out), **report.to_dict()})
+
+
+def next_steps(model: str, out: Path, config: CompressionConfig) -> list[tuple[str, str]]:
+    """What to do with a compressed model."""
+    dense, folder = shlex.quote(model), shlex.quote(str(out))
+    stock = config.target == "stock"
+    return [
+        (f"lorap eval {folder} --baseline {dense}", "how much worse it predicts"),
+        (f'lorap generate {folder} --prompt "..."', "what it says"),
+        (f"lorap recover {folder} TUNED", "tune it for some minutes: better, and no larger"),
+        (
+            f"lorap export {folder} DEST{' --format gguf' if stock else ''}",
+            "for llama.cpp" if stock else "for hosts without lorap",
+        ),
+    ]
 
 
 def chosen_config(options: Mapping[str, Any]) -> CompressionConfig:

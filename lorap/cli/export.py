@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lorap.checkpoint import check_output
-from lorap.cli.common import AsJson, Debug, Dtype, Model, Quiet, be_quiet, open_model, user_errors
+from lorap.cli.common import AsJson, Debug, Dtype, Model, Quiet, be_quiet, open_model, tell_next, user_errors
 from lorap.errors import ConfigError
 from lorap.export import export_gguf, export_stock
-from lorap.loading import find_model
+from lorap.info import describe_model
+from lorap.loading import ModelSource, find_model
 from lorap.modules import count_parameters
 
 FORMATS = ("stock", "gguf")
@@ -71,17 +73,66 @@ def export_command(
             export_gguf(loaded, dest, **options)
         else:
             export_stock(loaded, dest, max_shard_size=max_shard_size, **options)
-        after = count_parameters(loaded)
+        after, dense = count_parameters(loaded), dense_parameters(source)
+        typer.echo(savings(dense, before, after))
         typer.echo(f"{type(loaded).__name__}, FFN width {loaded.config.intermediate_size:,}, {loaded.dtype}")
-        typer.echo(f"{before:,} parameters in {source.name}, {after:,} without low-rank layers")
         typer.echo(f"saved to {dest}")
+        tell_next(next_steps(dest, format), quiet=quiet, as_json=as_json)
         answer(
             {
                 "out": str(dest),
                 "format": format,
                 "class": type(loaded).__name__,
                 "intermediate_size": loaded.config.intermediate_size,
+                "params_dense": dense,
                 "params_compressed": before,
                 "params": after,
-            },
+            }
         )
+
+
+def dense_parameters(source: ModelSource) -> int | None:
+    """Parameters of the model before it was compressed, from the headers of its folder; None for a hub name."""
+    return None if source.folder is None else int(describe_model(source)["params_before"])
+
+
+def savings(dense: int | None, compressed: int, exported: int) -> str:
+    """What an export saves of the dense model, in parameters; where it gives back what compression saved, with the way out.
+
+    Args:
+        dense: parameters of the dense model; None where they are not known.
+        compressed: of the compressed model.
+        exported: of what was written.
+    """
+    if dense is None:
+        return f"{compressed:,} parameters compressed, {exported:,} exported"
+    counts = f"{dense:,} parameters dense, {compressed:,} compressed, {exported:,} exported"
+    if exported >= dense:
+        if compressed >= dense:
+            return f"{counts}: nothing was saved before, and nothing is saved now"
+        more = "as large as" if exported == dense else "larger than"
+        return (
+            f"{counts}: exports {more} the dense model, so nothing of the compression is left but its loss; to save without "
+            "lorap, compress the dense model with --target stock"
+        )
+    kept = f"{counts}: {1 - exported / dense:.1%} less than the dense model"
+    if exported > compressed:
+        kept += f", where the compressed one has {1 - compressed / dense:.1%} less; --target stock saves all of it without lorap"
+    return kept
+
+
+def next_steps(dest: Path, format: str) -> list[tuple[str, str]]:
+    """How to open what was written in the host that it is for."""
+    if format == "gguf":
+        name = next((path.name for path in sorted(dest.glob("*.gguf"))), "*.gguf")
+        file = shlex.quote(str(dest / name))
+        return [
+            (f'llama-cli -m {file} -p "..."', "run it in llama.cpp"),
+            (f"llama-quantize {file} {file.replace('.gguf', '-Q8_0.gguf')} Q8_0", "fewer bits"),
+        ]
+    folder = shlex.quote(str(dest))
+    return [
+        (f'AutoModelForCausalLM.from_pretrained("{dest}")', "open it in transformers, without lorap"),
+        (f"vllm serve {folder}", "or serve it"),
+        (f"lorap export {folder} NEW --format gguf", "or one file of it for llama.cpp"),
+    ]

@@ -159,14 +159,14 @@ def other_windows(source: ModelSource, result: Evaluation) -> str:
     if path is None or not path.is_file():
         return ""
     try:
-        evaluations = CompressionReport.from_dict(read_json(path)).evaluations
+        report = CompressionReport.from_dict(read_json(path))
     except CheckpointError:  # a report that cannot be read says nothing
         return ""
-    for entry in evaluations:
-        tokens, seq_len = entry["after"]["tokens"], entry["after"]["seq_len"]
-        if entry["text"] == result.text and (tokens, seq_len) != (result.tokens, result.seq_len):
+    for measured in report.evaluations_now():
+        tokens, seq_len = measured.tokens, measured.seq_len
+        if measured.text == result.text and (tokens, seq_len) != (result.tokens, result.seq_len):
             return (
-                f"{result.text}: the report in this folder says perplexity {entry['after']['perplexity']:.3f}, on other windows: "
+                f"{result.text}: the report in this folder says perplexity {measured.perplexity:.3f}, on other windows: "
                 f"{tokens:,} tokens, {seq_len} at a time; --max-tokens {tokens} --seq-len {seq_len} measures that"
             )
     return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -9,7 +10,7 @@ import typer
 
 from lorap.calibration.mixtures import parse_source
 from lorap.calibration.sources import DEFAULT_CALIBRATION, DEFAULT_EVALUATION
-from lorap.cli.common import SOURCE_HELP, AsJson, Debug, Device, Quiet, be_quiet, user_errors
+from lorap.cli.common import SOURCE_HELP, AsJson, Debug, Device, Quiet, be_quiet, tell_next, user_errors
 from lorap.recovery import MODULES, Recovery, recover
 from lorap.recovery_files import work_folder
 from lorap.tuning import PRECISIONS, TuningConfig
@@ -120,4 +121,13 @@ def recover_command(
             raise typer.Exit(130) from None
         typer.echo(report.table())
         typer.echo(f"saved to {new}")
+        folder = shlex.quote(str(new))
+        steps = [
+            (
+                f"lorap eval {folder} --baseline {shlex.quote(model)}",
+                "against the model before tuning, on a text of your own: --text",
+            ),
+            (f'lorap generate {folder} --prompt "..."', "what it says"),
+        ]
+        tell_next(steps, quiet=quiet, as_json=as_json)
         answer({"out": str(new), **report.to_dict()})
