@@ -89,11 +89,11 @@ def _headline(report: CompressionReport) -> str:
             if before
             else ""
         )
-        tuned = " before tuning" if report.tunings else ""
-        tiles.append((f"Perplexity{tuned}, {entry['text']}", f"{after['perplexity']:,.2f}", more))
-    for entry in report.tunings[-1].evaluations if report.tunings else ():
-        more = _change(entry.before.perplexity, entry.after.perplexity)
-        tiles.append((f"Perplexity now, {entry.text}", f"{entry.after.perplexity:,.2f}", more))
+        when = " before tuning" if report.tunings else ""
+        tiles.append((f"Perplexity{when}, {entry['text']}", f"{after['perplexity']:,.2f}", more))
+    for tuned in report.tunings[-1].evaluations if report.tunings else ():
+        more = _change(tuned.before.perplexity, tuned.after.perplexity)
+        tiles.append((f"Perplexity now, {tuned.text}", f"{tuned.after.perplexity:,.2f}", more))
     shown = "\n".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<span>{escape(more)}</span></dd></div>"
         for name, value, more in tiles

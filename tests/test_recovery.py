@@ -338,7 +338,9 @@ def test_mistakes_end_in_one_sentence_and_write_nothing(compressed, tokens, mode
         quiet_recover(folder, model_folder, settings(tokens))
     with pytest.raises(CheckpointError, match="no folder of safetensors"):
         quiet_recover("someone/model", out, settings(tokens))
-    with pytest.raises(CheckpointError, match=r"model is not compressed by lorap, .* compress it first .*, then tune OUT"):
+    with pytest.raises(
+        CheckpointError, match=r"model is not compressed by lorap, .* compress it first .*, then tune OUT"
+    ):
         quiet_recover(model_folder, out, settings(tokens))
     with pytest.raises(ConfigError, match="modules is 'heads'"):
         settings(tokens, modules="heads")

@@ -122,12 +122,12 @@ def recover_command(
         typer.echo(report.table())
         typer.echo(f"saved to {new}")
         folder = shlex.quote(str(new))
-        steps = [
+        hints = [
             (
                 f"lorap eval {folder} --baseline {shlex.quote(model)}",
                 "against the model before tuning, on a text of your own: --text",
             ),
             (f'lorap generate {folder} --prompt "..."', "what it says"),
         ]
-        tell_next(steps, quiet=quiet, as_json=as_json)
+        tell_next(hints, quiet=quiet, as_json=as_json)
         answer({"out": str(new), **report.to_dict()})
