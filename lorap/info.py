@@ -10,6 +10,7 @@ from typing import Any
 from lorap.architectures import PROJECTIONS
 from lorap.errors import CheckpointError
 from lorap.folders import TensorInfo
+from lorap.gguf import read_gguf
 from lorap.loading import ModelSource
 from lorap.report import format_table
 from lorap.strict_json import named
@@ -167,24 +168,8 @@ def kind_of(name: str) -> str:
 
 
 def gguf_tensors(path: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a GGUF file by its name, with Hugging Face's names for the kinds; their shapes begin with the inputs."""
-    try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise CheckpointError(f"reading {path.name} needs the package `gguf`: pip install gguf") from None
-    try:
-        stored = GGUFReader(path).tensors
-    except Exception as error:  # the reader believes every number in the file, and stumbles in any way there is
-        raise CheckpointError(
-            f"{path} is no GGUF file, or a damaged one: {error}; download or copy it again"
-        ) from error
-    tensors = {}
-    for tensor in stored:
-        name = ".".join(GGUF_KINDS.get(part, part) for part in str(tensor.name).split("."))
-        tensors[name] = TensorInfo(
-            dtype=tensor.tensor_type.name,
-            shape=tuple(int(size) for size in tensor.shape),
-            nbytes=int(tensor.n_bytes),
-            offset=int(tensor.data_offset),
-        )
-    return tensors
+    """Every tensor of a GGUF file by its name, with Hugging Face's names for the kinds."""
+    return {
+        ".".join(GGUF_KINDS.get(part, part) for part in name.split(".")): info
+        for name, info in read_gguf(path).tensors.items()
+    }

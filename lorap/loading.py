@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -21,6 +19,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from lorap.consistency import ADAPTER, CONFIG, CheckedFolder, check_folder, read_config
 from lorap.errors import CheckpointError, ConfigError, LoRAPError
 from lorap.folders import weight_files
+from lorap.gguf import check_gguf_file, find_gguf, load_gguf, load_gguf_tokenizer
 from lorap.paging import paged_model
 from lorap.strict_json import named
 from lorap.unused_tensors import check_unused
@@ -28,6 +27,8 @@ from lorap.unused_tensors import check_unused
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What else people call them.
 SPELLINGS = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+# What goes before a GGUF file that lies beside it.
+WEIGHTS = ("*.safetensors*", "*.bin", "*.pt*")
 # What may lie in a folder as a tokenizer.
 TOKENIZERS = ("tokenizer*", "tekken.json", "vocab.json", "spiece.model")
 
@@ -71,19 +72,21 @@ def _find(model: str, path: Path) -> ModelSource:
     if path.is_file():
         if path.suffix != ".gguf":
             raise CheckpointError(f"{path} is a file; give the model's folder, or a .gguf file")
-        return ModelSource(str(path.parent), path.stem, gguf_file=path.name, folder=path.parent)
+        return _gguf_source(path)
     if not path.is_dir():
         if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
             raise CheckpointError(f"no model folder {named(model)}")
         return ModelSource(model, model)
-    if (path / CONFIG).is_file():
+    if (path / CONFIG).is_file() and (any(any(path.glob(kind)) for kind in WEIGHTS) or not find_gguf(path)):
         return ModelSource(str(path), model_name(path), folder=path, checked=check_folder(path))
-    files = sorted(file.name for file in path.glob("*.gguf"))
-    if len(files) == 1:
-        return ModelSource(str(path), Path(files[0]).stem, gguf_file=files[0], folder=path)
-    if files:
-        raise CheckpointError(f"{path} holds {len(files)} GGUF files ({', '.join(files)}); give one of them")
+    if file := find_gguf(path):
+        return _gguf_source(path / file)
     raise CheckpointError(f"{path} is no model folder: it has neither config.json nor a .gguf file")
+
+
+def _gguf_source(file: Path) -> ModelSource:
+    check_gguf_file(file)
+    return ModelSource(str(file.parent), file.stem, gguf_file=file.name, folder=file.parent)
 
 
 def model_name(folder: Path) -> str:
@@ -132,6 +135,8 @@ def load_model(
             model = paged_model(source.checked, dtype=wanted, device=torch.device(device))
             if model is not None:
                 return model
+        if source.gguf_file:
+            return load_gguf(Path(source.location) / source.gguf_file, wanted or torch.float32).to(device)
         model, found = _load_whole(source, wanted)
     except LoRAPError:
         raise
@@ -149,9 +154,7 @@ def load_model(
 def _load_whole(source: ModelSource, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
     """The model from ``from_pretrained``, and what that found in the files."""
     options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
-    if source.gguf_file:
-        options |= _gguf_options(source, dtype)
-    elif source.checked:
+    if source.checked:
         in_pickle = weight_files(source.checked.folder)[0].suffix == ".bin"
         options |= {"config": source.checked.config, "use_safetensors": not in_pickle}
     else:
@@ -162,28 +165,20 @@ def _load_whole(source: ModelSource, dtype: torch.dtype | None) -> tuple[Any, di
         source.location, trust_remote_code=False, weights_only=True, **options
     )
     model, found = loaded
-    if not source.gguf_file:
-        check_unused(model, source.checked.tensors if source.checked else {}, found["unexpected_keys"])
+    check_unused(model, source.checked.tensors if source.checked else {}, found["unexpected_keys"])
     return model, found
 
 
 def load_tokenizer(source: ModelSource) -> Any | None:
     """The tokenizer that lies beside the model, or None where there is none."""
-    gguf = {"gguf_file": source.gguf_file} if source.gguf_file else {}
-    if source.folder and not gguf and not any(any(source.folder.glob(pattern)) for pattern in TOKENIZERS):
+    if source.gguf_file:
+        return load_gguf_tokenizer(Path(source.location) / source.gguf_file)
+    if source.folder and not any(any(source.folder.glob(pattern)) for pattern in TOKENIZERS):
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False, **gguf)
+        tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
     except Exception as error:  # as in load_model
         raise CheckpointError(f"cannot load the tokenizer of {source.name}: {_first_lines(error)}") from error
-    if source.gguf_file and _gguf_pre_tokenizer(source) == "smollm":
-        # transformers' GGUF reader drops the split of numbers into digits that this family was trained with.
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-            ]
-        )
     return tokenizer
 
 
@@ -221,21 +216,6 @@ def _check_hub_name(source: ModelSource) -> None:
     if find_adapter_config_file(source.location):
         raise CheckpointError(f"{source.name} holds an adapter ({ADAPTER}); merge it into its model first")
     read_config(Path(str(cached_file(source.location, CONFIG))))
-
-
-def _gguf_options(source: ModelSource, dtype: torch.dtype | None) -> dict[str, Any]:
-    options: dict[str, Any] = {"gguf_file": source.gguf_file, "dtype": dtype or torch.float32}
-    if hasattr(transformers, "GgufConfig"):
-        # Without it newer versions keep the model marked as quantized and refuse to save it.
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    return options
-
-
-def _gguf_pre_tokenizer(source: ModelSource) -> str:
-    from gguf import GGUFReader  # the tokenizer was read through the same package
-
-    field = GGUFReader(Path(source.location) / str(source.gguf_file)).get_field("tokenizer.ggml.pre")
-    return "" if field is None else str(field.contents())
 
 
 def _first_lines(error: BaseException) -> str:

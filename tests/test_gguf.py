@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -68,6 +68,52 @@ def test_read_back_it_has_the_same_weights(
     expected = model.state_dict()
     assert all(torch.equal(tensor, expected[name].float()) for name, tensor in found.state_dict().items())
     assert torch.equal(logits(found, tokens), logits(cast(model, torch.float32), tokens))
+
+
+SCALED = [
+    {"rope_type": "linear", "factor": 2.5},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "attention_factor": 1.25},
+    {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+]
+
+
+@pytest.mark.parametrize("rope", SCALED, ids=lambda rope: rope["rope_type"])
+def test_scaled_positions_are_written(rope, make_model, tokenizer, tokens, tmp_path) -> None:
+    model = make_model("llama-gqa", rope_parameters=rope | {"rope_theta": 10000.0})
+    expected = logits(model, tokens)
+    found = read(lorap.export_gguf(model, tmp_path / "small", tokenizer=tokenizer))
+    torch.testing.assert_close(logits(found, tokens), expected, rtol=0, atol=2e-5)
+    assert (logits(make_model("llama-gqa"), tokens) - expected).abs().max() > 0.01
+
+
+def test_a_head_of_its_own_is_kept_whatever_the_config_says(make_model, tokenizer, tokens, tmp_path) -> None:
+    model = make_model("llama-gqa", tie_word_embeddings=False)
+    expected = logits(model, tokens)
+    model.config.tie_word_embeddings = True
+    found = read(lorap.export_gguf(model, tmp_path / "small", tokenizer=tokenizer))
+    assert torch.equal(logits(found, tokens), expected)
+    assert found.config.tie_word_embeddings is False
+
+
+def test_a_text_ends_as_the_tokenizer_ends_it(make_model, tokenizer, tmp_path) -> None:
+    own = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), eos_token="<eos>"
+    )
+    own.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", 0)]
+    )
+    found = load_tokenizer(find_model(lorap.export_gguf(make_model("qwen2"), tmp_path / "small", tokenizer=own)))
+    assert found("A word")["input_ids"] == own("A word")["input_ids"]
+    own.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(lorap.ArchitectureError, match="changes text by Lowercase before it splits it"):
+        lorap.export_gguf(make_model("qwen2"), tmp_path / "lower", tokenizer=own)
 
 
 def test_types_in_the_file(make_model, tokenizer, tmp_path) -> None:
@@ -141,8 +187,8 @@ def test_sentencepiece_tokenizers_read_text_the_same(space_first, make_model, tm
     found = load_tokenizer(find_model(out))
     text = read_source("default/essays")[:2000] + " naïve ☃ 123"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    first = 0 if space_first else 1  # transformers' reader puts a space there whatever the file says
-    assert found(text, add_special_tokens=False)["input_ids"][first:] == ids[first:]
+    assert found(text, add_special_tokens=False)["input_ids"] == ids
+    assert found.decode(ids) == text
     assert tokenizer.convert_tokens_to_ids("<0xE2>") in ids
 
 
@@ -156,25 +202,28 @@ def test_embeddings_beyond_the_tokenizer_are_unused_tokens(make_model, tokenizer
     assert types[:3] == [gguf.TokenType.CONTROL, gguf.TokenType.CONTROL, gguf.TokenType.NORMAL]
 
 
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def split(pattern: str, *, use_regex: bool = False, add_prefix_space: bool = False) -> list[Any]:
+    return [
+        pre_tokenizers.Split(Regex(pattern), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=use_regex),
+    ]
+
+
 @pytest.mark.parametrize(
     ("steps", "name"),
     [
-        ([pre_tokenizers.ByteLevel()], "gpt-2"),
-        ([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel()], "smollm"),
-        (
-            [
-                pre_tokenizers.Split(Regex(r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"), "isolated"),
-                pre_tokenizers.ByteLevel(use_regex=False),
-            ],
-            "llama-bpe",
-        ),
-        (
-            [
-                pre_tokenizers.Split(Regex(r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?"), "isolated"),
-                pre_tokenizers.ByteLevel(use_regex=False),
-            ],
-            "qwen2",
-        ),
+        ([pre_tokenizers.ByteLevel(add_prefix_space=False)], "gpt-2"),
+        ([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)], "smollm"),
+        (split(LLAMA3), "llama-bpe"),
+        (split(LLAMA3.replace("{1,3}", "")), "qwen2"),
+        # Almost Llama 3's: words part where letters become large, and numbers in threes from the left.
+        (split(LLAMA3.replace(r"\p{L}+|", r"\p{Lu}*\p{Ll}+|")), None),
+        (split(LLAMA3, use_regex=True), None),
+        (split(LLAMA3, add_prefix_space=True), None),
+        ([pre_tokenizers.ByteLevel(add_prefix_space=True)], None),
         ([pre_tokenizers.Whitespace()], None),
         ([pre_tokenizers.Digits(individual_digits=False), pre_tokenizers.ByteLevel()], None),
     ],
@@ -192,7 +241,14 @@ def test_names_of_pre_tokenizers(steps, name) -> None:
         assert pre_tokenizer_name(state) == name
 
 
-LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+MSCALE = {
+    "rope_type": "yarn",
+    "factor": 2.0,
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 128,
+    "mscale": 0.7,
+}
 
 
 @pytest.mark.parametrize(
@@ -200,7 +256,13 @@ LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
     [
         ("smollm3", {}, "no GGUF for model type 'smollm3'; possible: llama, mistral, qwen2, qwen3"),
         ("mistral", {}, "the attention window of 8 tokens has no place in GGUF's llama architecture"),
-        ("llama-gqa", {"rope_parameters": LINEAR}, "rotary positions of type 'linear' are not written to GGUF"),
+        (
+            "llama-gqa",
+            {"rope_parameters": DYNAMIC},
+            "rotary positions of type 'dynamic' .*factor 2.0.* are not written",
+        ),
+        ("llama-gqa", {"rope_parameters": MSCALE}, "rotary positions of type 'yarn' .*mscale 0.7.* are not written"),
+        ("llama-gqa", {"hidden_act": "gelu"}, "silu, and this model's hidden_act is 'gelu'"),
     ],
 )
 def test_what_has_no_place_is_refused_before_work(family, options, message, make_model, tokenizer, tmp_path) -> None:

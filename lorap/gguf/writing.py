@@ -18,15 +18,16 @@ import torch
 from torch import Tensor
 
 from lorap.errors import ArchitectureError, ConfigError
+from lorap.gguf.names import INTERLEAVED, WRITTEN, gguf_names, interleaved
+from lorap.gguf.rope import FREQUENCIES, rope_to_gguf
+from lorap.gguf.tokenizer import LLAMA3_SPLIT, QWEN2_SPLIT, TEKKEN_SPLIT
 from lorap.version import __version__
 
-# model_type -> what llama.cpp calls the architecture.
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-# Rotary pairs are neighbours there; transformers keeps the halves of a head apart.
-INTERLEAVED = ("llama",)
 FILE_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-# How a byte-level tokenizer splits text before merging, and llama.cpp's name for it: what its pattern must contain, in order.
-PRE_TOKENIZERS = ((r"\p{N}{1,3}", "llama-bpe"), (r"\p{N}", "qwen2"))
+# How a byte-level tokenizer splits text before merging, and llama.cpp's name for it.
+PRE_TOKENIZERS = {LLAMA3_SPLIT: "llama-bpe", QWEN2_SPLIT: "qwen2", TEKKEN_SPLIT: "tekken"}
+# Normalizers that the names stand for, or that change no text which is normalized already.
+NORMALIZERS = ("NFC", "Prepend", "Replace")
 
 
 def check_gguf(model: Any) -> None:
@@ -37,15 +38,18 @@ def check_gguf(model: Any) -> None:
         ConfigError: the ``gguf`` package is not installed.
     """
     config = model.config
-    if config.model_type not in ARCHITECTURES:
-        raise ArchitectureError(f"no GGUF for model type {config.model_type!r}; possible: {', '.join(ARCHITECTURES)}")
-    kind = _rope(config).get("rope_type", "default")
-    if kind != "default":
-        raise ArchitectureError(f"rotary positions of type {kind!r} are not written to GGUF; use --format stock")
+    if config.model_type not in WRITTEN:
+        raise ArchitectureError(f"no GGUF for model type {config.model_type!r}; possible: {', '.join(WRITTEN)}")
+    _rope(config)
+    if config.hidden_act not in ("silu", "swish"):
+        raise ArchitectureError(
+            f"llama.cpp computes FFNs of this family with silu, and this model's hidden_act is {config.hidden_act!r}; "
+            "use --format stock"
+        )
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if window is not None and window < config.max_position_embeddings:
         raise ArchitectureError(
-            f"the attention window of {window:,} tokens has no place in GGUF's {ARCHITECTURES[config.model_type]} architecture; "
+            f"the attention window of {window:,} tokens has no place in GGUF's {WRITTEN[config.model_type]} architecture; "
             "use --format stock"
         )
     try:
@@ -63,7 +67,7 @@ def write_gguf(model: Any, file: Path, *, tokenizer: Any, name: str) -> None:
     from gguf import GGMLQuantizationType, GGUFWriter
 
     check_gguf(model)
-    writer = GGUFWriter(file, ARCHITECTURES[model.config.model_type])
+    writer = GGUFWriter(file, WRITTEN[model.config.model_type])
     try:
         _add_sizes(writer, model, name)
         _add_tokenizer(writer, tokenizer, model.get_input_embeddings().weight.shape[0])
@@ -84,8 +88,7 @@ def _add_sizes(writer: Any, model: Any, name: str) -> None:
     from gguf import LlamaFileType
 
     config = model.config
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads, head_dim = config.num_attention_heads, _head_dim(config)
     writer.add_name(name)
     writer.add_description(f"compressed and exported by lorap {__version__}")
     writer.add_file_type(LlamaFileType[{"F32": "ALL_F32"}.get(kind := FILE_TYPES[model.dtype], f"MOSTLY_{kind}")])
@@ -99,37 +102,38 @@ def _add_sizes(writer: Any, model: Any, name: str) -> None:
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(float(_rope(config).get("rope_theta", 10000.0)))
+    for key, value in _rope(config)[0].items():
+        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+        add(f"{WRITTEN[config.model_type]}.{key}", value)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
-def _rope(config: Any) -> dict[str, Any]:
-    return getattr(config, "rope_parameters", None) or {}
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _rope(config: Any) -> tuple[dict[str, Any], Any]:
+    return rope_to_gguf(getattr(config, "rope_parameters", None) or {}, head_dim=_head_dim(config))
 
 
 def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
     """llama.cpp's name, and the tensor in its order; tied embeddings once."""
-    from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
-
-    config = model.config
-    wanted = ARCHITECTURES[config.model_type]
-    architecture = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == wanted)
-    assert isinstance(architecture, MODEL_ARCH)
-    names = get_tensor_name_map(architecture, config.num_hidden_layers)
+    config, state = model.config, model.state_dict()
+    architecture = WRITTEN[config.model_type]
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for key, tensor in model.state_dict().items():
-        if key == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        name = names.get_name(key, try_suffixes=(".weight", ".bias"))
+    factors = _rope(config)[1]
+    if factors is not None:
+        yield FREQUENCIES, torch.from_numpy(factors)
+    for key, name in gguf_names(architecture, config.num_hidden_layers, state).items():
+        if key == "lm_head.weight" and torch.equal(state[key], model.get_input_embeddings().weight):
+            continue  # whatever the config says: llama.cpp takes the embedding where there is no head
         if name is None:
-            raise ArchitectureError(f"llama.cpp's {wanted} architecture has no place for {key}; use --format stock")
+            raise ArchitectureError(
+                f"llama.cpp's {architecture} architecture has no place for {key}; use --format stock"
+            )
         role = key.split(".")[-2]
-        yield name, _interleaved(tensor, heads[role]) if wanted in INTERLEAVED and role in heads else tensor
-
-
-def _interleaved(tensor: Tensor, heads: int) -> Tensor:
-    """Rows of each head from (halves, pairs) to (pairs, halves)."""
-    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
+        tensor = state[key]
+        yield name, interleaved(tensor, heads[role]) if architecture in INTERLEAVED and role in heads else tensor
 
 
 def _type_of(tensor: Tensor) -> str:
@@ -155,6 +159,7 @@ def _add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
         raise ArchitectureError(
             f"only BPE tokenizers are written to GGUF, and this one is {state['model']['type']}; use --format stock"
         )
+    _check_normalizer(state.get("normalizer"))
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in state["model"]["merges"]]
     tokens, types = _vocabulary(tokenizer, state, vocab_size)
     writer.add_token_list(tokens)
@@ -176,8 +181,20 @@ def _add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
             getattr(writer, f"add_{kind}_token_id")(found)
     ids = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id)
-    if isinstance(tokenizer.chat_template, str):
+    writer.add_add_eos_token(bool(ids) and tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id)
+    if isinstance(tokenizer.chat_template, dict):
+        templates = tokenizer.chat_template.items()
+        writer.add_chat_template([{"name": name, "template": text} for name, text in templates])
+    elif tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def _check_normalizer(normalizer: dict[str, Any] | None) -> None:
+    for step in (normalizer or {}).get("normalizers", [normalizer] if normalizer else []):
+        if step["type"] not in NORMALIZERS:
+            raise ArchitectureError(
+                f"this tokenizer changes text by {step['type']} before it splits it, which GGUF cannot say; use --format stock"
+            )
 
 
 def _vocabulary(tokenizer: Any, state: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
@@ -210,14 +227,15 @@ def pre_tokenizer_name(pre: dict[str, Any] | None) -> str:
     """
     steps = (pre or {}).get("pretokenizers", [pre or {}])
     kinds = [step.get("type") for step in steps]
-    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
-        return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
-        return "smollm"
     pattern = str(steps[0].get("pattern", {}).get("Regex", "")) if kinds == ["Split", "ByteLevel"] else ""
-    for part, name in PRE_TOKENIZERS:
-        if part in pattern and "(?i:'s" in pattern:
-            return name
+    if kinds[-1] == "ByteLevel" and steps[-1].get("add_prefix_space"):
+        kinds.append("a space before the text")
+    elif kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+        return "gpt-2"
+    elif kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
+        return "smollm"
+    elif pattern in PRE_TOKENIZERS and steps[0].get("behavior") == "Isolated" and not steps[1].get("use_regex", True):
+        return PRE_TOKENIZERS[pattern]
     raise ArchitectureError(
         f"how this tokenizer splits text ({', '.join(map(str, kinds))}) has no name in llama.cpp that is known here; "
         "use --format stock"
