@@ -183,7 +183,7 @@ def _sources(header: GGUFHeader, config: Any, places: Mapping[str, tuple[int, ..
     names = gguf_names(header.architecture, config.num_hidden_layers, places)
     if config.tie_word_embeddings:
         names.pop("lm_head.weight", None)
-    sources = {key: name for key, name in names.items() if name in header.tensors}
+    sources = {key: name for key, name in names.items() if name is not None and name in header.tensors}
     lost = sorted(header.tensors.keys() - sources.values() - set(ROPE_TENSORS))
     lost = [name for name in lost if COMPUTED not in name]
     if lost:
