@@ -260,7 +260,7 @@ def test_a_config_of_any_kind_is_read_or_refused(size, tmp_path):
 @pytest.mark.parametrize("data", [b"", b"GGUF", b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60), b"x" * 500], ids=len)
 def test_a_damaged_gguf_file_is_named(data, tmp_path):
     (tmp_path / "m.gguf").write_bytes(data)
-    found = refusal(describe_model, find_model(tmp_path / "m.gguf"))
+    found = refusal(find_model, tmp_path / "m.gguf")
     assert "m.gguf is no GGUF file, or a damaged one" in found
 
 

@@ -265,7 +265,7 @@ def test_a_file_beside_a_config_is_taken_and_parts_are_called_parts(make_model, 
 def test_info_and_plan_refuse_what_opening_refuses(make_model, tokenizer, tmp_path) -> None:
     values = {"attention.sliding_window": 64}
     file = write_file(tmp_path / "m.gguf", make_model("llama-gqa"), tokenizer, values=values)
-    for command in ("plan", "eval"):
+    for command in ("info", "plan", "eval"):
         result = CliRunner().invoke(app, [command, str(file)])
         assert result.exit_code == 2
         assert "attention.sliding_window is 64" in " ".join(result.stderr.split())

@@ -1,7 +1,7 @@
 """GGUF files of llama.cpp: written for it, and read as transformers models."""
 
 from lorap.gguf.header import GGUFHeader, find_gguf, read_gguf
-from lorap.gguf.reading import gguf_config, load_gguf
+from lorap.gguf.reading import check_gguf_file, gguf_config, load_gguf
 from lorap.gguf.tokenizer import load_gguf_tokenizer
 from lorap.gguf.writing import FILE_TYPES, check_gguf, pre_tokenizer_name, write_gguf
 
@@ -9,6 +9,7 @@ __all__ = [
     "FILE_TYPES",
     "GGUFHeader",
     "check_gguf",
+    "check_gguf_file",
     "find_gguf",
     "gguf_config",
     "load_gguf",

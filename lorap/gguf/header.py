@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lorap.errors import CheckpointError, ConfigError
-from lorap.folders import MAX_NAME, TensorInfo
+from lorap.headers import MAX_NAME, TensorInfo
 from lorap.strict_json import named, shown
 
 VERSIONS = (2, 3)

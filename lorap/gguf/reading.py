@@ -45,19 +45,24 @@ def load_gguf(path: Path, dtype: torch.dtype = torch.float32) -> Any:
     """
     header = read_gguf(path)
     config = gguf_config(header)
-    model_class = getattr(transformers, f"{READ[header.architecture]}ForCausalLM")
-    with torch.device("meta"):
-        places = {key: tuple(tensor.shape) for key, tensor in model_class(config).state_dict().items()}
+    places = _places(header, config)
     sources = _sources(header, config, places)
     state = {key: _read(header, name, config).to(dtype) for key, name in sources.items()}
     for key, shape in places.items():
         if key.endswith(".bias") and key not in state:
             state[key] = torch.zeros(shape, dtype=dtype)  # the class has all of a kind or none; the file has some
-    model, info = model_class.from_pretrained(
+    model, info = _model_class(header).from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
     )
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     return model.eval()
+
+
+def check_gguf_file(path: Path) -> None:
+    """Refuse a file that :func:`load_gguf` would refuse, from its header alone; errors as there."""
+    header = read_gguf(path)
+    config = gguf_config(header)
+    _sources(header, config, _places(header, config))
 
 
 def gguf_config(header: GGUFHeader) -> Any:
@@ -172,6 +177,16 @@ def _sizes(keys: _Keys, header: GGUFHeader) -> dict[str, Any]:
         "max_position_embeddings": keys.size("context_length"),
         "rms_norm_eps": epsilon,
     }
+
+
+def _model_class(header: GGUFHeader) -> Any:
+    return getattr(transformers, f"{READ[header.architecture]}ForCausalLM")
+
+
+def _places(header: GGUFHeader, config: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of each key of the model's state dict."""
+    with torch.device("meta"):
+        return {key: tuple(tensor.shape) for key, tensor in _model_class(header)(config).state_dict().items()}
 
 
 def _sources(header: GGUFHeader, config: Any, places: Mapping[str, tuple[int, ...]]) -> dict[str, str]:

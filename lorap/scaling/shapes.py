@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lorap.allocation import Shape
 from lorap.architectures import ARCHITECTURES, PROJECTIONS
 from lorap.errors import ArchitectureError, CheckpointError
 from lorap.folders import TensorInfo
+from lorap.gguf import gguf_config, read_gguf
 from lorap.info import gguf_tensors, kind_of
 from lorap.loading import DTYPES, ModelSource, dtype_name
 
@@ -68,13 +68,7 @@ class ModelShape:
             return cls.from_tensors(source.name, config, source.checked.headers, dtype=dtype)
         assert source.gguf_file is not None
         path = source.folder / source.gguf_file
-        tensors = {
-            name: TensorInfo(
-                info.dtype, info.shape[::-1], info.nbytes, info.offset
-            )  # GGUF counts the axes from the last
-            for name, info in gguf_tensors(path).items()
-        }
-        config = {"model_type": _gguf_architecture(path)}
+        tensors, config = gguf_tensors(path), {"model_type": gguf_config(read_gguf(path)).model_type}
         dtype = "float32" if dtype_name(dtype) == "auto" else dtype
         return cls.from_tensors(source.name, config, tensors, dtype=dtype, layers=GGUF_LAYERS, paged=False)
 
@@ -183,10 +177,3 @@ def _projections(tensors: Mapping[str, TensorInfo], prefix: str) -> tuple[dict[s
             "lorap needs separate q, k, v, o, gate, up and down"
         )
     return {role: shapes[role] for role in PROJECTIONS}, frozenset(biases)
-
-
-def _gguf_architecture(path: Path) -> str:
-    from gguf import GGUFReader  # the tensors were read through it
-
-    field = GGUFReader(path).get_field("general.architecture")
-    return "" if field is None else str(field.contents())
