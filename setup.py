@@ -6,7 +6,8 @@
     LORAP_REQUIRE_BUILD=1 pip install ...      stop where native code cannot be built
 
 torch's headers come from the installed torch, hence ``--no-build-isolation``. Without torch, CMake or a compiler the package
-is installed without native code and works: torch and Triton do the work then, and ``lorap info`` says so.
+is installed without native code and works: torch and Triton do the work then. The end of the build says so, which pip shows
+with -v, and so do the first use and ``lorap env``.
 
 Packages are named one by one: the Triton kernels live in kernels/triton and are shipped as lorap.kernels. ``kernels/`` itself
 must never become a package, because transformers imports an installed package of that name.
@@ -64,6 +65,8 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        # build/ may hold the library of an earlier build, which must not be packed if this one fails.
+        target.unlink(missing_ok=True)
         torch = find_torch()
         options = [f"-DTORCH_INCLUDE={torch / 'include'}", f"-DTORCH_LIB={torch / 'lib'}"]
         if shutil.which("ninja"):
@@ -80,7 +83,17 @@ class CMakeBuild(build_ext):
             print("lorap: this build failed, trying with less", file=sys.stderr)
         if os.environ.get("LORAP_REQUIRE_BUILD") == "1":
             raise SystemExit("lorap: native code was not built (LORAP_REQUIRE_BUILD=1)")
-        print("lorap: native code was not built, installing without it", file=sys.stderr)
+        global reason
+        reason = "the compiler or CMake failed, as printed above"
+
+    def copy_extensions_to_source(self) -> None:
+        """Of an editable installation: what was built, or nothing instead of what an earlier build left."""
+        build_py = self.get_finalized_command("build_py")
+        for ext in self.extensions:
+            inplace, built = self._get_inplace_equivalent(build_py, ext)
+            Path(inplace).unlink(missing_ok=True)
+            if Path(built).exists():
+                self.copy_file(built, inplace)
 
     def build_with_cmake(self, options: list[str], target: Path) -> bool:
         with tempfile.TemporaryDirectory(prefix="lorap-build-") as build:
@@ -90,8 +103,6 @@ class CMakeBuild(build_ext):
             except subprocess.CalledProcessError:
                 return False
             target.parent.mkdir(parents=True, exist_ok=True)
-            # A running process may hold the old library open: it gets a new file, not new contents.
-            target.unlink(missing_ok=True)
             shutil.copy2(Path(build) / "_native.so", target)
             return True
 
@@ -105,10 +116,7 @@ class Wheel(bdist_wheel):
 
 
 reason = reason_not_to_build()
-if reason:
-    print(f"lorap: installing without native code: {reason}", file=sys.stderr)
-
-setup(
+distribution = setup(
     packages=[
         "lorap",
         "lorap.calibration",
@@ -128,3 +136,10 @@ setup(
     ext_modules=[] if reason else [Extension("lorap._native", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
 )
+if reason and {"build", "build_py", "editable_wheel"} & set(distribution.have_run):
+    print(
+        f"lorap: installed without C++ kernels: {reason}. Models run through torch, several times slower on CPUs. To have them:\n"
+        "    pip install torch 'setuptools>=77' wheel 'cmake>=3.24' ninja\n"
+        "and a C++ compiler; then install lorap again with --no-build-isolation",
+        file=sys.stderr,
+    )

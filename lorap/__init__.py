@@ -3,6 +3,9 @@
 Importing it teaches transformers to open compressed checkpoints.
 """
 
+import lorap.integrations.preparation  # noqa: F401 (first of all)
+
+# isort: split
 from lorap.checkpoint import save
 from lorap.config import CompressionConfig
 from lorap.errors import (

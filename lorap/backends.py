@@ -137,9 +137,19 @@ def choose(op: str, x: Tensor, tokens: int) -> str:
 def _best(op: str, device: str, dtype: torch.dtype, tokens: int) -> str:
     for rule in RULES:
         fits = op in rule.ops and rule.device == device and dtype in rule.dtypes
-        if fits and (rule.max_tokens is None or tokens <= rule.max_tokens) and missing(rule.backend) is None:
-            return rule.backend
+        if fits and (rule.max_tokens is None or tokens <= rule.max_tokens):
+            if missing(rule.backend) is None:
+                return rule.backend
+            if rule.backend == "cpu" and native.MISSING:
+                _tell_once(native.MISSING)
     return "reference"
+
+
+@functools.cache
+def _tell_once(reason: str) -> None:
+    """An installation without kernels works, several times slower: pip hides what the build said of it."""
+    message = f"lorap's C++ kernels are missing, so torch does their work, more slowly: {reason}"
+    warnings.warn(message + " (LORAP_BACKEND=reference: do without and be silent)", RuntimeWarning, stacklevel=5)
 
 
 def missing(backend: str) -> str | None:

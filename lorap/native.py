@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -12,12 +13,25 @@ LIBRARY = Path(__file__).with_name("_native.so")
 def _load() -> str | None:
     """Open the library; the reason why there is none, or None."""
     if not LIBRARY.exists():
-        return "not built; install with pip install --no-build-isolation, with torch, CMake and a C++ compiler at hand"
+        how = "not built; install with pip install --no-build-isolation, with torch, CMake and a C++ compiler at hand"
+        return how + _elsewhere()
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"{LIBRARY.name} cannot be opened by torch {torch.__version__}: {error}"
     return None
+
+
+def _elsewhere() -> str:
+    """Names another copy of lorap that has the library: in a clone, Python takes the clone's code and not the installed one.
+
+    Its library is not borrowed: the operators of another version may have other arguments.
+    """
+    for entry in sys.path:
+        other = Path(entry or ".").resolve() / LIBRARY.parent.name
+        if other != LIBRARY.parent and (other / LIBRARY.name).exists():
+            return f"; {other} has them, but this is {LIBRARY.parent}: run from another folder, or install this copy"
+    return ""
 
 
 # Why the C++ and CUDA kernels are missing; None where they are there.

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -46,17 +48,82 @@ def test_version_is_printed():
     assert printed.strip() == f"lorap {lorap.__version__}"
 
 
-def test_wheel_holds_code_texts_and_marker(tmp_path):
-    """Built from a copy of the sources, so that no build folder appears in the repository."""
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A copy of the sources, without what the native code is made of, but with libraries of earlier builds."""
     pytest.importorskip("setuptools")
-    source = tmp_path / "source"
-    source.mkdir()
+    clone = tmp_path_factory.mktemp("packaging") / "clone"
+    clone.mkdir()
     for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md", "lorap", "kernels"):
-        if (ROOT / name).exists():
-            subprocess.run(["cp", "-r", str(ROOT / name), str(source)], check=True)
-    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(tmp_path)]
-    python("-m", "pip", "wheel", *options, str(source))
-    (wheel,) = tmp_path.glob("lorap-*.whl")
+        subprocess.run(["cp", "-r", str(ROOT / name), str(clone)], check=True)
+    (clone / "CMakeLists.txt").write_text('message(FATAL_ERROR "no")')
+    platform = sysconfig.get_platform()
+    for old in ("lorap", f"build/lib.{platform}-{sys.implementation.cache_tag}/lorap", "build/lib/lorap"):
+        (clone / old).mkdir(parents=True, exist_ok=True)
+        (clone / old / "_native.so").write_bytes(b"old")
+    return clone
+
+
+@pytest.fixture(scope="module")
+def built(clone):
+    """The wheel of it, and what the build said."""
+    options = ["-v", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(clone.parent)]
+    command = [sys.executable, "-m", "pip", "wheel", *options, str(clone)]
+    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    assert run.returncode == 0, run.stdout
+    (wheel,) = clone.parent.glob("lorap-*.whl")
+    return wheel, run.stdout
+
+
+def test_a_failed_build_packs_no_old_library_and_says_what_is_missing(built):
+    wheel, said = built
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    assert "installed without C++ kernels" in said
+    assert "--no-build-isolation" in said
+
+
+IN_A_CLONE = """
+import warnings
+from pathlib import Path
+import torch
+import lorap, lorap.kernels.reference
+from lorap import backends, environment, native, ops
+clone, installed = Path.cwd(), Path({installed!r})
+assert Path(lorap.__file__) == clone / "lorap/__init__.py", lorap.__file__
+assert Path(lorap.kernels.reference.__file__) == clone / "kernels/triton/reference.py", lorap.kernels.reference.__file__
+assert str(installed / "lorap") in native.MISSING and str(clone / "lorap") in native.MISSING, native.MISSING
+assert native.MISSING in environment.format_environment(environment.describe_environment())
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    for size in (8, 9):
+        ops.linear(torch.randn(2, size), torch.randn(3, size))
+assert [native.MISSING in str(one.message) for one in told] == [True], told
+"""
+
+
+def test_a_clone_runs_itself_beside_an_installed_copy(clone, built, tmp_path):
+    """Python, `python -m lorap` and `torchrun -m lorap` take the code of the folder that they are started in."""
+    zipfile.ZipFile(built[0]).extractall(tmp_path)
+    (tmp_path / "lorap" / "_native.so").write_bytes(b"of the installed copy")
+    (clone / "lorap" / "_native.so").unlink()
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "LORAP_BACKEND": "auto"}
+    code = IN_A_CLONE.format(installed=str(tmp_path))
+    run = subprocess.run([sys.executable, "-c", code], cwd=clone, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_commands_begin_without_noise(model_folder):
+    """Packages that transformers imports have things to say; nobody who asks for help wants to read them."""
+    commands = [["env"], ["info", str(model_folder)], ["--help"]]
+    code = f"from lorap.cli import app\nfor words in {commands!r}: app(words, standalone_mode=False)"
+    run = subprocess.run([sys.executable, "-c", code], cwd="/tmp", capture_output=True, text=True, check=False)
+    assert run.returncode == 0
+    assert "lorap" in run.stdout
+    assert run.stderr == ""
+
+
+def test_wheel_holds_code_texts_and_marker(built):
+    wheel, _ = built
     files = set(zipfile.ZipFile(wheel).namelist())
     texts = {f"lorap/calibration/texts/{path.name}" for path in (ROOT / "lorap/calibration/texts").iterdir()}
     assert len(texts) == len(shipped_texts()) + 2  # the held-out text and SOURCES.md

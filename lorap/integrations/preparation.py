@@ -1,0 +1,57 @@
+"""What must be so before anything else of lorap is imported: ``import lorap`` begins with importing this."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1]
+KERNELS = "lorap.kernels"
+
+
+def find_kernels(package: Path = PACKAGE) -> None:
+    """In a clone ``lorap.kernels`` is kernels/triton; a wheel has it inside the package, where Python finds it by itself.
+
+    An installed copy may map the name to its own kernels; those of another version must not be mixed with this code.
+    """
+    folder = package.parent / "kernels" / "triton"
+    if KERNELS in sys.modules or (package / "kernels").is_dir() or not folder.is_dir():
+        return
+    spec = importlib.util.spec_from_file_location(KERNELS, folder / "__init__.py")
+    assert spec
+    assert spec.loader
+    sys.modules[KERNELS] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules["lorap"].kernels = module  # type: ignore[attr-defined]
+
+
+def import_quantizers() -> None:
+    """transformers' quantizers import torchao wherever it is installed, and it warns of GPU libraries that this machine lacks.
+
+    Who asks for int8 weights hears of what matters; the others should not begin every command with four lines of it. torchao
+    has no option for that: with TORCHAO_FORCE_SKIP_LOADING_SO_FILES=1 it warns that it skips them (torchao 0.18, __init__.py).
+    """
+    with _warnings_dropped("torchao", "torch.utils._pytree"):
+        import transformers.quantizers.auto  # noqa: F401
+
+
+@contextmanager
+def _warnings_dropped(*loggers: str) -> Iterator[None]:
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    for name in loggers:
+        logging.getLogger(name).addFilter(is_error)
+    try:
+        yield
+    finally:
+        for name in loggers:
+            logging.getLogger(name).removeFilter(is_error)
+
+
+find_kernels()
+import_quantizers()
