@@ -18,7 +18,6 @@ import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,100 +27,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from lorap.architectures import ARCHITECTURES
 from lorap.errors import ArchitectureError
-from lorap.report import format_table
-
-PHASES = ("prefill", "decode")
-PARTS = ("attention", "mlp")
-
-
-@dataclass(frozen=True)
-class KernelTime:
-    """One operator or GPU kernel: seconds in itself, not in what it called, and its share of all of them."""
-
-    name: str
-    seconds: float
-    share: float
-    calls: int
-
-
-@dataclass(frozen=True)
-class PhaseTime:
-    """Seconds of one prefill, or of one decode step on average.
-
-    Args:
-        total: of the whole forward.
-        layers: of each decoder layer.
-        attention: of each layer's attention, part of ``layers``.
-        mlp: of each layer's FFN, part of ``layers``.
-        head: of the output head.
-    """
-
-    total: float
-    layers: list[float]
-    attention: list[float]
-    mlp: list[float]
-    head: float
-
-
-@dataclass(frozen=True)
-class Profile:
-    """What :func:`profile_model` found.
-
-    Args:
-        device: that did the work, ``cpu`` or ``cuda``.
-        tokens: of the prefill.
-        new_tokens: decode steps.
-        phases: ``prefill`` and ``decode``.
-        kernels: operators of a CPU or kernels of a GPU, over the prefill and all decode steps, the longest first.
-    """
-
-    device: str
-    tokens: int
-    new_tokens: int
-    phases: dict[str, PhaseTime]
-    kernels: list[KernelTime]
-
-    @property
-    def busy(self) -> float:
-        """Time in kernels over time that passed; low on a GPU that waits for launches."""
-        passed = self.phases["prefill"].total + self.new_tokens * self.phases["decode"].total
-        return sum(kernel.seconds for kernel in self.kernels) / passed
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
-    def table(self, *, top: int = 15) -> str:
-        """The stages, then the ``top`` kernels, as text."""
-        return f"{self._stage_table()}\n\n{self._kernel_table(top)}"
-
-    def _stage_table(self) -> str:
-        columns = {phase: _stage_seconds(times) for phase, times in self.phases.items()}
-        rows = []
-        for stage in next(iter(columns.values())):
-            row = [stage]
-            for stages in columns.values():
-                row += [f"{1e3 * stages[stage]:,.3f}", f"{stages[stage] / stages['whole forward']:.1%}"]
-            rows.append(row)
-        header = ["stage", f"prefill of {self.tokens}, ms", "share", "decode 1 token, ms", "share"]
-        lines = [format_table(header, rows)]
-        decode = self.phases["decode"]
-        slowest = max(range(len(decode.layers)), key=decode.layers.__getitem__)
-        median = sorted(decode.layers)[len(decode.layers) // 2]
-        lines.append(
-            f"slowest layer in decoding: {slowest}, {decode.layers[slowest] / (median or 1):.2f} times the median"
-        )
-        if self.device == "cuda":
-            lines.append(f"the GPU computes {self.busy:.0%} of the time; the rest is waiting, mostly for launches")
-        return "\n".join(lines)
-
-    def _kernel_table(self, top: int) -> str:
-        rows = [
-            [kernel.name[:70], f"{1e3 * kernel.seconds:,.3f}", f"{kernel.share:.1%}", f"{kernel.calls:,}"]
-            for kernel in self.kernels[:top]
-        ]
-        title = "GPU kernel" if self.device == "cuda" else "operator"
-        return format_table([title, "self, ms", "share", "calls"], rows)
+from lorap.integrations.torchao import flat_state_dict
+from lorap.profile_results import PHASES, KernelTime, PhaseTime, Profile
 
 
 def profile_model(model: Any, *, tokens: int = 128, new_tokens: int = 16, trace: Path | None = None) -> Profile:
@@ -137,7 +44,8 @@ def profile_model(model: Any, *, tokens: int = 128, new_tokens: int = 16, trace:
         _run(model, tokens, new_tokens, ranges)
     if trace is not None:
         profiler.export_chrome_trace(str(trace))
-    return Profile(device, tokens, new_tokens, phases, _kernels(profiler.events(), device))
+    kernels = _kernels(profiler.events(), device, new_tokens)
+    return Profile(device, tokens, new_tokens, phases, kernels, _weight_bytes(model))
 
 
 def run_ranges(model: Any, *, tokens: int = 128, new_tokens: int = 16) -> dict[str, PhaseTime]:
@@ -166,6 +74,8 @@ def _run(model: Any, tokens: int, new_tokens: int, ranges: _Ranges | None) -> No
     ids = torch.randint(vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0)).to(model.device)
     cache = None
     for step in range(1 + new_tokens):
+        if step == 1 and model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)  # what the prefill launched ends before decoding begins
         with ranges.phase(PHASES[step > 0]) if ranges else nullcontext():
             output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             ids, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
@@ -259,29 +169,43 @@ def _decoder_layers(model: Any) -> nn.ModuleList:
     return architecture.decoder_layers(model)
 
 
-def _kernels(events: Any, device: str) -> list[KernelTime]:
-    """Operators by the time in themselves on a CPU, kernels on a GPU; the ranges are neither."""
-    seconds, calls = dict[str, float](), dict[str, int]()
+def _kernels(events: Any, device: str, new_tokens: int) -> dict[str, list[KernelTime]]:
+    """Operators by the time in themselves on a CPU, kernels on a GPU, by phase; the ranges are neither.
+
+    Decoding begins where its first range does on the CPU, which has waited for the GPU there.
+    """
+    cpu = torch.autograd.DeviceType.CPU
+    begins = min(event.time_range.start for event in events if event.name == "decode" and event.device_type == cpu)
+    found: dict[str, dict[str, list[float]]] = {phase: {} for phase in PHASES}
     for event in events:
-        on_gpu = event.device_type != torch.autograd.DeviceType.CPU
+        on_gpu = event.device_type != cpu
         if on_gpu != (device == "cuda") or event.name in (*PHASES, "head") or event.name.startswith("layer."):
             continue
         passed = event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total
-        seconds[event.name] = seconds.get(event.name, 0.0) + passed / 1e6
-        calls[event.name] = calls.get(event.name, 0) + 1
-    total = sum(seconds.values()) or 1.0
-    names = sorted(seconds, key=lambda name: -seconds[name])
-    return [KernelTime(name, seconds[name], seconds[name] / total, calls[name]) for name in names]
+        found[PHASES[event.time_range.start >= begins]].setdefault(event.name, []).append(passed / 1e6)
+    return {phase: _by_time(found[phase], 1 if phase == "prefill" else new_tokens) for phase in PHASES}
 
 
-def _stage_seconds(times: PhaseTime) -> dict[str, float]:
-    layers, attention, mlp = sum(times.layers), sum(times.attention), sum(times.mlp)
+def _by_time(passed: dict[str, list[float]], forwards: int) -> list[KernelTime]:
+    """Seconds of each call become means over ``forwards``, the longest first."""
+    total = sum(map(sum, passed.values())) or 1.0
+    kernels = [
+        KernelTime(name, sum(each) / forwards, sum(each) / total, len(each) / forwards) for name, each in passed.items()
+    ]
+    return sorted(kernels, key=lambda kernel: -kernel.seconds)
+
+
+def _weight_bytes(model: Any) -> dict[str, int]:
+    """Bytes of the tensors that each stage reads, each counted once; of int8 weights the integers and their scales."""
+
+    def read(*modules: nn.Module) -> int:
+        tensors = (tensor for module in modules for tensor in flat_state_dict(module).values())
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+    layers: Any = _decoder_layers(model)
     return {
-        "decoder layers": layers,
-        "  attention": attention,
-        "  mlp": mlp,
-        "  norms, residuals": layers - attention - mlp,
-        "head": times.head,
-        "embedding, rotary, cache": times.total - layers - times.head,
-        "whole forward": times.total,
+        "layers": read(*layers),
+        "attention": read(*(layer.self_attn for layer in layers)),
+        "mlp": read(*(layer.mlp for layer in layers)),
+        "head": read(model.get_output_embeddings()),
     }

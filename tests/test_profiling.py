@@ -10,6 +10,7 @@ import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ from typer.testing import CliRunner
 
 import lorap
 from lorap.cli import app
-from lorap.profiling import deeper, profile_model, run_ranges
+from lorap.profile_results import KernelTime, PhaseTime, Profile
+from lorap.profiling import _kernels, _weight_bytes, deeper, profile_model, run_ranges
 
 WORK = {"tokens": 24, "new_tokens": 3}
 OPTIONS = ["--tokens", "24", "--new-tokens", "3", "--device", "cpu"]
@@ -56,13 +58,64 @@ def test_parts_fit_into_the_whole(make_model, family):
 def test_kernels_are_those_that_ran(make_model):
     model = make_model("llama-gqa")
     found = profile_model(model, **WORK)
-    kernels = {kernel.name: kernel for kernel in found.kernels}
-    assert kernels["aten::mm"].calls == 15 * (1 + WORK["new_tokens"])  # 7 in each of 2 layers, and the head
-    assert sum(kernel.share for kernel in found.kernels) == pytest.approx(1)
-    seconds = [kernel.seconds for kernel in found.kernels]
-    assert seconds == sorted(seconds, reverse=True)
-    assert not {"prefill", "decode", "head", "layer.0", "layer.0.mlp"} & set(kernels)
-    assert found.busy > 0
+    for phase in ("prefill", "decode"):
+        kernels = {kernel.name: kernel for kernel in found.kernels[phase]}
+        assert kernels["aten::mm"].calls == 15  # 7 in each of 2 layers, and the head
+        assert sum(kernel.share for kernel in found.kernels[phase]) == pytest.approx(1)
+        seconds = [kernel.seconds for kernel in found.kernels[phase]]
+        assert seconds == sorted(seconds, reverse=True)
+        assert not {"prefill", "decode", "head", "layer.0", "layer.0.mlp"} & set(kernels)
+        assert found.busy(phase) > 0
+
+
+def test_rates_are_bytes_of_weights_over_seconds(make_model):
+    """1.5 MB in layers and 0.5 MB in the head: 2 MB in 4 ms of prefill, and in 0.5 ms of decoding."""
+    model = make_model("llama-gqa")  # the head is the embedding
+    layers = sum(parameter.nbytes for layer in model.model.layers for parameter in layer.parameters())
+    bytes_read = _weight_bytes(model)
+    assert bytes_read["layers"] == layers
+    assert bytes_read["head"] == model.lm_head.weight.nbytes
+    assert bytes_read["attention"] + bytes_read["mlp"] == layers - 2 * 2 * 64 * 4  # norms
+
+    times = {
+        "prefill": PhaseTime(4e-3, [1e-3, 2e-3], [5e-4, 5e-4], [5e-4, 5e-4], 1e-3),
+        "decode": PhaseTime(5e-4, [1e-4, 2e-4], [5e-5, 5e-5], [2e-5, 4e-5], 1e-4),
+    }
+    read = {"layers": 1_500_000, "attention": 400_000, "mlp": 1_080_000, "head": 500_000}
+    mm = {"prefill": [KernelTime("mm", 3e-3, 1.0, 15)], "decode": [KernelTime("gemv", 2e-4, 1.0, 7.5)]}
+    found = Profile("cpu", 24, 3, times, mm, read)
+    assert found.bandwidth("prefill") == pytest.approx(0.5e9)
+    assert found.to_dict()["bytes_per_second"]["decode"] == pytest.approx(4e9)
+    assert found.busy("decode") == pytest.approx(0.4)
+    stages, prefill, decode = found.table().split("\n\n")
+    row = next(line.split() for line in stages.splitlines() if line.strip().startswith("mlp"))
+    assert row == ["mlp", "1.1", "1.000", "25.0%", "1.08", "0.060", "12.0%", "18.00"]
+    assert ("0.50 GB/s" in prefill, "4.00 GB/s" in decode) == (True, True)
+    assert ("mm" in prefill, "gemv" in prefill, decode.split()[-1]) == (True, False, "7.5")
+
+
+def test_kernels_belong_to_the_phase_in_which_they_start():
+    """A GPU kernel runs after its launch: what counts is when, not who called it."""
+    cpu, gpu = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+
+    def event(name, device, start, end):
+        span = SimpleNamespace(start=start, elapsed_us=lambda: end - start)
+        return SimpleNamespace(name=name, device_type=device, time_range=span, self_cpu_time_total=end - start)
+
+    events = [
+        event("prefill", cpu, 0, 90),
+        event("decode", cpu, 100, 140),
+        event("decode", cpu, 140, 200),
+        event("decode", gpu, 103, 190),
+        event("gemm", gpu, 10, 95),
+        event("gemv", gpu, 105, 125),
+        event("gemv", gpu, 150, 190),
+        event("aten::mm", cpu, 5, 8),
+    ]
+    found = _kernels(events, "cuda", 2)
+    assert found["prefill"] == [KernelTime("gemm", pytest.approx(85e-6), 1.0, 1)]
+    assert found["decode"] == [KernelTime("gemv", pytest.approx(30e-6), 1.0, 1)]
+    assert [kernel.name for kernel in _kernels(events, "cpu", 2)["prefill"]] == ["aten::mm"]
 
 
 def test_compressed_and_optimized(make_model, compress_small):
@@ -70,7 +123,7 @@ def test_compressed_and_optimized(make_model, compress_small):
     found = profile_model(lorap.optimize_for_inference(small), **WORK)
     assert_parts_fit(found.to_dict()["phases"]["decode"], 2)
     if lorap.native.HAS_CPU:
-        names = {kernel.name for kernel in found.kernels}
+        names = {kernel.name for kernel in found.kernels["decode"]}
         assert {"lorap_cpu::low_rank_linear_group", "lorap_cpu::silu_gated_linear", "lorap_cpu::linear"} <= names
 
 
@@ -84,7 +137,7 @@ def test_model_is_left_as_it_was(make_model):
 
 
 def test_table(make_model):
-    stages, kernels = profile_model(make_model("llama-gqa"), **WORK).table(top=4).split("\n\n")
+    stages, prefill, decode = profile_model(make_model("llama-gqa"), **WORK).table(top=4).split("\n\n")
     header, _, *rows = stages.splitlines()
     assert header.split("  ")[0] == "stage"
     assert "prefill of 24, ms" in header
@@ -98,7 +151,7 @@ def test_table(make_model):
     assert [row.split()[0] for row in rows if row.startswith("  ")] == ["attention", "mlp", "norms,"]
     whole = next(row for row in rows if row.startswith("whole forward"))
     assert whole.count("100.0%") == 2
-    assert len(kernels.splitlines()) == 2 + 4
+    assert len(prefill.splitlines()) == len(decode.splitlines()) == 3 + 4
 
 
 def test_trace_shows_nested_ranges(make_model, tmp_path):

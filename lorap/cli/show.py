@@ -67,7 +67,8 @@ def profile_command(
     \b
     Reading the first table: decoding reads every weight once per token, so a stage takes as long as its weights are large,
     and fewer weights help. Prefill computes with each weight many times; fewer multiplications help.
-    Reading the second: "self" is time in the kernel itself, not in what it called. Many calls of a few microseconds mean
+    GB/s are the bytes of weights over the time: in decoding, beside what the memory can do, they say how much is left to gain.
+    Reading the others: "self" is time in the kernel itself, not in what it called. Many calls of a few microseconds mean
     that Python and launches take the time: try --optimize.
 
     \b
