@@ -18,6 +18,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,12 +26,32 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+import lorap
+from lorap import backends, native
+from lorap.errors import BackendError
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CACHE_BYTES = 32 * 2**20  # last-level cache of a server CPU; an H100's L2 is 50 MB, read below
 SECONDS = 0.4  # of measuring per benchmark; at least 5 rounds, fewer where one takes seconds
 GRAPH_CALLS = 20  # at least so many calls in one graph, so that waiting for its end is a small part of the time
 SMALLER = 16  # by how much sizes shrink with --benchmark-disable
+
+
+def measured() -> str:
+    """What stands behind the name lorap in the rows, for people who read them later.
+
+    Raises:
+        BackendError: lorap's kernels are missing, so that torch would be measured under its name.
+    """
+    where, forced = f"lorap {lorap.__version__} in {Path(lorap.__file__).parent}", backends.current()
+    if forced == "reference":
+        return f"{where}: torch alone, as LORAP_BACKEND=reference asks"
+    if DEVICE.type == "cpu" and native.MISSING:
+        raise BackendError(f"there is nothing to measure, the C++ kernels of {where} are missing: {native.MISSING}")
+    used = {"auto": "as lorap env says"}.get(forced, f"LORAP_BACKEND={forced}")
+    instructions = ", ".join(f"{native.cpu_isa(dtype)} for {name}" for name, dtype in DTYPES.items())
+    return f"{where}, {used}, on {DEVICE.type}: C++ kernels {native.MISSING or instructions}"
 
 
 def size(benchmark: Any, full: int, *, multiple: int = 8) -> int:

@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 import transformers
 from inference_models import MODELS, QUICK, Size
@@ -164,6 +165,8 @@ def main() -> None:
         decode_rate(build((MODELS | QUICK)[label], contender), options.new_tokens)
         print(peak_memory_bytes())
         return
+    if not options.quick:
+        print(f"measuring {common.measured()}", file=sys.stderr)
     rows = []
     for label, size in (QUICK if options.quick else MODELS).items():
         rows += measure(size, rounds=options.rounds, new_tokens=options.new_tokens, label=label)

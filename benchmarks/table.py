@@ -11,6 +11,7 @@ tensors.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 from pathlib import Path
@@ -116,10 +117,17 @@ def compact(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     return {kind: {key: float(f"{row[key]:.4g}") for key in keys if key in row} for kind, row in rows.items()}
 
 
-def write(folder: Path, found: dict[str, Any], groups: dict[str, dict[str, dict[str, float]]]) -> Path:
-    """One line per group, so that two runs compare well in a diff."""
+def write(
+    folder: Path, found: dict[str, Any], groups: dict[str, dict[str, dict[str, float]]], *, force: bool = False
+) -> Path:
+    """One line per group, so that two runs compare well in a diff.
+
+    A file that is there holds what documents say; unless forced, this run gets the first number that is free.
+    """
     lines = [f"  {json.dumps(group)}: {json.dumps(compact(rows))}" for group, rows in groups.items()]
-    path = folder / f"{slug(found['machine'])}.json"
+    name = slug(found["machine"])
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    path = next(path for path in (folder / f"{name}.json" for name in names) if force or not path.exists())
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(f'{{"machine": {json.dumps(found)},\n"groups": {{\n' + ",\n".join(lines) + "\n}}\n")
     return path
@@ -129,13 +137,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="file written by --benchmark-json")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the small file")
+    parser.add_argument("--force", action="store_true", help="write over the file of an earlier run on such a machine")
     arguments = parser.parse_args()
     run = json.loads(arguments.run.read_text())
     groups, found = read(run), machine(run)
     print(table(groups))
     bandwidth = f", {found['bandwidth'] / 1e9:.1f} GB/s of memory" if found["bandwidth"] else ""
     print(f"{found['machine']}, {found['threads']} threads, torch {found['torch']}{bandwidth}")
-    print(f"written to {write(arguments.out, found, groups)}")
+    print(f"written to {write(arguments.out, found, groups, force=arguments.force)}")
 
 
 if __name__ == "__main__":

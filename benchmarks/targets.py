@@ -139,6 +139,7 @@ def overhead(count: int) -> tuple[float, float]:
 
 @torch.no_grad()
 def main() -> None:
+    print(f"measuring {common.measured()}")
     rows = []
     for tokens in (1, 4, 16):
         found = projection(tokens, count=15)

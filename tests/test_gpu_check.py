@@ -221,6 +221,8 @@ def test_table_of_make_bench(module, tmp_path):
     found = table.machine(run) | {"machine": "Some CPU (R) @ 2 GHz"}
     path = table.write(tmp_path, found, groups)
     assert path.name == "some-cpu-r-2-ghz.json"
+    assert table.write(tmp_path, found, groups).name == "some-cpu-r-2-ghz-2.json"  # the first stays as it was
+    assert table.write(tmp_path, found, groups, force=True) == path
     saved = json.loads(path.read_text())
     assert saved["machine"]["threads"] == 2
     assert saved["groups"]["q"]["dense"] == {"seconds": 0.003, "ratio": 3.0}

@@ -89,3 +89,15 @@ def test_peak_memory_is_that_of_a_process_of_its_own(inference, tiny):
     found = inference.peak_memory(tiny, inference.OURS, 3)
     assert 100e6 < found < 1e9 < inference.peak_memory_bytes()
     assert ballast[0] == 1
+
+
+def test_what_is_measured_is_said_and_a_fallback_is_not_measured(inference, monkeypatch):
+    common = inference.common
+    monkeypatch.setattr(common, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(common.native, "MISSING", None)
+    assert str(ROOT / "lorap") in common.measured()
+    monkeypatch.setattr(common.native, "MISSING", "not built; do this")
+    with pytest.raises(common.BackendError, match=r"nothing to measure.*not built; do this"):
+        common.measured()
+    with common.backends.use("reference"):
+        assert "torch alone" in common.measured()
