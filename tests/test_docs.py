@@ -69,6 +69,7 @@ ELSEWHERE = {
     "pip download": "tests/test_tasks.py, with files made there",
     "pip install --no-build-isolation": "every set-up",
     "pip install setuptools": "every set-up",
+    "pip install torch": "every set-up",
 }
 
 

@@ -152,8 +152,19 @@ def test_document_and_picture_are_written(q, cells, tmp_path):
     assert "## Sparsity 0.2" in text
     assert "states of the library" not in text
     assert "</svg>" in (tmp_path / "quality.svg").read_text()
+    assert "</svg>" in (tmp_path / "sizes.svg").read_text()
     q.records.write_json(tmp_path / "cells" / "0.json", cells.records[1] | {"code_sha256": "other"})
     assert "made by 2 states of the library" in q.table.write(tmp_path).read_text()
+
+
+def test_sizes_begin_at_the_dense_model(q, cells):
+    """Means of all texts at the parameters of the whole model; a recipe that lacks a text, or has options, has no point."""
+    more = a_cell("flap", "default", {"wiki": 0.5, "web": 0.8}, sparsity=0.2)
+    changed = a_cell("best", "default", dict.fromkeys(DENSE_NATS, 1.0), repair=False)
+    found = q.plot.sizes(q.table.Cells([*cells.records, more, changed]))
+    assert list(found) == ["lorap", "best"]
+    assert found["lorap"] == [(100e-6, 0.0), (84e-6, pytest.approx(1.7 / 3))]
+    assert found["best"] == [(100e-6, 0.0), (84e-6, pytest.approx(0.95 / 3))]
 
 
 def test_tables_of_nothing_and_without_the_default_mixture(q, tmp_path):

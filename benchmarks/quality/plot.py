@@ -1,4 +1,4 @@
-"""The loss of every recipe on every text, calibrated on the default mixture, one panel per sparsity."""
+"""Two pictures of recipes calibrated on the default mixture: the loss on every text, and the loss against the size."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from lorap.drawing import STYLE, save
 
 COLOURS = ("#9aa7b5", "#c8553d", "#3b6ea5", "#6a9c78", "#b08ec2", "#d9a441", "#4f5d75")
 GROUP_WIDTH = 0.8
+# Readable on white and on black, since the picture has no background of its own.
+GREY = "#7f8893"
+SIZE_COLOURS = ("#d9822b", "#3b8ed0", "#4fa36c", "#a277c7")
+LABELS = {"lorap": "paper (recipe lorap)", "svd-llm": "svd-llm, without its tuning"}
 
 
 def draw(cells: Any, picture: Path) -> None:
@@ -50,3 +54,52 @@ def _panel(axis: Any, cells: Any, recipes: list[str], sparsity: float) -> None:
     axis.set_ylabel("nats over dense")
     axis.axhline(0, color="#888888", linewidth=0.6)
     axis.margins(y=0.12)
+
+
+def sizes(cells: Any) -> dict[str, list[tuple[float, float]]]:
+    """recipe -> (millions of parameters, mean increase of the loss over the texts), the dense model first.
+
+    Calibrated on the default mixture; recipes with changed options, and means that lack a text, are left out.
+    """
+    found: dict[str, list[tuple[float, float]]] = {}
+    for recipe in (name for name in cells.recipes if "+" not in name):
+        for sparsity in cells.sparsities:
+            record = cells.get(recipe, sparsity)
+            losses = [cells.increase(recipe, sparsity, "default", text) for text in cells.texts]
+            if record is None or None in losses:
+                continue
+            line = found.setdefault(recipe, [(record["params_total_before"] / 1e6, 0.0)])
+            line.append((record["params_saved"] / 1e6, sum(losses) / len(losses)))
+    return found
+
+
+def draw_sizes(cells: Any, picture: Path) -> None:
+    """Write ``picture``: quality against size, a line for each recipe. Nothing where there is nothing."""
+    lines = sizes(cells)
+    if not lines:
+        return
+    colours = {
+        "text.color": GREY,
+        "axes.labelcolor": GREY,
+        "axes.edgecolor": GREY,
+        "xtick.color": GREY,
+        "ytick.color": GREY,
+    }
+    with mpl.rc_context(STYLE | colours):
+        figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+        figure.patch.set_alpha(0)
+        axis = figure.subplots()
+        axis.patch.set_alpha(0)
+        for index, (recipe, points) in enumerate(lines.items()):
+            width, label = (2.4, recipe) if recipe == "best" else (1.3, LABELS.get(recipe, recipe))
+            axis.plot(
+                *zip(*points, strict=True), marker="o", label=label, linewidth=width, color=SIZE_COLOURS[index % 4]
+            )
+        dense = next(iter(lines.values()))[0]
+        axis.annotate("dense", dense, xytext=(7, -3), textcoords="offset points")
+        axis.margins(x=0.1)
+        axis.set_xlabel("parameters of the whole model, millions")
+        axis.set_ylabel("loss over the dense model,\nnats per token")
+        axis.set_title(f"Mean of {len(cells.texts)} texts: lower and further left is better")
+        axis.legend()
+        save(figure, picture)

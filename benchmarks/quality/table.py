@@ -196,11 +196,12 @@ def render(cells: Cells) -> str:
 
 
 def write(out: Path) -> Path:
-    """table.md and quality.svg of a folder of cells."""
+    """table.md, quality.svg and sizes.svg of a folder of cells."""
     cells = Cells(read_cells(out / "cells"))
     path = out / "table.md"
     path.write_text(render(cells), "utf-8")
     plot.draw(cells, out / "quality.svg")
+    plot.draw_sizes(cells, out / "sizes.svg")
     return path
 
 
