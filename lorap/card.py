@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lorap.config import CompressionConfig
-from lorap.correction import shares
+from lorap.correction_schedule import schedule
 from lorap.planning import weighed_roles
-from lorap.report import KIND_HEADER, PAGE, CompressionReport, evaluation_lines
+from lorap.report import KIND_HEADER, PAGE, CompressionReport, CorrectionReport, correction_lines, evaluation_lines
 
 # What the choices of a config do to a model, as parts of sentences for the model card.
 _NORMS = {
@@ -50,8 +50,11 @@ _PAGE_LINK = f"All of it, layer by layer, with charts: [{PAGE}]({PAGE}).\n"
 _PLUG_IN = "import lorap  # teaches transformers to open this checkpoint\n"
 
 
-def method_text(config: CompressionConfig) -> str:
-    """What was done, in sentences with links to papers, by the choices of ``config`` and not by the name of its recipe."""
+def method_text(config: CompressionConfig, correction: CorrectionReport | None = None) -> str:
+    """What was done, in sentences with links to papers, by the choices of ``config`` and not by the name of its recipe.
+
+    Without ``correction`` the steps are those that the config's windows are enough for.
+    """
     if config.sparsity == 0:
         return "Nothing was to be removed, and nothing was changed."
     dense_attention = config.allocation == "flap" or config.target == "stock"
@@ -76,12 +79,7 @@ def method_text(config: CompressionConfig) -> str:
     sentences.append(_SIZES[sizes].format(ratio=config.vo_to_qk_ratio))
     if weighed_roles(config):
         sentences.append("Errors of outputs were weighted by the gradients of the loss.")
-    if config.corrects:
-        _, steps = shares(config.num_calibration_samples, config.calibration_seq_len, config.correction_steps)
-        took = f"These weights then took {steps} small {'step' if steps == 1 else 'steps'} towards what the original model "
-        sentences.append(took + "predicts on the calibration text; nothing else was trained.")
-    else:
-        sentences.append("Nothing was trained.")
+    sentences.append(_training(config, correction))
     text = " ".join(sentences)
     return re.sub(r"\{([\d.]+)\}", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
 
@@ -92,11 +90,28 @@ def said_as_tuned(text: str) -> str:
     return re.sub(r"nothing( else)? was trained\.", "afterwards it was tuned.", text)
 
 
+def _training(config: CompressionConfig, correction: CorrectionReport | None) -> str:
+    if not config.corrects:
+        return "Nothing was trained."
+    steps, of = correction.taken if correction else _steps(config), config.correction_steps
+    if not steps:
+        return f"None of the {of} correction steps was taken, and nothing was trained."
+    took = f"{steps} small {'step' if steps == 1 else 'steps'}" + ("" if steps == of else f" of {of}")
+    towards = "towards what the original model predicts on the calibration text"
+    return f"These weights then took {took} {towards}; nothing else was trained."
+
+
+def _steps(config: CompressionConfig) -> int:
+    return schedule(config.num_calibration_samples, config.calibration_seq_len, config.correction_steps).steps
+
+
 def model_card(report: CompressionReport) -> str:
     """README.md of a compressed checkpoint, in the form that the Hugging Face hub reads."""
     config = report.config
     base = f"base_model: {report.model}\nbase_model_relation: quantized\n" if "/" in report.model else ""
     measured = "\n".join(f"- {line}" for line in evaluation_lines(report.evaluations))
+    corrected = "".join(f"\n- {line}" for line in correction_lines(report.correction))
+    corrected += "\n" if corrected else ""
     options = "\n".join(f"| {name} | {value} |" for name, value in config.to_dict().items())
     calibration = report.calibration
     return f"""---
@@ -114,13 +129,13 @@ Base model: **{report.model}**. Recipe: **{config.recipe}**. Sparsity asked for:
 {" and ".join(config.sublayers)}; kept share of these parameters: **{report.param_ratio:.4f}**
 ({report.params_before:,} -> {report.params_after:,}; the whole model {report.params_total_before:,} -> {report.params_saved:,}).
 
-{method_text(config)}
+{method_text(config, report.correction)}
 
 {_USE.format(note="" if config.target == "stock" else _PLUG_IN)}
 ## Quality
 
 {measured or "Perplexity was not measured. Measure it with `lorap eval FOLDER --text FILE`."}
-
+{corrected}
 ## Parameters by kind
 
 {_kind_table(report)}

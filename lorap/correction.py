@@ -5,13 +5,13 @@ predictions, and only there. The loss is their Kullback-Leibler divergence from 
 nothing else (cf. Hinton et al., arXiv 1503.02531). Each step takes a part of the windows and moves every weight by the same small
 amount against the sign of its gradient (sign descent; Bernstein et al., arXiv 1802.04434), so that nothing but the weights
 outlives a step and one decoder layer is in memory at a time. A weight moves where both folds of the text, which differ in kind,
-want it to.
+want it to. Whether the steps are kept is decided on windows that none of them has seen (:func:`divergences`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,20 +19,12 @@ from torch import Tensor, nn
 
 from lorap.architectures import Architecture
 from lorap.calibration.backward import walk_back
-from lorap.calibration.data import TokenWindows
 from lorap.calibration.shelf import IN_MEMORY, Held, Shelf
-from lorap.calibration.stream import CalibrationStream
+from lorap.calibration.stream import Batch, CalibrationStream, logits_of
 from lorap.errors import CalibrationError
-from lorap.paging import pages_of
+from lorap.paging import in_memory, pages_of
 from lorap.processes import Processes
 
-# The first step moves an output by at most this share of what independent weights give; later ones by less, down to none. Gain of
-# SmolLM2-135M on five other texts, in nats: 0.127, 0.136 and 0.136 at 0.024, 0.036 and 0.048 from sparsity 0.5, and 0.048, 0.049
-# and 0.050 from 0.2. At 0.096 steps overshoot: 0.018 worse than none from 0.2.
-RATE = 0.036
-# Of a step. With few, signs are noise too often, and time grows with them: 8 steps of 1,024 tokens gained 0.125 nats where 8 of
-# 2,048 gained 0.148; so many are between. More and smaller steps are no way out (docs/recipes.md).
-STEP_TOKENS = 1536
 # Sums of more numbers are float32: two numbers of processes may then differ in the sign of what is next to 0.
 EXACT_NUMBERS = 2**22
 
@@ -42,6 +34,7 @@ def correct(
     layers: Sequence[nn.Module],
     streams: Iterable[CalibrationStream],
     targets: Sequence[CalibrationStream],
+    rates: Sequence[float],
     architecture: Architecture,
     roles: Sequence[str],
     *,
@@ -50,13 +43,14 @@ def correct(
     progress: Callable[[int], Any] = lambda step: iter,
     shelf: Shelf = IN_MEMORY,
 ) -> None:
-    """Move the weights of ``roles`` in all ``layers``, in place: as many steps as there are ``targets``.
+    """Move the weights of ``roles`` in all ``layers``, in place: as many steps as there are ``rates``.
 
     Args:
         model: compressed, in evaluation mode.
         layers: its decoder layers.
-        streams: the windows of each step, see :func:`dealt`, before the first layer.
+        streams: the windows of each step, see :func:`lorap.correction_schedule.dealt`, before the first layer.
         targets: the same windows, behind the last layer of the dense model.
+        rates: sizes of the steps, as shares of what moves an output by as much as independent weights give.
         architecture: where the projections are.
         roles: projections that are corrected; of a low-rank one both factors.
         device: where layers are worked on.
@@ -68,7 +62,7 @@ def correct(
         CalibrationError: a gradient is not finite.
     """
     exact = _ExactWeights(shelf)
-    for step, (stream, target) in enumerate(zip(streams, targets, strict=True)):
+    for step, (stream, target, rate) in enumerate(zip(streams, targets, rates, strict=True)):
         walk = walk_back(
             model,
             layers,
@@ -89,33 +83,51 @@ def correct(
                         f"the gradients at {name} of layer {index} are not finite in {model.dtype}: try --dtype float32 or "
                         "bfloat16, or do without them: --correction-steps 0"
                     )
-                exact.move(index, name, layers[index], linear, votes, RATE * (1 - step / len(targets)))
+                exact.move(index, name, layers[index], linear, votes, rate)
             keep(step, index, layers[index])
 
 
-def dealt(windows: TokenWindows, folds: Tensor, steps: int) -> Iterator[tuple[TokenWindows, Tensor | None]]:
-    """Windows of each step, and which of them form a second fold, if any do: about ``STEP_TOKENS`` tokens, none of them twice.
+@torch.no_grad()
+def divergences(
+    model: Any, layers: Sequence[nn.Module], stream: CalibrationStream, target: CalibrationStream
+) -> tuple[float, ...]:
+    """Kullback-Leibler divergence of the predictions from the dense model's, in nats per token, for each fold of the windows.
+
+    It is what the steps minimise. All processes get the same numbers, whatever their number.
 
     Args:
-        windows: those that are not needed are left out; where there are few, there are fewer steps.
-        folds: (windows,) bool, see :func:`lorap.calibration.data.fold_of`.
-        steps: how many at most.
+        model: compressed; its last norm and head are still to come.
+        layers: its decoder layers, which are passed over.
+        stream: windows behind its last layer.
+        target: the same windows, behind the last layer of the dense model.
     """
-    count, steps = shares(len(folds), windows.input_ids.shape[1], steps)
-    order = torch.argsort(folds.int(), stable=True)
-    for step in range(steps):
-        # Every so many-th window: each step has some of all sources, and of both folds where it can.
-        rows = order[step * count // steps :: count]
-        yield windows.rows(rows), folds[rows] if len(folds[rows].unique()) == 2 else None
+    found = []
+    with in_memory(model.get_output_embeddings()):
+        for ours, dense in zip(stream.batches, target.batches, strict=True):
+            each = _divergence(model, layers, ours, dense)
+            tokens = each.numel() if ours.mask is None else int(ours.mask.sum())
+            found.append((ours.fold, float(each.sum(dtype=torch.float64)), tokens))
+    every = [entry for part in stream.processes.gather(found) for entry in part]
+    # Exact sums do not depend on who had which batch.
+    return tuple(
+        math.fsum(total for at, total, _ in every if at == fold) / max(1, sum(n for at, _, n in every if at == fold))
+        for fold in range(stream.folds)
+    )
 
 
-def shares(windows: int, seq_len: int, steps: int) -> tuple[int, int]:
-    """Into how many parts the windows are dealt out, and how many of these parts, one each, are for steps.
+def _divergence(model: Any, layers: Sequence[nn.Module], ours: Batch, dense: Batch) -> Tensor:
+    """(windows, seq_len) float32, 0 on padding."""
+    home = model.get_output_embeddings().weight.device
+    q, p = (
+        logits_of(model, layers, batch.hidden.to(home)).log_softmax(-1, dtype=torch.float32) for batch in (ours, dense)
+    )
+    each = q.sub_(p).neg_().mul_(p.exp_()).sum(-1)
+    return each if ours.mask is None else each.masked_fill(~ours.mask.to(home), 0.0)
 
-    A part has ``STEP_TOKENS``, but at least two windows, so that there may be one of each fold.
-    """
-    parts = max(1, windows // max(2, STEP_TOKENS // seq_len))
-    return parts, min(steps, parts)
+
+def agree(before: Sequence[float], after: Sequence[float]) -> bool:
+    """Whether every fold of the unseen windows is closer to the dense model than before; what is not finite never is."""
+    return all(now < then for then, now in zip(before, after, strict=True))
 
 
 def _linears(layer: nn.Module, architecture: Architecture, roles: Sequence[str]) -> dict[str, nn.Linear]:

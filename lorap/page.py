@@ -19,7 +19,7 @@ from lorap.page_layers import errors, sizes
 from lorap.page_spectra import spectra
 from lorap.page_style import style_sheet
 from lorap.page_tables import card, figure, pair, table
-from lorap.report import KIND_HEADER, PAGE, CompressionReport
+from lorap.report import KIND_HEADER, PAGE, CompressionReport, correction_lines
 from lorap.report_reading import TUNED_HEADER
 
 # Bytes of a number, by the name of its dtype.
@@ -109,7 +109,7 @@ def _headline(report: CompressionReport) -> str:
 
 
 def _method(report: CompressionReport) -> str:
-    text = method_text(report.config)
+    text = method_text(report.config, report.correction)
     return said_as_tuned(text) if report.tunings else text
 
 
@@ -133,8 +133,11 @@ def _whole_model(report: CompressionReport) -> tuple[str, str, str]:
 
 
 def _quality(report: CompressionReport) -> str:
+    corrected = "".join(
+        f"<p>{escape(f'{line[:1].upper()}{line[1:]}.')}</p>" for line in correction_lines(report.correction)
+    )
     if not report.evaluations:
-        return "<p>Perplexity was not measured. <code>lorap eval FOLDER --text FILE</code> measures it.</p>"
+        return f"<p>Perplexity was not measured. <code>lorap eval FOLDER --text FILE</code> measures it.</p>{corrected}"
     rows = []
     for entry in report.evaluations:
         before, after = entry["before"], entry["after"]
@@ -145,7 +148,7 @@ def _quality(report: CompressionReport) -> str:
         f"Perplexity in windows of {' or '.join(map(str, lengths))} tokens, and the rise of the loss in nats per token."
     )
     header = ["text", "dense", "compressed", "nats", "tokens"]
-    return f"<p>{about}</p>{card(table('Perplexity', header, rows))}"
+    return f"<p>{about}</p>{card(table('Perplexity', header, rows))}{corrected}"
 
 
 def _parameters(report: CompressionReport) -> str:

@@ -5,7 +5,8 @@ text -> windows -> plan of all layers -> for each decoder layer: [observe -> fac
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,8 @@ from lorap.calibration.shelf import IN_MEMORY, Shelf
 from lorap.calibration.sources import DEFAULT_CALIBRATION, Source
 from lorap.calibration.stream import CalibrationStream, on_device
 from lorap.config import CompressionConfig
-from lorap.correction import correct, dealt
+from lorap.correction import agree, correct, divergences
+from lorap.correction_schedule import Schedule, dealt, schedule, unseen
 from lorap.errors import ConfigError, FactorizationError
 from lorap.evaluation import BATCH_TOKENS as EVALUATION_BATCH
 from lorap.evaluation import Evaluation, evaluate_stream
@@ -47,7 +49,7 @@ from lorap.loading import check_tokenizer, find_model, load_model, load_tokenize
 from lorap.modules import count_parameters
 from lorap.paging import in_memory_throughout, pages_of
 from lorap.planning import Key, Plan, make_plan
-from lorap.report import CompressionReport, ProjectionReport, compressed_roles
+from lorap.report import CompressionReport, CorrectionReport, ProjectionReport, compressed_roles
 from lorap.resources import Stopwatch, describe_environment, peak_memory_bytes
 from lorap.typed import read_as
 from lorap.version import __version__
@@ -146,13 +148,15 @@ class Run:
         with self.watch("evaluate"):
             judged = [self._stream(text, batch_tokens=EVALUATION_BATCH) for text in texts]
         if self.config.corrects:
-            targets = [] if self.journal.has("corrected") else list(self._dealt(windows))
-            self._compress_layers(plan, stream, [], targets, report)
+            done = self.journal.has("corrected")
+            targets = [] if done else list(self._dealt(windows))
+            dense, compressed = ([] if done else list(self._unseen(windows)) for _ in range(2))
+            self._compress_layers(plan, stream, {"correct": compressed}, [*targets, *dense], report)
             del stream  # what was calibrated on is used up
-            self._correct(windows, targets)
+            report.correction = self._correct(windows, targets, dense, compressed)
             self._advance(judged)
         else:
-            self._compress_layers(plan, stream, judged, [], report)
+            self._compress_layers(plan, stream, {"evaluate": judged}, [], report)
         with self.watch("evaluate"):
             for text, dense, behind in zip(texts, before, judged, strict=True):
                 report.add_evaluation(dense, evaluate_stream(self.model, self.layers, behind, text))
@@ -176,10 +180,19 @@ class Run:
             **options,
         )
 
+    def _schedule(self, windows: TokenWindows) -> Schedule:
+        return schedule(*windows.input_ids.shape, self.config.correction_steps)
+
     def _dealt(self, windows: TokenWindows) -> Iterator[CalibrationStream]:
         """The calibration windows again, for each correction step its own."""
-        for part, halves in dealt(windows, fold_of(windows), self.config.correction_steps):
+        for part, halves in dealt(windows, fold_of(windows), self._schedule(windows)):
             yield self._stream(part, fold_of=halves, batch_tokens=BACKWARD_BATCH)
+
+    def _unseen(self, windows: TokenWindows) -> Iterator[CalibrationStream]:
+        """Those that no step has, to judge by; none where there is no step."""
+        if (plan := self._schedule(windows)).steps:
+            part, halves = unseen(windows, fold_of(windows), plan)
+            yield self._stream(part, fold_of=halves, batch_tokens=EVALUATION_BATCH)
 
     def _bar(self, items: Iterable[T], *, desc: str) -> Iterable[T]:
         hidden = not self.progress or not self.journal.processes.is_first
@@ -254,17 +267,18 @@ class Run:
         self,
         plan: Plan,
         stream: CalibrationStream,
-        judged: Sequence[CalibrationStream],
+        behind: Mapping[str, Sequence[CalibrationStream]],
         targets: Sequence[CalibrationStream],
         report: CompressionReport,
     ) -> None:
-        """Every layer in order, behind the compressed ones before it; ``targets`` go through the dense ones."""
+        """Every layer in order, behind the compressed ones before it, through which go the streams ``behind``, by the stage that
+        they are of; ``targets`` go through the dense ones."""
         compressor = LayerCompressor(self.config, self.architecture, stream, self.device, self.watch)
         for index, layer in enumerate(self._bar(self.layers, desc="Compressing")):
             if index + 1 < len(self.layers) and (following := pages_of(self.layers[index + 1])) is not None:
                 following.prefetch()
             self._advance_all(targets, index, "correct")
-            step = f"layer-{index:05}"
+            step = _layer(index)
             if self.journal.has(step):
                 report.projections += self._restored(step, layer)
             else:
@@ -280,37 +294,103 @@ class Run:
                     del plan.output_metrics[index, role]
             with on_device(layer, self.device):
                 self._advance_all([stream], index, "calibrate")
-                self._advance_all(judged, index, "evaluate")
+                for stage, streams in behind.items():
+                    self._advance_all(streams, index, stage)
 
-    def _correct(self, windows: TokenWindows, targets: Sequence[CalibrationStream]) -> None:
-        """Small steps of all weights together. An interrupted pass begins again, with the layers as they were before it."""
+    def _correct(
+        self,
+        windows: TokenWindows,
+        targets: Sequence[CalibrationStream],
+        dense: Sequence[CalibrationStream],
+        compressed: Sequence[CalibrationStream],
+    ) -> CorrectionReport:
+        """Small steps of all weights together, which stay if windows that no step has seen agree.
+
+        An interrupted pass begins again, with the layers as they were before it.
+
+        Args:
+            windows: all that were calibrated on.
+            targets: those of each step, behind the last dense layer.
+            dense: those to judge by, behind the last dense layer.
+            compressed: the same behind the last compressed one.
+        """
         if self.journal.has("corrected"):
-            self.watch.add(self.journal.read("corrected")["seconds"])
-            for index, layer in enumerate(self.layers):
+            kept = self.journal.read("corrected")
+            self.watch.add(kept["seconds"])
+            found: CorrectionReport = read_as(CorrectionReport, kept.get("correction"), "corrected")
+            for index, layer in enumerate(self.layers if found.taken else ()):
                 self._reloaded(_corrected(index), layer)
-            return
-        start, steps = dict(self.watch.seconds), len(targets)
+            return found
+        start, plan = dict(self.watch.seconds), self._schedule(windows)
+        found = CorrectionReport(plan.asked, plan.steps, windows=len(windows.input_ids), enough=plan.enough)
+        with self.watch("correct"):
+            if plan.steps:
+                found = self._take_steps(found, windows, plan, targets, (dense[0], compressed[0]))
+        self.journal.keep("corrected", {"correction": asdict(found), "seconds": self.watch.since(start)})
+        if not found.taken:
+            for index in range(len(self.layers)):
+                self.journal.forget_tensors(_corrected(index))
+        return found
+
+    def _take_steps(
+        self,
+        found: CorrectionReport,
+        windows: TokenWindows,
+        plan: Schedule,
+        targets: Sequence[CalibrationStream],
+        judges: tuple[CalibrationStream, CalibrationStream],
+    ) -> CorrectionReport:
+        """The steps, the judgement, and back to where they began if it is against them."""
+        dense, compressed = judges
+        before = divergences(self.model, self.layers, compressed, dense)
+        originals = self._originals()
 
         def keep(step: int, index: int, layer: nn.Module) -> None:
-            if self.journal.folder is not None and (pages_of(layer) is not None or step == steps - 1):
+            if self.journal.folder is not None and (pages_of(layer) is not None or step == plan.steps - 1):
                 self.journal.keep_tensors(_corrected(index), layer.state_dict())
                 self.journal.processes.wait()
                 self._repaged(_corrected(index), layer)
 
-        with self.watch("correct"):
-            correct(
-                self.model,
-                self.layers,
-                self._dealt(windows),
-                targets,
-                self.architecture,
-                compressed_roles(self.config),
-                device=self.device,
-                keep=keep,
-                progress=lambda step: partial(self._bar, desc=f"Correcting, step {step + 1} of {steps}"),
-                shelf=self.shelf,
-            )
-        self.journal.keep("corrected", {"seconds": self.watch.since(start)})
+        correct(
+            self.model,
+            self.layers,
+            self._dealt(windows),
+            targets,
+            plan.rates,
+            self.architecture,
+            compressed_roles(self.config),
+            device=self.device,
+            keep=keep,
+            progress=lambda step: partial(self._bar, desc=f"Correcting, step {step + 1} of {plan.steps}"),
+            shelf=self.shelf,
+        )
+        (corrected,) = self._unseen(windows)
+        for index in self._bar(range(len(self.layers)), desc="Judging the correction"):
+            with on_device(self.layers[index], self.device):
+                corrected.advance(index, self.layers[index])
+        after = divergences(self.model, self.layers, corrected, dense)
+        taken = plan.steps if agree(before, after) else 0
+        if not taken:
+            self._put_back(originals)
+        finite = after if all(map(math.isfinite, after)) else ()
+        tokens = int(unseen(windows, fold_of(windows), plan)[0].tokens)
+        return replace(found, taken=taken, unseen_tokens=tokens, before=before, after=finite)
+
+    def _originals(self) -> list[dict[str, Tensor]]:
+        """All layers as they are, for :meth:`_put_back`: nothing where the journal has them."""
+        if self.journal.folder is not None:
+            return []
+        return [
+            {name: tensor.to("cpu", copy=True) for name, tensor in layer.state_dict().items()} for layer in self.layers
+        ]
+
+    def _put_back(self, originals: Sequence[Mapping[str, Tensor]]) -> None:
+        """The layers are to the bit what they were before the correction."""
+        for index, layer in enumerate(self.layers):
+            if originals:
+                layer.load_state_dict(originals[index])
+            else:
+                self._reloaded(_layer(index), layer)
 
     def _advance(self, judged: Sequence[CalibrationStream]) -> None:
         """Send the texts to judge by through all layers."""
@@ -318,7 +398,7 @@ class Run:
             self._advance_all(judged, index, "evaluate")
 
     def _advance_all(self, streams: Sequence[CalibrationStream], index: int, stage: str) -> None:
-        """Send the streams through one layer."""
+        """Send the streams through one layer, in the time of a stage."""
         if not streams:
             return
         with self.watch(stage), on_device(self.layers[index], self.device):
@@ -344,6 +424,10 @@ class Run:
         """From now on a paged layer comes from what was kept of it."""
         if (pages := pages_of(layer)) is not None:
             layer.pages = replace(pages, tensors=self.journal.tensors(step), dtype=None)  # type: ignore[assignment]
+
+
+def _layer(index: int) -> str:
+    return f"layer-{index:05}"
 
 
 def _corrected(index: int) -> str:

@@ -56,6 +56,31 @@ class ProjectionReport:
     spectrum: Spectrum | None = None
 
 
+@dataclass(frozen=True)
+class CorrectionReport:
+    """The correction steps, and what windows that none of them saw said of them.
+
+    Args:
+        asked: steps that were wanted.
+        tried: steps that the windows were enough for.
+        taken: all that were tried, or none.
+        windows: of calibration.
+        enough: windows that would have been enough for all steps.
+        unseen_tokens: that judged.
+        before: divergence of the predictions from the dense model's on these, nats per token, for each fold; empty without steps.
+        after: the same behind the steps; empty where it is not finite.
+    """
+
+    asked: int
+    tried: int
+    taken: int = 0
+    windows: int = 0
+    enough: int = 0
+    unseen_tokens: int = 0
+    before: tuple[float, ...] = ()
+    after: tuple[float, ...] = ()
+
+
 @dataclass
 class CompressionReport:
     """Everything worth knowing about a run; ``lorap_report.json`` holds the same.
@@ -74,6 +99,7 @@ class CompressionReport:
         environment: versions, device, dtype and thread count.
         command: that was run, as it would be typed into a shell; empty where there was none.
         tunings: what was trained afterwards (:func:`lorap.recover`); all else is as it was before.
+        correction: what became of the correction steps; None where none were asked for, or in older reports.
     """
 
     model: str
@@ -89,6 +115,7 @@ class CompressionReport:
     environment: dict[str, Any] = field(default_factory=dict)
     command: str = ""
     tunings: list[Tuning] = field(default_factory=list)
+    correction: CorrectionReport | None = None
 
     @property
     def params_before(self) -> int:
@@ -143,6 +170,7 @@ class CompressionReport:
             "peak_device_memory_bytes": self.peak_device_memory_bytes,
             "environment": self.environment,
             "command": self.command,
+            "correction": asdict(self.correction) if self.correction else None,
             "projections": [asdict(projection) for projection in self.projections],
         } | ({"tunings": [asdict(tuning) for tuning in self.tunings]} if self.tunings else {})
 
@@ -181,7 +209,7 @@ class CompressionReport:
         lines.append(f"peak memory: {self.peak_memory_bytes / 1e9:.2f} GB")
         if self.peak_device_memory_bytes:
             lines.append(f"peak device memory: {self.peak_device_memory_bytes / 1e9:.2f} GB")
-        lines += solver_lines(self) + storage_lines(self)
+        lines += solver_lines(self) + storage_lines(self) + correction_lines(self.correction)
         lines += evaluation_lines(self.evaluations)
         return "\n".join(lines)
 
@@ -241,6 +269,28 @@ def storage_lines(report: CompressionReport) -> list[str]:
     return [
         f"storing the factors in {dtype} adds at most {worst.storage_error:.2g} relative error "
         f"(layer {worst.layer}, {worst.role})"
+    ]
+
+
+def correction_lines(found: CorrectionReport | None) -> list[str]:
+    """How many correction steps were taken of how many, why, and how many windows would do where they were few."""
+    if found is None:
+        return []
+    told = f"correction: {found.taken} of {found.asked} steps taken"
+    if found.before:
+        now = " and ".join(f"{each:.4f}" for each in found.after) or "what is not finite"
+        then = " and ".join(f"{each:.4f}" for each in found.before)
+        folds = ", in each fold" if len(found.before) > 1 else ""
+        told += (
+            f"; on {found.unseen_tokens:,} tokens that no step saw, the divergence from the dense model went from {then} to {now}"
+            f" nats per token{folds}" + ("" if found.taken else ", so they were undone")
+        )
+    if found.tried == found.asked:
+        return [told]
+    does = f"{found.windows} calibration window{'' if found.windows == 1 else 's'} suffice{'s' if found.windows == 1 else ''}"
+    return [
+        told,
+        f"few windows: {does} for {found.tried} of {found.asked} correction steps; {found.enough} would for all",
     ]
 
 

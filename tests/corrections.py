@@ -9,18 +9,20 @@ from lorap.architectures import ARCHITECTURES, PROJECTIONS
 from lorap.calibration import TokenWindows
 from lorap.calibration.backward import BATCH_TOKENS
 from lorap.calibration.stream import CalibrationStream
-from lorap.correction import correct, dealt
+from lorap.correction import correct
+from lorap.correction_schedule import RATE, dealt, schedule
 
 CPU = torch.device("cpu")
 
 
 def corrected(
-    model: Any, dense: Any, ids: Tensor, folds: Tensor, steps: int = 1, *, mask: Tensor | None = None, **more: Any
+    model: Any, dense: Any, ids: Tensor, folds: Tensor, steps: int = 0, *, mask: Tensor | None = None, **more: Any
 ) -> Any:
-    """``model`` after so many steps towards ``dense``."""
+    """``model`` after so many steps towards ``dense``, each on its part of the windows; or one full step on all of them."""
     architecture = ARCHITECTURES[model.config.model_type]
     layers, teachers = (list(architecture.decoder_layers(each)) for each in (model, dense))
-    parts = list(dealt(TokenWindows(ids, "tokens", "", mask), folds, steps))
+    windows, plan = TokenWindows(ids, "tokens", "", mask), schedule(*ids.shape, steps)
+    parts = list(dealt(windows, folds, plan)) or [(windows, folds if len(folds.unique()) == 2 else None)]
 
     def streams(model: Any, layers: Any) -> list[CalibrationStream]:
         options = {"device": CPU, "batch_tokens": BATCH_TOKENS}
@@ -31,5 +33,6 @@ def corrected(
         for target in targets:
             target.advance(index, layer)
     roles = more.pop("roles", PROJECTIONS)
-    correct(model, layers, streams(model, layers), targets, architecture, roles, device=CPU, **more)
+    rates = plan.rates or (RATE,)
+    correct(model, layers, streams(model, layers), targets, rates, architecture, roles, device=CPU, **more)
     return model

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
+from html import unescape
 
 import pytest
 import torch
@@ -15,7 +17,15 @@ from lorap.card import method_text, model_card, stock_card
 from lorap.config import CHOICES, RECIPES
 from lorap.errors import CheckpointError
 from lorap.factorization import factorize
-from lorap.report import CompressionReport, ProjectionReport, compressed_roles, storage_lines
+from lorap.page import compression_page
+from lorap.report import (
+    CompressionReport,
+    CorrectionReport,
+    ProjectionReport,
+    compressed_roles,
+    correction_lines,
+    storage_lines,
+)
 from lorap.spectra import Spectrum, sampled_spectrum, spectrum_indices
 
 CALIBRATION = {"name": "a text", "windows": 3, "seq_len": 100, "tokens": 300, "sha256": "ab" * 32}
@@ -159,10 +169,47 @@ def test_weights_that_stayed_are_told():
     assert text == TEXTS["best"].split(" These weights")[0] + " Nothing was trained."
 
 
-@pytest.mark.parametrize(("windows", "told"), [(8, "1 small step "), (23, "1 small step "), (63, "5 small steps ")])
+@pytest.mark.parametrize(
+    ("windows", "told"), [(8, "1 small step of 8"), (35, "1 small step of 8"), (63, "4 small steps of 8")]
+)
 def test_fewer_steps_on_little_text_are_told(windows, told):
-    text = method_text(lorap.CompressionConfig(num_calibration_samples=windows))
-    assert text == TEXTS["best"].replace("8 small steps ", told)
+    config = lorap.CompressionConfig(num_calibration_samples=windows)
+    assert method_text(config) == TEXTS["best"].replace("8 small steps", told)
+    assert method_text(config, CorrectionReport(8, 5, 5)) == TEXTS["best"].replace(
+        "8 small steps", "5 small steps of 8"
+    )
+    none = method_text(config, CorrectionReport(8, 5, 0))
+    assert none.endswith(" None of the 8 correction steps was taken, and nothing was trained.")
+
+
+# Steps, taken or undone, with windows enough or not; what the output has to say.
+CORRECTIONS = {
+    "all": (
+        CorrectionReport(8, 8, 8, 128, 108, 1536, (0.5, 0.75), (0.25, 0.5)),
+        ["8 of 8", "1,536", "0.2500 and 0.5000"],
+    ),
+    "few": (CorrectionReport(8, 2, 2, 36, 108, 1536, (0.5,), (0.25,)), ["2 of 8", "36 calibration windows", "108"]),
+    "undone": (
+        CorrectionReport(8, 1, 0, 16, 108, 1024, (0.5, 0.75), (0.6, 0.5)),
+        ["0 of 8", "undone", "16 calibration windows", "for 1 of 8", "108"],
+    ),
+    "one": (CorrectionReport(8, 0, 0, 1, 108), ["0 of 8", "1 calibration window ", "108"]),
+    "overflow": (CorrectionReport(8, 8, 0, 128, 108, 1536, (0.5,), ()), ["0 of 8", "not finite"]),
+}
+
+
+@pytest.mark.parametrize("name", CORRECTIONS)
+def test_corrections_are_told_everywhere(name):
+    correction, said = CORRECTIONS[name]
+    found = replace(made_report(3), correction=correction)
+    read = CompressionReport.from_dict(json.loads(json.dumps(found.to_dict())))
+    assert read.correction == correction
+    lines = correction_lines(correction)
+    assert all(part in " ".join(lines) for part in said)
+    assert len(lines) == 1 + (correction.tried < 8)
+    for output in (found.table(), model_card(found), unescape(compression_page(found))):
+        for line in lines:
+            assert line[1:] in output
 
 
 def test_method_follows_the_choices_and_not_the_name():

@@ -254,6 +254,41 @@ def test_goes_on_behind_the_last_step(step: str, source: Path, tokens: Path, tmp
     assert json.loads((tmp_path / "out" / "lorap_report.json").read_text())["seconds"]
 
 
+@pytest.mark.usefixtures("short_steps")
+@pytest.mark.parametrize("paged", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["paged", "in memory"])
+@pytest.mark.parametrize(("rate", "taken"), [(0.036, 2), (30.0, 0)], ids=["taken", "undone"])
+def test_a_judgement_that_was_interrupted_comes_out_the_same(
+    rate: float, taken: int, paged: bool, source: Path, tokens: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Before it was written down, and right behind that."""
+    monkeypatch.setattr("lorap.correction_schedule.RATE", rate)
+    if not paged:
+        monkeypatch.setattr("lorap.runs.open_paged", lambda *args, **kwargs: None)
+    config = small(correction_steps=2)
+    whole = compress_to_folder(source, tmp_path / "whole", config, options(tokens))
+    assert whole.correction is not None
+    assert whole.correction.taken == taken
+    compress_to_folder(source, tmp_path / "none", small(correction_steps=0), options(tokens))
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "none")]
+    assert (weights[0] == weights[1]) == (not taken)
+    keep = Journal.keep_alone
+    for behind in (False, True):
+
+        def stops(self: Journal, name: str, *args: Any, behind: bool = behind, **kwargs: Any) -> None:
+            if name != "corrected" or behind:
+                keep(self, name, *args, **kwargs)
+            if name == "corrected":
+                raise KeyboardInterrupt
+
+        out = tmp_path / f"out-{behind}"
+        with monkeypatch.context() as patch:
+            patch.setattr(Journal, "keep_alone", stops)
+            with pytest.raises(KeyboardInterrupt):
+                compress_to_folder(source, out, config, options(tokens))
+        assert compress_to_folder(source, out, config, options(tokens)).correction == whole.correction
+        assert files(out) == files(tmp_path / "whole")
+
+
 def unfinished(source: Path, tokens: Path, out: Path, monkeypatch: Any) -> None:
     """A run that stopped behind its first layer."""
     keep = Journal.keep_alone
@@ -465,7 +500,7 @@ def reconstructed(folder: Path) -> dict[str, torch.Tensor]:
 def test_the_result_does_not_depend_on_the_number_of_processes(
     steps: int, difference: float, count: int, source: Path, tmp_path: Path
 ) -> None:
-    tokens, windows = tmp_path / "tokens.npy", 64  # enough for two steps
+    tokens, windows = tmp_path / "tokens.npy", 64  # enough for a step
     np.save(tokens, np.random.default_rng(0).integers(0, 500, (windows, 32)))
     config = small(correction_steps=steps, num_calibration_samples=windows)
     compress_to_folder(source, tmp_path / "1", config, options(tokens))
@@ -481,6 +516,27 @@ def test_the_result_does_not_depend_on_the_number_of_processes(
         one["evaluations"][0]["after"]["nats"], rel=difference
     )
     assert many["params_saved"] == one["params_saved"]
+    assert (many["correction"] is None) == (steps == 0)
+    for name, value in (one["correction"] or {}).items():
+        assert many["correction"][name] == (
+            pytest.approx(value, rel=difference) if name in ("before", "after") else value
+        )
+
+
+@pytest.mark.slow
+def test_processes_undo_together_what_hurts(source: Path, tokens: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text("import lorap.correction_schedule as them\nthem.RATE = 30.0\n")
+    path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
+    run = torchrun(2, source, tokens, tmp_path / "out", "--correction-steps", "8", PYTHONPATH=path)
+    assert run.returncode == 0, run.stderr[-3000:]
+    plain = torchrun(2, source, tokens, tmp_path / "plain", "--correction-steps", "0")
+    assert plain.returncode == 0, plain.stderr[-3000:]
+    found = json.loads((tmp_path / "out" / "lorap_report.json").read_text())["correction"]
+    assert (found["taken"], found["tried"]) == (0, 1)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "plain")]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.slow

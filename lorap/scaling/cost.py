@@ -227,21 +227,26 @@ def _keep(run: Passes) -> Ledger:
 
 
 def _correct(run: Passes) -> Ledger:
-    """Forward through the dense layers; later forward, forward again, and backward to inputs and weights."""
+    """Forward through the dense layers; later forward, forward again, and backward to inputs and weights.
+
+    What judges goes forward through the dense layers, and through the compressed ones before and after.
+    """
     ledger = run.ledger(shared=True)
     steps, step_tokens = run.texts.step_tokens(run.config.correction_steps)
-    if not run.config.corrects:
+    if not run.config.corrects or not steps:
         return ledger
     paging, layers = run.ledger(), run.ledger(shared=True, each_layer=True)
     run.page(paging, run.before, what="dense weights")
-    run.page(paging, run.after, passes=2 * steps)
-    tokens, params = steps * step_tokens, sum(run.after.values())
-    run.run(layers, tokens, sum(run.before.values()), batch=BACKWARD_TOKENS, what="forward, dense")
+    run.page(paging, run.after, passes=2 * steps + 1)
+    tokens, judging, params = steps * step_tokens, step_tokens, sum(run.after.values())
+    run.run(layers, tokens + judging, sum(run.before.values()), batch=BACKWARD_TOKENS, what="forward, dense")
     what = "forward, forward again, backward, weights"
     run.run(layers, tokens, 4 * params, batch=BACKWARD_TOKENS, what=what, attention=4)
+    run.run(layers, judging, 2 * params, batch=BACKWARD_TOKENS, what="forward, to judge by", attention=2)
     ledger.include(paging)
     ledger.include(layers)
     run.loss(ledger, tokens, heads=3)
+    run.loss(ledger, judging, heads=4)
     kept = run.ledger()
     nbytes, times = corrected_bytes(run), 1 if run.memory.resident else steps
     kept.carried("corrected layers", times * nbytes, "written", f"{times:,} x {nbytes:,} B")
@@ -251,7 +256,7 @@ def _correct(run: Passes) -> Ledger:
 
 def corrected_bytes(run: Passes) -> int:
     """Layers that are kept once more when they are corrected."""
-    return sum(run.sizes.nbytes[role] for role in PROJECTIONS) if run.config.corrects else 0
+    return sum(run.sizes.nbytes[role] for role in PROJECTIONS) if run.config.corrects and run.memory.steps else 0
 
 
 def _write(run: Passes) -> Ledger:

@@ -83,10 +83,16 @@ class Memory:
         return self.base + model
 
     @property
+    def followed_tokens(self) -> int:
+        """What correction steps read, behind the dense model, and what judges them, behind the dense and the compressed one."""
+        return (self.steps + 2) * self.step_tokens if self.config.corrects and self.steps else 0
+
+    @property
     def hidden_bytes(self) -> int:
         """Hidden states of all windows between two layers; those of the dense model beside them where it is followed."""
-        targets = self.steps * self.step_tokens if self.config.corrects else 0
-        return (self.tokens + targets + self.evaluation_tokens) * self.shape.hidden_size * self.shape.itemsize
+        return (
+            (self.tokens + self.followed_tokens + self.evaluation_tokens) * self.shape.hidden_size * self.shape.itemsize
+        )
 
     def in_memory(self, hidden: int) -> int:
         """What the budget leaves there of that many bytes of hidden states."""
@@ -189,7 +195,7 @@ class Memory:
         """
         shape, tokens = self.shape, self.step_tokens
         states, backward = self._backward(tokens)
-        states += self.steps * tokens * shape.hidden_size * shape.itemsize
+        states += self.followed_tokens * shape.hidden_size * shape.itemsize
         loss = self._head(min(BACKWARD_TOKENS, tokens), 2 * (shape.itemsize + 4))
         largest = shape.hidden_size * max(shape.hidden_size, self.layer.intermediate_size)
         gradients = self.folds * layer_params * (DOUBLE if largest <= EXACT_NUMBERS else 4)

@@ -8,7 +8,7 @@ from lorap.calibration.mixtures import Sources, split_by_weight, weighted_source
 from lorap.calibration.samples import BATCH_WINDOWS
 from lorap.calibration.sources import OWN_SAMPLES
 from lorap.config import CompressionConfig
-from lorap.correction import shares
+from lorap.correction_schedule import schedule
 from lorap.pipeline import EVALUATION_TOKENS
 from lorap.planning import SENSITIVITY_TOKENS
 
@@ -49,9 +49,9 @@ class Texts:
         )
 
     def step_tokens(self, steps: int) -> tuple[int, int]:
-        """Correction steps that there will be, and the tokens of each."""
-        parts, steps = shares(self.windows, self.seq_len, steps)
-        return steps, -(-self.windows // parts) * self.seq_len
+        """Correction steps that there will be, and the tokens of each; as many more judge them."""
+        plan = schedule(self.windows, self.seq_len, steps)
+        return plan.steps, -(-self.windows // plan.parts) * self.seq_len
 
     @property
     def tokens(self) -> int:
