@@ -150,10 +150,10 @@ class Run:
         if self.config.corrects:
             done = self.journal.has("corrected")
             targets = [] if done else list(self._dealt(windows))
-            dense, compressed = ([] if done else list(self._unseen(windows)) for _ in range(2))
-            self._compress_layers(plan, stream, {"correct": compressed}, [*targets, *dense], report)
+            judges = [] if done else [*self._unseen(windows), *self._unseen(windows)]
+            self._compress_layers(plan, stream, {"correct": judges[1:]}, [*targets, *judges[:1]], report)
             del stream  # what was calibrated on is used up
-            report.correction = self._correct(windows, targets, dense, compressed)
+            report.correction = self._correct(windows, targets, judges)
             self._advance(judged)
         else:
             self._compress_layers(plan, stream, {"evaluate": judged}, [], report)
@@ -181,7 +181,8 @@ class Run:
         )
 
     def _schedule(self, windows: TokenWindows) -> Schedule:
-        return schedule(*windows.input_ids.shape, self.config.correction_steps)
+        count, seq_len = windows.input_ids.shape
+        return schedule(count, seq_len, self.config.correction_steps)
 
     def _dealt(self, windows: TokenWindows) -> Iterator[CalibrationStream]:
         """The calibration windows again, for each correction step its own."""
@@ -301,8 +302,7 @@ class Run:
         self,
         windows: TokenWindows,
         targets: Sequence[CalibrationStream],
-        dense: Sequence[CalibrationStream],
-        compressed: Sequence[CalibrationStream],
+        judges: Sequence[CalibrationStream],
     ) -> CorrectionReport:
         """Small steps of all weights together, which stay if windows that no step has seen agree.
 
@@ -311,8 +311,7 @@ class Run:
         Args:
             windows: all that were calibrated on.
             targets: those of each step, behind the last dense layer.
-            dense: those to judge by, behind the last dense layer.
-            compressed: the same behind the last compressed one.
+            judges: those to judge by, behind the last dense layer and behind the last compressed one.
         """
         if self.journal.has("corrected"):
             kept = self.journal.read("corrected")
@@ -325,7 +324,7 @@ class Run:
         found = CorrectionReport(plan.asked, plan.steps, windows=len(windows.input_ids), enough=plan.enough)
         with self.watch("correct"):
             if plan.steps:
-                found = self._take_steps(found, windows, plan, targets, (dense[0], compressed[0]))
+                found = self._take_steps(found, windows, plan, targets, judges)
         self.journal.keep("corrected", {"correction": asdict(found), "seconds": self.watch.since(start)})
         if not found.taken:
             for index in range(len(self.layers)):
@@ -338,7 +337,7 @@ class Run:
         windows: TokenWindows,
         plan: Schedule,
         targets: Sequence[CalibrationStream],
-        judges: tuple[CalibrationStream, CalibrationStream],
+        judges: Sequence[CalibrationStream],
     ) -> CorrectionReport:
         """The steps, the judgement, and back to where they began if it is against them."""
         dense, compressed = judges
