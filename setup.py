@@ -9,8 +9,8 @@ torch's headers come from the installed torch, hence ``--no-build-isolation``. W
 is installed without native code and works: torch and Triton do the work then. The end of the build says so, which pip shows
 with -v, and so do the first use and ``lorap env``.
 
-Packages are named one by one: the Triton kernels live in kernels/triton and are shipped as lorap.kernels. ``kernels/`` itself
-must never become a package, because transformers imports an installed package of that name.
+The Triton kernels live in kernels/triton and are shipped as lorap.kernels. ``kernels/`` itself must never become a package,
+because transformers imports an installed package of that name.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 
 import setuptools
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 if int(setuptools.__version__.split(".")[0]) < 77:  # --no-build-isolation does not look at pyproject.toml's requirement
@@ -117,16 +117,7 @@ class Wheel(bdist_wheel):
 
 reason = reason_not_to_build()
 distribution = setup(
-    packages=[
-        "lorap",
-        "lorap.calibration",
-        "lorap.cli",
-        "lorap.factorization",
-        "lorap.integrations",
-        "lorap.kernels",
-        "lorap.scaling",
-        "lorap.tasks",
-    ],
+    packages=[*find_packages(include=["lorap", "lorap.*"]), "lorap.kernels"],
     package_dir={"lorap": "lorap", "lorap.kernels": "kernels/triton"},
     package_data={
         "lorap": ["py.typed"],

@@ -129,5 +129,5 @@ def test_wheel_holds_code_texts_and_marker(built):
     assert len(texts) == len(shipped_texts()) + 2  # the held-out text and SOURCES.md
     assert texts | {"lorap/py.typed", "lorap/__main__.py", "lorap/kernels/__init__.py"} <= files
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "lorap").rglob("*.py")}
-    assert modules <= files  # setup.py names packages one by one
+    assert modules <= files
     assert {name.split("/")[0] for name in files} == {"lorap", f"lorap-{lorap.__version__}.dist-info"}
