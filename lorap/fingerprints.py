@@ -57,10 +57,11 @@ def digest(source: Source) -> str:
     if isinstance(source, Mapping):
         return " ".join(digest(source[name]) for name in sorted(source))
     if not is_packaged(str(source)) and (place := located(source)) is not None:
-        inside = (
-            sorted(path for path in place.path.rglob("*") if path.is_file()) if place.path.is_dir() else [place.path]
-        )
-        return " ".join([*map(hash_file, inside), place.config, place.split, place.field]).strip()
+        if not place.path.is_dir():
+            return f"{hash_file(place.path)} {place.field}".strip()
+        inside = {path.relative_to(place.path): path for path in sorted(place.path.rglob("*")) if path.is_file()}
+        parts = [f"{name}: {hash_file(path)}" for name, path in inside.items()]
+        return " ".join([*parts, place.config, place.split, place.field]).strip()
     return hashlib.sha256(str(source).encode()).hexdigest()
 
 

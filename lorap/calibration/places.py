@@ -12,6 +12,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -157,11 +158,12 @@ def _spool(path: str) -> Path:
     return copy
 
 
-def _opened(path: str) -> IO[bytes]:
+def _opened(path: str) -> AbstractContextManager[IO[bytes]]:
     if path != STDIN:
         return open(path, "rb")
-    if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
+    stdin = getattr(sys.stdin, "buffer", None)
+    if stdin is None or stdin.closed or stdin.isatty():
         raise CalibrationError(
             "- stands for the standard input, and nothing is piped into it; give a file, or pipe a text in"
         )
-    return os.fdopen(os.dup(sys.stdin.fileno()), "rb")
+    return nullcontext(stdin)

@@ -74,9 +74,8 @@ def _arrow_rows(content: Content, batches: Callable[[Any, Any], Iterator[Any]]) 
                     number += 1
                     yield f"record {number:,}", row
         except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-            raise CalibrationError(
-                f"{content.place.name} is a damaged {content.kind} file: {str(error)[:200]}"
-            ) from None
+            reason = " ".join(str(error).split())[:200]
+            raise CalibrationError(f"{content.place.name} is a damaged {content.kind} file: {reason}") from None
 
 
 def _on_disk(content: Content) -> IO[bytes]:
