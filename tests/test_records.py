@@ -1,4 +1,4 @@
-"""The same texts in every container give the same tokens; damage is refused with file, record and field; large files are sampled."""
+"""The same texts in every container give the same tokens; damage is refused; large files are sampled."""
 
 from __future__ import annotations
 
@@ -116,7 +116,10 @@ def test_chats_in_parquet_and_in_tables(tmp_path: Path, tokenizer: PreTrainedTok
     from pyarrow import parquet
 
     chatty = copy.deepcopy(tokenizer)
-    chatty.chat_template = "{% for m in messages %}{{ m.role }}{{ m.name }}: {{ m.content }}{% if m.tool_calls is defined %}!{% endif %}\n{% endfor %}"
+    chatty.chat_template = (
+        "{% for m in messages %}{{ m.role }}{{ m.name }}: {{ m.content }}"
+        "{% if m.tool_calls is defined %}!{% endif %}\n{% endfor %}"
+    )
     chat = [{"role": "user", "name": "Ann", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
     parquet.write_table(arrow.table({"messages": [chat, chat[:1]]}), tmp_path / "chats.parquet")
     ids = chatty.apply_chat_template(chat, return_dict=True)["input_ids"]
@@ -145,6 +148,10 @@ def test_zstd(tmp_path: Path, prose: Path, tokenizer: PreTrainedTokenizerFast, m
     zstandard = pytest.importorskip("zstandard")
     path = write(tmp_path / "rows.jsonl.zst", zstandard.compress(LINES.encode()))
     assert torch.equal(windows_of(path, tokenizer), windows_of(prose, tokenizer))
+    packed = zstandard.compress(LINES[:500].encode()) + zstandard.compress(LINES[500:].encode())
+    assert read_source(write(path, packed)) == "\n\n".join(TEXTS)
+    assert "ends within a frame" in refusal(write(path, packed[:-9]), tokenizer)
+    assert "zstd" in refusal(write(path, packed[:20] + b"\xff" * 20), tokenizer)
 
 
 @pytest.mark.parametrize("package", ["zstandard", "pyarrow", "datasets"])

@@ -58,8 +58,7 @@ def _zstd(path: Path) -> IO[bytes]:
         raise CalibrationError(
             f"{path.name} is packed with zstd, and the package `zstandard` is not installed to unpack it: pip install zstandard"
         ) from None
-    file = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True, closefd=True)
-    return cast(IO[bytes], io.BufferedReader(cast(Any, file)))
+    return cast(IO[bytes], io.BufferedReader(cast(Any, _Frames(path.open("rb"), zstandard.ZstdDecompressor()))))
 
 
 _PACKINGS: dict[str, Callable[[bytes], bool]] = {
@@ -92,6 +91,35 @@ class _Recoded(io.RawIOBase):
             self._left = self._decoder.decode(data, final=not data).encode()
             if not data:
                 break
+        count = min(len(buffer), len(self._left))
+        buffer[:count], self._left = self._left[:count], self._left[count:]
+        return count
+
+
+class _Frames(io.RawIOBase):
+    """Zstandard frames, one after the other; the package's own reader takes a file that was cut off for one that ends there."""
+
+    def __init__(self, file: IO[bytes], decompressor: Any) -> None:
+        self._file, self._decompressor, self._frame = file, decompressor, None
+        self._packed, self._left = b"", b""
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._left:
+            self._packed = self._packed or self._file.read(2**16)
+            if not self._packed:
+                if self._frame is not None:
+                    raise EOFError("the file ends within a frame")
+                return 0
+            frame: Any = self._frame or self._decompressor.decompressobj()
+            self._left = frame.decompress(self._packed)
+            self._packed, self._frame = (frame.unused_data, None) if frame.eof else (b"", frame)
         count = min(len(buffer), len(self._left))
         buffer[:count], self._left = self._left[:count], self._left[count:]
         return count
