@@ -200,6 +200,10 @@ def main() -> None:
         label, sparsity, folder = options.save
         print(json.dumps(save_model((MODELS | QUICK)[label], float(sparsity), Path(folder))))
         return
+    if not options.quick:
+        from common import measured
+
+        print(f"measuring {measured()}", file=sys.stderr)
     rows = []
     for label, size in (QUICK if options.quick else MODELS).items():
         with tempfile.TemporaryDirectory() as scratch:
