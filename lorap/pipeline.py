@@ -47,7 +47,7 @@ from lorap.kept import (
 from lorap.layers import LayerCompressor, needs_folds
 from lorap.loading import check_tokenizer, find_model, load_model, load_tokenizer, resolve_device
 from lorap.modules import count_parameters
-from lorap.paging import in_memory_throughout, pages_of
+from lorap.paging import in_memory_throughout, is_in_memory, pages_of
 from lorap.planning import Key, Plan, make_plan
 from lorap.report import CompressionReport, CorrectionReport, ProjectionReport, compressed_roles
 from lorap.resources import Stopwatch, describe_environment, peak_memory_bytes
@@ -414,10 +414,12 @@ class Run:
         return kept_reports(kept, step)
 
     def _reloaded(self, step: str, layer: nn.Module, home: torch.device | None = None) -> None:
-        """The weights that were kept, where the layer is in memory; a paged one finds them when it is used."""
-        if pages_of(layer) is None:
-            load_kept(layer, self.journal.tensors(step), home or next(layer.parameters()).device)
+        """The weights that were kept, where the layer is in memory; a paged one finds them when it is used, unless it stays."""
         self._repaged(step, layer)
+        if (pages := pages_of(layer)) is None:
+            load_kept(layer, self.journal.tensors(step), home or next(layer.parameters()).device)
+        elif is_in_memory(layer):
+            pages.load(layer, next(layer.parameters()).device)
 
     def _repaged(self, step: str, layer: nn.Module) -> None:
         """From now on a paged layer comes from what was kept of it."""

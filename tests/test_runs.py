@@ -255,15 +255,18 @@ def test_goes_on_behind_the_last_step(step: str, source: Path, tokens: Path, tmp
 
 
 @pytest.mark.usefixtures("short_steps")
-@pytest.mark.parametrize("paged", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["paged", "in memory"])
+@pytest.mark.parametrize(
+    "held", ["paged", *(pytest.param(one, marks=pytest.mark.slow) for one in ("stays", "in memory"))]
+)
 @pytest.mark.parametrize(("rate", "taken"), [(0.036, 2), (30.0, 0)], ids=["taken", "undone"])
 def test_a_judgement_that_was_interrupted_comes_out_the_same(
-    rate: float, taken: int, paged: bool, source: Path, tokens: Path, tmp_path: Path, monkeypatch: Any
+    rate: float, taken: int, held: str, source: Path, tokens: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """Before it was written down, and right behind that."""
     monkeypatch.setattr("lorap.correction_schedule.RATE", rate)
-    if not paged:
-        monkeypatch.setattr("lorap.runs.open_paged", lambda *args, **kwargs: None)
+    monkeypatch.setattr("lorap.paging._fits_for_good", lambda device, nbytes: held == "stays")
+    if held == "in memory":
+        monkeypatch.setattr("lorap.loading.paged_model", lambda *args, **kwargs: None)
     config = small(correction_steps=2)
     whole = compress_to_folder(source, tmp_path / "whole", config, options(tokens))
     assert whole.correction is not None
