@@ -1,26 +1,16 @@
-"""Writing Hugging Face folders.
-
-A folder appears complete or not at all: everything is written into a hidden folder beside it, which is renamed at the end.
-"""
+"""Writing a compressed model as a Hugging Face folder: config, weights, tokenizer, report and card."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
 
 from lorap.card import model_card
 from lorap.errors import CheckpointError
 from lorap.folders import stored_parameters
+from lorap.outputs import staged_folder
 from lorap.page import write_page
 from lorap.report import CompressionReport
 
@@ -71,83 +61,3 @@ def write_reports(report: CompressionReport, folder: Path) -> None:
     (folder / REPORT).write_text(json.dumps(report.to_dict(), indent=2) + "\n", "utf-8")
     (folder / "README.md").write_text(model_card(report), "utf-8")
     write_page(report, folder)
-
-
-def check_output(
-    out: str | Path, *, source: Path | None = None, overwrite: bool = False, needed_bytes: int = 0
-) -> None:
-    """Refuse an output folder before hours of work go into it.
-
-    Raises:
-        CheckpointError: it is not empty, would touch the source model, cannot be written, or the disk is too full.
-    """
-    out = Path(out)
-    if source is not None:
-        inside, origin = out.resolve(), source.resolve()
-        if inside == origin or origin in inside.parents or inside in origin.parents:
-            raise CheckpointError(f"output {out} overlaps the source model {source}; choose a folder outside it")
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"output {out} is a file; choose a new folder")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise CheckpointError(f"output {out} is not empty; choose a new folder or pass --overwrite")
-    parent = _existing_parent(out)
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise CheckpointError(f"no permission to write into {parent}; choose another output folder")
-    free = shutil.disk_usage(parent).free
-    if free < needed_bytes:
-        raise CheckpointError(
-            f"the disk of {out} has {free / 1e6:,.0f} MB free and the compressed model needs about {needed_bytes / 1e6:,.0f} MB"
-        )
-
-
-@contextmanager
-def staged_folder(out: Path, *, overwrite: bool = False, needed_bytes: int = 0) -> Iterator[Path]:
-    """A hidden folder beside ``out`` that becomes ``out`` if the block succeeds and vanishes if it does not."""
-    check_output(out, overwrite=overwrite, needed_bytes=needed_bytes)
-    stage = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".incomplete", dir=out.parent))
-        yield stage
-        share(stage)
-        _replace(stage, out)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"could not write {out}: {reason(error, out)}; nothing was left there") from error
-    finally:
-        if stage is not None:
-            shutil.rmtree(stage, ignore_errors=True)
-
-
-def share(folder: Path) -> None:
-    """Give everything the permissions of ordinary new files; temporary folders and safetensors are private at first."""
-    umask = os.umask(0o077)  # it can only be read by setting it
-    os.umask(umask)
-    folder.chmod(0o777 & ~umask)
-    for path in folder.iterdir():
-        path.chmod(0o666 & ~umask)
-
-
-def _replace(stage: Path, out: Path) -> None:
-    if not out.exists():
-        stage.rename(out)
-        return
-    retired = stage.with_suffix(".replaced")
-    out.rename(retired)
-    try:
-        stage.rename(out)
-    except OSError:
-        retired.rename(out)
-        raise
-    shutil.rmtree(retired, ignore_errors=True)
-
-
-def reason(error: Exception, out: Path) -> str:
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if full or "No space left" in str(error) or "File too large" in str(error):
-        free = shutil.disk_usage(_existing_parent(out)).free
-        return f"the disk is full or a quota is reached ({free / 1e6:,.0f} MB free)"
-    return str(error)
-
-
-def _existing_parent(path: Path) -> Path:
-    return next(parent for parent in path.absolute().parents if parent.exists())

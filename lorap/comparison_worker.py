@@ -22,6 +22,7 @@ from lorap.calibration import places
 from lorap.calibration.data import consecutive_windows
 from lorap.errors import LoRAPError
 from lorap.evaluation import evaluate
+from lorap.files import replacing
 from lorap.loading import check_tokenizer, find_model, load_model, load_tokenizer, resolve_device
 from lorap.merging import optimize_for_inference
 from lorap.resources import describe_environment, peak_memory_bytes
@@ -112,10 +113,8 @@ def main(argument: str) -> None:
         found = measure(request["part"], request["model"], request["options"])
     except LoRAPError as error:
         raise SystemExit(str(error)) from None
-    out = Path(request["out"])
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-    partial.replace(out)
+    with replacing(Path(request["out"])) as draft:
+        draft.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

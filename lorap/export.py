@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from lorap.architectures import ARCHITECTURES, ATTENTION, MLP, PROJECTIONS, Architecture
 from lorap.card import stock_card
-from lorap.checkpoint import SPARE_BYTES, staged_folder
+from lorap.checkpoint import SPARE_BYTES
 from lorap.errors import ArchitectureError, CheckpointError
 from lorap.folders import read_tensors
 from lorap.gguf import FILE_TYPES, check_gguf, write_gguf
 from lorap.integrations.transformers import unmark
 from lorap.modules import count_parameters
+from lorap.outputs import staged_folder
 from lorap.pruning import new_linear
 from lorap.reconstruction import reconstruct
 

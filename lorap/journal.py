@@ -1,15 +1,15 @@
-"""What an unfinished run has done so far, in a hidden folder beside its output, so that the same command can go on after any
-interruption.
+"""What an unfinished run has done so far, in the hidden work folder of its output (:mod:`lorap.outputs`), so that the same
+command can go on after any interruption.
 
 ::
 
-    .OUT.lorap/
+    .OUT.lorap/, or OUT/.lorap/
         lock              held by the process at work; the system lets go of it when that process dies, however it dies
         identity.json     what the run depends on: options, model files, texts, versions
         NAME.json         one finished step each; what it says of tensors is in NAME.safetensors, which is written first
         hidden/           hidden states that did not fit into memory; worthless to another process
         stage/            the folder that becomes OUT
-        replaced/         the folder that was OUT before, for the moment between two renames
+        stage.replaced/   what was OUT before, while the two change places
 
 A file appears complete or not at all, by a rename, and is on the disk before the next step begins. So there is nothing to repair:
 a step whose JSON is there is done.
@@ -17,18 +17,17 @@ a step whose JSON is there is done.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lorap.checkpoint import reason
 from lorap.errors import CheckpointError, JournalError
+from lorap.files import reason, remove, replacing
 from lorap.folders import read_json
+from lorap.outputs import LOCK, WorkFolder, work_folder, work_path
 from lorap.processes import ALONE, Processes
 from lorap.stored_tensors import StoredTensor, stored_tensors
 from lorap.tensor_files import Writable, write_tensors
@@ -37,7 +36,8 @@ IDENTITY = "identity"
 # All is in the stage; only names are still to change.
 COMPLETE = "complete"
 STAGE = "stage"
-REPLACED = "replaced"
+# In the same folder, but nothing of a run's.
+NOT_OURS = (LOCK, "recovery")
 # These alone are no reason to leave a folder behind.
 PREPARATIONS = (IDENTITY, "weights")
 
@@ -48,11 +48,13 @@ class Journal:
     Args:
         folder: None for a run that keeps nothing.
         processes: who share the run; the first one writes.
+        work: what puts the stage in place; of the first process.
     """
 
-    def __init__(self, folder: Path | None, processes: Processes = ALONE) -> None:
+    def __init__(self, folder: Path | None, processes: Processes = ALONE, work: WorkFolder | None = None) -> None:
         self.folder = folder
         self.processes = processes
+        self.work = work
 
     def has(self, step: str) -> bool:
         """Whether a step is done; for all processes what the first one finds."""
@@ -88,7 +90,6 @@ class Journal:
             self.keep_tensors(step, tensors)
         with self._writing(step, "json") as path:
             path.write_text(json.dumps(value), "utf-8")
-            sync(path)
 
     def keep_tensors(self, step: str, tensors: Mapping[str, Writable]) -> None:
         """Write tensors of a step that is not done yet; errors as :meth:`keep`."""
@@ -108,13 +109,10 @@ class Journal:
     @contextmanager
     def _writing(self, step: str, suffix: str) -> Iterator[Path]:
         path = self._path(step, suffix)
-        draft = path.with_suffix(path.suffix + ".draft")
         try:
-            yield draft
-            draft.rename(path)
-            sync(path.parent)
+            with replacing(path) as draft:
+                yield draft
         except OSError as error:
-            draft.unlink(missing_ok=True)
             raise CheckpointError(
                 f"cannot keep {step.replace('-', ' ')} in {path.parent}: {reason(error, path)}; what was finished before is "
                 "kept: mend that and run the same command again"
@@ -122,11 +120,6 @@ class Journal:
 
 
 NO_JOURNAL = Journal(None)
-
-
-def journal_folder(out: Path) -> Path:
-    """Where the journal of a run with this output is."""
-    return out.absolute().parent / f".{out.name}.lorap"
 
 
 @contextmanager
@@ -139,22 +132,18 @@ def open_journal(out: Path, *, restart: bool = False, processes: Processes = ALO
         JournalError: another process is at work on ``out``.
         CheckpointError: the folder cannot be made.
     """
-    folder = journal_folder(out)
     if not processes.is_first:
-        yield Journal(folder, processes)
+        yield Journal(work_path(out), processes)
         return
-    lock = _lock(folder, out)
-    try:
-        if restart:
-            clear(folder)
-        if (folder / REPLACED).exists() and not out.exists():
-            (folder / REPLACED).rename(out)  # what was there before is whole again until the new folder is
-        shutil.rmtree(folder / "hidden", ignore_errors=True)
-        yield Journal(folder, processes)
-    finally:
-        if not any(path.suffix == ".json" and path.stem not in PREPARATIONS for path in folder.glob("*")):
-            shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+    with work_folder(out) as work:
+        try:
+            if restart or _is_lost(work):
+                clear(work.path)
+            shutil.rmtree(work.path / "hidden", ignore_errors=True)
+            yield Journal(work.path, processes, work)
+        finally:
+            if not any(path.suffix == ".json" and path.stem not in PREPARATIONS for path in work.path.glob("*")):
+                clear(work.path)
 
 
 def check_identity(journal: Journal, identity: Mapping[str, Any]) -> None:
@@ -183,91 +172,46 @@ def check_identity(journal: Journal, identity: Mapping[str, Any]) -> None:
 
 
 def is_complete(out: Path) -> bool:
-    """Whether an interrupted run has done everything but the last renames."""
-    return (journal_folder(out) / f"{COMPLETE}.json").is_file()
+    """Whether an interrupted run has done everything but put the folder in place."""
+    return (work_path(out) / f"{COMPLETE}.json").is_file()
 
 
-def put_in_place(journal: Journal, out: Path) -> None:
-    """The stage becomes ``out``, whatever was there goes, and the journal with it.
-
-    It may be interrupted anywhere and called again: until the last rename ``out`` can be had from the journal, then it is there.
+def finish(journal: Journal) -> None:
+    """The stage becomes the output, and the journal goes. It may be interrupted anywhere and called again.
 
     Raises:
-        CheckpointError: ``out`` cannot be replaced.
+        CheckpointError: the output cannot be replaced.
     """
-    folder = journal.folder
+    folder, work = journal.folder, journal.work
     assert folder is not None
-    stage = folder / STAGE
+    assert work is not None
     try:
-        if stage.exists():
-            if out.exists():
-                shutil.rmtree(folder / REPLACED, ignore_errors=True)
-                out.rename(folder / REPLACED)
-            try:
-                stage.rename(out)
-            except OSError:
-                if (folder / REPLACED).exists():
-                    (folder / REPLACED).rename(out)
-                raise
-            sync(out.absolute().parent)
-        last = [folder / f"{step}.json" for step in (COMPLETE, *PREPARATIONS)]
-        for path in folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path not in last and path.name != "lock":
-                path.unlink()
-        for path in last:
-            path.unlink(missing_ok=True)
+        work.put_in_place(folder / STAGE)
+        clear(folder, placed=True)
     except OSError as error:
         raise CheckpointError(
-            f"could not put {out} in place: {reason(error, out)}; it is whole in {stage}: mend that and run the same "
-            "command again"
+            f"could not put {work.out} in place: {reason(error, work.out)}; it is whole in {folder / STAGE}: mend that "
+            "and run the same command again"
         ) from error
 
 
-def clear(folder: Path) -> None:
-    """Everything in the folder goes, but for the lock."""
+def clear(folder: Path, *, placed: bool = False) -> None:
+    """Everything of a run goes. What says that it is complete goes first, but last where the output is in its place."""
+    complete = folder / f"{COMPLETE}.json"
+    if not placed:
+        complete.unlink(missing_ok=True)
+    last = [complete, *(folder / f"{step}.json" for step in PREPARATIONS)]
     for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != "lock":
-            path.unlink()
+        if path not in last and path.name not in NOT_OURS:
+            remove(path)
+    for path in last:
+        path.unlink(missing_ok=True)
 
 
-def _lock(folder: Path, out: Path) -> int:
-    """The open lock file of a journal, held by this process."""
-    while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot write into {folder.parent}: {error.strerror}; choose another output"
-            ) from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(lock, 20, 0).decode(errors="replace") or "another one"
-            os.close(lock)
-            raise JournalError(
-                f"process {holder} is writing {out} already; wait for it, or choose another output"
-            ) from None
-        if (folder / "lock").exists() and os.fstat(lock).st_ino == (folder / "lock").stat().st_ino:
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, str(os.getpid()).encode(), 0)
-            return lock
-        os.close(lock)  # of a folder that its last user removed in this moment
-
-
-def sync(path: Path) -> None:
-    """What was written to a file, or renamed within a folder, is on the disk when this returns; so are the files of a folder."""
-    for inner in path.iterdir() if path.is_dir() and path.name == STAGE else ():
-        sync(inner)
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
+def _is_lost(work: WorkFolder) -> bool:
+    """Whether a run was complete and somebody has removed what came out of it."""
+    whole = (work.path / STAGE).is_dir() or work.out.is_dir()
+    return (work.path / f"{COMPLETE}.json").is_file() and not whole
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from lorap.architectures import PROJECTIONS
 from lorap.card import method_text, said_as_tuned
 from lorap.config import RECIPES, CompressionConfig
+from lorap.files import replacing
 from lorap.page_charts import bar_chart
 from lorap.page_layers import errors, sizes
 from lorap.page_spectra import spectra
@@ -29,10 +30,9 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 def write_page(report: CompressionReport, folder: Path) -> Path:
     """Write ``report.html`` into a folder, in place of an older one, and return where it is."""
-    path = folder / PAGE
-    partial = path.with_name(f".{PAGE}.partial")
-    partial.write_text(compression_page(report), "utf-8")
-    return partial.replace(path)
+    with replacing(folder / PAGE) as draft:
+        draft.write_text(compression_page(report), "utf-8")
+    return folder / PAGE
 
 
 def compression_page(report: CompressionReport) -> str:

@@ -22,15 +22,16 @@ from lorap.calibration.data import TokenWindows, consecutive_windows
 from lorap.calibration.mixtures import Sources, check_sources
 from lorap.calibration.samples import sample_windows
 from lorap.calibration.sources import DEFAULT_CALIBRATION, Source
-from lorap.checkpoint import REPORT, SPARE_BYTES, check_output, staged_folder
+from lorap.checkpoint import REPORT, SPARE_BYTES
 from lorap.consistency import CONFIG, lorap_config
 from lorap.errors import ArchitectureError, CheckpointError, ConfigError
 from lorap.evaluation import evaluate
 from lorap.folders import read_json, read_tensors, stored_parameters
 from lorap.loading import ModelSource, check_tokenizer, find_model, load_model, load_tokenizer, resolve_device
 from lorap.modules import LowRankLinear
+from lorap.outputs import WorkFolder, check_output, work_folder
 from lorap.page import write_page
-from lorap.recovery_files import merge_into_copy, open_work_folder, sha256_of_weights
+from lorap.recovery_files import STATE, merge_into_copy, sha256_of_weights, state_folder
 from lorap.recovery_report import RECOVERY_REPORT, RecoveryReport, dense_evaluation, tuned_card
 from lorap.report import PAGE, CompressionReport
 from lorap.resources import Stopwatch, describe_environment, peak_memory_bytes
@@ -41,7 +42,6 @@ from lorap.tuning_text import training_windows
 EVALUATION_TOKENS = 4096
 EVALUATION_SEQ_LEN = 128
 MODULES = {"all": PROJECTIONS, "attention": ATTENTION, "ffn": MLP}
-STATE = "state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def recover(
 ) -> RecoveryReport:
     """Tune the compressed model in ``folder`` and write the result to ``out``; the source folder is only read.
 
-    While it runs, its state is in a hidden folder beside ``out``. After an interruption or a kill the same call goes on from
-    there, and ends with the same weights as if it had not been stopped, unless ``minutes`` limits it.
+    While it runs, its state is in the hidden work folder of ``out`` (:mod:`lorap.outputs`). After an interruption or a kill the
+    same call goes on from there, and ends with the same weights as if it had not been stopped, unless ``minutes`` limits it.
 
     Args:
         folder: what :func:`lorap.save` wrote.
@@ -103,6 +103,7 @@ def recover(
         CheckpointError: a folder cannot be read or written.
         CalibrationError: a text cannot be used.
         ArchitectureError: the model is of an unknown family.
+        JournalError: another process is writing ``out``.
     """
     require_peft()
     watch, where = Stopwatch(), resolve_device(device)
@@ -111,27 +112,16 @@ def recover(
     source, origin = _local(folder)
     needed_bytes = sum(tensor.nbytes for tensor in read_tensors(origin).values()) + SPARE_BYTES
     check_output(out, source=origin, overwrite=overwrite, needed_bytes=needed_bytes)
-    with watch("load"):
-        run = _gather(source, recovery, evaluation, where, progress)
-    settings = _settings(recovery)
-    work = open_work_folder(Path(out), settings | _made_from(recovery, origin, run.windows), restart=restart)
-    report = RecoveryReport(source.name, settings, _describe(run.windows), stored_parameters(origin))
-    with watch("evaluate"):
-        dense = [None if run.teacher is None else evaluate(run.teacher, text, progress=progress) for text in run.texts]
-        before = [evaluate(run.model, text, progress=progress) for text in run.texts]
-    with watch("tune"):
-        tuned = _tune(run, recovery, work / STATE, save_seconds, report, progress)
-    with staged_folder(Path(out), overwrite=overwrite, needed_bytes=needed_bytes) as stage:
-        with watch("merge"):
-            model = merge_into_copy(tuned, run.names, origin, stage)
-        with watch("evaluate"):
-            for text, reference, old in zip(run.texts, dense, before, strict=True):
-                reference = reference or dense_evaluation(_compression(origin), old)
-                report.add_evaluation(reference, old, evaluate(model, text, progress=progress))
-        report.seconds, report.peak_memory_bytes = watch.seconds, peak_memory_bytes()
+    with work_folder(out) as work:
+        with watch("load"):
+            run = _gather(source, origin, recovery, evaluation, where, progress)
+        settings = _settings(recovery)
+        report = RecoveryReport(source.name, settings, _describe(run.windows), stored_parameters(origin))
         report.environment = describe_environment(where, recovery.dtype)
-        _write_report(stage, report)
-    shutil.rmtree(work, ignore_errors=True)
+        made_from = _made_from(recovery, origin, run.windows)
+        with state_folder(work, settings | made_from, restart=restart) as state:
+            _tune_and_write(run, recovery, work, state / STATE, report, watch, save_seconds, progress)
+            shutil.rmtree(state, ignore_errors=True)
     return report
 
 
@@ -180,8 +170,9 @@ def is_compressed(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Run:
-    """What a run works with; ``names`` are the layers to tune, ``texts`` those to judge by."""
+    """What a run works with; ``origin`` is the model's folder, ``names`` are the layers to tune, ``texts`` those to judge by."""
 
+    origin: Path
     model: Any
     teacher: Any
     names: list[str]
@@ -190,14 +181,47 @@ class _Run:
 
 
 def _gather(
-    source: ModelSource, recovery: Recovery, evaluation: Sequence[Source], device: torch.device, progress: bool
+    source: ModelSource,
+    origin: Path,
+    recovery: Recovery,
+    evaluation: Sequence[Source],
+    device: torch.device,
+    progress: bool,
 ) -> _Run:
     model, tokenizer = load_model(source, dtype=recovery.dtype, device=device), load_tokenizer(source)
     check_tokenizer(tokenizer, _vocab_size(model))
     names = target_names(model, recovery.modules)
     teacher = _open_teacher(recovery, model, device)
     windows = _training_windows(recovery, tokenizer, model, teacher, progress)
-    return _Run(model, teacher, names, windows, [_evaluation_windows(text, tokenizer, model) for text in evaluation])
+    texts = [_evaluation_windows(text, tokenizer, model) for text in evaluation]
+    return _Run(origin, model, teacher, names, windows, texts)
+
+
+def _tune_and_write(
+    run: _Run,
+    recovery: Recovery,
+    work: WorkFolder,
+    state: Path,
+    report: RecoveryReport,
+    watch: Stopwatch,
+    save_seconds: float,
+    progress: bool,
+) -> None:
+    """The tuned model in its place."""
+    with watch("evaluate"):
+        dense = [None if run.teacher is None else evaluate(run.teacher, text, progress=progress) for text in run.texts]
+        before = [evaluate(run.model, text, progress=progress) for text in run.texts]
+    with watch("tune"):
+        tuned = _tune(run, recovery, state, save_seconds, report, progress)
+    with work.staged() as stage:
+        with watch("merge"):
+            model = merge_into_copy(tuned, run.names, run.origin, stage)
+        with watch("evaluate"):
+            for text, reference, old in zip(run.texts, dense, before, strict=True):
+                reference = reference or dense_evaluation(_compression(run.origin), old)
+                report.add_evaluation(reference, old, evaluate(model, text, progress=progress))
+        report.seconds, report.peak_memory_bytes = watch.seconds, peak_memory_bytes()
+        _write_report(stage, report)
 
 
 def _tune(

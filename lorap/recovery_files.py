@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +14,43 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lorap.errors import CheckpointError, ConfigError
+from lorap.files import replacing
 from lorap.folders import read_json, read_tensors, weight_files
+from lorap.outputs import WorkFolder
 
+RECOVERY = "recovery"  # in the work folder of the output
+# The one folder that transformers makes in a model folder.
+CHAT_TEMPLATES = "additional_chat_templates"
 SETTINGS = "settings.json"
+STATE = "state.safetensors"
 
 
-def work_folder(out: Path) -> Path:
-    """Where a run that is to become ``out`` keeps its state: hidden, beside it."""
-    return out.with_name(f".{out.name}.recover")
-
-
-def open_work_folder(out: Path, settings: Mapping[str, Any], *, restart: bool = False) -> Path:
-    """The work folder of ``out``, new or that of a run with the same settings, which can be resumed.
+@contextmanager
+def state_folder(work: WorkFolder, settings: Mapping[str, Any], *, restart: bool = False) -> Iterator[Path]:
+    """Where a run keeps its state: new, or that of a run with the same settings, which can be resumed. A run that stops before
+    it has a state leaves nothing.
 
     Raises:
         ConfigError: a run with other settings was begun there.
         CheckpointError: it cannot be written.
     """
-    folder = work_folder(out.resolve())
+    folder = work.path / RECOVERY
     try:
-        if restart:
+        if restart or not (folder / STATE).exists():
             shutil.rmtree(folder, ignore_errors=True)
         if (folder / SETTINGS).exists():
-            _check_same(read_json(folder / SETTINGS), settings, out)
-            return folder
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{SETTINGS}.partial"
-        partial.write_text(json.dumps(dict(settings), indent=2) + "\n", "utf-8")
-        partial.replace(folder / SETTINGS)
+            _check_same(read_json(folder / SETTINGS), settings, work.out)
+        else:
+            folder.mkdir()
+            with replacing(folder / SETTINGS) as draft:
+                draft.write_text(json.dumps(dict(settings), indent=2) + "\n", "utf-8")
     except OSError as error:
-        raise CheckpointError(f"cannot write the work folder {folder}: {error.strerror}") from error
-    return folder
+        raise CheckpointError(f"cannot write into {folder}: {error.strerror}") from error
+    try:
+        yield folder
+    finally:
+        if not (folder / STATE).exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def merge_into_copy(tuned: Any, names: Sequence[str], origin: Path, stage: Path) -> Any:
@@ -107,6 +114,8 @@ def _copy_others(origin: Path, stage: Path, weights: set[str]) -> None:
     for path in sorted(origin.iterdir()):
         if path.is_file() and path.name not in weights:
             shutil.copyfile(path, stage / path.name)
+        elif path.is_dir() and path.name == CHAT_TEMPLATES:
+            shutil.copytree(path, stage / path.name)
 
 
 def _check_same(begun: Mapping[str, Any], settings: Mapping[str, Any], out: Path) -> None:

@@ -19,16 +19,18 @@ from safetensors import SafetensorError
 from lorap.calibration.mixtures import Sources, check_sources
 from lorap.calibration.shelf import Shelf
 from lorap.calibration.sources import DEFAULT_CALIBRATION, Source
-from lorap.checkpoint import check_output, reason, share, write_reports
+from lorap.checkpoint import write_reports
 from lorap.config import CompressionConfig
 from lorap.errors import CheckpointError
+from lorap.files import reason, sync_tree
 from lorap.fingerprints import check_weights, identity_of
 from lorap.folders import stored_parameters
-from lorap.journal import COMPLETE, STAGE, Journal, check_identity, is_complete, open_journal, put_in_place, sync
+from lorap.journal import COMPLETE, STAGE, Journal, check_identity, finish, is_complete, open_journal
 from lorap.loading import ModelSource, check_tokenizer, find_model, load_model, load_tokenizer, resolve_device
+from lorap.outputs import check_output
 from lorap.paging import pages_of
 from lorap.pipeline import Run, check_finite
-from lorap.processes import joined
+from lorap.processes import is_first_process, joined
 from lorap.report import CompressionReport
 from lorap.resources import Stopwatch
 from lorap.shards import write_model
@@ -79,7 +81,7 @@ def compress_to_folder(
     config, options, out = config or CompressionConfig(), options or RunOptions(), Path(out)
     check_sources(options.calibration, *options.evaluation)
     source = find_model(model)
-    if not is_complete(out):
+    if is_first_process() and (options.restart or not is_complete(out)):
         check_output(out, source=source.folder, overwrite=options.overwrite)
     with joined() as processes, open_journal(out, restart=options.restart, processes=processes) as journal:
         return _FolderRun(source, out, config, options, journal).run()
@@ -124,7 +126,7 @@ class _FolderRun:
             if processes.is_first:
                 self._write(model, tokenizer, report, watch)
         if processes.is_first:
-            put_in_place(self.journal, self.out)
+            finish(self.journal)
         processes.wait()
         return report
 
@@ -166,8 +168,7 @@ class _FolderRun:
                 saved = stored_parameters(stage)
             report.seconds = watch.seconds
             write_reports(report, stage)
-            share(stage)
-            sync(stage)
+            sync_tree(stage)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"could not write {self.out}: {reason(error, self.out)}; all layers are kept: mend that and run the same "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lorap.errors import CheckpointError
+from lorap.files import replacing
 
 
 @dataclass
@@ -45,13 +44,10 @@ def write_state(path: Path, parameters: dict[str, nn.Parameter], optimizer: Any,
         moments = optimizer.state[parameter]
         tensors[f"weight/{name}"] = parameter.detach().contiguous()
         tensors[f"first/{name}"], tensors[f"second/{name}"] = moments["exp_avg"], moments["exp_avg_sq"]
-    partial = path.with_suffix(".partial")
     try:
-        save_file(tensors, partial, metadata={"seconds": repr(done.seconds)})
-        os.replace(partial, path)
+        with replacing(path) as draft:
+            save_file(tensors, draft, metadata={"seconds": repr(done.seconds)})
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            partial.unlink()
         raise CheckpointError(f"could not write the state of the training to {path.parent}: {error}") from error
 
 

@@ -62,9 +62,9 @@ class Disk:
         elif self.kind == "eio":
             os.preadv = self.before(os.preadv)  # type: ignore[assignment]
         else:
-            os.write, os.fsync = self.before(os.write), self.before(os.fsync)  # type: ignore[assignment]
-            for name in ("rename", "mkdir", "write_text"):
-                setattr(pathlib.Path, name, self.before(getattr(pathlib.Path, name)))
+            for name in ("write", "fsync", "rename", "replace", "mkdir"):
+                setattr(os, name, self.before(getattr(os, name)))
+            pathlib.Path.write_text = self.before(pathlib.Path.write_text)  # type: ignore[assignment, method-assign]
             if self.kind == "kill":  # a full disk lets one remove things
                 shutil.rmtree = self.before(shutil.rmtree)  # type: ignore[assignment]
                 pathlib.Path.unlink = self.before(pathlib.Path.unlink)  # type: ignore[assignment, method-assign]

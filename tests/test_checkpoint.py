@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save_file
 from test_transformers import low_rank, with_pivoted_storage
 
 import lorap
-from lorap.checkpoint import check_output, staged_folder
 from lorap.errors import CheckpointError
 from lorap.folders import INDEX, WEIGHTS, read_header, read_tensors, weight_files
 from lorap.info import describe_model, format_info
 from lorap.loading import find_model
+from lorap.outputs import check_output, staged_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -148,19 +148,19 @@ def test_output_may_not_be_a_file(tmp_path):
 
 
 def test_too_small_a_disk_is_noticed_before_the_work(tmp_path):
-    with pytest.raises(CheckpointError, match="needs about 1,000,000,000,000 MB"):
+    with pytest.raises(CheckpointError, match=r"about 1,000,000,000,000 MB are needed"):
         check_output(tmp_path / "out", needed_bytes=10**18)
 
 
 NO_PERMISSION = """
 import os, sys
 from pathlib import Path
-import lorap.checkpoint as checkpoint
+import lorap.outputs as outputs
 if os.getuid() == 0:
     os.setuid(65534)
 try:
-    checkpoint.check_output(Path(sys.argv[1]) / "out")
-except checkpoint.CheckpointError as error:
+    outputs.check_output(Path(sys.argv[1]) / "out")
+except outputs.CheckpointError as error:
     print(error)
 """
 
@@ -209,7 +209,7 @@ import resource, signal, sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from lorap.checkpoint import staged_folder
+from lorap.outputs import staged_folder
 from lorap.errors import CheckpointError
 out = Path(sys.argv[1])
 if sys.argv[2] == "limit":

@@ -31,8 +31,9 @@ from lorap.cli import app
 from lorap.errors import ArchitectureError, CalibrationError, CheckpointError, ConfigError
 from lorap.evaluation import Evaluation
 from lorap.folders import WEIGHTS, read_tensors
+from lorap.outputs import work_path
 from lorap.recovery import Recovery, recover, target_names
-from lorap.recovery_files import SETTINGS, work_folder
+from lorap.recovery_files import RECOVERY, SETTINGS
 from lorap.recovery_report import RECOVERY_REPORT, RecoveryReport, dense_evaluation, tuned_card
 from lorap.tuning import TuningConfig
 
@@ -255,7 +256,7 @@ def test_a_killed_run_ends_at_the_weights_of_one_that_was_not(compressed, small_
     options += ["--eval-text", "none", "--device", "cpu", "--quiet"]
     whole = run("recover", folder, tmp_path / "whole", *options)
     assert whole.exit_code == 0, whole.output
-    kill_while_tuning(["recover", folder, tmp_path / "killed", *options], work_folder(tmp_path / "killed"))
+    kill_while_tuning(["recover", folder, tmp_path / "killed", *options], work_path(tmp_path / "killed") / RECOVERY)
     assert not (tmp_path / "killed").exists()
     again = run("recover", folder, tmp_path / "killed", *options)
     assert again.exit_code == 0, again.output
@@ -295,7 +296,7 @@ def test_other_settings_are_refused_until_restart(compressed, tokens, tmp_path, 
         patch.setattr(recovery_module, "merge_into_copy", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             quiet_recover(folder, out, settings(tokens))
-    assert sorted(path.name for path in work_folder(out).iterdir()) == [SETTINGS, "state.safetensors"]
+    assert sorted(path.name for path in (work_path(out) / RECOVERY).iterdir()) == [SETTINGS, "state.safetensors"]
     with pytest.raises(ConfigError, match=r"learning_rate was 0.003 and is now 0.001.*--restart"):
         quiet_recover(folder, out, settings(tokens, learning_rate=1e-3))
     with pytest.raises(ConfigError, match="tokens was"):
@@ -303,7 +304,7 @@ def test_other_settings_are_refused_until_restart(compressed, tokens, tmp_path, 
     assert not out.exists()
     report = quiet_recover(folder, out, settings(tokens, learning_rate=1e-3), restart=True)
     assert report.settings["learning_rate"] == 1e-3
-    assert not work_folder(out).exists()
+    assert not work_path(out).exists()
 
 
 def test_another_model_under_the_same_name_is_not_gone_on_with(compressed, tokens, tmp_path, monkeypatch):
@@ -352,7 +353,7 @@ def test_mistakes_end_in_one_sentence_and_write_nothing(compressed, tokens, mode
     with pytest.raises(ArchitectureError, match="'gpt2'"):
         target_names(SimpleNamespace(config=SimpleNamespace(model_type="gpt2")))
     assert not out.exists()
-    assert not work_folder(out).exists()
+    assert not work_path(out).exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -23,8 +23,9 @@ import lorap
 from lorap import CheckpointError, CompressionConfig, ConfigError, FactorizationError, JournalError
 from lorap.calibration.shelf import Shelf
 from lorap.folders import read_tensors
-from lorap.journal import Journal, journal_folder, open_journal
+from lorap.journal import Journal, open_journal
 from lorap.loading import find_model, load_model
+from lorap.outputs import work_path
 from lorap.paging import in_memory, in_memory_throughout, paged_model, pages_of
 from lorap.resources import parse_bytes
 from lorap.runs import RunOptions, compress_to_folder
@@ -100,7 +101,7 @@ def test_same_bytes_as_in_memory(family: str, recipe: str, make_model: Any, toke
     assert [entry["after"]["nats"] for entry in streamed.evaluations] == [
         entry["after"]["nats"] for entry in report.evaluations
     ]
-    assert not journal_folder(tmp_path / "out").exists()
+    assert not work_path(tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("short_steps")
@@ -245,7 +246,7 @@ def test_goes_on_behind_the_last_step(step: str, source: Path, tokens: Path, tmp
     with pytest.raises(KeyboardInterrupt):
         compress_to_folder(source, tmp_path / "out", config, options(tokens))
     assert not (tmp_path / "out").exists()
-    assert journal_folder(tmp_path / "out").is_dir()
+    assert work_path(tmp_path / "out").is_dir()
     first, done[:], step = list(done), [], "never"
     report = compress_to_folder(source, tmp_path / "out", config, options(tokens))
     assert files(tmp_path / "out") == files(tmp_path / "whole")
@@ -327,7 +328,7 @@ def test_another_run_to_the_same_output_is_refused(
         compress_to_folder(source, out, small(), options(tokens))
     (source / "config.json").write_text(config)
     compress_to_folder(source, out, small(), options(tokens))
-    assert not journal_folder(out).exists()
+    assert not work_path(out).exists()
 
 
 def test_other_weights_are_refused_and_a_copy_is_not(
@@ -359,7 +360,7 @@ def test_a_second_process_is_refused(source: Path, tokens: Path, tmp_path: Path)
     out = tmp_path / "out"
     with open_journal(out), pytest.raises(JournalError, match=f"process {os.getpid()} is writing .* already"):
         compress_to_folder(source, out, small(), options(tokens, restart=True))
-    assert not journal_folder(out).exists()
+    assert not work_path(out).exists()
 
 
 @pytest.mark.parametrize("mistake", ["text", "nan", "sparsity"])
@@ -381,7 +382,7 @@ def test_mistakes_before_the_work_leave_nothing(mistake: str, source: Path, toke
         assert caught.type is FactorizationError
         assert "contains 1 values that are NaN" in str(caught.value)
     assert not (tmp_path / "out").exists()
-    assert mistake == "sparsity" or not journal_folder(tmp_path / "out").exists()
+    assert mistake == "sparsity" or not work_path(tmp_path / "out").exists()
 
 
 def test_a_file_cut_off_during_the_run(source: Path, tokens: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -403,7 +404,7 @@ def test_a_file_cut_off_during_the_run(source: Path, tokens: Path, tmp_path: Pat
             compress_to_folder(source, out, small(), options(tokens))
     with pytest.raises(CheckpointError, match="truncated or corrupt"):
         compress_to_folder(source, out, small(), options(tokens))
-    assert (journal_folder(out) / "layer-00001.json").is_file()
+    assert (work_path(out) / "layer-00001.json").is_file()
     weights.write_bytes(whole)
     compress_to_folder(source, out, small(), options(tokens))
     compress_to_folder(source, tmp_path / "undisturbed", small(), options(tokens))
@@ -576,7 +577,7 @@ def test_a_process_that_dies_ends_the_run_and_another_number_goes_on(
         "lorap: another process of this run is gone" in run.stderr
         or "lorap: interrupted; what is finished" in run.stderr
     )
-    assert (journal_folder(out) / "layer-00000.json").is_file()
+    assert (work_path(out) / "layer-00000.json").is_file()
     again = torchrun(3, source, tokens, out)
     assert again.returncode == 0, again.stderr[-3000:]
     compress_to_folder(source, tmp_path / "alone", small(), options(tokens))

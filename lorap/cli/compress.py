@@ -15,7 +15,7 @@ from lorap.calibration.mixtures import parse_source
 from lorap.calibration.sources import DEFAULT_CALIBRATION, DEFAULT_EVALUATION
 from lorap.cli.common import SOURCE_HELP, AsJson, Debug, Device, Dtype, Model, Quiet, be_quiet, tell_next, user_errors
 from lorap.config import CHOICES, DEFAULT_RECIPE, RECIPES, CompressionConfig
-from lorap.journal import journal_folder
+from lorap.outputs import work_path
 from lorap.processes import is_first_process
 from lorap.resources import parse_bytes
 from lorap.runs import RunOptions, compress_to_folder
@@ -222,7 +222,7 @@ def compress_command(
     The model is read one decoder layer at a time, so it may be larger than the memory. Interrupted, the same command goes on
     behind the last finished layer, to the same bytes.
     """
-    with user_errors(debug, as_json, unfinished=journal_folder(out)) as answer:
+    with user_errors(debug, as_json, unfinished=work_path(out)) as answer:
         be_quiet(quiet)
         options = RunOptions(
             calibration=[parse_source(text) for text in calibration or [DEFAULT_CALIBRATION]],

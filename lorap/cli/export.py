@@ -8,13 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from lorap.checkpoint import check_output
 from lorap.cli.common import AsJson, Debug, Dtype, Model, Quiet, be_quiet, open_model, tell_next, user_errors
 from lorap.errors import ConfigError
 from lorap.export import export_gguf, export_stock
 from lorap.info import describe_model
 from lorap.loading import ModelSource, find_model
 from lorap.modules import count_parameters
+from lorap.outputs import check_output
 
 FORMATS = ("stock", "gguf")
 

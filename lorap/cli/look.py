@@ -11,7 +11,6 @@ import typer
 
 from lorap.calibration.mixtures import check_sources, parse_source
 from lorap.calibration.sources import DEFAULT_CALIBRATION, OWN_SAMPLES
-from lorap.checkpoint import check_output, staged_folder
 from lorap.cli.common import (
     SOURCE_HELP,
     AsJson,
@@ -27,6 +26,7 @@ from lorap.cli.common import (
 from lorap.errors import ConfigError
 from lorap.inspection import inspect_model
 from lorap.loading import find_model, resolve_device
+from lorap.outputs import check_output, staged_folder
 
 NUMBERS = "inspection.json"
 NO_CALIBRATION = "none"

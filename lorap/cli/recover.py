@@ -11,8 +11,9 @@ import typer
 from lorap.calibration.mixtures import parse_source
 from lorap.calibration.sources import DEFAULT_CALIBRATION, DEFAULT_EVALUATION
 from lorap.cli.common import SOURCE_HELP, AsJson, Debug, Device, Quiet, be_quiet, tell_next, user_errors
+from lorap.outputs import work_path
 from lorap.recovery import MODULES, Recovery, recover
-from lorap.recovery_files import work_folder
+from lorap.recovery_files import RECOVERY
 from lorap.tuning import PRECISIONS, TuningConfig
 
 _DEFAULT = TuningConfig()
@@ -89,7 +90,7 @@ def recover_command(
       lorap recover ./small ./tuned --text chats.jsonl=2 --text default --minutes 15
       lorap recover ./small ./tuned --teacher HuggingFaceTB/SmolLM2-135M --steps 1000
     """
-    with user_errors(debug, as_json) as answer:
+    with user_errors(debug, as_json, unfinished=work_path(new) / RECOVERY) as answer:
         be_quiet(quiet)
         tuning = TuningConfig(
             steps=steps,
@@ -103,22 +104,16 @@ def recover_command(
         )
         sources = [parse_source(source) for source in text or [DEFAULT_CALIBRATION]]
         wanted = Recovery(text=sources, teacher=teacher, modules=modules, dtype=dtype, tuning=tuning)
-        try:
-            report = recover(
-                model,
-                new,
-                wanted,
-                evaluation=[source for source in eval_text or [DEFAULT_EVALUATION] if source != "none"],
-                device=device,
-                overwrite=overwrite,
-                restart=restart,
-                progress=not quiet,
-            )
-        except KeyboardInterrupt:
-            if debug or not work_folder(new.resolve()).exists():
-                raise
-            typer.echo("lorap: interrupted; the same command goes on from here", err=True)
-            raise typer.Exit(130) from None
+        report = recover(
+            model,
+            new,
+            wanted,
+            evaluation=[source for source in eval_text or [DEFAULT_EVALUATION] if source != "none"],
+            device=device,
+            overwrite=overwrite,
+            restart=restart,
+            progress=not quiet,
+        )
         typer.echo(report.table())
         typer.echo(f"saved to {new}")
         folder = shlex.quote(str(new))
