@@ -82,7 +82,7 @@ def tell_next(steps: Sequence[tuple[str, str]], *, quiet: bool, as_json: bool) -
 
 @contextmanager
 def user_errors(
-    debug: bool, as_json: bool = False, *, unfinished: Path | None = None
+    debug: bool, as_json: bool = False, *, unfinished: Callable[[], Path] | None = None
 ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """A mistake of the user ends with one sentence and exit code 2, an interruption with 130; ``--debug`` lets both through.
 
@@ -90,7 +90,7 @@ def user_errors(
     this one line: whatever the command, or a library, prints meanwhile goes to stderr.
 
     Args:
-        unfinished: where work that was interrupted is kept, if it is.
+        unfinished: tells where work that was interrupted is kept, if it is.
     """
     stdout = sys.stdout
 
@@ -111,8 +111,8 @@ def user_errors(
     except KeyboardInterrupt:
         if debug:
             raise
-        if unfinished is not None and unfinished.exists():
-            left = f"what is finished is kept in {unfinished}; run the same command again to go on"
+        if unfinished is not None and unfinished().exists():
+            left = f"what is finished is kept in {unfinished()}; run the same command again to go on"
         else:
             left = "nothing was written"
         typer.echo(f"lorap: interrupted; {left}", err=True)

@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -222,7 +223,7 @@ def compress_command(
     The model is read one decoder layer at a time, so it may be larger than the memory. Interrupted, the same command goes on
     behind the last finished layer, to the same bytes.
     """
-    with user_errors(debug, as_json, unfinished=work_path(out)) as answer:
+    with user_errors(debug, as_json, unfinished=partial(work_path, out)) as answer:
         be_quiet(quiet)
         options = RunOptions(
             calibration=[parse_source(text) for text in calibration or [DEFAULT_CALIBRATION]],

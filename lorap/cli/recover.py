@@ -90,7 +90,7 @@ def recover_command(
       lorap recover ./small ./tuned --text chats.jsonl=2 --text default --minutes 15
       lorap recover ./small ./tuned --teacher HuggingFaceTB/SmolLM2-135M --steps 1000
     """
-    with user_errors(debug, as_json, unfinished=work_path(new) / RECOVERY) as answer:
+    with user_errors(debug, as_json, unfinished=lambda: work_path(new) / RECOVERY) as answer:
         be_quiet(quiet)
         tuning = TuningConfig(
             steps=steps,
