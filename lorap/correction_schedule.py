@@ -64,6 +64,14 @@ def schedule(windows: int, seq_len: int, asked: int) -> Schedule:
     return Schedule(asked, parts, rates, (asked + 1) * full)
 
 
+def shortage(windows: int, tried: int, asked: int, enough: int) -> list[str]:
+    """One sentence where the windows are not enough for all steps, with the number that would be."""
+    if tried == asked:
+        return []
+    does = "1 calibration window suffices" if windows == 1 else f"{windows} calibration windows suffice"
+    return [f"few windows: {does} for {tried} of {asked} correction steps; {enough} would for all"]
+
+
 def dealt(windows: TokenWindows, folds: Tensor, plan: Schedule) -> Iterator[tuple[TokenWindows, Tensor | None]]:
     """Windows of each step, none of them twice, and which of them form a second fold, if any do.
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from lorap.architectures import PROJECTIONS
 from lorap.config import CompressionConfig
+from lorap.correction_schedule import shortage
 from lorap.evaluation import Evaluation
 from lorap.report_reading import SUMS, Tuning, check_projections, check_sums, read_calibration, read_evaluations
 from lorap.spectra import Spectrum
@@ -285,13 +286,7 @@ def correction_lines(found: CorrectionReport | None) -> list[str]:
             f"; on {found.unseen_tokens:,} tokens that no step saw, the divergence from the dense model went from {then} to {now}"
             f" nats per token{folds}" + ("" if found.taken else ", so they were undone")
         )
-    if found.tried == found.asked:
-        return [told]
-    does = f"{found.windows} calibration window{'' if found.windows == 1 else 's'} suffice{'s' if found.windows == 1 else ''}"
-    return [
-        told,
-        f"few windows: {does} for {found.tried} of {found.asked} correction steps; {found.enough} would for all",
-    ]
+    return [told, *shortage(found.windows, found.tried, found.asked, found.enough)]
 
 
 def evaluation_lines(evaluations: Sequence[dict[str, Any]]) -> list[str]:

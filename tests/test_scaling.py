@@ -472,6 +472,17 @@ def test_a_correction_takes_what_torch_counts(make_model, compress_small, shape_
     assert sum(part.amount for part in stage.parts if part.what == "corrected layers") == 4 * nbytes
 
 
+@pytest.mark.parametrize(
+    ("windows", "said"), [(1, "1 calibration window suffices for 0 of 8"), (50, "for 3 of 8"), (108, "")]
+)
+def test_few_windows_are_told_before_the_work(shape_of, unit_machine: Machine, windows: int, said: str) -> None:
+    config = CompressionConfig(num_calibration_samples=windows)
+    table = estimate(shape_of("llama-gqa"), config, unit_machine).table()
+    assert ("few windows" in table) == bool(said)
+    assert said in table
+    assert not said or "108 would for all" in table
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Memory, processes, machines
 

@@ -10,6 +10,7 @@ from lorap.architectures import PROJECTIONS
 from lorap.calibration.mixtures import Sources
 from lorap.calibration.sources import DEFAULT_CALIBRATION
 from lorap.config import CompressionConfig
+from lorap.correction_schedule import schedule, shortage
 from lorap.info import KINDS
 from lorap.layers import needs_folds
 from lorap.report import format_table
@@ -208,4 +209,8 @@ def size_table(shape: ModelShape, config: CompressionConfig, sizes: Sizes) -> st
             f"Ranks and widths will be decided by {sizes.decided_by}; those above are an even split of the budget, "
             f"{sizes.budget:,} parameters for the compressed sub-layers' matrices, which will be spent in any case.",
         ]
+    if config.corrects:
+        windows, asked = config.num_calibration_samples, config.correction_steps
+        plan = schedule(windows, config.calibration_seq_len, asked)
+        lines += shortage(windows, plan.steps, asked, plan.enough)
     return "\n".join(lines)
