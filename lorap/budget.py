@@ -25,6 +25,10 @@ Key = TypeVar("Key", bound=Hashable)
 LARGEST_MULTIPLE = 64
 # A rank that is no multiple of 8 sends 16-bit GPU loads down the slow path.
 SMALLEST_RANK_MULTIPLE = 8
+# Blocks of quantized formats: 256 for llama.cpp's K-quants, 32 for its others, MLX and NNCF.
+STOCK_MULTIPLES = (256, 32)
+# In a narrower FFN a block of 32 would be more than this share of the axis; such models are toys.
+SMALLEST_BLOCK_SHARE = 1 / 4
 # A multiple is affordable if it is no more than this share of the axis, ...
 AXIS_SHARE = 1 / 16
 # ... and if one step of it changes no more than this share of all parameters: the budget is met to 0.2 % after rounding.
@@ -144,6 +148,24 @@ def _is_above(first: Offer, middle: Offer, last: Offer) -> bool:
     return (middle.cost - first.cost) * (last.params - first.params) >= (last.cost - first.cost) * (
         middle.params - first.params
     )
+
+
+def stock_multiple(width: int, params_per_channel: int, total_params: int) -> int:
+    """What FFN widths for other hosts are multiples of: 256 in FFNs of 4,096 channels or more, else 32.
+
+    llama.cpp leaves a matrix whose rows are no multiple of its blocks in 16 bits, and says nothing.
+
+    Args:
+        width: channels of the dense FFN.
+        params_per_channel: of one layer.
+        total_params: of the layer's compressed sub-layers.
+    """
+    large, small = STOCK_MULTIPLES
+    if large <= width * AXIS_SHARE:
+        return large
+    if small <= width * SMALLEST_BLOCK_SHARE:
+        return small
+    return affordable_multiple(width, params_per_channel, total_params, smallest=1)
 
 
 def affordable_multiple(axis: int, params_per_unit: int, total_params: int, *, smallest: int) -> int:

@@ -115,7 +115,8 @@ class CompressionConfig:
             want and which costs a little quality.
         rank_multiple: ranks are multiples of this, or as large as the matrix allows; ``auto`` is 64 where the model is large
             enough to afford it, less in small ones. GPU kernels load 16 bytes and multiply tiles at once.
-        width_multiple: the same for FFN widths.
+        width_multiple: the same for FFN widths. With ``target="stock"`` it is ``auto`` unless given: 256 where the FFN is wide,
+            else 32, because quantized formats of other hosts need whole blocks.
         attention_method: the norm in which a matrix is approximated. ``awsvd``: input channels weighted by their norm (the
             paper). ``second_moment``: by the full second moment of the inputs, see ``metric_shrinkage``. ``svd``: unweighted.
             ``afm``: principal components of the outputs.
@@ -180,12 +181,14 @@ class CompressionConfig:
 
     def __post_init__(self) -> None:
         _check(self.recipe in RECIPES, f"unknown recipe {self.recipe!r}; known: {', '.join(RECIPES)}")
-        shapes = self.shapes
+        shapes, width_multiple = self.shapes, self.width_multiple
         for name, value in RECIPES[self.recipe].items():
             if getattr(self, name) is _FROM_RECIPE:
                 object.__setattr__(self, name, value)
         if self.target == "stock" and shapes is _FROM_RECIPE:
             object.__setattr__(self, "shapes", "uniform")
+        if self.target == "stock" and width_multiple is _FROM_RECIPE:
+            object.__setattr__(self, "width_multiple", "auto")
         names = self.sublayers
         object.__setattr__(self, "sublayers", (names,) if isinstance(names, str) else tuple(names))
         _check(

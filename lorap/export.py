@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorap.architectures import ARCHITECTURES, ATTENTION, MLP, PROJECTIONS, Architecture
+from lorap.budget import STOCK_MULTIPLES
 from lorap.card import stock_card
 from lorap.checkpoint import SPARE_BYTES
 from lorap.errors import ArchitectureError, CheckpointError
@@ -25,7 +26,10 @@ from lorap.modules import count_parameters
 from lorap.outputs import staged_folder
 from lorap.pruning import new_linear
 from lorap.reconstruction import reconstruct
+from lorap.report import CompressionReport
 
+# Other texts than the calibration's reach higher.
+NEAR_OVERFLOW = torch.finfo(torch.float16).max / 2
 # config fields by which a class gives all projections of a sub-layer a bias, where it has such a field.
 _BIAS_FIELDS = {"attention_bias": ATTENTION, "mlp_bias": MLP}
 
@@ -101,6 +105,45 @@ def export_gguf(
         )
         (stage / "README.md").write_text(text, "utf-8")
     return out
+
+
+def width_cost(model: Any) -> str:
+    """One sentence on what the FFN width means for quantized formats, whose blocks of 32 or 256 numbers lie along a row.
+
+    Sources: llama.cpp's src/llama-quant.cpp (which types take over, and that rows of no whole block stay in 16 bits).
+    """
+    architecture = ARCHITECTURES[model.config.model_type]
+    down = [architecture.linears(layer)["down_proj"] for layer in architecture.decoder_layers(model)]
+    width, numel = down[0].in_features, sum(linear.weight.numel() for linear in down)
+    large, small = STOCK_MULTIPLES
+    what = f"the {len(down)} down projections ({numel:,} parameters)"
+    if width % small:
+        return (
+            f"FFN width {width:,} is no multiple of {small}: quantized by llama.cpp, {what} stay in 16 bits, {2 * numel:,} bytes "
+            f"in place of {numel * 9 // 16:,} in Q4_0; --target stock, or --width-multiple {small}, makes whole blocks"
+        )
+    if width % large:
+        return (
+            f"FFN width {width:,} is a multiple of {small}, as Q4_0 and Q8_0 need, but not of {large}: K-quants store {what} "
+            f"in a larger format, {numel * 11 // 16:,} bytes in Q5_0 in place of {numel * 9 // 16:,} in Q4_K"
+        )
+    return f"FFN width {width:,} is a multiple of {large}: every quantized format takes it"
+
+
+def overflow_warning(report: CompressionReport | None, dtype: torch.dtype) -> str | None:
+    """One sentence where inputs seen during calibration come near the end of float16; None where they do not.
+
+    llama.cpp rounds the inputs of F16 matrices to float16: beyond 65,504 they are infinite, and what follows is NaN.
+    """
+    projections = report.projections if report else []
+    worst = max(projections, key=lambda projection: projection.largest_input, default=None)
+    if dtype != torch.float16 or worst is None or worst.largest_input < NEAR_OVERFLOW:
+        return None
+    return (
+        f"{worst.role} of layer {worst.layer} read activations up to {worst.largest_input:,.0f} during calibration, and float16 "
+        f"ends at {torch.finfo(torch.float16).max:,.0f}: hosts that compute in it, as llama.cpp does with F16 matrices, may give "
+        "NaN; use --dtype bfloat16, or quantize the file to Q8_0"
+    )
 
 
 def make_stock(model: Any, *, pad_widths: bool = False) -> Any:

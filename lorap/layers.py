@@ -79,6 +79,9 @@ class LayerCompressor:
         plan, dense = work.plan, work.dense
         with self.watch("calibrate"):
             folds = self._observe(index, layer, dense, inputs)
+            for name in inputs:
+                largest = max(float(stats.largest) for stats in folds[name])
+                work.largest_inputs |= dict.fromkeys(SHARED_INPUTS[name], largest)
             release_freed_memory(max(linear.weight.numel() for linear in dense.values()))
         # The FFN first: its sums are the largest of all, and go when it is done.
         with self.watch("prune"):
@@ -149,6 +152,7 @@ class _Layer:
         self.factorizations: dict[str, tuple[str, float]] = {}  # by role: what solved it, its excess
         self.storage_errors: dict[str, float] = {}
         self.spectra: dict[str, Spectrum] = {}
+        self.largest_inputs: dict[str, float] = {}
 
     def factorize(self, names: Mapping[str, str], folds: Folds) -> None:
         """Low-rank stand-ins for projections that read one input, given by role and full name; processes share them."""
@@ -291,6 +295,7 @@ class _Layer:
             solver=solver,
             excess=excess,
             spectrum=self.spectra.get(role),
+            largest_input=self.largest_inputs.get(role, 0.0),
         )
 
 

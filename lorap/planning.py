@@ -23,6 +23,7 @@ from lorap.budget import (
     affordable_multiple,
     rank_offers,
     spend,
+    stock_multiple,
     tied,
     width_offers,
 )
@@ -181,7 +182,9 @@ def plan_by_shape(
                 "projections or in none; leave it out for target stock"
             )
         total = sum(_size(shapes[0][role]) for role in compressed_roles(config))
-        multiple = _multiple("down_proj", shapes[0]["down_proj"], config, total=total, together=1)
+        hidden, dense_width = shapes[0]["down_proj"]
+        asked = config.width_multiple
+        multiple = stock_multiple(dense_width, 3 * hidden, total) if asked == "auto" else int(asked)
         width = stock_width(shapes[0], config, multiple=multiple)
         return [LayerPlan(ranks={}, intermediate_size=width) for _ in shapes]
     if config.allocation in ("paper", "even"):

@@ -20,6 +20,8 @@ from lorap.typed import read_as
 # The report for people, beside the weights (lorap/page.py).
 PAGE = "report.html"
 KIND_HEADER = ("", "parameters before", "after", "kept", "rank", "width", "error min / median / max")
+# Parameters that a rounded width removes on top are told from this share on.
+TOLD_ROUNDING = 5e-4
 # What rounding the factors adds is told from here on; in float32 it stays below.
 TOLD_STORAGE_ERROR = 1e-6
 
@@ -41,6 +43,7 @@ class ProjectionReport:
         solver: what found the factors, such as ``eigh``, with what it had to take over from; None without factors.
         excess: at most this share of ``error`` lies above the least possible one at this rank and for this metric, by proof.
         spectrum: singular values of the weighted matrix; None without factors.
+        largest_input: largest magnitude of what it read during calibration; 0 where that was not observed.
     """
 
     layer: int
@@ -55,6 +58,7 @@ class ProjectionReport:
     solver: str | None = None
     excess: float = 0.0
     spectrum: Spectrum | None = None
+    largest_input: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -210,7 +214,7 @@ class CompressionReport:
         lines.append(f"peak memory: {self.peak_memory_bytes / 1e9:.2f} GB")
         if self.peak_device_memory_bytes:
             lines.append(f"peak device memory: {self.peak_device_memory_bytes / 1e9:.2f} GB")
-        lines += solver_lines(self) + storage_lines(self) + correction_lines(self.correction)
+        lines += rounding_lines(self) + solver_lines(self) + storage_lines(self) + correction_lines(self.correction)
         lines += evaluation_lines(self.evaluations)
         return "\n".join(lines)
 
@@ -243,6 +247,18 @@ def _role_row(role: str, found: Sequence[ProjectionReport]) -> list[str]:
 def _span(values: Sequence[int]) -> str:
     low, high = min(values), max(values)
     return str(low) if low == high else f"{low}-{high}"
+
+
+def rounding_lines(report: CompressionReport) -> list[str]:
+    """What whole blocks of a stock width removed beyond what was asked for."""
+    asked, removed = report.config.sparsity, 1 - report.param_ratio
+    if report.config.target != "stock" or not asked or removed - asked < TOLD_ROUNDING:
+        return []
+    width = report.by_role("down_proj")[0].shape_after[1]
+    return [
+        f"sparsity {asked:g} was asked for and {removed:.4f} removed: the FFN width {width:,} is made of whole blocks, which "
+        "quantized formats need (--width-multiple 1 for every channel)"
+    ]
 
 
 def solver_lines(report: CompressionReport) -> list[str]:

@@ -13,6 +13,7 @@ from lorap.budget import (
     lower_hull,
     rank_offers,
     spend,
+    stock_multiple,
     tied,
     width_offers,
 )
@@ -240,3 +241,20 @@ def test_suffix_sums(count: int) -> None:
     values = torch.rand(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     expected = torch.tensor([float(values[k:].sum()) for k in range(count + 1)], dtype=torch.float64)
     torch.testing.assert_close(suffix_sums(values), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("width", "hidden", "multiple"),
+    [
+        (14336, 4096, 256),
+        (4864, 896, 256),
+        (4096, 1024, 256),
+        (4095, 1024, 32),
+        (1536, 576, 32),
+        (160, 64, 32),
+        (100, 64, 1),
+    ],
+)
+def test_stock_widths_are_whole_blocks(width: int, hidden: int, multiple: int) -> None:
+    """7B and Qwen2.5-0.5B: K-quants. SmolLM2 and what is narrower: the other formats."""
+    assert stock_multiple(width, 3 * hidden, 3 * hidden * width + 4 * hidden**2) == multiple

@@ -6,6 +6,7 @@ The host without lorap is a process of its own, in which importing lorap fails.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from typer.testing import CliRunner
 import lorap
 from lorap.cli import app
 from lorap.cli.export import savings
-from lorap.export import make_stock
+from lorap.export import make_stock, overflow_warning, width_cost
 from lorap.folders import read_tensors
 from lorap.integrations.transformers import LoRAPConfig, mark_compressed
 from lorap.pruning import new_linear
@@ -344,3 +345,70 @@ def test_target_stock_beyond_the_ffns_is_refused_before_any_work(model_folder, s
     assert result.exit_code == 2
     assert "sparsity 0.9 cannot come from the FFNs alone" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+# --- what other hosts make of it ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("width", "words"),
+    [
+        (90, ["90", "no multiple of 32", "2 down projections (11,520 parameters)", "23,040 bytes", "6,480 in Q4_0"]),
+        (96, ["multiple of 32", "not of 256", "(12,288 parameters)", "8,448 bytes in Q5_0", "6,912 in Q4_K"]),
+        (256, ["FFN width 256 is a multiple of 256"]),
+    ],
+)
+def test_what_a_width_costs(width, words, make_model) -> None:
+    found = width_cost(make_model("llama-gqa", intermediate_size=width))
+    assert all(word in found for word in words), found
+
+
+def test_activations_near_the_end_of_float16_are_told(make_model, tokens, tmp_path) -> None:
+    """Exact numbers: what down_proj reads is recorded by a hook of our own."""
+    model = make_model("llama-gqa")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight *= 12000
+    seen: list[float] = []
+    hook = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(
+        lambda _, inputs: seen.append(float(inputs[0].abs().max()))
+    )
+    with torch.no_grad():
+        for window in tokens:
+            model(window.unsqueeze(0))
+    hook.remove()
+    assert max(seen) > 40_000
+    config = lorap.CompressionConfig(
+        recipe="lorap", target="stock", sparsity=0.2, num_calibration_samples=8, calibration_seq_len=32
+    )
+    _, report = lorap.compress(model, calibration=tokens, config=config, progress=False)
+    (down,) = [one for one in report.by_role("down_proj") if one.layer == 1]
+    assert down.largest_input == pytest.approx(max(seen), rel=0.2)  # the layer before has been narrowed
+    assert lorap.CompressionReport.from_dict(json.loads(json.dumps(report.to_dict()))).projections == report.projections
+    warning = overflow_warning(report, torch.float16)
+    assert f"down_proj of layer 1 read activations up to {down.largest_input:,.0f}" in warning
+    assert "65,504" in warning
+    assert "--dtype bfloat16" in warning
+    assert overflow_warning(report, torch.bfloat16) is None
+    assert overflow_warning(None, torch.float16) is None
+    quiet = dataclasses.replace(report, projections=[dataclasses.replace(down, largest_input=30_000.0)])
+    assert overflow_warning(quiet, torch.float16) is None
+
+
+def test_the_command_tells_both(make_model, tokenizer, small_text, tmp_path) -> None:
+    model = make_model("llama-gqa", intermediate_size=160)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight *= 12000
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    options = ["--target", "stock", "--recipe", "lorap", "--sparsity", 0.2, "--calibration", small_text, "--quiet"]
+    options += ["--eval-text", "none", "--num-calibration-samples", 8, "--calibration-seq-len", 32, "--device", "cpu"]
+    told = run("compress", tmp_path / "dense", tmp_path / "small", *options)
+    assert told.exit_code == 0, told.output
+    assert "sparsity 0.2 was asked for and 0.2" in told.stdout  # 160 channels less 43.7 are 116, and 96 in blocks
+    assert "FFN width 96" in told.stdout
+    for number, format in enumerate(("stock", "gguf")):
+        out = tmp_path / str(number)
+        told = run("export", tmp_path / "small", out, "--format", format, "--dtype", "float16", "--quiet")
+        assert told.exit_code == 0, told.output
+        assert "FFN width 96 is a multiple of 32" in told.stdout
+        assert "float16 ends at 65,504" in " ".join(told.stderr.split())

@@ -219,3 +219,19 @@ def test_merged_folds_are_left_alone() -> None:
         torch.testing.assert_close(getattr(both, name), getattr(whole, name), rtol=1e-12, atol=1e-12)
     assert all(torch.equal(fold.outer, old) for fold, old in zip(folds, before, strict=True))
     assert merged(folds[:1]) is folds[0]
+
+
+def test_the_largest_magnitude_of_tokens_that_count() -> None:
+    """Padding and weights change nothing; sums of two processes or batches have the larger."""
+    x = torch.tensor([[[1.0, -7.5, 2.0], [900.0, 0.0, 0.0]], [[3.0, 4.0, -5.0], [0.5, 0.0, 0.0]]])
+    mask = torch.tensor([[True, False], [True, True]])
+    stats, other, empty = (ActivationStats(3) for _ in range(3))
+    stats.update(x, mask, torch.full((2, 2), 0.01))
+    assert float(stats.largest) == 7.5
+    other.update(x)
+    empty.update(x, torch.zeros(2, 2, dtype=torch.bool))
+    assert float(empty.largest) == 0
+    empty.merge(stats)
+    assert float(empty.largest) == 7.5
+    stats.merge(other)
+    assert float(stats.largest) == 900

@@ -40,6 +40,7 @@ class ActivationStats:
         tokens: how many tokens were counted; padding never is.
         weight: sum of the tokens' weights; equal to ``tokens`` where they have none.
         sq_sum: (K,) float64, sum over tokens of x_j^2.
+        largest: () float32, the largest magnitude of any counted x_j, whatever its token's weight.
         total: (K,) float64, sum over tokens of x_j; only with ``mean``.
         outer: (K, K) float64, sum over tokens of x x^T; only with ``moments``. float32 above ``wide`` channels.
     """
@@ -55,6 +56,7 @@ class ActivationStats:
     ) -> None:
         self.tokens = 0
         self.weight = 0.0
+        self.largest = torch.zeros((), dtype=torch.float32, device=device)
         self.sq_sum = torch.zeros(features, dtype=torch.float64, device=device)
         self.total = torch.zeros(features, dtype=torch.float64, device=device) if mean else None
         precision = torch.float32 if features > (WIDE if wide is None else wide) else torch.float64
@@ -67,6 +69,7 @@ class ActivationStats:
         With ``weights`` (...) >= 0 each token counts as that many in all sums.
         """
         x = x.detach()
+        self.largest = torch.maximum(self.largest, _largest(x, mask).to(self.largest))
         if self.total is not None:
             counted = x if weights is None else x.double() * weights.double().unsqueeze(-1)
             for chunk in reference.masked_chunks(counted, mask, torch.float64):
@@ -97,6 +100,7 @@ class ActivationStats:
         """Add the sums of another process or batch."""
         self.tokens += other.tokens
         self.weight += other.weight
+        self.largest = torch.maximum(self.largest, other.largest)
         self.sq_sum += other.sq_sum
         for name in ("total", "outer"):
             mine, theirs = getattr(self, name), getattr(other, name)
@@ -112,6 +116,7 @@ class ActivationStats:
             return
         counts = torch.tensor([self.tokens, self.weight], dtype=torch.float64, device=self.sq_sum.device)
         processes.sum(counts, self.sq_sum, *(part for part in (self.total, self.outer) if part is not None))
+        self.largest = torch.stack(processes.gather(self.largest.cpu())).max().to(self.largest)
         self.tokens, self.weight = int(counts[0]), float(counts[1])
 
     @property
@@ -146,6 +151,12 @@ class ActivationStats:
         """(K, K) float64, the second moment around the mean."""
         mean = self.mean
         return self.second_moment - torch.outer(mean, mean)
+
+
+def _largest(x: Tensor, mask: Tensor | None) -> Tensor:
+    """() the largest magnitude among the tokens that count, 0 where none does."""
+    counted = x if mask is None else x[mask.bool()]
+    return torch.linalg.vector_norm(counted, torch.inf) if counted.numel() else x.new_zeros(())
 
 
 def merged(folds: Sequence[ActivationStats], *, moments: bool = True) -> ActivationStats:

@@ -8,13 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
+from lorap.checkpoint import REPORT
 from lorap.cli.common import AsJson, Debug, Dtype, Model, Quiet, be_quiet, open_model, tell_next, user_errors
 from lorap.errors import ConfigError
-from lorap.export import export_gguf, export_stock
+from lorap.export import export_gguf, export_stock, overflow_warning, width_cost
 from lorap.info import describe_model
 from lorap.loading import ModelSource, find_model
 from lorap.modules import count_parameters
 from lorap.outputs import check_output
+from lorap.report import CompressionReport
+from lorap.strict_json import read_json
 
 FORMATS = ("stock", "gguf")
 
@@ -76,6 +79,9 @@ def export_command(
         after, dense = count_parameters(loaded), dense_parameters(source)
         typer.echo(savings(dense, before, after))
         typer.echo(f"{type(loaded).__name__}, FFN width {loaded.config.intermediate_size:,}, {loaded.dtype}")
+        typer.echo(width_cost(loaded))
+        if warning := overflow_warning(report_beside(source), loaded.dtype):
+            typer.echo(f"warning: {warning}", err=True)
         typer.echo(f"saved to {dest}")
         tell_next(next_steps(dest, format), quiet=quiet, as_json=as_json)
         answer(
@@ -89,6 +95,13 @@ def export_command(
                 "params": after,
             }
         )
+
+
+def report_beside(source: ModelSource) -> CompressionReport | None:
+    """What the compression told of itself; None where there was none, or nothing that can be read."""
+    if source.folder is None or not (source.folder / REPORT).is_file():
+        return None
+    return CompressionReport.from_dict(read_json(source.folder / REPORT))
 
 
 def dense_parameters(source: ModelSource) -> int | None:
