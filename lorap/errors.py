@@ -5,6 +5,12 @@ class LoRAPError(Exception):
     """Base of all errors that lorap raises on purpose. The command line prints it and exits with code 2."""
 
 
+def shown(text: object, length: int = 200) -> str:
+    """What a file or a library says, for a message: one line of at most ``length`` characters that a terminal takes as text."""
+    line = " ".join(str(text).split())
+    return "".join(sign if sign.isprintable() else "?" for sign in line[:length])
+
+
 class ConfigError(LoRAPError):
     """An option is out of range, or options contradict each other."""
 

@@ -77,10 +77,11 @@ def compress(
 
     Args:
         model_or_path: a transformers model (compressed in place), a local folder, a hub name, or a GGUF file.
-        calibration: a text or JSONL file, a ``datasets`` name, tokens of shape (tokens,) or (windows, seq_len), a mapping with
-            ``input_ids`` and ``attention_mask``, the name of a text that ships with lorap, such as ``default/novel``, or
-            ``self``, what the model itself writes. Or a list of these and of pairs (source, weight): the samples are split
-            by weight. ``default`` is such a mixture: half the texts that ship with lorap, half ``self``.
+        calibration: a file of texts, records or chats (docs/calibration.md), a ``datasets`` name, tokens of shape (tokens,) or
+            (windows, seq_len), a mapping with ``input_ids`` and ``attention_mask``, the name of a text that ships with lorap,
+            such as ``default/novel``, or ``self``, what the model itself writes. Or a list of these and of pairs
+            (source, weight): the samples are split by weight. ``default`` is such a mixture: half the texts that ship with
+            lorap, half ``self``.
         config: what to do; ``CompressionConfig()`` by default.
         tokenizer: for text; taken from the model's folder where a path is given.
         evaluation: texts on which to measure the perplexity before and after.

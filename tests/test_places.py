@@ -142,7 +142,7 @@ def test_a_path_is_never_a_name_on_the_hub() -> None:
         read_source(Path("wikitext"))
 
 
-def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_cannot_be_reached_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("datasets")
     from huggingface_hub import constants
 
@@ -152,6 +152,11 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch: pytest.Monkey
         with pytest.raises(CalibrationError, match=r"owner/name:config is no file or folder here, and no hub"):
             find("owner/name:config")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "owner___kept").mkdir()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: [{"text": "from the cache"}])
+    check_sources("owner/kept:config")
+    assert read_source("owner/kept:config") == "from the cache"
     with pytest.raises(CalibrationError, match="HF_HUB_OFFLINE is set"):
         check_sources("owner/name")
 

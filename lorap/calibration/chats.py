@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Union
 
-from lorap.errors import CalibrationError
+from lorap.errors import CalibrationError, shown
 
 CHAT_FIELDS = ("messages", "conversations", "conversation")
 # Sets of fields that make a text or a chat, in the order in which they are looked for.
@@ -138,7 +138,9 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         raise CalibrationError(f"{where} has no role; it has {_names(message)}")
     role = ROLES.get(role.lower(), role.lower() if role.lower() in KNOWN_ROLES else role)
     if role not in KNOWN_ROLES:
-        raise CalibrationError(f"{where} has the role {role!r}; known are {', '.join((*KNOWN_ROLES, *ROLES))}")
+        raise CalibrationError(
+            f"{where} has the role {shown(role, 40)!r}; known are {', '.join((*KNOWN_ROLES, *ROLES))}"
+        )
     # Tables give every message every key, with null where it had none; templates would print that.
     more = {key: value for key, value in message.items() if key not in ("from", "value") and value is not None}
     calls = more.get("tool_calls")
@@ -162,7 +164,7 @@ def _content(content: Any, where: str) -> str:
         text = part if isinstance(part, str) else part.get("text") if isinstance(part, Mapping) else None
         if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, Mapping) else _kind(part)
-            raise CalibrationError(f"{where} has a part of type {kind}; only parts of type text can be read")
+            raise CalibrationError(f"{where} has a part of type {shown(kind, 40)}; only parts of type text can be read")
         parts.append(_clean(text))
     return "".join(parts)
 
@@ -218,7 +220,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _names(record: Mapping[str, Any]) -> str:
-    names = [str(name)[:40] for name in record]
+    names = [shown(name, 40) for name in record]
     return (
         ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
         if names

@@ -9,7 +9,7 @@ from typing import Any
 from lorap.calibration.pieces import MAX_TEXT_BYTES
 from lorap.calibration.places import Place
 from lorap.calibration.records import Reading, read_records
-from lorap.errors import CalibrationError
+from lorap.errors import CalibrationError, shown
 
 # Seconds to wait for the hub before it counts as out of reach; `datasets` alone tries for half a minute or more.
 REACH_SECONDS = 5.0
@@ -46,13 +46,14 @@ def read_hub(name: str) -> Reading:
 
 
 def check_hub(name: str) -> Any:
-    """The ``datasets`` package, where it is there and the hub answers; whether it has such a data set is not asked.
+    """The ``datasets`` package, where it has a copy of the data set or the hub answers; whether that has it is not asked.
 
     Raises:
         CalibrationError: it is not installed, or no hub can be reached, which takes REACH_SECONDS at most to find out.
     """
     library = _library(f"{name} is no file, and")
-    if reason := _out_of_reach():
+    copy = Path(library.config.HF_DATASETS_CACHE) / name.partition(":")[0].replace("/", "___")
+    if not copy.is_dir() and (reason := _out_of_reach()):
         raise CalibrationError(
             f"{name} is no file or folder here, and no hub can be reached to look for a data set of that name ({reason}); give "
             "a file, or a folder that datasets.save_to_disk wrote"
@@ -92,7 +93,7 @@ def _guarded(failed: str, action: Any) -> Any:
     except CalibrationError:
         raise
     except Exception as error:  # the hub client, the network and the data set's reader each raise their own kinds
-        raise CalibrationError(f"{failed}: {' '.join(str(error).split())[:500]}") from error
+        raise CalibrationError(f"{failed}: {shown(error, 500)}") from error
 
 
 def _numbered(rows: Any, name: str) -> Iterator[tuple[str, Any]]:
@@ -125,5 +126,5 @@ def _out_of_reach() -> str:
     try:
         get_session().head(constants.ENDPOINT, timeout=REACH_SECONDS)
     except Exception as error:  # whatever the client of this version raises
-        return " ".join(str(error).split())[:200] or type(error).__name__
+        return shown(error) or type(error).__name__
     return ""

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
-from lorap.errors import CalibrationError
+from lorap.errors import CalibrationError, shown
 
 
 def packing_of(head: bytes) -> str:
@@ -42,13 +42,13 @@ def unpacked(path: Path, name: str, packing: str, encoding: str) -> Iterator[IO[
             f"{name} is not {error.encoding} text throughout ({error.reason}); convert it first"
         ) from None
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
-        raise CalibrationError(f"{name} is damaged: its {packing} data cannot be unpacked ({error})") from None
+        raise CalibrationError(f"{name} is damaged: its {packing} data cannot be unpacked ({shown(error)})") from None
     except OSError as error:
         raise CalibrationError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:
         if type(error).__module__.partition(".")[0] != "zstandard":
             raise
-        raise CalibrationError(f"{name} is damaged: its zstd data cannot be unpacked ({error})") from None
+        raise CalibrationError(f"{name} is damaged: its zstd data cannot be unpacked ({shown(error)})") from None
 
 
 def _zstd(path: Path) -> IO[bytes]:

@@ -13,7 +13,7 @@ from lorap.calibration import files, tables
 from lorap.calibration.chats import Document, document_of, layout_of, size_of
 from lorap.calibration.files import Content
 from lorap.calibration.pieces import MAX_RECORD_BYTES, lines_of, spread, text_of
-from lorap.errors import CalibrationError
+from lorap.errors import CalibrationError, shown
 
 # Characters that are read of JSON at once.
 CHUNK = 2**20
@@ -173,7 +173,7 @@ class _Chunks:
 
 
 def _short(error: Exception) -> str:
-    return str(error)[:200] if isinstance(error, ValueError) else "it is nested too deeply"
+    return shown(error) if isinstance(error, ValueError) else "it is nested too deeply"
 
 
 _READERS: dict[str, Callable[[Content], Records]] = {

@@ -13,7 +13,7 @@ from typing import IO, Any, cast
 from lorap.calibration import files
 from lorap.calibration.files import Content
 from lorap.calibration.pieces import MAX_RECORD_BYTES
-from lorap.errors import CalibrationError
+from lorap.errors import CalibrationError, shown
 
 
 def separated(content: Content) -> Iterator[tuple[str, Any]]:
@@ -33,7 +33,7 @@ def separated(content: Content) -> Iterator[tuple[str, Any]]:
         except UnicodeDecodeError as error:
             raise CalibrationError(f"{name} is not UTF-8 text near line {rows.line_num:,} ({error.reason})") from None
         except csv.Error as error:
-            raise CalibrationError(f"{name} line {rows.line_num:,} is no {content.kind}: {error}") from None
+            raise CalibrationError(f"{name} line {rows.line_num:,} is no {content.kind}: {shown(error)}") from None
 
 
 def parquet(content: Content) -> Iterator[tuple[str, Any]]:
@@ -70,12 +70,15 @@ def _arrow_rows(content: Content, batches: Callable[[Any, Any], Iterator[Any]]) 
     with _on_disk(content) as file:
         try:
             for batch in batches(pyarrow, file):
+                batch.validate(full=True)  # pyarrow itself believes the lengths that a damaged file tells
                 for row in batch.to_pylist():
                     number += 1
                     yield f"record {number:,}", row
-        except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-            reason = " ".join(str(error).split())[:200]
+        except MemoryError:
+            reason = f"behind record {number:,} it asks for more memory than there is"
             raise CalibrationError(f"{content.place.name} is a damaged {content.kind} file: {reason}") from None
+        except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+            raise CalibrationError(f"{content.place.name} is a damaged {content.kind} file: {shown(error)}") from None
 
 
 def _on_disk(content: Content) -> IO[bytes]:

@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from lorap.calibration.chats import Chat, Document
-from lorap.errors import CalibrationError
+from lorap.errors import CalibrationError, shown
 
 # Chats that are rendered and tokenized in one call.
 BATCH = 64
@@ -91,6 +91,6 @@ def _templated(tokenizer: Any, chats: Sequence[Chat], *, tokenize: bool) -> list
     except Exception as error:  # a template is a program of its own: whatever it raises says that it refuses the chat
         if len(chats) > 1:
             return [result for chat in chats for result in _templated(tokenizer, [chat], tokenize=tokenize)]
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = shown(error) or type(error).__name__
         raise CalibrationError(f"{chats[0].where}: the model's chat template refuses this chat: {reason}") from error
     return list(found["input_ids"] if tokenize else found)

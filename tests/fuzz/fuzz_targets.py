@@ -1,4 +1,4 @@
-"""What must hold for every damaged checkpoint: a LoRAPError or success, soon, and in little memory.
+"""What must hold for every damaged checkpoint and text: a LoRAPError or success, soon, and in little memory.
 
 A target is a hypothesis test of one argument. ``test_fuzz.py`` runs each for a moment, ``run.py`` for as long as it is told, with
 hypothesis's own generator or with atheris, which is guided by the branches that an input reaches.
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import fuzz_texts
 import torch
 import transformers
 from fuzz_inputs import (
@@ -171,6 +172,19 @@ class Folders:
 
         return load
 
+    def texts(self) -> Callable[[], None]:
+        tokenizer = fuzz_texts.make_tokenizer()
+
+        @given(fuzz_texts.damaged_files())
+        def texts(damaged: tuple[str, bytes]) -> None:
+            suffix, content = damaged
+            path = self.place / f"text{suffix}"
+            path.write_bytes(content)
+            with bounded("texts"):
+                fuzz_texts.read(path, tokenizer)
+
+        return texts
+
     def _compressed(self) -> list[Checkpoint]:
         return [self.checkpoints[kind] for kind in ("factors", "pivoted", "int8")]
 
@@ -221,4 +235,4 @@ def _sharded(folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
     return weight_map
 
 
-TARGETS = ("header", "index", "info", "quantization_config", "load")
+TARGETS = ("header", "index", "info", "quantization_config", "load", "texts")

@@ -1,4 +1,4 @@
-"""Damaged checkpoints, for a moment; ``python tests/fuzz/run.py --minutes 10`` does it for long."""
+"""Damaged checkpoints and texts, for a moment; ``python tests/fuzz/run.py --minutes 10`` does it for long."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from fuzz_targets import TARGETS, Folders, outcomes
 from hypothesis import HealthCheck, settings
 
-EXAMPLES = {"header": 800, "index": 600, "info": 500, "quantization_config": 800, "load": 400}
+EXAMPLES = {"header": 800, "index": 600, "info": 500, "quantization_config": 800, "load": 400, "texts": 300}
 
 
 @pytest.fixture(scope="module")
