@@ -12,6 +12,7 @@ from lorap.errors import CheckpointError
 from lorap.folders import TensorInfo
 from lorap.gguf import read_gguf
 from lorap.loading import ModelSource
+from lorap.recovery_report import RECOVERY_REPORT
 from lorap.report import format_table
 from lorap.strict_json import named
 
@@ -56,6 +57,7 @@ def describe_model(source: ModelSource) -> dict[str, Any]:
     return {
         "model": source.name,
         "model_type": named(config.get("model_type", "gguf")),
+        "tuned": (source.folder / RECOVERY_REPORT).is_file(),
         "compressed_by_lorap": settings is not None,
         "recipe": settings.recipe if settings else None,
         "sparsity": settings.sparsity if settings else None,
@@ -102,6 +104,8 @@ def format_info(info: Mapping[str, Any]) -> str:
         )
         if info["storage"] == "pivoted":
             head += f"\nlow-rank layers are pivoted; their row index takes {info['index_bytes'] / 1e3:,.1f} kB"
+    if info["tuned"]:
+        head += f"\ntuned after compression, see {RECOVERY_REPORT}"
     if info["scale_bytes"]:
         head += f"\nweights are int8; their scales take {info['scale_bytes'] / 1e3:,.1f} kB and are not counted as parameters"
     return head + "\n\n" + format_table(["", "parameters", "kept", "rank"], rows)

@@ -155,17 +155,19 @@ def _local(folder: str | Path) -> tuple[ModelSource, Path]:
         raise CheckpointError(
             f"{folder} is no folder of safetensors files; `recover` tunes what `lorap compress` wrote"
         )
-    if not is_compressed(source.folder):
+    settings = lorap_config(read_json(source.folder / CONFIG))
+    if settings is not None and settings.weights == "int8":
+        raise CheckpointError(
+            f"the weights of {source.name} are int8, and adapters cannot be merged into them; tune the folder it was made from, "
+            "then quantize that (lorap.quantize_int8)"
+        )
+    # With --target stock the config says nothing, but there is a report.
+    if settings is None and not (source.folder / REPORT).is_file():
         raise CheckpointError(
             f"{source.name} is not compressed by lorap, and `recover` gets back some of what `lorap compress` cost a model: "
             f"compress it first (lorap compress {folder} OUT), then tune OUT"
         )
     return source, source.folder
-
-
-def is_compressed(folder: Path) -> bool:
-    """Whether lorap compressed what is in the folder: its config says so, or there is a report of it, as with --target stock."""
-    return lorap_config(read_json(folder / CONFIG)) is not None or (folder / REPORT).is_file()
 
 
 @dataclass(frozen=True)

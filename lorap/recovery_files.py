@@ -85,7 +85,10 @@ def merge_into_copy(tuned: Any, names: Sequence[str], origin: Path, stage: Path)
         save_file(tensors, stage / file.name, metadata=metadata)
     if deltas:
         raise CheckpointError(f"{origin} has no tensor {min(deltas)}, although the model was loaded from it")
-    before, after = read_tensors(origin), read_tensors(stage)
+    before, after = (
+        {name: (tensor.dtype, tensor.shape) for name, tensor in read_tensors(folder).items()}
+        for folder in (origin, stage)
+    )
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     if changed:
         raise CheckpointError(

@@ -311,7 +311,7 @@ def evaluation_lines(evaluations: Sequence[dict[str, Any]]) -> list[str]:
     for entry in evaluations:
         before, after = entry["before"], entry["after"]
         change = f"{before['perplexity']:.2f} -> " if before else ""
-        rise = f" (+{entry['increase_nats']:.3f} nats per token)" if before else ""
+        rise = f" ({entry['increase_nats']:+.3f} nats per token)" if before else ""
         lines.append(
             f"perplexity on {entry['text']}: {change}{after['perplexity']:.2f}{rise}, "
             f"{after['tokens']:,} tokens, windows of {after['seq_len']}"

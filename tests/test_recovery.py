@@ -175,6 +175,9 @@ def test_reports_of_tuned_and_untuned_are_kept_apart(compressed, tokens, tmp_pat
     assert f"It was made from {folder.name}." in page
     assert f"{after:.4f}" in page
     assert page.index("Tuned after compression") < page.index("Quality before tuning")
+    told = [json.loads(run("info", where, "--json").stdout) for where in (folder, out)]
+    assert [about.pop("tuned") for about in told] == [False, True]
+    assert {**told[0], "model": ""} == {**told[1], "model": ""}
     (out / "report.html").unlink()
     assert run("report", out).exit_code == 0
     assert (out / "report.html").read_text() == page

@@ -16,7 +16,9 @@ import lorap
 from lorap.card import method_text, model_card, stock_card
 from lorap.config import CHOICES, RECIPES
 from lorap.errors import CheckpointError
+from lorap.evaluation import Evaluation
 from lorap.factorization import factorize
+<<<<<<< HEAD
 from lorap.page import compression_page
 from lorap.report import (
     CompressionReport,
@@ -26,6 +28,9 @@ from lorap.report import (
     correction_lines,
     storage_lines,
 )
+=======
+from lorap.report import CompressionReport, ProjectionReport, compressed_roles, evaluation_lines, storage_lines
+>>>>>>> 52bb4e0 (lorap eval reads no model before it knows that the baseline is there; recover refuses int8 weights before the work, and tunes files that other programs wrote)
 from lorap.spectra import Spectrum, sampled_spectrum, spectrum_indices
 
 CALIBRATION = {"name": "a text", "windows": 3, "seq_len": 100, "tokens": 300, "sha256": "ab" * 32}
@@ -474,3 +479,11 @@ def test_parameters_of_compressed_sublayers_only():
     assert (found.params_before, found.params_after) == (12600, 10 * 163)
     assert found.param_ratio == pytest.approx(1630 / 12600)
     assert [entry.layer for entry in found.by_role("o_proj")] == [1]
+
+
+def test_a_loss_that_fell_is_told_with_one_sign():
+    before, after = (Evaluation("text", nats, 1.0, 64, 32, 0.1) for nats in (3.0, 2.875))
+    report = made_report(2, texts=())
+    report.add_evaluation(before, after)
+    (line,) = evaluation_lines(report.evaluations)
+    assert "(-0.125 nats per token)" in line

@@ -18,6 +18,7 @@ from lorap.cli.common import SOURCE_HELP, AsJson, Debug, Device, Dtype, Model, Q
 from lorap.config import CHOICES, DEFAULT_RECIPE, RECIPES, CompressionConfig
 from lorap.outputs import work_path
 from lorap.processes import is_first_process
+from lorap.report import CompressionReport
 from lorap.resources import parse_bytes
 from lorap.runs import RunOptions, compress_to_folder
 
@@ -241,22 +242,21 @@ def compress_command(
         if is_first_process():
             typer.echo(report.table())
             typer.echo(f"saved to {out}")
-            tell_next(next_steps(model, out, report.config), quiet=quiet, as_json=as_json)
+            tell_next(next_steps(model, out, report), quiet=quiet, as_json=as_json)
             answer({"out": str(out), **report.to_dict()})
 
 
-def next_steps(model: str, out: Path, config: CompressionConfig) -> list[tuple[str, str]]:
+def next_steps(model: str, out: Path, report: CompressionReport) -> list[tuple[str, str]]:
     """What to do with a compressed model."""
     dense, folder = shlex.quote(model), shlex.quote(str(out))
-    stock = config.target == "stock"
+    stock = report.config.target == "stock"
+    widths = {projection.shape_after for projection in report.by_role("down_proj")}
+    export = " --format gguf" if stock else " --pad-widths" if len(widths) > 1 else ""
     return [
         (f"lorap eval {folder} --baseline {dense}", "how much worse it predicts"),
         (f'lorap generate {folder} --prompt "..."', "what it says"),
         (f"lorap recover {folder} TUNED", "tune it for some minutes: better, and no larger"),
-        (
-            f"lorap export {folder} DEST{' --format gguf' if stock else ''}",
-            "for llama.cpp" if stock else "for hosts without lorap",
-        ),
+        (f"lorap export {folder} DEST{export}", "for llama.cpp" if stock else "for hosts without lorap, but larger"),
     ]
 
 

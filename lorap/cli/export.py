@@ -105,8 +105,12 @@ def report_beside(source: ModelSource) -> CompressionReport | None:
 
 
 def dense_parameters(source: ModelSource) -> int | None:
-    """Parameters of the model before it was compressed, from the headers of its folder; None for a hub name."""
-    return None if source.folder is None else int(describe_model(source)["params_before"])
+    """Parameters of the model before it was compressed, from its report or the headers of its folder; None for a hub name."""
+    if source.folder is None:
+        return None
+    report = source.folder / REPORT
+    stated = read_json(report).get("params_total_before") if report.is_file() else None
+    return stated if isinstance(stated, int) and stated > 0 else int(describe_model(source)["params_before"])
 
 
 def savings(dense: int | None, compressed: int, exported: int) -> str:
@@ -122,7 +126,7 @@ def savings(dense: int | None, compressed: int, exported: int) -> str:
     counts = f"{dense:,} parameters dense, {compressed:,} compressed, {exported:,} exported"
     if exported >= dense:
         if compressed >= dense:
-            return f"{counts}: nothing was saved before, and nothing is saved now"
+            return f"{exported:,} parameters exported, and no fewer before: nothing of this model was compressed"
         more = "as large as" if exported == dense else "larger than"
         return (
             f"{counts}: exports {more} the dense model, so nothing of the compression is left but its loss; to save without "
@@ -138,10 +142,10 @@ def next_steps(dest: Path, format: str) -> list[tuple[str, str]]:
     """How to open what was written in the host that it is for."""
     if format == "gguf":
         name = next((path.name for path in sorted(dest.glob("*.gguf"))), "*.gguf")
-        file = shlex.quote(str(dest / name))
+        file, smaller = (shlex.quote(str(path)) for path in (dest / name, dest / f"{dest.name}-Q8_0.gguf"))
         return [
             (f'llama-cli -m {file} -p "..."', "run it in llama.cpp"),
-            (f"llama-quantize {file} {file.replace('.gguf', '-Q8_0.gguf')} Q8_0", "fewer bits"),
+            (f"llama-quantize {file} {smaller} Q8_0", "fewer bits"),
         ]
     folder = shlex.quote(str(dest))
     return [

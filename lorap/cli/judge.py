@@ -27,7 +27,7 @@ from lorap.cli.common import (
 from lorap.cli.tasks import TaskOptions, evaluate_tasks
 from lorap.errors import CheckpointError, ConfigError
 from lorap.evaluation import Evaluation, WindowLosses, evaluate_windows, paired_difference
-from lorap.loading import ModelSource
+from lorap.loading import ModelSource, find_model
 from lorap.report import CompressionReport
 from lorap.strict_json import read_json
 from lorap.tasks import TASKS, Estimate
@@ -81,6 +81,8 @@ def evaluate_command(
     """
     with user_errors(debug, as_json) as answer:
         be_quiet(quiet)
+        if baseline is not None:
+            find_model(baseline)  # before the other model is read
         if tasks is not None:
             if text:
                 raise ConfigError("--text measures perplexity and --tasks asks questions; run them one after the other")

@@ -31,6 +31,10 @@ def report_command(
     """
     with user_errors(debug, as_json) as answer:
         path = folder / REPORT
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"there is no folder {folder}; give one that `lorap compress` or `lorap recover` has written"
+            )
         if not path.is_file():
             raise CheckpointError(f"{folder} has no {REPORT}; give a folder that `lorap compress` has written")
         values = read_json(path)
