@@ -186,6 +186,20 @@ def test_reports_of_tuned_and_untuned_are_kept_apart(compressed, tokens, tmp_pat
         assert fact in card
 
 
+def test_files_that_another_program_wrote_are_tuned_too(compressed, tokens, tmp_path):
+    """Their tensors lie elsewhere in the file; that is no other checkpoint."""
+    folder = compressed()
+    before, data = read_tensors(folder), (folder / WEIGHTS).read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    padded = data[8 : 8 + size] + b" " * 1024
+    (folder / WEIGHTS).write_bytes(len(padded).to_bytes(8, "little") + padded + data[8 + size :])
+    assert read_tensors(folder) != before
+    quiet_recover(folder, tmp_path / "new", settings(tokens, steps=1))
+    assert {name: info.shape for name, info in read_tensors(tmp_path / "new").items()} == {
+        name: info.shape for name, info in before.items()
+    }
+
+
 def test_what_is_measured_is_what_is_stored(compressed, tokens, tmp_path):
     folder = compressed(dtype=torch.bfloat16)
     report = quiet_recover(folder, tmp_path / "new", settings(tokens), evaluation=[tokens])
@@ -342,6 +356,13 @@ def test_mistakes_end_in_one_sentence_and_write_nothing(compressed, tokens, mode
         quiet_recover(folder, model_folder, settings(tokens))
     with pytest.raises(CheckpointError, match="no folder of safetensors"):
         quiet_recover("someone/model", out, settings(tokens))
+    settings_of_int8 = json.loads((folder / "config.json").read_text())
+    settings_of_int8["quantization_config"] |= {"weights": "int8", "format_version": 3}
+    (tmp_path / "int8").mkdir()
+    (tmp_path / "int8" / "config.json").write_text(json.dumps(settings_of_int8))
+    (tmp_path / "int8" / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes())
+    with pytest.raises(CheckpointError, match="the weights of int8 are int8, and adapters cannot be merged into them"):
+        quiet_recover(tmp_path / "int8", out, settings(tokens))
     with pytest.raises(
         CheckpointError, match=r"model is not compressed by lorap, .* compress it first .*, then tune OUT"
     ):

@@ -18,7 +18,6 @@ from lorap.config import CHOICES, RECIPES
 from lorap.errors import CheckpointError
 from lorap.evaluation import Evaluation
 from lorap.factorization import factorize
-<<<<<<< HEAD
 from lorap.page import compression_page
 from lorap.report import (
     CompressionReport,
@@ -26,11 +25,9 @@ from lorap.report import (
     ProjectionReport,
     compressed_roles,
     correction_lines,
+    evaluation_lines,
     storage_lines,
 )
-=======
-from lorap.report import CompressionReport, ProjectionReport, compressed_roles, evaluation_lines, storage_lines
->>>>>>> 52bb4e0 (lorap eval reads no model before it knows that the baseline is there; recover refuses int8 weights before the work, and tunes files that other programs wrote)
 from lorap.spectra import Spectrum, sampled_spectrum, spectrum_indices
 
 CALIBRATION = {"name": "a text", "windows": 3, "seq_len": 100, "tokens": 300, "sha256": "ab" * 32}
