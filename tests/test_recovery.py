@@ -348,6 +348,17 @@ def test_without_peft_the_command_says_what_to_install(compressed, tmp_path, mon
     assert result.stderr.count("\n") == 1
 
 
+def test_int8_weights_are_refused_before_the_work(compressed, tokens, tmp_path):
+    folder = compressed()
+    settings_of_int8 = json.loads((folder / "config.json").read_text())
+    settings_of_int8["quantization_config"] |= {"weights": "int8", "format_version": 3}
+    (tmp_path / "int8").mkdir()
+    (tmp_path / "int8" / "config.json").write_text(json.dumps(settings_of_int8))
+    (tmp_path / "int8" / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes())
+    with pytest.raises(CheckpointError, match="the weights of int8 are int8, and adapters cannot be merged into them"):
+        quiet_recover(tmp_path / "int8", tmp_path / "new", settings(tokens))
+
+
 def test_mistakes_end_in_one_sentence_and_write_nothing(compressed, tokens, model_folder, make_model, tmp_path):
     folder, out = compressed(), tmp_path / "new"
     with pytest.raises(CheckpointError, match="overlaps the source"):
@@ -356,13 +367,6 @@ def test_mistakes_end_in_one_sentence_and_write_nothing(compressed, tokens, mode
         quiet_recover(folder, model_folder, settings(tokens))
     with pytest.raises(CheckpointError, match="no folder of safetensors"):
         quiet_recover("someone/model", out, settings(tokens))
-    settings_of_int8 = json.loads((folder / "config.json").read_text())
-    settings_of_int8["quantization_config"] |= {"weights": "int8", "format_version": 3}
-    (tmp_path / "int8").mkdir()
-    (tmp_path / "int8" / "config.json").write_text(json.dumps(settings_of_int8))
-    (tmp_path / "int8" / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes())
-    with pytest.raises(CheckpointError, match="the weights of int8 are int8, and adapters cannot be merged into them"):
-        quiet_recover(tmp_path / "int8", out, settings(tokens))
     with pytest.raises(
         CheckpointError, match=r"model is not compressed by lorap, .* compress it first .*, then tune OUT"
     ):
