@@ -278,6 +278,15 @@ def believe_stored_head(model: Any, config: Any, tensors: Mapping[str, StoredTen
         config.tie_word_embeddings = False
 
 
+def believe_own_head(model: Any) -> None:
+    """The same for a model in memory: transformers opens such files rightly, but leaves the config as it is."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or not getattr(model.config, "tie_word_embeddings", False) or head.weight is embedding.weight:
+        return
+    if not head.weight.is_meta and not torch.equal(head.weight.to(embedding.weight), embedding.weight):
+        model.config.tie_word_embeddings = False
+
+
 def module_name(model: nn.Module, wanted: nn.Module) -> str:
     """Full name of a module of ``model``."""
     return next(name for name, module in model.named_modules() if module is wanted)

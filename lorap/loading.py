@@ -97,7 +97,7 @@ def model_name(folder: Path) -> str:
     folder = folder.resolve()
     repository = folder.parent.parent.name
     if folder.parent.name == "snapshots" and repository.startswith("models--"):
-        return repository.removeprefix("models--").replace("--", "/")
+        return repository.removeprefix("models--").replace("--", "/", 1)
     return folder.name
 
 

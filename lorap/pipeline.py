@@ -26,6 +26,7 @@ from lorap.calibration.shelf import IN_MEMORY, Shelf
 from lorap.calibration.sources import DEFAULT_CALIBRATION, Source
 from lorap.calibration.stream import CalibrationStream, on_device
 from lorap.config import CompressionConfig
+from lorap.consistency import believe_own_head
 from lorap.correction import agree, correct, divergences
 from lorap.correction_schedule import Schedule, dealt, schedule, unseen
 from lorap.errors import ConfigError, FactorizationError
@@ -45,7 +46,7 @@ from lorap.kept import (
     load_kept,
 )
 from lorap.layers import LayerCompressor, needs_folds
-from lorap.loading import check_tokenizer, find_model, load_model, load_tokenizer, resolve_device
+from lorap.loading import check_tokenizer, find_model, load_model, load_tokenizer, model_name, resolve_device
 from lorap.modules import count_parameters
 from lorap.paging import in_memory_throughout, is_in_memory, pages_of
 from lorap.planning import Key, Plan, make_plan
@@ -444,7 +445,10 @@ def _open(model_or_path: Any, tokenizer: Any, device: str, dtype: str) -> tuple[
         model, name = load_model(source, dtype=dtype, device=resolve_device(device)), source.name
     else:
         model = model_or_path.eval()
-        name = Path(model.config._name_or_path or "").name or type(model).__name__
+        believe_own_head(model)
+        name = (
+            model_name(Path(model.config._name_or_path or "")) if model.config._name_or_path else type(model).__name__
+        )
         if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             raise ConfigError(
                 "the model is spread over several devices; load it without device_map and pass device instead"
