@@ -8,6 +8,7 @@ asks transformers for a model.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -170,16 +171,44 @@ def _load_whole(source: ModelSource, dtype: torch.dtype | None) -> tuple[Any, di
 
 
 def load_tokenizer(source: ModelSource) -> Any | None:
-    """The tokenizer that lies beside the model, or None where there is none."""
+    """The tokenizer that lies beside the model, or None where there is none.
+
+    Raises:
+        CheckpointError: it cannot be read, holds no vocabulary, or needs a package that is not installed.
+    """
     if source.gguf_file:
         return load_gguf_tokenizer(Path(source.location) / source.gguf_file)
     if source.folder and not any(any(source.folder.glob(pattern)) for pattern in TOKENIZERS):
         return None
+    if source.folder:
+        _check_tokenizer_packages(source.folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
-    except Exception as error:  # as in load_model
-        raise CheckpointError(f"cannot load the tokenizer of {source.name}: {_first_lines(error)}") from error
+    except Exception as error:  # as in find_model
+        hint = ""
+        if source.folder and (source.folder / "tekken.json").is_file() and not find_spec("mistral_common"):
+            hint = "; tekken.json may need a package: pip install mistral-common"
+        raise CheckpointError(f"cannot load the tokenizer of {source.name}: {_first_lines(error)}{hint}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        # transformers makes an empty one where it finds no file that it can read.
+        raise CheckpointError(f"the tokenizer of {source.name} holds no vocabulary; its tokenizer.json is missing")
     return tokenizer
+
+
+def _check_tokenizer_packages(folder: Path) -> None:
+    """Refuse a tokenizer.model alone where what reads it is not installed: transformers would guess at another format."""
+    alone = folder / "tokenizer.model"
+    if not alone.is_file() or (folder / "tokenizer.json").is_file() or (folder / "tekken.json").is_file():
+        return
+    with alone.open("rb") as file:
+        sentencepiece = file.read(1) == b"\n"  # the first field of its protobuf message; tiktoken's are lines of base64
+    packages = {"sentencepiece": "sentencepiece", "google": "protobuf"} if sentencepiece else {"tiktoken": "tiktoken"}
+    missing = [package for module, package in packages.items() if not find_spec(module)]
+    if missing:
+        raise CheckpointError(
+            f"{folder} has its tokenizer in tokenizer.model alone, which needs what is not installed: "
+            f"pip install {' '.join(missing)}"
+        )
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:

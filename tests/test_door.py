@@ -20,7 +20,7 @@ from lorap.cli import app
 from lorap.errors import CheckpointError, ConfigError
 from lorap.folders import INDEX, WEIGHTS
 from lorap.info import describe_model
-from lorap.loading import dtype_name, find_model, load_model
+from lorap.loading import dtype_name, find_model, load_model, load_tokenizer
 from lorap.pickled import read_pickled_header
 from lorap.runs import RunOptions, compress_to_folder
 from lorap.scaling.shapes import ModelShape
@@ -396,3 +396,36 @@ def test_a_dtype_may_be_spelled_in_many_ways(given: str, name: str, dense: Path)
 def test_a_dtype_that_is_none_is_refused() -> None:
     with pytest.raises(ConfigError, match="unknown dtype 'int8'; choose from auto, float32, bfloat16, float16"):
         dtype_name("int8")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizers under other names
+
+
+def test_a_tokenizer_may_be_two_files(tokenizer: Any, copied: Path) -> None:
+    """vocab.json and merges.txt, as the first releases of Qwen2 have them."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    (copied / "vocab.json").write_text(json.dumps(content["vocab"]))
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in content["merges"]]
+    (copied / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges))
+    edit(copied, "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+    found = load_tokenizer(find_model(copied))
+    text = "The cat sat on the mat."
+    assert found.convert_ids_to_tokens(found(text, add_special_tokens=False)["input_ids"])
+    assert found.decode(found(text, add_special_tokens=False)["input_ids"]) == text
+
+
+@pytest.mark.parametrize(("first", "packages"), [(b"\n", "sentencepiece protobuf"), (b"IQ== 0", "tiktoken")])
+def test_what_a_tokenizer_model_needs_is_named(first: bytes, packages: str, copied: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("lorap.loading.find_spec", lambda name: None)
+    (copied / "tokenizer.model").write_bytes(first + b"x")
+    with pytest.raises(CheckpointError, match=f"tokenizer.model alone.*: pip install {packages}$"):
+        load_tokenizer(find_model(copied))
+
+
+def test_a_tekken_file_is_a_tokenizer(copied: Path, monkeypatch: Any) -> None:
+    """One that cannot be read is an error, not a model without a tokenizer."""
+    monkeypatch.setattr("lorap.loading.find_spec", lambda name: None)
+    (copied / "tekken.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"pip install mistral-common|holds no vocabulary"):
+        load_tokenizer(find_model(copied))

@@ -22,6 +22,7 @@ from fuzz_inputs import (
     KINDS,
     VALUES,
     Checkpoint,
+    broken_bytes,
     broken_json,
     broken_weights,
     dump,
@@ -39,6 +40,8 @@ from lorap.folders import INDEX, read_header, read_tensors, weight_files
 from lorap.info import describe_model, format_info
 from lorap.loading import find_model, load_model
 from lorap.resources import peak_memory_bytes
+from lorap.scaling.shapes import ModelShape
+from lorap.stored_tensors import stored_tensors
 
 SECONDS, MEGABYTES = 5.0, 300
 # Parts of messages that say the machine, not lorap, has refused.
@@ -119,6 +122,35 @@ class Folders:
                         assert (view.get_dtype(), tuple(view.get_shape())) == (info.dtype, info.shape)
 
         return header
+
+    def pickle(self) -> Callable[[], None]:
+        path = self.place / "one.bin"
+        tensors = {"a": torch.arange(15.0).view(3, 5), "b": torch.ones(7, dtype=torch.bfloat16)}
+        torch.save(tensors | {"c": tensors["a"]}, path)
+
+        @given(broken_bytes(path.read_bytes()))
+        def pickle(data: bytes) -> None:
+            path.write_bytes(data)
+            with bounded("pickle"):
+                for name, stored in stored_tensors(path).items():  # what lorap accepts torch reads, to the same bytes
+                    theirs = torch.load(path, weights_only=True)[name]
+                    assert torch.equal(stored.read().view(torch.uint8), theirs.contiguous().view(torch.uint8))
+
+        return pickle
+
+    def doors(self) -> Callable[[], None]:
+        """As info, plan and compress open a folder."""
+
+        @given(self._damaged())
+        def doors(damaged: tuple[str, bytes | None, bytes | None]) -> None:
+            folder = self._write(damaged)
+            with bounded("doors"):
+                source = find_model(folder)
+                assert describe_model(source)["bytes"] > 0
+                ModelShape.read(source)
+                load_model(source, paged=True)
+
+        return doors
 
     def index(self) -> Callable[[], None]:
         folder = self.place / "sharded"
@@ -235,4 +267,4 @@ def _sharded(folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
     return weight_map
 
 
-TARGETS = ("header", "index", "info", "quantization_config", "load", "texts")
+TARGETS = ("header", "pickle", "index", "info", "quantization_config", "load", "doors", "texts")

@@ -10,7 +10,8 @@ import pytest
 from fuzz_targets import TARGETS, Folders, outcomes
 from hypothesis import HealthCheck, settings
 
-EXAMPLES = {"header": 800, "index": 600, "info": 500, "quantization_config": 800, "load": 400, "texts": 300}
+EXAMPLES = {"header": 800, "pickle": 400, "index": 600, "info": 500, "quantization_config": 800, "load": 400}
+EXAMPLES |= {"doors": 150, "texts": 300}
 
 
 @pytest.fixture(scope="module")
