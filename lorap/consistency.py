@@ -21,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from lorap.architectures import ARCHITECTURES
 from lorap.checkpoint_format import QUANT_METHOD, LoRAPConfig
 from lorap.errors import CheckpointError
-from lorap.folders import TensorInfo, read_files, weight_files
+from lorap.folders import CONTAINERS, TensorInfo, read_files, weight_files
 from lorap.integrations.transformers import check_stored, put_layers
 from lorap.stored_tensors import STORED_DTYPES, Stamp, StoredTensor, same_values
 from lorap.strict_json import INFINITY, named, read_json, shown
@@ -157,6 +157,7 @@ def _check_neighbours(folder: Path) -> None:
     """Refuse files that transformers would take in place of those that are checked, or on top of them."""
     if (folder / ADAPTER).is_file():
         raise CheckpointError(f"{folder} holds an adapter ({ADAPTER}); merge it into its model first, or remove it")
+    _check_index(folder)
     if any(folder.glob("shard-*-model-*.safetensors")):
         raise CheckpointError(f"{folder} holds a distributed checkpoint beside its weights; save it as one model first")
     if (folder / GENERATION).is_file():
@@ -167,6 +168,18 @@ def _check_neighbours(folder: Path) -> None:
             raise CheckpointError(
                 f"{folder / GENERATION}: {' '.join(str(error).split())[:300]}; correct the file, or remove it"
             ) from error
+
+
+def _check_index(folder: Path) -> None:
+    for single, index in CONTAINERS:
+        if (folder / single).is_file():
+            return
+        if (folder / index).is_file():
+            if not isinstance(read_json(folder / index).get("metadata"), dict):
+                raise CheckpointError(
+                    f'{folder / index} has no metadata, which transformers asks for; add "metadata": {{}} to it'
+                )
+            return
 
 
 def _stored(folder: Path) -> dict[str, StoredTensor]:

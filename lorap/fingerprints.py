@@ -117,9 +117,11 @@ def _weight_files(source: ModelSource) -> list[Path]:
 
 
 def _look_through(path: Path, bar: Any) -> str:
-    """sha256 of a file; the tensors of a safetensors file are checked on the way."""
+    """sha256 of a file; its tensors are checked on the way where it is one of safetensors, and after it in a pickle."""
     if path.suffix != ".safetensors":
         bar.update(path.stat().st_size)
+        for stored in stored_tensors(path).values() if path.suffix == ".bin" else ():
+            _refuse_not_finite(stored, sum(_not_finite(piece, stored) for _, piece in read_pieces(stored)))
         return hash_file(path)
     tensors = sorted(stored_tensors(path).values(), key=lambda stored: stored.info.offset)
     first = min((stored.info.offset for stored in tensors), default=path.stat().st_size)
@@ -131,11 +133,15 @@ def _look_through(path: Path, bar: Any) -> str:
             sha.update(piece.numpy().data)
             bad += _not_finite(piece, stored)
             bar.update(len(piece))
-        if bad:
-            raise FactorizationError(
-                f"{stored.name} contains {bad:,} values that are NaN or infinite; the checkpoint is damaged"
-            )
+        _refuse_not_finite(stored, bad)
     return sha.hexdigest()
+
+
+def _refuse_not_finite(stored: StoredTensor, count: int) -> None:
+    if count:
+        raise FactorizationError(
+            f"{stored.name} contains {count:,} values that are NaN or infinite; the checkpoint is damaged"
+        )
 
 
 def _not_finite(piece: Tensor, stored: StoredTensor) -> int:
