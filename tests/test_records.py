@@ -307,7 +307,8 @@ def test_long_lines_are_not_cut(length: int, small_limits: None, tmp_path: Path)
     count = 2**18 // length
     texts = [f"{number:06} " + "é" * (length // 2) for number in range(count)]
     path = write(tmp_path / "long.jsonl", "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts))
-    found, _ = records_of(path)
+    found, told = records_of(path)
+    assert told == f"{len(found):,} records, field text, from pieces of it (JSON lines)"
     assert set(found) <= set(texts)
     numbers = [int(text[:6]) for text in found]
     assert numbers == sorted(set(numbers))

@@ -20,6 +20,11 @@ TEXT_PIECES = 32
 MAX_RECORD_BYTES = 2**28
 
 
+def in_pieces(content: Content) -> bool:
+    """Whether a file is so large that only pieces of it are looked at."""
+    return content.size is not None and content.size > MAX_TEXT_BYTES
+
+
 def text_of(content: Content) -> str:
     """The text of a file of prose, or pieces of it.
 
@@ -49,10 +54,9 @@ def lines_of(content: Content) -> Iterator[tuple[str, bytes]]:
     Raises:
         CalibrationError: a line is longer than any record.
     """
-    size = content.size
     with content.open() as file:
-        if size is not None and size > MAX_TEXT_BYTES:
-            yield from _spread_lines(content, file, size)
+        if in_pieces(content):
+            yield from _spread_lines(content, file)
             return
         number = 0
         while line := _line(content, file, number + 1):
@@ -63,9 +67,10 @@ def lines_of(content: Content) -> Iterator[tuple[str, bytes]]:
                 yield f"line {number}", line
 
 
-def _spread_lines(content: Content, file: IO[bytes], size: int) -> Iterator[tuple[str, bytes]]:
+def _spread_lines(content: Content, file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
     """Whole lines from equal distances; a line that is longer than a piece takes the room of the next ones."""
     taken = end = 0
+    size = content.size or 0
     for piece in range(TEXT_PIECES):
         start = size * piece // TEXT_PIECES
         if start > end:

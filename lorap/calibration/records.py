@@ -12,7 +12,7 @@ from typing import IO, Any, cast
 from lorap.calibration import files, tables
 from lorap.calibration.chats import Document, document_of, layout_of, size_of
 from lorap.calibration.files import Content
-from lorap.calibration.pieces import MAX_RECORD_BYTES, lines_of, spread, text_of
+from lorap.calibration.pieces import MAX_RECORD_BYTES, in_pieces, lines_of, spread, text_of
 from lorap.errors import CalibrationError, shown
 
 # Characters that are read of JSON at once.
@@ -46,6 +46,8 @@ def read_file(content: Content) -> Reading:
             raise CalibrationError(f"{content.place.name}: a plain text has no fields; leave out :{field}")
         return Reading([text_of(content)], (packing + recoded).removeprefix(", "))
     found = read_records(_READERS[content.kind](content), content.place.name, field)
+    if content.kind == files.JSON_LINES and in_pieces(content):
+        found = Reading(found.documents, f"{found.told}, from pieces of it")
     return Reading(found.documents, found.told + f" ({content.kind}{packing}{recoded})")
 
 
