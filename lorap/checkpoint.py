@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lorap import host_keys
 from lorap.card import model_card
 from lorap.errors import CheckpointError
 from lorap.folders import stored_parameters
@@ -46,8 +47,7 @@ def save(
     needed_bytes = model.get_memory_footprint() + SPARE_BYTES
     with staged_folder(out, overwrite=overwrite, needed_bytes=needed_bytes) as stage:
         model.save_pretrained(stage, max_shard_size=max_shard_size)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(stage)
+        host_keys.complete(stage, tokenizer)
         saved = stored_parameters(stage)
         if saved != report.params_saved:
             raise CheckpointError(f"{saved:,} parameters reached the disk, but the model has {report.params_saved:,}")

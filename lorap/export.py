@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorap import host_keys
 from lorap.architectures import ARCHITECTURES, ATTENTION, MLP, PROJECTIONS, Architecture
 from lorap.budget import STOCK_MULTIPLES
 from lorap.card import stock_card
@@ -65,8 +66,7 @@ def export_stock(
     params = count_parameters(model)
     with staged_folder(out, overwrite=overwrite, needed_bytes=model.get_memory_footprint() + SPARE_BYTES) as stage:
         model.save_pretrained(stage, max_shard_size=max_shard_size)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(stage)
+        host_keys.complete(stage, tokenizer)
         saved = sum(tensor.numel for tensor in read_tensors(stage).values())
         if saved != params:
             raise CheckpointError(f"{saved:,} parameters reached the disk, but the model has {params:,}")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from lorap import host_keys
 from lorap.calibration.mixtures import Sources, check_sources
 from lorap.calibration.shelf import Shelf
 from lorap.calibration.sources import DEFAULT_CALIBRATION, Source
@@ -163,8 +164,7 @@ class _FolderRun:
                 shutil.rmtree(stage, ignore_errors=True)
                 stage.mkdir()
                 write_model(model, stage, max_shard_size=self.options.max_shard_size)
-                if tokenizer is not None:
-                    tokenizer.save_pretrained(stage)
+                host_keys.complete(stage, tokenizer)
                 saved = stored_parameters(stage)
             report.seconds = watch.seconds
             write_reports(report, stage)
