@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from lorap import ops
 from lorap.architectures import ARCHITECTURES, SHARED_INPUTS
@@ -20,6 +21,8 @@ from lorap.errors import ArchitectureError, ConfigError
 from lorap.modules import Linear, LowRankLinear, has_plain_factors, is_autocast, is_plain, is_untouched
 
 Model = TypeVar("Model", bound=nn.Module)
+# What transformers makes of "silu" and of "swish".
+SILU = (type(ACT2FN["silu"]), nn.SiLU)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -136,15 +139,15 @@ def merge_shared_inputs(model: Model) -> Model:
     """Run q/k/v and gate/up of every decoder layer as one op each, for inference; changes ``model`` and returns it.
 
     Weights, names and checkpoints stay as they are. Training, adapters, hooks and long inputs keep working: where the merged
-    op does not apply or does not pay, each projection runs by itself.
+    op does not apply or does not pay, each projection runs by itself. An FFN whose activation is not SiLU stays as it is.
 
     Raises:
-        ArchitectureError: the model's family is unknown, or its FFN does not use SiLU.
+        ArchitectureError: the model's family is unknown.
     """
     for layer in _decoder_layers(model):
         _merge_attention(layer)
         mlp: Any = layer.mlp
-        if not isinstance(mlp, GatedMLP) and is_untouched(mlp):
+        if not isinstance(mlp, GatedMLP) and is_untouched(mlp) and _is_silu(getattr(mlp, "act_fn", None)):
             layer.mlp = GatedMLP(mlp.gate_proj, mlp.up_proj, mlp.down_proj).train(mlp.training)
     return model
 
@@ -196,8 +199,6 @@ def _decoder_layers(model: nn.Module) -> nn.ModuleList:
     if architecture is None:
         known = ", ".join(ARCHITECTURES)
         raise ArchitectureError(f"cannot merge the projections of model type {config.model_type!r}; known: {known}")
-    if getattr(config, "hidden_act", "silu") not in ("silu", "swish"):
-        raise ArchitectureError(f"the FFN of this model uses {config.hidden_act!r}; the merged FFN computes SiLU only")
     return architecture.decoder_layers(model)
 
 
@@ -208,6 +209,11 @@ def _merge_attention(layer: nn.Module) -> None:
     ours = all(isinstance(member, (LowRankLinear, Linear)) for member in members)
     if ours and any(member.group is None for member in members):
         SharedInput(members)
+
+
+def _is_silu(activation: Any) -> bool:
+    """Whether an FFN calls SiLU and nothing else. The module is asked, since configs name it in several fields."""
+    return (type(activation) in SILU and is_untouched(activation)) or activation is F.silu
 
 
 def _swap_linear(parent: Any, name: str) -> Any:

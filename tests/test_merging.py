@@ -483,6 +483,26 @@ def test_an_unknown_family_is_refused(merge: Merge) -> None:
 
 
 @merges
-def test_another_activation_is_refused(merge: Merge, make_model: Any) -> None:
-    with pytest.raises(ArchitectureError, match="the FFN of this model uses 'gelu'; the merged FFN computes SiLU only"):
-        merge(make_model("llama-gqa", hidden_act="gelu"))
+@pytest.mark.parametrize("named", ["hidden_act", "act_fn"])
+def test_an_ffn_of_another_activation_stays_as_it_is(named: str, merge: Merge, make_model: Any, tokens: Tensor) -> None:
+    """Where a config names it in another field than most do (Gemma: ``hidden_activation``), only the module knows it."""
+    model = make_model("llama-gqa", **({"hidden_act": "gelu"} if named == "hidden_act" else {}))
+    if named == "act_fn":
+        for layer in model.model.layers:
+            layer.mlp.act_fn = torch.nn.GELU(approximate="tanh")
+    with torch.no_grad():
+        expected = model(tokens).logits
+        merge(model)
+        assert not any(isinstance(module, GatedMLP) for module in model.modules())
+        torch.testing.assert_close(model(tokens).logits, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+@merges
+@pytest.mark.parametrize("activation", [torch.nn.SiLU(), torch.nn.functional.silu])
+def test_silu_is_known_in_every_form(activation: Any, merge: Merge, make_model: Any) -> None:
+    model = make_model("llama-gqa", hidden_act="swish")
+    for layer in model.model.layers:
+        del layer.mlp.act_fn
+        layer.mlp.act_fn = activation
+    merge(model)
+    assert sum(isinstance(module, GatedMLP) for module in model.modules()) == 2
