@@ -12,12 +12,13 @@ from lorap.errors import CheckpointError
 from lorap.strict_json import named, shown
 
 QUANT_METHOD = "lorap"
-# How low-rank layers are stored, and the first format version that has it. A checkpoint says the lowest version that can
-# describe it, so that an older lorap opens whatever it understands.
+# How low-rank layers are stored, and the first format version that has it.
 STORAGES = {"factors": 1, "pivoted": 2}
 # The same for how weights are stored: in the model's dtype, or as int8 (lorap/integrations/torchao.py).
 WEIGHTS = {"float": 1, "int8": 3}
-FORMAT_VERSIONS = (1, 2, 3)
+FORMAT_VERSIONS = (1, 2, 3, 4)
+# From here on checkpoints that need lorap carry all guards (docs/checkpoint-format.md); older ones only those in shapes.
+GUARDED = 4
 # Ranks and widths beyond this are damage: the largest matrices have some 100,000 rows.
 MAX_SIZE = 2**31 - 1
 
@@ -26,7 +27,7 @@ class LoRAPConfig(QuantizationConfigMixin):
     """The shapes of a compressed checkpoint, as stored in config.json under ``quantization_config``.
 
     Args:
-        format_version: of the checkpoint; a newer one than this library knows is refused. None for the lowest that fits.
+        format_version: of the checkpoint; a newer one than this library knows is refused. None for that of a new checkpoint.
         ranks: rank of each low-rank projection, by full module name.
         intermediate_sizes: width of each FFN, by full module name, where it differs from ``config.intermediate_size``.
         biases: full names of linear layers that have a bias although the model's own config gives them none.
@@ -68,9 +69,11 @@ class LoRAPConfig(QuantizationConfigMixin):
         self.storage = _one_of(STORAGES, storage, "storage")
         self.weights = _one_of(WEIGHTS, weights, "weights")
         self.biases = _names(biases, "biases")
-        self.format_version = _format_version(format_version, self.storage, self.weights, self.biases)
         self.ranks = _sizes(ranks, "ranks")
         self.intermediate_sizes = _sizes(intermediate_sizes, "intermediate_sizes")
+        if format_version is None and self.needs_lorap:
+            format_version = GUARDED
+        self.format_version = _format_version(format_version, self.storage, self.weights, self.biases)
         if dense_intermediate_size is not None and not _is_size(dense_intermediate_size):
             size = shown(dense_intermediate_size)
             raise CheckpointError(f"quantization_config.dense_intermediate_size is {size}, not a positive whole number")
@@ -78,6 +81,16 @@ class LoRAPConfig(QuantizationConfigMixin):
         if sparsity is not None and not _is_finite(sparsity):
             raise CheckpointError(f"quantization_config.sparsity is {shown(sparsity)}, not a number")
         self.sparsity = sparsity
+
+    @property
+    def needs_lorap(self) -> bool:
+        """Whether a host that knows nothing of lorap would compute something else than lorap does."""
+        return bool(self.ranks or self.intermediate_sizes or self.biases) or self.weights != "float"
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether the checkpoint carries the guards in words (lorap/guards.py)."""
+        return self.needs_lorap and self.format_version >= GUARDED
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds; what format version 1 does not know only where it is not the default."""

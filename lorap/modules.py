@@ -8,11 +8,13 @@ Checkpoint keys of a projection ``q_proj``::
     q_proj.pivot_rows     (rank,) int64            only in pivoted storage, where left.weight is (out_features - rank, rank)
     q_proj.output_bias    (out_features,)          instead of left.bias in pivoted storage, whose bias covers more than left
     q_proj.weight         (1,)                     guard, see below
+    q_proj.needs_import_lorap  (1,)                its name in plain words; not in checkpoints before format version 4
 
 The two factors are ordinary ``nn.Linear`` children, so that adapters and quantizers find them by name and type.
 
 The guard makes a host that does not know lorap fail: it looks for a ``q_proj.weight`` of shape (out, in), finds one of shape
-(1,), and stops. Without it, transformers would start with random projections and only print a warning.
+(1,), and stops. Without it, transformers would start with random projections and only print a warning. What else keeps such
+hosts out is in lorap/guards.py.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from lorap.pivoting import pivot
 
 # Value of the guard; the format's version is in config.json.
 GUARD_VALUE = 1.0
+NAMED_GUARD = "needs_import_lorap"
 
 
 class LowRankLinear(nn.Module):
@@ -69,6 +72,7 @@ class LowRankLinear(nn.Module):
         self.output_bias: nn.Parameter | None
         self.register_parameter("output_bias", None if own is None else nn.Parameter(own))
         self.register_buffer("weight", torch.full((1,), GUARD_VALUE, device=device, dtype=dtype))
+        self.register_buffer(NAMED_GUARD, self.weight.clone())
         self.pivot_rows: Tensor | None
         self.register_buffer("pivot_rows", torch.arange(rank, device=device) if pivoted else None)
         self.group: Any = None  # a lorap.merging.SharedInput, when q, k and v run as one
@@ -100,6 +104,7 @@ class LowRankLinear(nn.Module):
             owner, name = (module, "output_bias") if pivoted else (module.left, "bias")
             setattr(owner, name, nn.Parameter(bias))
         module.weight = torch.full((1,), GUARD_VALUE, device=left.device, dtype=left.dtype)
+        setattr(module, NAMED_GUARD, module.weight.clone())
         module.pivot_rows = pivot_rows
         return module
 
@@ -149,6 +154,11 @@ class LowRankLinear(nn.Module):
             y = y.index_select(-1, reference.output_order(self.pivot_rows, self.out_features))
         return y if self.output_bias is None else y + self.output_bias.to(y.dtype)
 
+    def put_named_guard(self, on: bool) -> None:
+        """Have the guard whose name says what is missing in the state dict, or not."""
+        if on != (self._buffers[NAMED_GUARD] is not None):
+            setattr(self, NAMED_GUARD, self.weight.clone() if on else None)
+
     def reconstruct(self, *, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight (out_features, in_features) that this layer stands for, in ``dtype`` or that of the factors."""
         right, left = self.right.weight, self.left.weight
@@ -161,7 +171,11 @@ class LowRankLinear(nn.Module):
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
-        return f"{sizes}, bias={self.bias is not None}" + (", pivoted=True" if self.pivot_rows is not None else "")
+        pivoted = ", pivoted=True" if self.pivot_rows is not None else ""
+        # PEFT shows this where it is pointed at the layer and not at its two halves.
+        return (
+            f"{sizes}, bias={self.bias is not None}{pivoted}, adapters: target_modules='all-linear', or right and left"
+        )
 
 
 class Linear(nn.Linear):

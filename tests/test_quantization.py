@@ -80,7 +80,7 @@ def test_pruned_ffns_without_low_rank_layers(make_model, compress_small, tokens,
     assert not hasattr(model.config, "quantization_config")
     lorap.quantize_int8(model).save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    assert (settings["weights"], settings["format_version"], settings["ranks"]) == ("int8", 3, {})
+    assert (settings["weights"], settings["format_version"], settings["ranks"]) == ("int8", 4, {})
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), tokens), logits(model, tokens))
 
 
@@ -162,10 +162,10 @@ def test_info_of_a_dense_model_with_int8_weights(make_model, tmp_path) -> None:
 
 
 def test_versions_of_int8() -> None:
-    assert LoRAPConfig(weights="int8").format_version == 3
+    assert LoRAPConfig(weights="int8").format_version == 4
     assert "weights" not in LoRAPConfig().to_dict()
     again = LoRAPConfig(**LoRAPConfig(weights="int8", storage="pivoted").to_dict())
-    assert (again.weights, again.storage, again.format_version) == ("int8", "pivoted", 3)
+    assert (again.weights, again.storage, again.format_version) == ("int8", "pivoted", 4)
     with pytest.raises(lorap.CheckpointError, match="int8 weights and format version 2, which has none; it must be 3"):
         LoRAPConfig(weights="int8", format_version=2)
     with pytest.raises(lorap.CheckpointError, match=r"quantization_config\.weights is 'int4'; known: float, int8"):

@@ -147,7 +147,7 @@ def test_free_widths_with_low_rank_attention(make_model, compress_small, tokens,
     expected = logits(model, tokens)
     lorap.reconstruct(model).save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    assert (settings["ranks"], settings["format_version"]) == ({}, 1)
+    assert (settings["ranks"], settings["format_version"]) == ({}, 4)
     assert settings["intermediate_sizes"] == marks.intermediate_sizes
     assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path), tokens), expected)
 

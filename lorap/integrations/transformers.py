@@ -18,16 +18,17 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-from lorap.architectures import ARCHITECTURES, MLP
+from lorap.architectures import ARCHITECTURES, ATTENTION, MLP
 from lorap.checkpoint_format import QUANT_METHOD, LoRAPConfig
 from lorap.errors import CheckpointError
 from lorap.folders import read_header
+from lorap.guards import put_guards, register_activations
 from lorap.integrations import torchao
-from lorap.modules import LowRankLinear
+from lorap.modules import NAMED_GUARD, LowRankLinear
 from lorap.strict_json import named
 
 # Endings of tensors that only a low-rank layer has (lorap/modules.py).
-LOW_RANK_TENSORS = (".right.weight", ".left.weight", ".left.bias", ".pivot_rows", ".output_bias")
+LOW_RANK_TENSORS = (".right.weight", ".left.weight", ".left.bias", ".pivot_rows", ".output_bias", f".{NAMED_GUARD}")
 
 
 class LoRAPHfQuantizer(HfQuantizer):
@@ -40,11 +41,14 @@ class LoRAPHfQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         check_stored(checkpoint_files or (), put_layers(model, self.quantization_config))
+        keep_whole(model, self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        for name in self.quantization_config.ranks:
-            check_pivot_rows(model.get_submodule(name), name)
+        for name, module in model.named_modules():
+            if isinstance(module, LowRankLinear):
+                check_pivot_rows(module, name)
         torchao.fill_slots(model)
+        model.is_quantized = not self.is_trainable  # which forbids casts, and training without adapters
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any] | None, dict[str, str]]:
         int8 = self.quantization_config.weights == "int8"
@@ -55,7 +59,12 @@ class LoRAPHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return True
+        return self.quantization_config.weights == "float"
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Of all weights, without adapters: they are ordinary floating point numbers."""
+        return self.is_trainable
 
     @property
     def is_compileable(self) -> bool:
@@ -70,11 +79,13 @@ def put_layers(model: Any, config: LoRAPConfig) -> dict[str, tuple[int, ...]]:
     Raises:
         CheckpointError: a name is no linear layer or FFN of the dense model, or a rank does not fit.
     """
+    bare = bare_prefix(model)
     # All of them first: a factor that is a linear layer itself was not one of the dense model.
-    low_rank = {name: _linear(model, name) for name in config.ranks}
+    low_rank = {
+        name.removeprefix(bare): (_linear(model, name.removeprefix(bare)), rank) for name, rank in config.ranks.items()
+    }
     wanted: list[str] = []
-    for name, dense in low_rank.items():
-        rank = config.ranks[name]
+    for name, (dense, rank) in low_rank.items():
         if rank >= min(dense.in_features, dense.out_features):
             raise CheckpointError(
                 f"rank {rank} of {name} does not fit its shape ({dense.out_features}, {dense.in_features})"
@@ -88,12 +99,15 @@ def put_layers(model: Any, config: LoRAPConfig) -> dict[str, tuple[int, ...]]:
             dtype=dense.weight.dtype,
             pivoted=config.storage == "pivoted",
         )
+        new.put_named_guard(config.is_guarded)
         model.set_submodule(name, new)
         wanted += [f"{name}.{key}" for key in new.state_dict()]
-    for name, width in config.intermediate_sizes.items():
+    for full_name, width in config.intermediate_sizes.items():
+        name = full_name.removeprefix(bare)
         resize_mlp(model, name, width)
         wanted += [f"{name}.{role}.weight" for role in MLP]
-    for name in config.biases:
+    for full_name in config.biases:
+        name = full_name.removeprefix(bare)
         old = _linear(model, name)
         weight = old.weight
         model.set_submodule(
@@ -107,7 +121,27 @@ def put_layers(model: Any, config: LoRAPConfig) -> dict[str, tuple[int, ...]]:
             )
         wanted += torchao.put_slots(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    return {name: shapes[name] for name in wanted}
+    return {bare + name: shapes[name] for name in wanted}
+
+
+def bare_prefix(model: Any) -> str:
+    """What the names in a checkpoint have before those of ``model``: "model." where it is a base model (``AutoModel``), or ""."""
+    prefix = str(model.base_model_prefix)
+    return f"{prefix}." if prefix and prefix not in model._modules else ""
+
+
+def keep_whole(model: Any, config: LoRAPConfig) -> None:
+    """Take out of the plan of tensor parallelism what it would cut wrongly; every worker then holds and computes all of that.
+
+    transformers cuts by the name of a dense projection. A low-rank one has its factors below that name, so only its guard would
+    be cut; and FFNs of other widths, or with biases that were added, are none of those that the plan was made for.
+    """
+    roles = {name.rsplit(".", 1)[-1] for name in config.ranks}
+    whole = [".self_attn."] if roles & set(ATTENTION) else []
+    whole += [".mlp."] if roles & set(MLP) or config.intermediate_sizes or config.biases else []
+    plan = getattr(model, "_tp_plan", None) or {}
+    for name in [name for name in plan if any(part in name for part in whole)]:
+        del plan[name]
 
 
 def check_stored(files: Sequence[str], wanted: Mapping[str, tuple[int, ...]]) -> None:
@@ -123,6 +157,9 @@ def check_stored(files: Sequence[str], wanted: Mapping[str, tuple[int, ...]]) ->
         return
     stored = {name: info.shape for path in paths for name, info in read_header(path).items()}
     folder = paths[0].parent
+    first = next(iter(wanted), "")
+    if first not in stored and first.partition(".")[2] in stored:  # saved without the head
+        wanted = {name.partition(".")[2]: shape for name, shape in wanted.items()}
     missing = [name for name in wanted if name not in stored]
     if missing:
         raise CheckpointError(
@@ -179,6 +216,8 @@ def mark_compressed(model: Any, config: LoRAPConfig) -> None:
     model.config.quantization_config = config
     model.hf_quantizer = LoRAPHfQuantizer(config, pre_quantized=True)
     model.quantization_method = QUANT_METHOD
+    model.is_quantized = not model.hf_quantizer.is_trainable
+    put_guards(model, config.is_guarded)
 
 
 def find_marks(model: Any) -> LoRAPConfig | None:
@@ -192,10 +231,12 @@ def find_marks(model: Any) -> LoRAPConfig | None:
 def unmark(model: Any) -> None:
     """Make ``model.save_pretrained`` write an ordinary checkpoint again; only for what opens without the plug-in."""
     LoRAPHfQuantizer(LoRAPConfig(), pre_quantized=True).remove_quantization_config(model)
+    put_guards(model, False)
 
 
 def register() -> None:
     """Make the plug-in known to transformers; safe to call twice (it refuses a second registration by itself)."""
+    register_activations()
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(QUANT_METHOD)(LoRAPConfig)
         register_quantizer(QUANT_METHOD)(LoRAPHfQuantizer)

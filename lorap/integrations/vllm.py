@@ -25,11 +25,10 @@ from lorap.architectures import ARCHITECTURES, SHARED_INPUTS
 from lorap.backends import FLOATS
 from lorap.errors import BackendError, CheckpointError
 from lorap.folders import read_tensors
+from lorap.guards import unguard_config
 from lorap.integrations.transformers import QUANT_METHOD, LoRAPConfig, LoRAPHfQuantizer
 from lorap.integrations.vllm_linear import LoRAPLinearMethod
 
-# What is served here; transformers may open more.
-FORMAT_VERSIONS = (1, 2)
 # vLLM's fused layers, for models that do not say themselves what theirs hold.
 FUSED = {"qkv_proj": SHARED_INPUTS["attention_input"], "gate_up_proj": SHARED_INPUTS["mlp_input"]}
 
@@ -65,11 +64,10 @@ class LoRAPQuantizationConfig(QuantizationConfig):
                 "lorap needs vLLM 0.32 or newer, which lets a fused layer load its own weights; upgrade vllm"
             )
         checkpoint = LoRAPConfig(**config)
-        if checkpoint.format_version not in FORMAT_VERSIONS:
-            served = " and ".join(map(str, FORMAT_VERSIONS))
+        if checkpoint.weights != "float":
             raise CheckpointError(
-                f"this checkpoint has format version {checkpoint.format_version}, and lorap's plug-in for vLLM serves {served} "
-                "(3 means int8 weights): open it in transformers, or serve the checkpoint that it was made from"
+                f"this checkpoint has {checkpoint.weights} weights, which lorap's plug-in for vLLM does not serve: "
+                "open it in transformers, or serve the checkpoint that it was made from"
             )
         return cls(checkpoint)
 
@@ -98,6 +96,7 @@ class LoRAPQuantizationConfig(QuantizationConfig):
             CheckpointError: a tensor is missing, or has another shape than config.json says.
         """
         self.intermediate_size = getattr(hf_config, "intermediate_size", None)
+        unguard_config(hf_config)  # vLLM's FFNs want to read "silu"
         folder = Path(model_name)
         known = getattr(hf_config, "model_type", None) in ARCHITECTURES
         if known and folder.is_dir() and any(folder.glob("*.safetensors")):

