@@ -30,8 +30,7 @@ def register_activations() -> None:
 def put_guards(model: Any, on: bool) -> None:
     """Give a model all guards in words, or take them away; what it computes stays."""
     unguard_config(model.config)
-    name = getattr(model.config, ACTIVATION, None)
-    if on and isinstance(name, str):
+    if on and (name := activation_of(model.config)):
         setattr(model.config, ACTIVATION, name + SUFFIX)
     for module in model.modules():
         if isinstance(module, LowRankLinear):
@@ -39,7 +38,12 @@ def put_guards(model: Any, on: bool) -> None:
 
 
 def unguard_config(config: Any) -> None:
-    """The activation under its own name."""
+    """Have a config name the activation as everyone knows it."""
+    if name := activation_of(config):
+        setattr(config, ACTIVATION, name)
+
+
+def activation_of(config: Any) -> str:
+    """The activation that a config names, with or without a guard; empty where it names none."""
     name = getattr(config, ACTIVATION, None)
-    if isinstance(name, str):
-        setattr(config, ACTIVATION, name.removesuffix(SUFFIX))
+    return name.removesuffix(SUFFIX) if isinstance(name, str) else ""

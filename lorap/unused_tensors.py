@@ -40,7 +40,7 @@ ORIGINS = (
     ),
     (r"\.bias$", "is not zero; if the model has such biases, say so in config.json (attention_bias, mlp_bias)"),
     (
-        r"\.(right|left)\.|pivot_rows|output_bias",
+        r"\.(right|left)\.|pivot_rows|output_bias|needs_import_lorap",
         "belongs to a low-rank layer, but quantization_config names no such layer",
     ),
     (r"", "changes the model; use the config.json that the weights were saved with, or take it out of the files"),

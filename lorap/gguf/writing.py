@@ -21,6 +21,7 @@ from lorap.errors import ArchitectureError, ConfigError
 from lorap.gguf.names import INTERLEAVED, WRITTEN, gguf_names, interleaved
 from lorap.gguf.rope import FREQUENCIES, rope_to_gguf
 from lorap.gguf.tokenizer import LLAMA3_SPLIT, QWEN2_SPLIT, TEKKEN_SPLIT
+from lorap.guards import activation_of
 from lorap.version import __version__
 
 FILE_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -41,9 +42,9 @@ def check_gguf(model: Any) -> None:
     if config.model_type not in WRITTEN:
         raise ArchitectureError(f"no GGUF for model type {config.model_type!r}; possible: {', '.join(WRITTEN)}")
     _rope(config)
-    if config.hidden_act not in ("silu", "swish"):
+    if (activation := activation_of(config)) not in ("silu", "swish"):
         raise ArchitectureError(
-            f"llama.cpp computes FFNs of this family with silu, and this model's hidden_act is {config.hidden_act!r}; "
+            f"llama.cpp computes FFNs of this family with silu, and this model's hidden_act is {activation!r}; "
             "use --format stock"
         )
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
