@@ -1,4 +1,4 @@
-# make demo | test | test-all | fuzz | test-vllm | lint | bench | targets | inference | quality: each sets up .venv first, if it is missing or out of date.
+# make demo | test | test-all | fuzz | test-vllm | test-hosts | lint | bench | targets | inference | quality: each sets up .venv first, if it is missing or out of date.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -6,7 +6,7 @@ VLLM := .venv-vllm/bin
 VLLM_READY := .venv-vllm/.ready
 VLLM_VERSION := 0.32.0
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all fuzz test-vllm lint bench targets inference quality
+.PHONY: help setup demo test test-all fuzz test-vllm test-hosts test-transformers4 test-mlx test-llamacpp lint bench targets inference quality
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile
@@ -29,7 +29,7 @@ lint: $(READY) ## format, lint and types
 
 # Two processes with one thread each, a file of tests in one of them: session and module fixtures are made once where they are used.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
-TESTS := tests --ignore=tests/triton_interpreter --ignore=tests/vllm
+TESTS := tests --ignore=tests/triton_interpreter --ignore=tests/vllm --ignore=tests/hosts
 
 test: lint ## lint, the tests that are not slow, and each benchmark once
 	$(BIN)/python benchmarks/assets.py
@@ -37,12 +37,13 @@ test: lint ## lint, the tests that are not slow, and each benchmark once
 	TRITON_INTERPRET=1 $(PYTEST) tests/triton_interpreter --quiet
 	$(PYTEST) benchmarks --benchmark-disable --quiet
 
-test-all: lint ## lint, all tests, each benchmark once, and test-vllm
+test-all: lint ## lint, all tests, each benchmark once, test-vllm and test-hosts
 	$(BIN)/python benchmarks/assets.py
 	$(PYTEST) $(TESTS)
 	TRITON_INTERPRET=1 $(PYTEST) tests/triton_interpreter --quiet
 	$(PYTEST) benchmarks --benchmark-disable --quiet
 	$(MAKE) --no-print-directory test-vllm
+	$(MAKE) --no-print-directory test-hosts
 
 fuzz: $(READY) ## damaged checkpoints for ten minutes, then the C++ operators under the sanitizers for two
 	$(BIN)/python tests/fuzz/run.py --minutes 10
@@ -64,6 +65,39 @@ $(VLLM_READY): $(READY)
 	$(VLLM)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null
 	$(VLLM)/python -m pip install --quiet 'setuptools>=77' wheel pytest gguf accelerate
 	LORAP_SKIP_BUILD=1 $(VLLM)/python -m pip install --quiet --no-build-isolation --editable .
+	touch $@
+
+# Hosts without lorap, each in an environment of its own, on folders and files that .venv makes. torch first, as above.
+HOSTS := HOST_FOLDERS=$(CURDIR)/.cache/hosts OMP_NUM_THREADS=1
+test-hosts: test-transformers4 test-mlx test-llamacpp ## exported models in transformers 4, mlx-lm and llama.cpp
+
+.cache/hosts/expected.json: $(READY) tests/hosts/make_folders.py $(wildcard lorap/*.py lorap/*/*.py)
+	$(BIN)/python benchmarks/assets.py
+	$(BIN)/python tests/hosts/make_folders.py .cache/hosts
+
+test-transformers4: .cache/hosts/expected.json .venv-transformers4/.ready
+	$(HOSTS) .venv-transformers4/bin/python -m pytest --noconftest tests/hosts/test_transformers4.py -rP --quiet
+
+test-mlx: .cache/hosts/expected.json .venv-mlx/.ready
+	$(HOSTS) .venv-mlx/bin/python -m pytest --noconftest tests/hosts/test_mlx.py -rP --quiet
+
+test-llamacpp: .cache/hosts/expected.json .venv-llamacpp/.ready
+	$(HOSTS) .venv-llamacpp/bin/python -m pytest --noconftest tests/hosts/test_llamacpp.py -rP --quiet
+
+.venv-transformers4/.ready:
+	$(PYTHON) -m venv .venv-transformers4
+	.venv-transformers4/bin/python -m pip install --quiet torch==2.13.0
+	.venv-transformers4/bin/python -m pip install --quiet transformers==4.57.6 accelerate jinja2 pytest
+	touch $@
+
+.venv-mlx/.ready:
+	$(PYTHON) -m venv .venv-mlx
+	.venv-mlx/bin/python -m pip install --quiet mlx-lm==0.32.2 'mlx[cpu]==0.32.4' pytest
+	touch $@
+
+.venv-llamacpp/.ready:
+	$(PYTHON) -m venv .venv-llamacpp
+	.venv-llamacpp/bin/python -m pip install --quiet xllamacpp==2026.10.11549 pytest
 	touch $@
 
 bench: $(READY) ## measure kernels, layers and the factorization against their alternatives

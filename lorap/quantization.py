@@ -18,7 +18,7 @@ def quantize_int8(model: Model) -> Model:
     """int8 weights for every linear layer of the decoder: factors, dense projections and FFNs; changes ``model``, returns it.
 
     Weight-only, symmetric, one scale for each row, by torchao. Embeddings and the output head stay as they are.
-    ``save_pretrained`` writes format version 3, which ``from_pretrained`` opens again with identical weights. It saves memory
+    ``save_pretrained`` writes a checkpoint that ``from_pretrained`` opens again with identical weights. It saves memory
     and disk; lorap's kernels step back for int8 weights, so on a CPU it does not make a model faster.
 
     Raises:
