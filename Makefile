@@ -76,13 +76,13 @@ test-hosts: test-transformers4 test-mlx test-llamacpp ## exported models in tran
 	$(BIN)/python tests/hosts/make_folders.py .cache/hosts
 
 test-transformers4: .cache/hosts/expected.json .venv-transformers4/.ready
-	$(HOSTS) .venv-transformers4/bin/python -m pytest --noconftest tests/hosts/test_transformers4.py -rP --quiet
+	$(HOSTS) .venv-transformers4/bin/python -m pytest --noconftest tests/hosts/test_transformers4.py -s --quiet
 
 test-mlx: .cache/hosts/expected.json .venv-mlx/.ready
-	$(HOSTS) .venv-mlx/bin/python -m pytest --noconftest tests/hosts/test_mlx.py -rP --quiet
+	$(HOSTS) .venv-mlx/bin/python -m pytest --noconftest tests/hosts/test_mlx.py -s --quiet
 
 test-llamacpp: .cache/hosts/expected.json .venv-llamacpp/.ready
-	$(HOSTS) .venv-llamacpp/bin/python -m pytest --noconftest tests/hosts/test_llamacpp.py -rP --quiet
+	$(HOSTS) .venv-llamacpp/bin/python -m pytest --noconftest tests/hosts/test_llamacpp.py -s --quiet
 
 .venv-transformers4/.ready:
 	$(PYTHON) -m venv .venv-transformers4
