@@ -30,7 +30,8 @@ def logprob(host: Any, prompt: list[int], token: int, number: int) -> float:
     """Of ``token`` after ``prompt``."""
     request = {"prompt": prompt, "n_predict": 1, "n_probs": number, "temperature": 1.0, "post_sampling_probs": False}
     answer = host.handle_completions(request)
-    found = {entry["id"]: entry["logprob"] for entry in answer["completion_probabilities"][0]["top_logprobs"]}
+    top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    found = {entry["id"]: entry["logprob"] for entry in top}
     return found[token]
 
 
