@@ -28,7 +28,8 @@ def server(name: str) -> Any:
 
 def logprob(host: Any, prompt: list[int], token: int, number: int) -> float:
     """Of ``token`` after ``prompt``."""
-    request = {"prompt": prompt, "n_predict": 1, "n_probs": number, "temperature": 1.0, "post_sampling_probs": False}
+    # Without a bias against the end, an answer of that token alone would have no probabilities.
+    request = {"prompt": prompt, "n_predict": 1, "n_probs": number, "temperature": 1.0, "ignore_eos": True}
     answer = host.handle_completions(request)
     top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     found = {entry["id"]: entry["logprob"] for entry in top}
