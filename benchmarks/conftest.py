@@ -15,10 +15,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.benchmark_columns = COLUMNS
 
 
-def pytest_report_header(config: pytest.Config) -> str:
-    if config.getoption("benchmark_disable", False):
-        return "benchmarks: each runs once, small, as a test"
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Not in the header, which ``--quiet`` leaves out, and the refusal with it."""
+    if session.config.getoption("benchmark_disable", False):
+        return
     try:
-        return f"measuring {common.measured()}"
+        found = common.measured()
     except BackendError as error:
         raise pytest.UsageError(str(error)) from None
+    if reporter := session.config.pluginmanager.get_plugin("terminalreporter"):
+        reporter.write_line(f"measuring {found}")
