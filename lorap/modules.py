@@ -71,6 +71,7 @@ class LowRankLinear(nn.Module):
         own = torch.zeros(out_features, device=device, dtype=dtype) if bias and pivoted else None
         self.output_bias: nn.Parameter | None
         self.register_parameter("output_bias", None if own is None else nn.Parameter(own))
+        self.weight: Tensor
         self.register_buffer("weight", torch.full((1,), GUARD_VALUE, device=device, dtype=dtype))
         self.register_buffer(NAMED_GUARD, self.weight.clone())
         self.pivot_rows: Tensor | None

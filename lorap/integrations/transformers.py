@@ -48,7 +48,8 @@ class LoRAPHfQuantizer(HfQuantizer):
             if isinstance(module, LowRankLinear):
                 check_pivot_rows(module, name)
         torchao.fill_slots(model)
-        model.is_quantized = not self.is_trainable  # which forbids casts, and training without adapters
+        # True forbids casts, and training without adapters.
+        model.is_quantized = not self.is_trainable  # type: ignore[assignment]
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any] | None, dict[str, str]]:
         int8 = self.quantization_config.weights == "int8"
