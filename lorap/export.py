@@ -28,6 +28,7 @@ from lorap.outputs import staged_folder
 from lorap.pruning import new_linear
 from lorap.reconstruction import reconstruct
 from lorap.report import CompressionReport
+from lorap.shards import write_model
 
 # Other texts than the calibration's reach higher.
 NEAR_OVERFLOW = torch.finfo(torch.float16).max / 2
@@ -65,7 +66,7 @@ def export_stock(
     make_stock(model, pad_widths=pad_widths)
     params = count_parameters(model)
     with staged_folder(out, overwrite=overwrite, needed_bytes=model.get_memory_footprint() + SPARE_BYTES) as stage:
-        model.save_pretrained(stage, max_shard_size=max_shard_size)
+        write_model(model, stage, max_shard_size=max_shard_size)
         host_keys.complete(stage, tokenizer)
         saved = sum(tensor.numel for tensor in read_tensors(stage).values())
         if saved != params:

@@ -23,7 +23,7 @@ from lorap.version import __version__
 
 WEIGHTS_STEP = "weights"
 # Files of a model folder, besides weights, that decide on what comes out.
-SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*.jinja")
 
 
 def identity_of(
@@ -102,7 +102,9 @@ def check_weights(journal: Journal, source: ModelSource, *, progress: bool) -> N
     ) as bar:
         for path in files:
             hashes[path.name] = _look_through(path, bar)
-    if before is not None and before["hashes"] != hashes:
+    if before is not None and before["hashes"] != hashes and not journal.processes.from_first(journal.has_layers()):
+        journal.begin_anew()
+    elif before is not None and before["hashes"] != hashes:
         other = sorted({*hashes.items()} ^ {*before["hashes"].items()})[0][0]
         raise JournalError(
             f"{other} is not the file that this run began with; bring that back, or pass --restart to throw away what was done"

@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lorap.errors import CheckpointError, JournalError
+from lorap.errors import CheckpointError, JournalError, LoRAPError, ProcessError
 from lorap.files import reason, remove, replacing
 from lorap.folders import read_json
 from lorap.outputs import LOCK, WorkFolder, work_folder, work_path
@@ -33,6 +34,7 @@ from lorap.stored_tensors import StoredTensor, stored_tensors
 from lorap.tensor_files import Writable, write_tensors
 
 IDENTITY = "identity"
+THREADS = "threads"
 # All is in the stage; only names are still to change.
 COMPLETE = "complete"
 STAGE = "stage"
@@ -40,6 +42,8 @@ STAGE = "stage"
 NOT_OURS = (LOCK, "recovery")
 # These alone are no reason to leave a folder behind.
 PREPARATIONS = (IDENTITY, "weights")
+# After these the same command may well succeed.
+NO_REFUSAL = (CheckpointError, JournalError, ProcessError)
 
 
 class Journal:
@@ -59,6 +63,10 @@ class Journal:
     def has(self, step: str) -> bool:
         """Whether a step is done; for all processes what the first one finds."""
         return self.processes.from_first(self.folder is not None and self._path(step, "json").is_file())
+
+    def has_alone(self, step: str) -> bool:
+        """The same for this process alone."""
+        return self.folder is not None and self._path(step, "json").is_file()
 
     def read(self, step: str) -> dict[str, Any]:
         """What a step left.
@@ -102,6 +110,21 @@ class Journal:
         if self.folder is not None and self.processes.is_first:
             self._path(step, "safetensors").unlink(missing_ok=True)
 
+    def has_layers(self) -> bool:
+        """Whether there is work that would be lost: a finished layer."""
+        return self.folder is not None and _has_layers(self.folder)
+
+    def forget(self, step: str) -> None:
+        """A step is not done any more."""
+        if self.processes.is_first:
+            self._path(step, "json").unlink(missing_ok=True)
+
+    def begin_anew(self) -> None:
+        """Forget all steps; what the run depends on stays."""
+        if self.processes.is_first:
+            _begin(self, self.read(IDENTITY))
+        self.processes.wait()
+
     def _path(self, step: str, suffix: str) -> Path:
         assert self.folder is not None
         return self.folder / f"{step}.{suffix}"
@@ -126,7 +149,8 @@ NO_JOURNAL = Journal(None)
 def open_journal(out: Path, *, restart: bool = False, processes: Processes = ALONE) -> Iterator[Journal]:
     """The journal of the run that writes ``out``; no other process can open it meanwhile.
 
-    What was not begun in earnest (no step done) leaves nothing behind.
+    What was not begun in earnest (no step done) leaves nothing behind, and neither does a run that was refused before its first
+    layer was finished.
 
     Raises:
         JournalError: another process is at work on ``out``.
@@ -141,34 +165,66 @@ def open_journal(out: Path, *, restart: bool = False, processes: Processes = ALO
                 clear(work.path)
             shutil.rmtree(work.path / "hidden", ignore_errors=True)
             yield Journal(work.path, processes, work)
+        except LoRAPError as error:
+            if not isinstance(error, NO_REFUSAL) and not _has_layers(work.path):
+                clear(work.path)
+            raise
         finally:
             if not any(path.suffix == ".json" and path.stem not in PREPARATIONS for path in work.path.glob("*")):
                 clear(work.path)
 
 
-def check_identity(journal: Journal, identity: Mapping[str, Any]) -> None:
+def check_identity(journal: Journal, identity: Mapping[str, Any], *, threads: int) -> None:
     """Begin a run that depends on ``identity``, or go on with one that depends on the same.
+
+    One that has not finished a layer yet holds up nobody: what it has prepared is thrown away. Another number of ``threads``
+    changes the last digits of sums, and so is told, not refused.
 
     Raises:
         JournalError: an unfinished run depends on something else, which is named.
     """
     assert journal.folder is not None
     if not (journal.folder / f"{IDENTITY}.json").is_file():
-        clear(journal.folder)
-        journal.keep_alone(IDENTITY, identity)
+        _begin(journal, {**identity, THREADS: threads})
         return
-    before = _flat(journal.read(IDENTITY))
+    begun = journal.read(IDENTITY)
+    begun_with = begun.pop(THREADS, threads)
+    before = _flat(begun)
     now = _flat(json.loads(json.dumps(identity)))
     changes = [
         f"{name} was {_short(before.get(name))} and is {_short(now.get(name))}"
         for name in dict.fromkeys([*before, *now])
         if before.get(name) != now.get(name)
     ]
-    if changes:
+    if changes and not journal.has_layers():
+        _tell(
+            "an earlier run to this output had other options and no finished layer; what it had prepared is thrown away"
+        )
+        _begin(journal, {**identity, THREADS: threads})
+    elif changes:
         raise JournalError(
             f"an unfinished run with this output is another one: {'; '.join(changes)}. Run its own command again to finish it, "
             "choose another output, or pass --restart to throw away what it has done"
         )
+    elif begun_with != threads:
+        _tell(
+            f"begun with {begun_with} threads and going on with {threads}: as good, but not the bytes of a run with one number "
+            f"of threads (OMP_NUM_THREADS={begun_with} gives those)"
+        )
+
+
+def _begin(journal: Journal, identity: Mapping[str, Any]) -> None:
+    assert journal.folder is not None
+    clear(journal.folder)
+    journal.keep_alone(IDENTITY, identity)
+
+
+def _tell(sentence: str) -> None:
+    print(f"lorap: {sentence}", file=sys.stderr, flush=True)
+
+
+def _has_layers(folder: Path) -> bool:
+    return any(folder.glob("layer-*.json"))
 
 
 def is_complete(out: Path) -> bool:

@@ -82,13 +82,18 @@ def check_output(
     if work_path(path).parent.is_dir():
         with work_folder(path):
             pass
-    _check_room(path, overwrite=overwrite, needed_bytes=needed_bytes, shown=out)
+    if path.is_dir() and _content(path) and not overwrite:
+        raise CheckpointError(f"output {out} is not empty; choose a new folder or pass --overwrite")
+    check_room(work_path(path), needed_bytes, shown=out)
 
 
-def _check_room(out: Path, *, overwrite: bool, needed_bytes: int, shown: str | Path) -> None:
-    if out.is_dir() and _content(out) and not overwrite:
-        raise CheckpointError(f"output {shown} is not empty; choose a new folder or pass --overwrite")
-    free = shutil.disk_usage(existing(work_path(out))).free
+def check_room(folder: Path, needed_bytes: int, *, shown: str | Path) -> None:
+    """Refuse a disk that is too full for what is to be written into ``folder``.
+
+    Raises:
+        CheckpointError: with both numbers.
+    """
+    free = shutil.disk_usage(existing(folder)).free
     if free < needed_bytes:
         raise CheckpointError(
             f"the disk of {shown} has {free / 1e6:,.0f} MB free and about {needed_bytes / 1e6:,.0f} MB are needed; make room, or "

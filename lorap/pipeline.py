@@ -49,7 +49,7 @@ from lorap.layers import LayerCompressor, needs_folds
 from lorap.loading import check_tokenizer, find_model, load_model, load_tokenizer, model_name, resolve_device
 from lorap.modules import count_parameters
 from lorap.paging import in_memory_throughout, is_in_memory, pages_of
-from lorap.planning import Key, Plan, make_plan
+from lorap.planning import Key, Plan, check_sizes, make_plan, shapes_of
 from lorap.report import CompressionReport, CorrectionReport, ProjectionReport, compressed_roles
 from lorap.resources import Stopwatch, describe_environment, peak_memory_bytes
 from lorap.typed import read_as
@@ -138,6 +138,7 @@ class Run:
         self.model.tie_weights()
         self.architecture = find_architecture(self.model)
         self.layers = list(self.architecture.decoder_layers(self.model))
+        check_sizes(self.model, shapes_of(self.layers, self.architecture), self.config)
         report = CompressionReport(model=self.name, config=self.config, calibration={})
         report.params_total_before = count_parameters(self.model)
         windows, *texts = self._windows(calibration, evaluation)

@@ -7,7 +7,7 @@ all FFNs at one score. For target ``stock`` there is nothing to choose: attentio
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,10 +104,7 @@ def make_plan(
         ConfigError: the sparsity leaves too little.
         CalibrationError: the gradients or activations are not finite.
     """
-    shapes = [
-        {role: (linear.out_features, linear.in_features) for role, linear in architecture.linears(layer).items()}
-        for layer in layers
-    ]
+    shapes = shapes_of(layers, architecture)
     if config.allocation == "flap" and config.sparsity > 0:
         return Plan(_flap_widths(model, layers, windows, config, architecture, shapes, device, shelf, processes))
     by_shape, roles, weighed = plan_by_shape(model, shapes, config), asked_roles(config), weighed_roles(config)
@@ -139,6 +136,28 @@ def make_plan(
                 del sensitivity, metric
                 release_freed_memory(linears[role].weight.numel())
     return Plan(by_shape or prices.buy(processes), metrics)
+
+
+def shapes_of(layers: Iterable[nn.Module], architecture: Architecture) -> list[dict[str, Shape]]:
+    """(out_features, in_features) of the projections of each layer, by role."""
+    return [
+        {role: (linear.out_features, linear.in_features) for role, linear in architecture.linears(layer).items()}
+        for layer in layers
+    ]
+
+
+def check_sizes(model: Any, shapes: Sequence[Mapping[str, Shape]], config: CompressionConfig) -> None:
+    """Refuse, before a weight or a text is read, a sparsity that no choice of ranks and widths can reach.
+
+    Raises:
+        ConfigError: the sparsity leaves too little.
+    """
+    if config.sparsity == 0 or plan_by_shape(model, shapes, config) is not None:
+        return
+    if config.allocation == "flap":
+        _check_drop(channels_to_drop(config, shapes), [shape["gate_proj"][0] for shape in shapes])
+    else:
+        _Prices(config, shapes).check_budget()
 
 
 def buys_sizes(config: CompressionConfig) -> bool:
@@ -223,6 +242,22 @@ class _Prices:
             )
         self.curves[index, role] = offers
 
+    def check_budget(self) -> None:
+        """Refuse a budget below the smallest offers of all matrices, which no weight has a say in."""
+        smallest: dict[Key, list[Offer]] = {}
+        for index, shapes in enumerate(self.shapes):
+            for role in asked_roles(self.config):
+                out_features, in_features = shapes[role]
+                multiple = self.multiples[role]
+                if role == "down_proj":
+                    offers = width_offers(out_features, torch.zeros(in_features + 1), multiple=multiple)
+                else:
+                    pivoted = self.config.storage == "pivoted"
+                    tail = torch.zeros(min(shapes[role]) + 1)
+                    offers = rank_offers(shapes[role], tail, pivoted=pivoted, multiple=multiple)
+                smallest[index, role] = [min(offers, key=lambda offer: offer.params)]
+        spend(smallest, (1 - self.config.sparsity) * self.total)
+
     def buy(self, processes: Processes) -> list[LayerPlan]:
         offered: dict[Key, list[Offer]] = {}
         for curves in processes.gather(self.curves):
@@ -299,17 +334,22 @@ def threshold_widths(scores: Sequence[Tensor], drop: int) -> list[int]:
         ConfigError: fewer channels than layers would stay.
     """
     protected = [layer.argmax() for layer in scores]
+    _check_drop(drop, [len(layer) for layer in scores])
     flat = torch.cat(
         [layer.clone().index_fill(0, best, torch.inf) for layer, best in zip(scores, protected, strict=True)]
     )
-    if drop > len(flat) - len(scores):
-        raise ConfigError(
-            f"{drop:,} of {len(flat):,} FFN channels would have to go; lower the sparsity, or compress attention as well "
-            "(another allocation)"
-        )
     gone = torch.zeros_like(flat, dtype=torch.bool)
     gone[flat.argsort(stable=True)[:drop]] = True
     return [int((~part).sum()) for part in gone.split([len(layer) for layer in scores])]
+
+
+def _check_drop(drop: int, widths: Sequence[int]) -> None:
+    """Every layer keeps at least one channel."""
+    if drop > sum(widths) - len(widths):
+        raise ConfigError(
+            f"{drop:,} of {sum(widths):,} FFN channels would have to go; lower the sparsity, or compress attention as well "
+            "(another allocation)"
+        )
 
 
 def spread_sample(windows: TokenWindows, tokens: int) -> TokenWindows:

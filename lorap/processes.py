@@ -7,10 +7,13 @@ the processes and ends them all when one dies.
 from __future__ import annotations
 
 import os
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Thread
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +25,12 @@ from lorap.errors import LoRAPError, ProcessError
 T = TypeVar("T")
 # Others wait this long for a process; one factorization of the largest matrices takes minutes on two cores.
 PATIENCE = timedelta(hours=2)
+# All start together, so that who is not there by then will not come. Reading Python's files from a busy disk takes minutes.
+JOIN_SECONDS = 600.0
+# Waiting that is worth a word.
+TOLD_SECONDS = 1.0
+# What torchrun gives to every process that it starts. Some of it alone is left over from something else.
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
 
 
 @dataclass(frozen=True)
@@ -82,9 +91,45 @@ class Processes:
 ALONE = Processes()
 
 
+@dataclass(frozen=True)
+class Launch:
+    """What torchrun told this process: which it is of ``count``, which on its machine, and where all of them meet."""
+
+    rank: int
+    count: int
+    local_rank: int
+    address: str
+
+
+def launched() -> Launch | None:
+    """What torchrun told; None where it has not started this process, whatever is left in the environment of others that did.
+
+    Raises:
+        ProcessError: what torchrun sets is no number.
+    """
+    told = {name: os.environ.get(name, "").strip() for name in TORCHRUN}
+    if not all(told.values()):
+        return None
+    try:
+        rank, count, local_rank = (int(told[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    except ValueError:
+        wrong = next(name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if not told[name].isdecimal())
+        raise ProcessError(
+            f"{wrong} is {told[wrong]!r}, which is no number; start with torchrun, or unset TORCHELASTIC_RUN_ID to run alone"
+        ) from None
+    return Launch(rank, count, local_rank, f"{told['MASTER_ADDR']}:{told['MASTER_PORT']}")
+
+
 def is_first_process() -> bool:
     """Whether this process is the one that talks, known even before the others can be reached."""
-    return os.environ.get("RANK", "0") == "0"
+    launch = launched()
+    return launch is None or launch.rank == 0
+
+
+def local_rank() -> int | None:
+    """Which process of its machine this is; None where torchrun has not started it."""
+    launch = launched()
+    return None if launch is None else launch.local_rank
 
 
 @contextmanager
@@ -94,19 +139,50 @@ def joined() -> Iterator[Processes]:
     Raises:
         ProcessError: the others cannot be reached.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    launch = launched()
+    if launch is None or launch.count < 2:
         yield ALONE
         return
     backend = "cpu:gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(launch.local_rank)
         backend = "cpu:gloo,cuda:nccl"
     with _peers():
-        dist.init_process_group(backend, timeout=PATIENCE)
+        _join(backend, launch)
     try:
         yield Processes(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
+
+
+def _join(backend: str, launch: Launch) -> None:
+    """Wait for the others, in a thread: torch waits in C++, where no signal would end it."""
+    failures: list[BaseException] = []
+
+    def join() -> None:
+        try:
+            dist.init_process_group(backend, timeout=PATIENCE)
+        except BaseException as error:
+            failures.append(error)
+
+    waiting, begun, told = Thread(target=join, daemon=True), time.monotonic(), False
+    whom = f"process {launch.rank + 1} of {launch.count} waits for the others at {launch.address}"
+    waiting.start()
+    while waiting.is_alive():
+        waiting.join(0.1)
+        waited = time.monotonic() - begun
+        if waited > JOIN_SECONDS:
+            raise ProcessError(f"{whom}, and after {waited / 60:.0f} minutes not all were there; {_WAY_OUT}")
+        if waited > TOLD_SECONDS and waiting.is_alive() and not told:
+            told = True
+            print(
+                f"lorap: {whom}, for {JOIN_SECONDS / 60:.0f} minutes at most; {_WAY_OUT}", file=sys.stderr, flush=True
+            )
+    if failures:
+        raise failures[0]
+
+
+_WAY_OUT = "where no others were started, unset TORCHELASTIC_RUN_ID, which torchrun has left"
 
 
 @contextmanager

@@ -93,15 +93,15 @@ def _malloc_trim() -> Any:
         return None
 
 
-def parse_bytes(text: str) -> int:
-    """``3GB``, ``500 MB``, ``2GiB`` or a plain number, in bytes.
+def parse_bytes(text: str | int) -> int:
+    """``3GB``, ``500M``, ``2GiB``, ``1e9`` or a plain number, in bytes.
 
     Raises:
         ConfigError: it is no size.
     """
     units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
-    if not found or found[2] not in units or not float(found[1]):
+    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d*)?(?:E\+?\d{1,2})?)\s*([KMGT]?I?)B?\s*", str(text).upper())
+    if not found or found[2] not in units or float(found[1]) * units[found[2]] < 1:
         raise ConfigError(f"{text!r} is no size; write it like 3GB, 500MB or 2GiB")
     return int(float(found[1]) * units[found[2]])
 

@@ -6,7 +6,6 @@ on only where it has the same. The number of processes and the memory are not pa
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +16,11 @@ import torch
 from safetensors import SafetensorError
 
 from lorap import host_keys
+from lorap.architectures import find_architecture
 from lorap.calibration.mixtures import Sources, check_sources
 from lorap.calibration.shelf import Shelf
 from lorap.calibration.sources import DEFAULT_CALIBRATION, Source
-from lorap.checkpoint import write_reports
+from lorap.checkpoint import try_settings, write_reports
 from lorap.config import CompressionConfig
 from lorap.errors import CheckpointError
 from lorap.files import reason, sync_tree
@@ -28,13 +28,17 @@ from lorap.fingerprints import check_weights, identity_of
 from lorap.folders import stored_parameters
 from lorap.journal import COMPLETE, STAGE, Journal, check_identity, finish, is_complete, open_journal
 from lorap.loading import ModelSource, check_tokenizer, find_model, load_model, load_tokenizer, resolve_device
-from lorap.outputs import check_output
+from lorap.modules import count_parameters
+from lorap.outputs import check_output, check_room
 from lorap.paging import pages_of
 from lorap.pipeline import Run, check_finite
-from lorap.processes import is_first_process, joined
+from lorap.planning import check_sizes, shapes_of
+from lorap.processes import is_first_process, joined, local_rank
 from lorap.report import CompressionReport
-from lorap.resources import Stopwatch
+from lorap.resources import Stopwatch, parse_bytes
 from lorap.shards import write_model
+
+PACKAGING = "packaging"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +85,7 @@ def compress_to_folder(
     """
     config, options, out = config or CompressionConfig(), options or RunOptions(), Path(out)
     check_sources(options.calibration, *options.evaluation)
+    parse_bytes(options.max_shard_size)
     source = find_model(model)
     if is_first_process() and (options.restart or not is_complete(out)):
         check_output(out, source=source.folder, overwrite=options.overwrite)
@@ -107,10 +112,9 @@ class _FolderRun:
             model = load_model(self.source, dtype=self.options.dtype, device=device, paged=True)
             check_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0])
         with watch("check"):
-            self._check(model, device)
-        if self.journal.has(COMPLETE):
-            report = CompressionReport.from_dict(self.journal.read(COMPLETE))
-        else:
+            self._check(model, tokenizer, device)
+        report = self._finished()
+        if report is None:
             walk = Run(
                 model,
                 self.source.name,
@@ -131,10 +135,27 @@ class _FolderRun:
         processes.wait()
         return report
 
-    def _check(self, model: Any, device: torch.device) -> None:
-        """The run is the one that was begun; every weight is looked at once, before any work."""
-        options = self.options
+    def _finished(self) -> CompressionReport | None:
+        """What an earlier process has completed, if it is packed as this command wants it."""
+        journal = self.journal
+        assert journal.folder is not None
+        kept = journal.processes.from_first(journal.read(COMPLETE) if journal.has_alone(COMPLETE) else None)
+        staged = journal.processes.from_first((journal.folder / STAGE).is_dir())
+        if kept is not None and staged and kept[PACKAGING] != self._packaging():
+            journal.forget(COMPLETE)
+            return None
+        return None if kept is None else CompressionReport.from_dict(kept["report"])
+
+    def _packaging(self) -> dict[str, int]:
+        """What changes nothing but how the result is stored, and so is no part of the identity."""
+        return {"shard_bytes": parse_bytes(self.options.max_shard_size)}
+
+    def _check(self, model: Any, tokenizer: Any, device: torch.device) -> None:
+        """The run is the one that was begun, its end can be written, and every weight is looked at once, before any work."""
+        options, architecture = self.options, find_architecture(model)
+        check_sizes(model, shapes_of(architecture.decoder_layers(model), architecture), self.config)
         if self.journal.processes.is_first:
+            self._try_writing(model, tokenizer)
             identity = identity_of(
                 self.source,
                 self.config.to_dict(),
@@ -142,13 +163,23 @@ class _FolderRun:
                 options.evaluation,
                 device=device.type,
                 dtype=str(model.dtype),
-                max_shard_size=options.max_shard_size,
             )
-            check_identity(self.journal, identity)
+            check_identity(self.journal, identity, threads=torch.get_num_threads())
         self.journal.processes.wait()
         check_weights(self.journal, self.source, progress=options.progress and self.journal.processes.is_first)
         if pages_of(model.get_input_embeddings()) is None:
             check_finite(model)
+
+    def _try_writing(self, model: Any, tokenizer: Any) -> None:
+        assert self.journal.folder is not None
+        trial = self.journal.folder / "trial"
+        try:
+            try_settings(model, tokenizer, trial)
+        finally:
+            shutil.rmtree(trial, ignore_errors=True)
+        if not self.journal.has_alone(COMPLETE):
+            nbytes = (1 - self.config.sparsity) * count_parameters(model) * model.dtype.itemsize
+            check_room(self.journal.folder, int(nbytes), shown=self.out)
 
     def _shelf(self) -> Shelf:
         assert self.journal.folder is not None
@@ -176,12 +207,12 @@ class _FolderRun:
             ) from error
         if saved != report.params_saved:
             raise CheckpointError(f"{saved:,} parameters reached the disk, but the model has {report.params_saved:,}")
-        self.journal.keep_alone(COMPLETE, report.to_dict())
+        self.journal.keep_alone(COMPLETE, {"report": report.to_dict(), PACKAGING: self._packaging()})
 
 
 def _own_device(device: str) -> torch.device:
     """That of this process: among several, each has a GPU of its own."""
-    local = os.environ.get("LOCAL_RANK")
+    local = local_rank()
     if local is not None and device in ("auto", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda", int(local))
+        return torch.device("cuda", local)
     return resolve_device(device)

@@ -9,11 +9,13 @@ from typing import Any
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from lorap.errors import ConfigError
 from lorap.folders import INDEX
 from lorap.paging import Pages, pages_of
+from lorap.resources import parse_bytes
 from lorap.stored_tensors import StoredTensor
 from lorap.tensor_files import Cast, Writable, nbytes, write_tensors
+
+GENERATION_CONFIG = "generation_config.json"
 
 
 def write_model(model: Any, folder: Path, *, max_shard_size: str | int) -> None:
@@ -29,29 +31,34 @@ def write_model(model: Any, folder: Path, *, max_shard_size: str | int) -> None:
         OSError: a file cannot be written.
         CheckpointError: a weight cannot be read back.
     """
-    model.config.architectures = [type(model).__name__]
-    model.config.dtype = model.dtype
-    model.config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
+    shard_bytes = parse_bytes(max_shard_size)
+    write_settings(model, folder)
     tensors = dict(model_tensors(model))
-    try:
-        split = split_state_dict_into_shards_factory(
-            tensors,
-            get_storage_size=nbytes,
-            filename_pattern="model{suffix}.safetensors",
-            get_storage_id=lambda tensor: None,
-            max_shard_size=max_shard_size,
-        )
-    except ValueError as error:
-        raise ConfigError(
-            f"max_shard_size {max_shard_size!r} is no size ({error}); write it like 5GB or 500MB"
-        ) from None
+    split = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        get_storage_id=lambda tensor: None,
+        max_shard_size=shard_bytes,
+    )
     for file, names in split.filename_to_tensors.items():
         write_tensors(folder / file, {name: tensors[name] for name in names})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def write_settings(model: Any, folder: Path) -> None:
+    """Config and generation config.
+
+    The latter is what its author published, whatever transformers thinks of it: ``save_pretrained`` refuses a temperature without
+    sampling, as vicuna's has, which every host opens and generates with.
+    """
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = model.dtype
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.to_json_file(folder / GENERATION_CONFIG, use_diff=True)
 
 
 def model_tensors(model: Any) -> Iterator[tuple[str, Writable]]:

@@ -315,8 +315,6 @@ def test_another_run_to_the_same_output_is_refused(
     unfinished(source, tokens, out, monkeypatch)
     with pytest.raises(JournalError, match=r"option sparsity was 0\.4 and is 0\.3.*--restart"):
         compress_to_folder(source, out, small(sparsity=0.3), options(tokens))
-    with pytest.raises(JournalError, match="max_shard_size was 5GB and is 1GB"):
-        compress_to_folder(source, out, small(), options(tokens, max_shard_size="1GB"))
     saved = np.load(tokens)
     np.save(tokens, saved[::-1])
     with pytest.raises(JournalError, match=r"calibration tokens\.npy x 1 was .* evaluation tokens\.npy was"):
@@ -382,7 +380,7 @@ def test_mistakes_before_the_work_leave_nothing(mistake: str, source: Path, toke
         assert caught.type is FactorizationError
         assert "contains 1 values that are NaN" in str(caught.value)
     assert not (tmp_path / "out").exists()
-    assert mistake == "sparsity" or not work_path(tmp_path / "out").exists()
+    assert not work_path(tmp_path / "out").exists()
 
 
 def test_a_file_cut_off_during_the_run(source: Path, tokens: Path, tmp_path: Path, monkeypatch: Any) -> None:

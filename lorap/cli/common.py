@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
@@ -84,7 +85,7 @@ def tell_next(steps: Sequence[tuple[str, str]], *, quiet: bool, as_json: bool) -
 def user_errors(
     debug: bool, as_json: bool = False, *, unfinished: Callable[[], Path] | None = None
 ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A mistake of the user ends with one sentence and exit code 2, an interruption with 130; ``--debug`` lets both through.
+    """A mistake of the user ends with one sentence and exit code 2, an interruption with 130 or 143; ``--debug`` shows both.
 
     Yields the function that prints a command's answer with ``--json``, and does nothing without. With ``--json`` stdout is for
     this one line: whatever the command, or a library, prints meanwhile goes to stderr.
@@ -108,7 +109,7 @@ def user_errors(
             raise
         typer.echo(f"lorap: {error}", err=True)
         raise typer.Exit(2) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if debug:
             raise
         if unfinished is not None and unfinished().exists():
@@ -116,7 +117,7 @@ def user_errors(
         else:
             left = "nothing was written"
         typer.echo(f"lorap: interrupted; {left}", err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(exit_code(error)) from None
 
 
 def _finite(value: Any) -> Any:
@@ -128,6 +129,15 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+class Terminated(KeyboardInterrupt):
+    """Interrupted by SIGTERM."""
+
+
+def exit_code(error: KeyboardInterrupt) -> int:
+    """As shells number them: 128 and the signal."""
+    return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
+
+
 def interrupt(_signal: int, _frame: Any) -> NoReturn:
     """A signal handler: a killed run cleans up like an interrupted one."""
-    raise KeyboardInterrupt
+    raise Terminated

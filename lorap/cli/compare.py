@@ -12,7 +12,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from lorap.calibration.sources import DEFAULT_EVALUATION
-from lorap.cli.common import AsJson, Debug, Device, Dtype, Quiet, user_errors
+from lorap.cli.common import AsJson, Debug, Device, Dtype, Quiet, exit_code, user_errors
 from lorap.cli.tasks import markdown, percent
 from lorap.comparison import DECODE, PREFILL, ComparisonOptions, Contender, compare
 from lorap.comparison_plot import check_plot, draw
@@ -115,11 +115,11 @@ def _measure(models: Sequence[str], options: ComparisonOptions, work: Path | Non
     try:
         with nullcontext(work) if work is not None else tempfile.TemporaryDirectory() as folder:
             return compare(models, options=options, work=Path(folder), progress=tell)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if work is None:
             raise
         typer.echo(f"lorap: interrupted; the same command goes on from what is in {work}", err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(exit_code(error)) from None
 
 
 def render(contenders: Sequence[Contender]) -> str:

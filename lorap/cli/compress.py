@@ -197,7 +197,7 @@ def compress_command(
         bool, typer.Option("--restart", help="Throw away what an unfinished run to OUT has done.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
-    max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file: 5GB, 500MiB, bytes.")] = "5GB",
     quiet: Quiet = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -231,7 +231,7 @@ def compress_command(
             evaluation=[text for text in eval_text or [DEFAULT_EVALUATION] if text != "none"],
             device=device,
             dtype=dtype,
-            max_shard_size=max_shard_size,
+            max_shard_size=parse_bytes(max_shard_size),
             max_memory_bytes=None if max_memory is None else parse_bytes(max_memory),
             overwrite=overwrite,
             restart=restart,

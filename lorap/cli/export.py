@@ -17,6 +17,7 @@ from lorap.loading import ModelSource, find_model
 from lorap.modules import count_parameters
 from lorap.outputs import check_output
 from lorap.report import CompressionReport
+from lorap.resources import parse_bytes
 from lorap.strict_json import read_json
 
 FORMATS = ("stock", "gguf")
@@ -35,7 +36,7 @@ def export_command(
     ] = False,
     dtype: Dtype = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DEST if it exists.")] = False,
-    max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file: 5GB, 500MiB, bytes.")] = "5GB",
     quiet: Quiet = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -61,6 +62,7 @@ def export_command(
         be_quiet(quiet)
         if format not in FORMATS:
             raise ConfigError(f"unknown format {format!r}; choose from {', '.join(FORMATS)}")
+        shard_bytes = parse_bytes(max_shard_size)
         check_output(dest, source=find_model(model).folder, overwrite=overwrite)
         loaded, tokenizer, source = open_model(model, "cpu", dtype)
         before = count_parameters(loaded)
@@ -75,7 +77,7 @@ def export_command(
         if format == "gguf":
             export_gguf(loaded, dest, **options)
         else:
-            export_stock(loaded, dest, max_shard_size=max_shard_size, **options)
+            export_stock(loaded, dest, max_shard_size=shard_bytes, **options)
         after, dense = count_parameters(loaded), dense_parameters(source)
         typer.echo(savings(dense, before, after))
         typer.echo(f"{type(loaded).__name__}, FFN width {loaded.config.intermediate_size:,}, {loaded.dtype}")

@@ -10,9 +10,8 @@ from types import SimpleNamespace
 from lorap.allocation import LayerPlan, plan_layer
 from lorap.architectures import MLP
 from lorap.config import CompressionConfig
-from lorap.errors import ConfigError
 from lorap.pivoting import pivoted_parameters
-from lorap.planning import channels_to_drop, plan_by_shape
+from lorap.planning import channels_to_drop, check_sizes, plan_by_shape
 from lorap.report import compressed_roles
 from lorap.scaling.shapes import ModelShape
 
@@ -95,18 +94,14 @@ def _planned_layer(shape: ModelShape, config: CompressionConfig) -> tuple[LayerP
     layers = [shape.projections] * shape.num_layers
     if config.sparsity == 0:
         return LayerPlan(ranks={}, intermediate_size=shape.width), ""
-    if config.allocation == "flap":
-        width = shape.width - round(channels_to_drop(config, layers) / shape.num_layers)
-        if width < 1:
-            raise ConfigError(
-                f"sparsity {config.sparsity} would take more than all FFN channels; lower the sparsity, or compress attention as "
-                "well (another allocation)"
-            )
-        return LayerPlan(ranks={}, intermediate_size=width), "one threshold on the channel scores of all layers"
     # The families differ in whether a stock model may gain a bias; nothing else is asked of the model.
     model = SimpleNamespace(
         config=SimpleNamespace(mlp_bias=set(MLP) <= shape.biases, model_type=shape.model_type),
     )
+    check_sizes(model, layers, config)
+    if config.allocation == "flap":
+        width = shape.width - round(channels_to_drop(config, layers) / shape.num_layers)
+        return LayerPlan(ranks={}, intermediate_size=width), "one threshold on the channel scores of all layers"
     by_shape = plan_by_shape(model, layers, config)
     if by_shape is not None:
         return by_shape[0], ""
