@@ -101,13 +101,6 @@ def test_unusable_index_is_refused(weight_map, tmp_path):
         weight_files(tmp_path)
 
 
-def test_pickled_weights_are_never_opened(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "pytorch_model.bin").write_bytes(b"any pickle")
-    with pytest.raises(CheckpointError, match="pickled weights only, which lorap never opens"):
-        find_model(tmp_path)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Where may be written
 

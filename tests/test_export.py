@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import lorap
+from lorap import shards
 from lorap.cli import app
 from lorap.cli.export import savings
 from lorap.export import make_stock, overflow_warning, width_cost
@@ -238,7 +239,7 @@ def test_a_failed_export_leaves_nothing(small_folder, tmp_path, monkeypatch) -> 
     def fail(*_arguments: Any, **_options: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", fail)
+    monkeypatch.setattr(shards, "write_tensors", fail)
     result = run("export", small_folder, tmp_path / "plain", "--quiet")
     assert result.exit_code == 2
     assert "the disk is full or a quota is reached" in result.stderr
