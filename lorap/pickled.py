@@ -77,6 +77,7 @@ def _check_archive(path: Path) -> None:
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"its entry {shown(entry.filename)} is compressed")
+            archive.open(entry).close()  # it begins where the list of entries says
             if entry.filename.endswith("data.pkl") and entry.file_size > MAX_PICKLE_BYTES:
                 raise ValueError(f"its pickle has {entry.file_size:,} bytes, more than {MAX_PICKLE_BYTES:,}")
 

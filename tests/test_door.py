@@ -138,12 +138,17 @@ COMMANDS = {
 }
 
 
+# A case of each kind of check always; all of them where there is time.
+OFTEN = ("code", "left over", "bias", "damaged pickle")
+
+
+@pytest.mark.parametrize("cases", [OFTEN, pytest.param(tuple(BAD), marks=pytest.mark.slow)], ids=["often", "all"])
 def test_every_command_refuses_a_bad_folder_with_the_same_sentence(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cases: tuple[str, ...], dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lorap.cli.tasks.open_source", lambda *_, **__: None)  # it would ask the hub for questions
     runner, differ = CliRunner(), {}
-    for case, (damage, message) in BAD.items():
+    for case, (damage, message) in ((case, BAD[case]) for case in cases):
         folder = shutil.copytree(dense, tmp_path / case.replace(" ", "-"))
         damage(folder)
         expected = f"lorap: {refusal(folder)}"

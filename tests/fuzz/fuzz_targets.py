@@ -132,9 +132,12 @@ class Folders:
         def pickle(data: bytes) -> None:
             path.write_bytes(data)
             with bounded("pickle"):
-                for name, stored in stored_tensors(path).items():  # what lorap accepts torch reads, to the same bytes
-                    theirs = torch.load(path, weights_only=True)[name]
-                    assert torch.equal(stored.read().view(torch.uint8), theirs.contiguous().view(torch.uint8))
+                found = {name: stored.read() for name, stored in stored_tensors(path).items()}
+                try:
+                    theirs = torch.load(path, weights_only=True)
+                except RuntimeError:  # torch compares checksums, which only a reader of all numbers can
+                    return
+                assert all(torch.equal(found[name].view(torch.uint8), theirs[name].view(torch.uint8)) for name in found)
 
         return pickle
 
