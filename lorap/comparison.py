@@ -242,10 +242,6 @@ def _answers(task: str, found: dict[str, Any]) -> TaskResult:
 def _add_size(contender: Contender) -> None:
     source = contender.source
     try:
-        if source.folder is None:
-            from huggingface_hub import snapshot_download
-
-            source = find_model(snapshot_download(source.location, local_files_only=True))
         described = describe_model(source)
         contender.params, contender.bytes = described["params"], described["bytes"]
     except (LoRAPError, OSError) as error:

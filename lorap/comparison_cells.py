@@ -79,9 +79,8 @@ def run_worker(request: dict[str, Any]) -> str | None:
 
 
 def _stamp(source: ModelSource) -> list[Any]:
-    """What tells a model's files from others under the same name, without reading weights; a hub name stands for itself."""
-    if source.folder is None:
-        return [source.location]
+    """What tells a model's files from others under the same name, without reading weights."""
+    assert source.folder is not None
     files = [source.folder / source.gguf_file] if source.gguf_file else sorted(source.folder.iterdir())
     kept = [path.stat() for path in files if path.suffix in (".gguf", ".safetensors", ".json")]
     return [str(source.folder.resolve()), *([stat.st_size, stat.st_mtime_ns] for stat in kept)]

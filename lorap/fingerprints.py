@@ -114,7 +114,7 @@ def check_weights(journal: Journal, source: ModelSource, *, progress: bool) -> N
 
 def _weight_files(source: ModelSource) -> list[Path]:
     if source.folder is None:
-        return []  # a hub name; its cache does not change under its revision
+        return []
     return [source.folder / source.gguf_file] if source.gguf_file else weight_files(source.folder)
 
 

@@ -7,17 +7,16 @@ asks transformers for a model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import cached_file
-from transformers.utils.peft_utils import find_adapter_config_file
 
-from lorap.consistency import ADAPTER, CONFIG, CheckedFolder, check_folder, read_config
+from lorap.consistency import CONFIG, CheckedFolder, check_folder
 from lorap.errors import CheckpointError, ConfigError, LoRAPError
 from lorap.folders import weight_files
 from lorap.gguf import check_gguf_file, find_gguf, load_gguf, load_gguf_tokenizer
@@ -30,6 +29,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SPELLINGS = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 # What goes before a GGUF file that lies beside it.
 WEIGHTS = ("*.safetensors*", "*.bin", "*.pt*")
+# What is fetched from the hub: all but other formats, and weights in folders of their own, which are copies for other hosts.
+FETCHED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+NOT_FETCHED = ("*/*.json", "*/*.safetensors", "*/*.bin", "*/*.model")
 # What may lie in a folder as a tokenizer.
 TOKENIZERS = ("tokenizer*", "tekken.json", "vocab.json", "spiece.model")
 
@@ -39,11 +41,11 @@ class ModelSource:
     """Where a model is.
 
     Args:
-        location: folder or hub name, as ``from_pretrained`` takes it.
+        location: the folder; a hub name where that was not fetched.
         name: what to call the model in reports: a hub name, or the folder's own name.
         gguf_file: name of the GGUF file inside the folder.
-        folder: the local folder; None for a hub name.
-        checked: what the checks found in a folder; None for a hub name and a GGUF file.
+        folder: the local folder; None for a hub name that was not fetched.
+        checked: what the checks found in a folder; None for a GGUF file.
     """
 
     location: str
@@ -53,15 +55,20 @@ class ModelSource:
     checked: CheckedFolder | None = field(default=None, repr=False, compare=False)
 
 
-def find_model(model: str | Path) -> ModelSource:
+def find_model(model: str | Path, *, fetch: bool = True) -> ModelSource:
     """Tell a folder, a GGUF file and a hub name apart, and refuse a folder that cannot be opened rightly.
+
+    Args:
+        model: a folder, a GGUF file or the folder it is in, or a hub name.
+        fetch: bring a hub name into the hub's cache, where it is a folder like any other.
 
     Raises:
         CheckpointError: there is no such folder, or it is half-written, truncated, ambiguous, or describes another model than it
             holds.
     """
     try:
-        return _find(str(model), Path(model).expanduser())
+        source = _find(str(model), Path(model).expanduser())
+        return source if source.folder or not fetch else _fetched(source)
     except LoRAPError:
         raise
     # transformers and torch stumble over a bad config in any way there is: here that is a bad checkpoint, not a bug.
@@ -88,6 +95,24 @@ def _find(model: str, path: Path) -> ModelSource:
 def _gguf_source(file: Path) -> ModelSource:
     check_gguf_file(file)
     return ModelSource(str(file.parent), file.stem, gguf_file=file.name, folder=file.parent)
+
+
+def _fetched(source: ModelSource) -> ModelSource:
+    """The snapshot of a hub name in the hub's cache; weights in pickles are fetched only where there are no others.
+
+    Raises:
+        CheckpointError: it cannot be had, or as a folder.
+    """
+    try:
+        folder = Path(snapshot_download(source.location, allow_patterns=[*FETCHED], ignore_patterns=[*NOT_FETCHED]))
+        if not any(folder.glob("*.safetensors")):
+            patterns = [*FETCHED, "*.bin"]
+            folder = Path(snapshot_download(source.location, allow_patterns=patterns, ignore_patterns=[*NOT_FETCHED]))
+    except Exception as error:
+        raise CheckpointError(
+            f"cannot fetch {named(source.location)}, which is no local folder either: {_first_lines(error)}"
+        ) from error
+    return replace(_find(str(folder), folder), name=source.name)
 
 
 def model_name(folder: Path) -> str:
@@ -132,18 +157,19 @@ def load_model(
     """
     wanted = DTYPES.get(dtype_name(dtype))
     try:
-        if paged and source.checked is not None:
+        if source.gguf_file:
+            return load_gguf(Path(source.location) / source.gguf_file, wanted or torch.float32).to(device)
+        if source.checked is None:
+            raise CheckpointError(f"{source.name} was not fetched")
+        if paged:
             model = paged_model(source.checked, dtype=wanted, device=torch.device(device))
             if model is not None:
                 return model
-        if source.gguf_file:
-            return load_gguf(Path(source.location) / source.gguf_file, wanted or torch.float32).to(device)
-        model, found = _load_whole(source, wanted)
+        model, found = _load_whole(source.checked, wanted)
     except LoRAPError:
         raise
     except Exception as error:  # as in find_model
-        hint = "" if source.folder else " (it is no local folder either)"
-        raise CheckpointError(f"cannot load {source.name}{hint}: {_first_lines(error)}") from error
+        raise CheckpointError(f"cannot load {source.name}: {_first_lines(error)}") from error
     absent = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
     if absent:
         raise CheckpointError(
@@ -152,21 +178,19 @@ def load_model(
     return model.eval().to(device)
 
 
-def _load_whole(source: ModelSource, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
+def _load_whole(folder: CheckedFolder, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
     """The model from ``from_pretrained``, and what that found in the files."""
-    options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
-    if source.checked:
-        in_pickle = weight_files(source.checked.folder)[0].suffix == ".bin"
-        options |= {"config": source.checked.config, "use_safetensors": not in_pickle}
-    else:
-        _check_hub_name(source)
-        options |= {"use_safetensors": True}
     # Never None, with which transformers asks at the terminal whether to run the checkpoint's code.
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source.location, trust_remote_code=False, weights_only=True, **options
+    model, found = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+        str(folder.folder),
+        config=folder.config,
+        dtype=dtype or "auto",
+        use_safetensors=weight_files(folder.folder)[0].suffix != ".bin",
+        weights_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
     )
-    model, found = loaded
-    check_unused(model, source.checked.tensors if source.checked else {}, found["unexpected_keys"])
+    check_unused(model, folder.tensors, found["unexpected_keys"])
     return model, found
 
 
@@ -238,13 +262,6 @@ def resolve_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {device!r} cannot be used: {_first_lines(error)}") from error
     return resolved
-
-
-def _check_hub_name(source: ModelSource) -> None:
-    """Refuse what transformers would run, or read from elsewhere, before weights are fetched."""
-    if find_adapter_config_file(source.location):
-        raise CheckpointError(f"{source.name} holds an adapter ({ADAPTER}); merge it into its model first")
-    read_config(Path(str(cached_file(source.location, CONFIG))))
 
 
 def _first_lines(error: BaseException) -> str:

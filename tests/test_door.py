@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -381,6 +382,28 @@ def test_an_index_may_name_what_no_file_holds_but_the_model_needs_its_own(copied
     del part["model.layers.0.self_attn.k_proj.weight"]
     save_file(part, copied / "part-1.safetensors")
     assert "1 tensors are missing, first model.layers.0.self_attn.k_proj.weight" in refusal(copied)
+
+
+def test_a_name_on_the_hub_is_a_folder_in_its_cache(dense: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for name, into in (("good", WEIGHTS), ("pickled", "pytorch_model.bin"), ("bad", WEIGHTS)):
+        repository = tmp_path / f"models--some--{name}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs/main").write_text("a" * 40)
+        store(shutil.copytree(dense, repository / "snapshots" / ("a" * 40)), len, into=into)
+    edit(repository / "snapshots" / ("a" * 40), num_hidden_layers=1)
+    expected = logits(load_model(find_model(dense)))
+    for name in ("good", "pickled"):
+        source = find_model(f"some/{name}")
+        assert source.name == f"some/{name}"
+        assert torch.equal(logits(load_model(source)), expected)
+        load_model(source, paged=True)
+    with pytest.raises(CheckpointError, match="num_hidden_layers is 1, but the files hold 2 layers"):
+        find_model("some/bad")
+    with pytest.raises(CheckpointError, match="cannot fetch some/other, which is no local folder either"):
+        find_model("some/other")
+    assert find_model("some/other", fetch=False).folder is None
 
 
 def test_a_snapshot_of_the_hub_is_called_by_its_repository(dense: Path, tmp_path: Path) -> None:

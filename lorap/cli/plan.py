@@ -77,7 +77,7 @@ def plan_command(
         calibration = [parse_source(text) for text in options["calibration"] or [DEFAULT_CALIBRATION]]
         evaluation = [text for text in options["eval_text"] or [DEFAULT_EVALUATION] if text != "none"]
         check_sources(calibration, *evaluation)
-        shape = ModelShape.read(find_model(model), dtype=options["dtype"])
+        shape = ModelShape.read(find_model(model, fetch=False), dtype=options["dtype"])
         machine = find_gpu(gpu, processes=processes) if gpu else this_machine(out, dtype=shape.dtype)
         found = estimate(
             shape,

@@ -24,7 +24,7 @@ def info_command(model: Model, as_json: AsJson = False, debug: Debug = False) ->
       lorap info ./small
     """
     with user_errors(debug, as_json) as answer:
-        described = describe_model(find_model(model))
+        described = describe_model(find_model(model, fetch=False))
         typer.echo(format_info(described))
         answer(described)
 
