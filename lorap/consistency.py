@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from lorap.architectures import ARCHITECTURES
 from lorap.checkpoint_format import QUANT_METHOD, LoRAPConfig
@@ -28,6 +30,7 @@ from lorap.strict_json import INFINITY, named, read_json, shown
 from lorap.unused_tensors import check_unused, origin_of, unused_names
 
 CONFIG, GENERATION, ADAPTER = "config.json", "generation_config.json", "adapter_config.json"
+TOKENIZER = "tokenizer_config.json"
 # Fields that make transformers read other files than those which were checked.
 OTHER_FILES = ("configuration_files", "transformers_weights")
 # Fields that can name code on the hub, and the values that need none.
@@ -136,6 +139,15 @@ def check_folder(folder: Path) -> CheckedFolder:
         _check_finite(settings)
         _check_padding(settings)
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    if hasattr(config, "auto_map"):
+        # What is written has no such files; and whoever lets code run would get another model than the one compressed here.
+        del config.auto_map
+        warnings.warn(
+            f"{folder / CONFIG} names code of its own (auto_map), which lorap never runs: the model is the "
+            f"{settings.get('model_type')} of transformers",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     model = empty_model(config)
     wanted = put_layers(model, compression) if compression else {}
     unused = unused_names(model, tensors)
@@ -158,6 +170,7 @@ def _check_neighbours(folder: Path) -> None:
     if (folder / ADAPTER).is_file():
         raise CheckpointError(f"{folder} holds an adapter ({ADAPTER}); merge it into its model first, or remove it")
     _check_index(folder)
+    _check_tokenizer_code(folder)
     if any(folder.glob("shard-*-model-*.safetensors")):
         raise CheckpointError(f"{folder} holds a distributed checkpoint beside its weights; save it as one model first")
     if (folder / GENERATION).is_file():
@@ -168,6 +181,19 @@ def _check_neighbours(folder: Path) -> None:
             raise CheckpointError(
                 f"{folder / GENERATION}: {' '.join(str(error).split())[:300]}; correct the file, or remove it"
             ) from error
+
+
+def _check_tokenizer_code(folder: Path) -> None:
+    """Refuse a tokenizer that is a class of the folder's own."""
+    if not (folder / TOKENIZER).is_file():
+        return
+    settings = read_json(folder / TOKENIZER, constants=INFINITY)
+    code, name = settings.get("auto_map"), settings.get("tokenizer_class")
+    if code and (not isinstance(name, str) or tokenizer_class_from_name(name) is None):
+        raise CheckpointError(
+            f"{folder / TOKENIZER}: tokenizer_class {named(str(name))} needs code from its own folder, which lorap never runs; "
+            "save the tokenizer as PreTrainedTokenizerFast"
+        )
 
 
 def _check_index(folder: Path) -> None:

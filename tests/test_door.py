@@ -384,6 +384,22 @@ def test_an_index_may_name_what_no_file_holds_but_the_model_needs_its_own(copied
     assert "1 tensors are missing, first model.layers.0.self_attn.k_proj.weight" in refusal(copied)
 
 
+def test_code_that_is_not_needed_is_neither_run_nor_named_again(copied: Path, tmp_path: Path) -> None:
+    edit(copied, auto_map={"AutoModelForCausalLM": "modeling_own.M"})
+    (copied / "modeling_own.py").write_text("raise SystemExit('the code ran')")
+    with pytest.warns(RuntimeWarning, match=r"names code of its own \(auto_map\), which lorap never runs"):
+        model = load_model(find_model(copied))
+    model.save_pretrained(tmp_path / "saved")
+    assert "auto_map" not in json.loads((tmp_path / "saved/config.json").read_text())
+
+
+def test_a_tokenizer_of_the_folders_own_code_is_refused(copied: Path) -> None:
+    edit(copied, "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "own.T"]}, tokenizer_class="OwnTokenizer")
+    assert "tokenizer_class OwnTokenizer needs code from its own folder" in refusal(copied)
+    edit(copied, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    find_model(copied)
+
+
 def test_a_name_on_the_hub_is_a_folder_in_its_cache(dense: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

@@ -140,6 +140,7 @@ def test_published_llama3_parameters_are_found_again(make_model, tokenizer, tmp_
             ["rope_freqs.weight", "2.0"],
         ),
         ({"rope.scaling.type": "longrope"}, {}, ["longrope", "rope_factors_long.weight"]),
+        ({}, {"rope_factors_long.weight": np.arange(1, 9).astype(np.float32)}, ["rope_factors_long.weight", "linear"]),
         ({"attention.scale": 0.3}, {}, ["attention.scale", "0.3"]),
         ({"logit_scale": 0.5}, {}, ["logit_scale", "0.5"]),
         ({"final_logit_softcapping": 30.0}, {}, ["final_logit_softcapping", "30"]),

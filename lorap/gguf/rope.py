@@ -59,6 +59,8 @@ def read_rope(value: Values, factors: Mapping[str, Any], *, head_dim: int, conte
         raise CheckpointError(f"rope.scaling.type is {shown(kind)}; none, linear, yarn and longrope are read")
     if kind == "longrope":
         return base | _longrope(factors, original, attention)
+    if odd := factors.keys() - {FREQUENCIES}:
+        raise CheckpointError(f"{min(odd)} scales positions, but rope.scaling.type is {shown(kind)}, not longrope")
     scaled = kind != "none" and factor != 1.0
     frequencies = factors.get(FREQUENCIES)
     if frequencies is not None and (frequencies != 1).any():
