@@ -181,7 +181,7 @@ def load_model(
 def _load_whole(folder: CheckedFolder, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
     """The model from ``from_pretrained``, and what that found in the files."""
     # Never None, with which transformers asks at the terminal whether to run the checkpoint's code.
-    model, found = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         str(folder.folder),
         config=folder.config,
         dtype=dtype or "auto",
@@ -190,6 +190,7 @@ def _load_whole(folder: CheckedFolder, dtype: torch.dtype | None) -> tuple[Any, 
         trust_remote_code=False,
         output_loading_info=True,
     )
+    model, found = loaded
     check_unused(model, folder.tensors, found["unexpected_keys"])
     return model, found
 
