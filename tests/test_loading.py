@@ -381,7 +381,7 @@ def test_code_of_a_tokenizer_is_refused(model_folder):
     path.write_text(json.dumps({"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}))
     (model_folder / "evil.py").write_text("raise SystemExit('code of the checkpoint ran')")
     (model_folder / "tokenizer.json").unlink()
-    with pytest.raises(CheckpointError, match="cannot load the tokenizer"):
+    with pytest.raises(CheckpointError, match="needs code from its own folder"):
         load_tokenizer(find_model(model_folder))
 
 
@@ -419,10 +419,9 @@ def test_a_distributed_checkpoint_beside_the_weights_is_refused(dense):
     assert "holds a distributed checkpoint beside its weights" in refusal(dense)
 
 
-def test_code_of_a_hub_model_is_refused_before_its_weights_are_fetched(dense, monkeypatch):
+def test_code_of_a_hub_model_is_refused_before_its_weights_are_read(dense, monkeypatch):
     edit(dense, model_type="evil", auto_map={"AutoModelForCausalLM": "evil.Model"})
-    monkeypatch.setattr("lorap.loading.cached_file", lambda _name, file: dense / file)
-    monkeypatch.setattr("lorap.loading.find_adapter_config_file", lambda _name: None)
+    monkeypatch.setattr("lorap.loading.snapshot_download", lambda _name, **_: str(dense))
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("fetched"))
     with pytest.raises(CheckpointError, match="needs code from its own folder"):
         load_model(find_model("some/model"))

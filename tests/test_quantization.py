@@ -112,7 +112,7 @@ def test_opened_without_lorap_it_is_refused(target, make_model, compress_small, 
     command = [sys.executable, "-c", code, str(tmp_path / "out")]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert run.returncode == 1
-    assert "ignore_mismatched_sizes" in run.stderr
+    assert "needs_import_lorap" in run.stderr
 
 
 def test_a_missing_scale_is_refused(small, tmp_path) -> None:

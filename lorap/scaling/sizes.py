@@ -18,6 +18,10 @@ from lorap.scaling.shapes import ModelShape
 INDEX_BYTES = 8  # a row number of pivoted storage is int64
 
 
+# One-element tensors of a low-rank layer (docs/checkpoint-format.md).
+GUARDS = 2
+
+
 @dataclass(frozen=True)
 class Sizes:
     """The compressed model.
@@ -63,8 +67,9 @@ def planned_sizes(shape: ModelShape, config: CompressionConfig) -> Sizes:
         if role in layer.ranks:
             index = INDEX_BYTES * layer.ranks[role] if config.storage == "pivoted" else 0
             index_bytes += shape.num_layers * index
-            guard_bytes += shape.num_layers * shape.itemsize
-            nbytes[role] += shape.num_layers * (index + shape.itemsize)
+            guards = GUARDS * shape.itemsize
+            guard_bytes += shape.num_layers * guards
+            nbytes[role] += shape.num_layers * (index + guards)
     roles = compressed_roles(config)
     matrices = shape.num_layers * sum(prod(shape.projections[role]) for role in roles)
     return Sizes(
