@@ -64,6 +64,18 @@ def test_shipped_variant(name, arch):
     assert compiled.uses_hmma == (tensor_cores and not warp_group)
 
 
+GEMV = [name for name, variant in VARIANTS.items() if variant.constexprs["GEMV"]]
+
+
+@pytest.mark.parametrize("name", GEMV)
+def test_three_tiles_are_on_their_way_before_the_first_is_used(name):
+    """A prefetch that ptxas moves behind the first use is none; loads that are wide do not show that."""
+    variant = VARIANTS[name]
+    tile = variant.constexprs["BLOCK_N"] * variant.constexprs["BLOCK_K"] * (4 if dtype(variant) == "*fp32" else 2)
+    loads_per_tile = tile // (16 * 32 * variant.num_warps)
+    assert variant.compile(90).loads_in_flight >= 3 * loads_per_tile > 0
+
+
 def test_names_are_unique():
     assert len(VARIANTS) == sum(1 for module in (low_rank_linear, low_rank_fused) for _ in module.shipped_configs())
 

@@ -20,6 +20,8 @@ from typing import Any
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may use, by architecture
+WIDE_LOAD = re.compile(r"\bLDG(?:STS)?\.\S*\b(?:128|256)\b")
+MULTIPLY_ADD = re.compile(r"\b(?:FFMA|FMUL|HMMA|HGMMA|UTC\w*MMA)\b")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Compiled:
     spill_bytes: int  # stack and local memory, per thread
     shared_bytes: int
     wide_loads: int  # from global memory, 16 bytes or more per thread
+    loads_in_flight: int  # those of them that are issued before the first multiply-add
     narrow_loads: int  # from global memory, less than 4 bytes per thread
     uses_hgmma: bool  # the tensor cores as a warp group drives them: wgmma on sm_90, tcgen05 on sm_100
     uses_hmma: bool  # the tensor cores as one warp drives them
@@ -100,7 +103,8 @@ def compile(
         registers=usage["REG"],
         spill_bytes=usage["STACK"] + usage["LOCAL"],
         shared_bytes=compiled.metadata.shared,
-        wide_loads=len(re.findall(r"\bLDG(?:STS)?\.\S*\b(?:128|256)\b", sass)),
+        wide_loads=len(WIDE_LOAD.findall(sass)),
+        loads_in_flight=len(WIDE_LOAD.findall(MULTIPLY_ADD.split(sass, maxsplit=1)[0])),
         narrow_loads=len(re.findall(r"\bLDG\.\S*\b[US](?:8|16)\b", sass)),
         uses_hgmma=bool(re.search(r"\bHGMMA\b|\bUTC\w*MMA\b", sass)),
         uses_hmma=bool(re.search(r"\bHMMA\b", sass)),

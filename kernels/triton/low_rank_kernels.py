@@ -73,16 +73,19 @@ def weight_product(
     rows = tl.arange(0, BLOCK_N)[:, None]
     weight_ptrs = weight_ptr + rows * length + columns[None, :]
     if GEMV:
-        weight = tl.load(weight_ptrs + start, mask=(rows < num_rows) & (columns < stop - start)[None, :], other=0.0)
-        if WAIT:
-            tl.extra.cuda.gdc_wait()
         acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        for k in range(start, stop, BLOCK_K):
-            ahead = k + BLOCK_K
-            coming = tl.load(weight_ptrs + ahead, mask=(rows < num_rows) & (columns < stop - ahead)[None, :], other=0.0)
+        if WAIT:
+            weight = tl.load(weight_ptrs + start, mask=(rows < num_rows) & (columns < stop - start)[None, :], other=0.0)
+            tl.extra.cuda.gdc_wait()
+            v = _load_sum(v_ptr + start + columns, stride_vp, columns < stop - start, PARTS)
+            acc += weight.to(tl.float32) * v.to(tl.float32)[None, :]
+            start += BLOCK_K
+        # A prefetch written by hand is undone: ptxas moves the loads below the products that wait for the tile before. As
+        # asynchronous copies into shared memory (LDGSTS.128, three tiles in flight) they stay where the compiler puts them.
+        for k in tl.range(start, stop, BLOCK_K, num_stages=4):
+            weight = tl.load(weight_ptrs + k, mask=(rows < num_rows) & (columns < stop - k)[None, :], other=0.0)
             v = _load_sum(v_ptr + k + columns, stride_vp, columns < stop - k, PARTS)
             acc += weight.to(tl.float32) * v.to(tl.float32)[None, :]
-            weight = coming
         product = tl.sum(acc, 1)[:, None]
     else:
         tokens = tl.arange(0, BLOCK_M)[None, :]
