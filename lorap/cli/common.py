@@ -38,9 +38,9 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars, no hints.")]
 
 
-def open_model(model: str, device: str, dtype: str) -> tuple[Any, Any, ModelSource]:
-    """The model, its tokenizer (None where it has none), and where they came from."""
-    source = find_model(model)
+def open_model(model: str | ModelSource, device: str, dtype: str) -> tuple[Any, Any, ModelSource]:
+    """The model, its tokenizer (None where it has none), and where they came from; what was found is not looked for again."""
+    source = model if isinstance(model, ModelSource) else find_model(model)
     tokenizer = load_tokenizer(source)
     loaded = load_model(source, dtype=dtype, device=resolve_device(device))
     check_tokenizer(tokenizer, loaded.get_input_embeddings().weight.shape[0])

@@ -63,8 +63,9 @@ def export_command(
         if format not in FORMATS:
             raise ConfigError(f"unknown format {format!r}; choose from {', '.join(FORMATS)}")
         shard_bytes = parse_bytes(max_shard_size)
-        check_output(dest, source=find_model(model).folder, overwrite=overwrite)
-        loaded, tokenizer, source = open_model(model, "cpu", dtype)
+        source = find_model(model)
+        check_output(dest, source=source.folder, overwrite=overwrite)
+        loaded, tokenizer, _ = open_model(source, "cpu", dtype)
         before = count_parameters(loaded)
         readme = source.folder / "README.md" if source.folder else None
         card = readme.read_text("utf-8") if readme is not None and readme.is_file() else ""

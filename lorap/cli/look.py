@@ -81,8 +81,9 @@ def inspect_command(
         chosen = None if layers is None else parse_layers(layers)
         texts = calibration or [DEFAULT_CALIBRATION]
         _check_texts(texts)
-        check_output(out, source=find_model(model).folder, overwrite=overwrite)
-        loaded, tokenizer, source = open_model(model, device, dtype)
+        source = find_model(model)
+        check_output(out, source=source.folder, overwrite=overwrite)
+        loaded, tokenizer, _ = open_model(source, device, dtype)
         found = inspect_model(
             loaded,
             calibration=None if texts == [NO_CALIBRATION] else [parse_source(text) for text in texts],
