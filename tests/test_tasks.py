@@ -363,10 +363,10 @@ def test_requests_are_found_in_folders_and_wheels(request_folder, tmp_path):
     ("raw", "message"),
     [
         (b"no gzip", "no gzipped file of requests of boolq"),
-        (gzip.compress(b'{"doc_id": 1}'), "KeyError"),
-        (gzip.compress(b""), "holds no question"),
+        (gzip.compress(b'{"doc_id": 1}', mtime=0), "KeyError"),
+        (gzip.compress(b"", mtime=0), "holds no question"),
         (
-            gzip.compress(b'{"doc_id":3,"idx":0,"label":1,"request":{"context":"a","continuation":" b"}}'),
+            gzip.compress(b'{"doc_id":3,"idx":0,"label":1,"request":{"context":"a","continuation":" b"}}', mtime=0),
             "document 3 has label 1, but 1 choices",
         ),
     ],
