@@ -14,10 +14,12 @@ from tqdm import tqdm
 from lorap.calibration.mixtures import Sources, weighted_sources
 from lorap.calibration.places import located
 from lorap.calibration.sources import Source, is_packaged, source_name
-from lorap.errors import CheckpointError, FactorizationError, JournalError
+from lorap.errors import CheckpointError, JournalError
+from lorap.finite import count_not_finite, refuse_not_finite
 from lorap.folders import weight_files
 from lorap.journal import Journal
 from lorap.loading import ModelSource
+from lorap.paging import pages_of
 from lorap.stored_tensors import Stamp, StoredTensor, read_pieces, stored_tensors
 from lorap.version import __version__
 
@@ -81,16 +83,22 @@ def hash_file(path: Path) -> str:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
 
 
-def check_weights(journal: Journal, source: ModelSource, *, progress: bool) -> None:
+def check_weights(journal: Journal, source: ModelSource, model: Any, *, progress: bool) -> None:
     """Read every weight once: refuse NaN and infinity, and files other than those that the run began with.
 
     Files of the size and time that they had then are not read again.
 
+    Args:
+        journal: of the run.
+        source: where the files are.
+        model: from :func:`lorap.loading.load_model`, which has looked for NaN where it is not paged.
+        progress: show a progress bar on stderr.
+
     Raises:
-        FactorizationError: naming the first tensor with NaN or infinity.
         JournalError: a weight file is another one than when the run began.
-        CheckpointError: a file cannot be read.
+        CheckpointError: a file cannot be read, or a tensor in it has NaN or infinity, in the dtype that it is read in.
     """
+    dtypes = _paged_dtypes(model)
     files = _weight_files(source)
     stamps = {path.name: [Stamp.of(path).size, Stamp.of(path).mtime_ns] for path in files}
     before = journal.read(WEIGHTS_STEP) if journal.has(WEIGHTS_STEP) else None
@@ -101,7 +109,7 @@ def check_weights(journal: Journal, source: ModelSource, *, progress: bool) -> N
         desc="Checking", unit="B", unit_scale=True, total=sum(size for size, _ in stamps.values()), disable=not progress
     ) as bar:
         for path in files:
-            hashes[path.name] = _look_through(path, bar)
+            hashes[path.name] = _look_through(path, dtypes, bar)
     if before is not None and before["hashes"] != hashes and not journal.processes.from_first(journal.has_layers()):
         journal.begin_anew()
     elif before is not None and before["hashes"] != hashes:
@@ -118,12 +126,22 @@ def _weight_files(source: ModelSource) -> list[Path]:
     return [source.folder / source.gguf_file] if source.gguf_file else weight_files(source.folder)
 
 
-def _look_through(path: Path, bar: Any) -> str:
-    """sha256 of a file; its tensors are checked on the way where it is one of safetensors, and after it in a pickle."""
+def _paged_dtypes(model: Any) -> dict[str, torch.dtype]:
+    """By name, the dtype in which each weight comes from the files when it is used; nothing for a model that is in memory."""
+    pages = pages_of(model.get_input_embeddings())
+    if pages is None:
+        return {}
+    return {name: pages.dtype or weight.dtype for name, weight in model.named_parameters(remove_duplicate=False)}
+
+
+def _look_through(path: Path, dtypes: Mapping[str, torch.dtype], bar: Any) -> str:
+    """sha256 of a file; its weights are checked on the way where it is one of safetensors, and after it in a pickle."""
     if path.suffix != ".safetensors":
         bar.update(path.stat().st_size)
         for stored in stored_tensors(path).values() if path.suffix == ".bin" else ():
-            _refuse_not_finite(stored, sum(_not_finite(piece, stored) for _, piece in read_pieces(stored)))
+            if stored.name in dtypes:
+                bad = sum(_not_finite(piece, stored, dtypes) for _, piece in read_pieces(stored))
+                refuse_not_finite(stored.name, bad, dtypes[stored.name])
         return hash_file(path)
     tensors = sorted(stored_tensors(path).values(), key=lambda stored: stored.info.offset)
     first = min((stored.info.offset for stored in tensors), default=path.stat().st_size)
@@ -133,24 +151,18 @@ def _look_through(path: Path, bar: Any) -> str:
         bad = 0
         for _, piece in read_pieces(stored):
             sha.update(piece.numpy().data)
-            bad += _not_finite(piece, stored)
+            bad += _not_finite(piece, stored, dtypes)
             bar.update(len(piece))
-        _refuse_not_finite(stored, bad)
+        if bad:
+            refuse_not_finite(stored.name, bad, dtypes[stored.name])
     return sha.hexdigest()
 
 
-def _refuse_not_finite(stored: StoredTensor, count: int) -> None:
-    if count:
-        raise FactorizationError(
-            f"{stored.name} contains {count:,} values that are NaN or infinite; the checkpoint is damaged"
-        )
-
-
-def _not_finite(piece: Tensor, stored: StoredTensor) -> int:
-    if not stored.dtype.is_floating_point:
+def _not_finite(piece: Tensor, stored: StoredTensor, dtypes: Mapping[str, torch.dtype]) -> int:
+    """In a piece of what the model uses, as it uses it: a number that fits the file may not fit its dtype."""
+    if stored.name not in dtypes or not stored.dtype.is_floating_point:
         return 0
-    values = piece.view(stored.dtype)
-    return 0 if bool(torch.isfinite(values).all()) else int((~torch.isfinite(values)).sum())
+    return count_not_finite(piece.view(stored.dtype).to(dtypes[stored.name]))
 
 
 def _small_files(source: ModelSource) -> dict[str, str]:

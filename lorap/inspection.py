@@ -23,8 +23,9 @@ from lorap.calibration.data import draw_windows
 from lorap.calibration.mixtures import Sources
 from lorap.calibration.sources import DEFAULT_CALIBRATION
 from lorap.calibration.stream import CalibrationStream, Probe, on_device
-from lorap.errors import CalibrationError, ConfigError, FactorizationError
+from lorap.errors import CalibrationError, ConfigError
 from lorap.factorization import spectrum
+from lorap.finite import check_finite
 from lorap.inspection_report import Inspection, ProjectionSpectra
 from lorap.inspection_values import Importance, SingularValues
 from lorap.loading import resolve_device
@@ -64,7 +65,7 @@ def inspect_model(
         ArchitectureError: the model's family is unknown, or it was compressed already.
         CalibrationError: a text cannot be used, or activations are not finite.
         ConfigError: there is no such layer.
-        FactorizationError: a weight is NaN or infinite.
+        CheckpointError: a weight is NaN or infinite.
     """
     architecture = find_architecture(model)
     every = list(architecture.decoder_layers(model))
@@ -117,13 +118,7 @@ def _home(model: nn.Module) -> torch.device:
 def _weights(index: int, layer: nn.Module, architecture: Architecture) -> dict[str, Tensor]:
     """The seven weights by role; they must be finite."""
     weights = {role: linear.weight.data for role, linear in architecture.linears(layer).items()}
-    for role, weight in weights.items():
-        bad = weight.numel() - int(torch.isfinite(weight).sum())
-        if bad:
-            raise FactorizationError(
-                f"{architecture.module_name(index, role)}.weight contains {bad:,} values that are NaN or infinite; "
-                "the checkpoint is damaged"
-            )
+    check_finite((f"{architecture.module_name(index, role)}.weight", weight) for role, weight in weights.items())
     return weights
 
 

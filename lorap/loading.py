@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorap.consistency import CONFIG, CheckedFolder, check_folder
 from lorap.errors import CheckpointError, ConfigError, LoRAPError
+from lorap.finite import check_finite
 from lorap.folders import weight_files
 from lorap.gguf import check_gguf_file, find_gguf, load_gguf, load_gguf_tokenizer
 from lorap.paging import paged_model
@@ -143,42 +144,54 @@ def dtype_name(dtype: str) -> str:
 def load_model(
     source: ModelSource, *, dtype: str = "auto", device: torch.device | str = "cpu", paged: bool = False
 ) -> Any:
-    """The model, in evaluation mode, with every weight found in the files.
+    """The model, in evaluation mode, with every weight found in the files, and finite.
 
     Args:
         source: from :func:`find_model`.
         dtype: ``auto`` for the checkpoint's own (float32 for GGUF), or float32, bfloat16 or float16.
         device: where to put it.
-        paged: leave the weights in the files until they are used, where that can be done (:mod:`lorap.paging`).
+        paged: leave the weights in the files until they are used, where that can be done (:mod:`lorap.paging`); whoever goes
+            through the files then looks for NaN (:func:`lorap.fingerprints.check_weights`).
 
     Raises:
-        CheckpointError: it cannot be read, or weights are missing.
+        CheckpointError: it cannot be read, or weights are missing, NaN or infinite.
         ArchitectureError: with ``paged``, the family is not known.
     """
     wanted = DTYPES.get(dtype_name(dtype))
     try:
-        if source.gguf_file:
-            return load_gguf(Path(source.location) / source.gguf_file, wanted or torch.float32).to(device)
-        if source.checked is None:
-            raise CheckpointError(f"{source.name} was not fetched")
-        if paged:
+        if paged and source.checked and not source.gguf_file:
             model = paged_model(source.checked, dtype=wanted, device=torch.device(device))
             if model is not None:
                 return model
-        model, found = _load_whole(source.checked, wanted)
+        model = _load_whole(source, wanted).to(device)
     except LoRAPError:
         raise
     except Exception as error:  # as in find_model
         raise CheckpointError(f"cannot load {source.name}: {_first_lines(error)}") from error
+    check_finite(model.named_parameters())
+    return model
+
+
+def _load_whole(source: ModelSource, dtype: torch.dtype | None) -> Any:
+    """The model of a GGUF file or a folder.
+
+    Raises:
+        CheckpointError: the folder lacks weights of it.
+    """
+    if source.gguf_file:
+        return load_gguf(Path(source.location) / source.gguf_file, dtype or torch.float32)
+    if source.checked is None:
+        raise CheckpointError(f"{source.name} was not fetched")
+    model, found = _load_folder(source.checked, dtype)
     absent = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
     if absent:
         raise CheckpointError(
             f"{source.name} is incomplete: {len(absent)} tensors are missing or misshapen, first {absent[0]}"
         )
-    return model.eval().to(device)
+    return model.eval()
 
 
-def _load_whole(folder: CheckedFolder, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
+def _load_folder(folder: CheckedFolder, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
     """The model from ``from_pretrained``, and what that found in the files."""
     # Never None, with which transformers asks at the terminal whether to run the checkpoint's code.
     loaded: Any = AutoModelForCausalLM.from_pretrained(

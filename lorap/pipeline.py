@@ -29,9 +29,10 @@ from lorap.config import CompressionConfig
 from lorap.consistency import believe_own_head
 from lorap.correction import agree, correct, divergences
 from lorap.correction_schedule import Schedule, dealt, schedule, unseen
-from lorap.errors import ConfigError, FactorizationError
+from lorap.errors import ConfigError
 from lorap.evaluation import BATCH_TOKENS as EVALUATION_BATCH
 from lorap.evaluation import Evaluation, evaluate_stream
+from lorap.finite import check_finite
 from lorap.integrations.transformers import LoRAPConfig, mark_compressed
 from lorap.journal import NO_JOURNAL, Journal
 from lorap.kept import (
@@ -101,7 +102,6 @@ def compress(
     with watch("load"):
         model, tokenizer, name = _open(model_or_path, tokenizer, device, dtype)
         find_architecture(model)
-        check_finite(model)
         where = _home(model) if device == "auto" else resolve_device(device)
     run = Run(model, name, tokenizer, config or CompressionConfig(), where, watch, progress=progress)
     return model, run.compress(calibration, evaluation)
@@ -447,6 +447,7 @@ def _open(model_or_path: Any, tokenizer: Any, device: str, dtype: str) -> tuple[
     else:
         model = model_or_path.eval()
         believe_own_head(model)
+        check_finite(model.named_parameters())
         name = (
             model_name(Path(model.config._name_or_path or "")) if model.config._name_or_path else type(model).__name__
         )
@@ -523,20 +524,6 @@ def _new_biases(
         return []
     names = [architecture.module_name(index, "down_proj") for index in range(len(plans))]
     return [name for name in names if model.get_submodule(name).bias is not None]
-
-
-def check_finite(model: nn.Module) -> None:
-    """Refuse weights with NaN or infinity before any work is done, by name.
-
-    Raises:
-        FactorizationError: naming the first such tensor.
-    """
-    for name, parameter in model.named_parameters():
-        bad = parameter.numel() - int(torch.isfinite(parameter).sum())
-        if bad:
-            raise FactorizationError(
-                f"{name} contains {bad:,} values that are NaN or infinite; the checkpoint is damaged"
-            )
 
 
 def _vocab_size(model: Any) -> int:

@@ -30,8 +30,7 @@ from lorap.journal import COMPLETE, STAGE, Journal, check_identity, finish, is_c
 from lorap.loading import ModelSource, check_tokenizer, find_model, load_model, load_tokenizer, resolve_device
 from lorap.modules import count_parameters
 from lorap.outputs import check_output, check_room
-from lorap.paging import pages_of
-from lorap.pipeline import Run, check_finite
+from lorap.pipeline import Run
 from lorap.planning import check_sizes, shapes_of
 from lorap.processes import is_first_process, joined, local_rank
 from lorap.report import CompressionReport
@@ -166,9 +165,7 @@ class _FolderRun:
             )
             check_identity(self.journal, identity, threads=torch.get_num_threads())
         self.journal.processes.wait()
-        check_weights(self.journal, self.source, progress=options.progress and self.journal.processes.is_first)
-        if pages_of(model.get_input_embeddings()) is None:
-            check_finite(model)
+        check_weights(self.journal, self.source, model, progress=options.progress and self.journal.processes.is_first)
 
     def _try_writing(self, model: Any, tokenizer: Any) -> None:
         assert self.journal.folder is not None

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import lorap
 from lorap.cli import app
 from lorap.errors import CheckpointError, ConfigError
+from lorap.finite import check_finite, count_not_finite
 from lorap.folders import INDEX, WEIGHTS
 from lorap.info import describe_model
 from lorap.loading import dtype_name, find_model, load_model, load_tokenizer
@@ -165,6 +166,69 @@ def test_every_command_refuses_a_bad_folder_with_the_same_sentence(
                 differ[case, command] = (run.exit_code, run.output[-500:], run.exception)
     assert not differ
     assert not (tmp_path / "out").exists()
+
+
+# The commands that read weights; `compare` opens models in processes of their own (tests/test_comparison.py).
+READERS = [name for name in COMMANDS if name not in ("info", "plan", "recover", "compare")]
+
+
+def test_every_command_refuses_weights_that_are_no_numbers(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorap.cli.tasks.open_source", lambda *_, **__: None)
+    store(copied, lambda t: t["model.norm.weight"][2:5].copy_(torch.tensor([torch.nan, torch.inf, -torch.inf])))
+    expected = "lorap: model.norm.weight contains 3 values that are NaN or infinite; the checkpoint is damaged"
+    places, differ = {"MODEL": str(copied), "OUT": str(tmp_path / "out")}, {}
+    for command in READERS:
+        words = [command.split()[0], *(places.get(word, word) for word in COMMANDS[command]), "--quiet"]
+        words = [word for word in words if word != "--quiet" or command not in ("generate", "profile")]
+        run = CliRunner().invoke(app, words)
+        if run.exit_code != 2 or run.stderr.strip() != expected:
+            differ[command] = (run.exit_code, run.output[-500:], run.exception)
+    assert not differ
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(CheckpointError, match=r"norm\.weight contains 3 values"):
+        lorap.compress(AutoModelForCausalLM.from_pretrained(copied), calibration=TOKENS, device="cpu")
+
+
+def test_numbers_that_do_not_fit_a_dtype_are_refused_in_it(copied: Path, tmp_path: Path) -> None:
+    """65,520 is the first number that float16 rounds to infinity; layers that stay in their files are looked at too."""
+    store(copied, lambda t: t[f"{Q}.weight"].view(-1)[:3].copy_(torch.tensor([65519.0, 65520.0, 7e4])))
+    load_model(find_model(copied), dtype="bfloat16")
+    said = rf"{Q}.weight contains 2 values .* too large for float16: try --dtype float32"
+    with pytest.raises(CheckpointError, match=said):
+        load_model(find_model(copied), dtype="float16")
+    with pytest.raises(CheckpointError, match=said):
+        compress_to_folder(
+            copied, tmp_path / "out", NOTHING, RunOptions(calibration=TOKENS, dtype="float16", progress=False)
+        )
+
+
+def test_what_the_model_does_not_use_may_be_anything(copied: Path, tmp_path: Path) -> None:
+    """Masks of old versions hold -inf; every way in passes over them."""
+    mask = torch.full((1, 1, 4, 4), -torch.inf)
+    store(copied, lambda t: t.update({"model.layers.0.attn.bias": mask}))
+    load_model(find_model(copied))
+    compress_to_folder(copied, tmp_path / "out", NOTHING, RunOptions(calibration=TOKENS, progress=False))
+
+
+def test_scales_of_int8_weights_are_looked_at(make_model: Callable[..., Any], tmp_path: Path) -> None:
+    model = lorap.quantize_int8(make_model("llama-gqa"))
+    check_finite(model.named_parameters())
+    model.get_submodule(Q).weight.scale[5] = torch.nan
+    model.save_pretrained(tmp_path / "int8")
+    with pytest.raises(CheckpointError, match=rf"{Q}.weight contains 1 values that are NaN"):
+        load_model(find_model(tmp_path / "int8"))
+
+
+def test_every_dtype_can_be_asked_for_nan() -> None:
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
+        for bad in (torch.nan, torch.inf, -torch.inf)[: 1 if dtype == torch.float8_e4m3fn else 3]:  # it has no infinity
+            tensor = torch.tensor([1.0, bad, -2.0]).to(dtype)
+            assert count_not_finite(tensor) == 1, (dtype, bad)
+            assert count_not_finite(tensor[::2]) == 0, dtype
+    for tensor in (torch.arange(3), torch.empty(3, device="meta"), torch.empty(0, 5), torch.full((3, 2), 3e38)):
+        assert count_not_finite(tensor) == 0
 
 
 def test_no_other_file_asks_transformers_for_a_model() -> None:
@@ -368,7 +432,7 @@ def test_safetensors_go_before_pickles(copied: Path) -> None:
 def test_pickled_weights_are_checked_and_watched(copied: Path, tmp_path: Path) -> None:
     """NaN is found before any work; a file that changes in a run is noticed by its hash."""
     store(copied, lambda t: t[f"{Q}.weight"].fill_(float("nan")), into="pytorch_model.bin")
-    with pytest.raises(lorap.errors.FactorizationError, match=rf"{Q}.weight contains 4,096 values that are NaN"):
+    with pytest.raises(CheckpointError, match=rf"{Q}.weight contains 4,096 values that are NaN"):
         compress_to_folder(copied, tmp_path / "out", NOTHING, RunOptions(calibration=TOKENS, progress=False))
 
 

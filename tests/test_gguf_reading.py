@@ -174,6 +174,12 @@ def test_missing_tensors_and_other_architectures_are_named(make_model, tokenizer
     assert "llama, qwen2, qwen3" in refusal(file)
 
 
+def test_weights_that_are_no_numbers_are_named(make_model, tokenizer, tmp_path) -> None:
+    norm = np.array([np.nan, np.inf, *[1.0] * 62], np.float32)
+    file = write_file(tmp_path / "m.gguf", make_model("llama-gqa"), tokenizer, tensors={"blk.1.ffn_norm.weight": norm})
+    assert "model.layers.1.post_attention_layernorm.weight contains 2 values that are NaN" in refusal(file)
+
+
 def test_what_changes_nothing_is_let_through(make_model, tokenizer, tmp_path) -> None:
     twin = make_model("llama-gqa")
     values = {

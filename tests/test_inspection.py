@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import lorap.cli.look
 import lorap.inspection
-from lorap import ArchitectureError, CalibrationError, ConfigError, FactorizationError
+from lorap import ArchitectureError, CalibrationError, CheckpointError, ConfigError
 from lorap.cli import app
 from lorap.cli.look import parse_layers
 from lorap.factorization import spectrum
@@ -324,7 +324,7 @@ def test_what_is_not_finite_is_named(make_model, tokens):
     ):
         inspect_model(model, calibration=tokens, progress=False)
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.inf
-    with pytest.raises(FactorizationError, match=r"layers\.1\.mlp\.up_proj\.weight contains 1 values"):
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight contains 1 values"):
         inspect_model(model, calibration=None, progress=False)
 
 

@@ -372,6 +372,11 @@ def test_mistakes_end_in_one_sentence_and_write_nothing(compressed, tokens, mode
     make_model("llama-gqa", vocab_size=501).save_pretrained(tmp_path / "teacher")
     with pytest.raises(ConfigError, match="has 501 tokens and the model 500"):
         quiet_recover(folder, out, settings(tokens, teacher=tmp_path / "teacher"))
+    dense = make_model("llama-gqa")
+    dense.model.norm.weight.data[7] = torch.nan
+    dense.save_pretrained(tmp_path / "nan")
+    with pytest.raises(CheckpointError, match=r"norm\.weight contains 1 values that are NaN"):
+        quiet_recover(folder, out, settings(tokens, teacher=tmp_path / "nan"))
     with pytest.raises(CalibrationError, match="only be drawn together with"):
         quiet_recover(folder, out, Recovery(text="self", tuning=TuningConfig(**TUNING)))
     with pytest.raises(ArchitectureError, match="'gpt2'"):
