@@ -7,6 +7,7 @@ entry here, because nothing but the seven linear layers is touched.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -99,6 +100,11 @@ def find_architecture(model: nn.Module) -> Architecture:
         for role in PROJECTIONS:
             _check_linear(layer, architecture.projections[role], architecture.module_name(index, role))
     return architecture
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What the model's forward and its outputs call keys and values: ``cache``, or in older transformers ``past_key_values``."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 
 def _quant_method(config: object) -> str:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from lorap.calibration.data import consecutive_windows
 from lorap.calibration.mixtures import check_sources
@@ -177,7 +179,7 @@ def check_tokens(contenders: Sequence[Contender], options: ComparisonOptions) ->
 
 
 def compare(
-    models: Sequence[str], *, options: ComparisonOptions, work: Path, progress: Callable[[str], None] = lambda _: None
+    models: Sequence[str], *, options: ComparisonOptions, work: Path, progress: bool = False
 ) -> list[Contender]:
     """Measure all models; a part that fails is an entry of ``errors`` and does not stop the others.
 
@@ -185,7 +187,7 @@ def compare(
         models: the one that others are compared with first.
         options: what to measure.
         work: an existing folder for cells; those of an interrupted comparison are used.
-        progress: is told what is measured next.
+        progress: show a bar on stderr.
 
     Raises:
         ConfigError: as :func:`find_contenders` and :func:`check_tokens`.
@@ -195,30 +197,35 @@ def compare(
     contenders = find_contenders(models)
     cells = Cells(work, asdict(options), check_tokens(contenders, options))
 
-    def measure(contender: Contender, part: str, number: int = 0) -> None:
-        if not cells.path(contender.source, part, number).exists():
-            progress(f"{contender.label}: {part}{f', round {number}' if number else ''}")
-        error = cells.make(contender.model, contender.source, part, number)
-        if error is None:
-            _keep(contender, part, cells.read(contender.source, part, number))
-            return
-        contender.errors.setdefault(part, error)
-        contender.speeds += [None] if part == SPEED else []
-
-    for contender in contenders:
-        for part in (TEXTS, *([TASKS] if options.tasks else [])):
-            measure(contender, part)
-    for number in range(1, options.rounds + 1):
-        # A round that was cut short is measured again as a whole: its ratios hold only within it.
-        paths = [cells.path(contender.source, SPEED, number) for contender in contenders]
-        if not all(path.exists() for path in paths):
-            for path in paths:
-                path.unlink(missing_ok=True)
+    parts = (TEXTS, *([TASKS] if options.tasks else []))
+    total = len(contenders) * (len(parts) + options.rounds)
+    with tqdm(desc="Measuring", unit="part", total=total, disable=not progress) as bar:
         for contender in contenders:
-            measure(contender, SPEED, number)
+            for part in parts:
+                _measure(contender, cells, bar, part)
+        for number in range(1, options.rounds + 1):
+            # A round that was cut short is measured again as a whole: its ratios hold only within it.
+            paths = [cells.path(contender.source, SPEED, number) for contender in contenders]
+            if not all(path.exists() for path in paths):
+                for path in paths:
+                    path.unlink(missing_ok=True)
+            for contender in contenders:
+                _measure(contender, cells, bar, SPEED, number)
     for contender in contenders:
         _add_size(contender)
     return contenders
+
+
+def _measure(contender: Contender, cells: Cells, bar: Any, part: str, number: int = 0) -> None:
+    """One part of one model, measured or found; what went wrong is kept in ``errors``."""
+    bar.set_postfix_str(f"{contender.label}: {part}{f', round {number}' if number else ''}")
+    error = cells.make(contender.model, contender.source, part, number)
+    if error is None:
+        _keep(contender, part, cells.read(contender.source, part, number))
+    else:
+        contender.errors.setdefault(part, error)
+        contender.speeds += [None] if part == SPEED else []
+    bar.update()
 
 
 def _keep(contender: Contender, part: str, found: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from lorap.architectures import ARCHITECTURES
+from lorap.architectures import ARCHITECTURES, cache_argument
 from lorap.calibration import places
 from lorap.calibration.data import consecutive_windows
 from lorap.errors import LoRAPError
@@ -87,10 +87,10 @@ def time_generation(model: Any, *, prompt_tokens: int, new_tokens: int) -> tuple
     """
     vocab_size = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocab_size, (1, prompt_tokens), generator=torch.Generator().manual_seed(0)).to(model.device)
-    cache, clock = None, [_now(model)]
+    cache, name, clock = None, cache_argument(model), [_now(model)]
     for step in range(1 + new_tokens):
-        output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        ids, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+        output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{name: cache})
+        ids, cache = output.logits[:, -1:].argmax(-1), output[name]
         if step in (0, new_tokens):
             clock.append(_now(model))
     start, read, end = clock

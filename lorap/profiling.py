@@ -14,7 +14,10 @@ to one process, hence :func:`run_ranges`, which only marks.
 
 from __future__ import annotations
 
+import os
 import shlex
+import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -25,7 +28,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from lorap.architectures import ARCHITECTURES
+from lorap.architectures import ARCHITECTURES, cache_argument
 from lorap.errors import ArchitectureError
 from lorap.integrations.torchao import flat_state_dict
 from lorap.profile_results import PHASES, KernelTime, PhaseTime, Profile
@@ -40,8 +43,13 @@ def profile_model(model: Any, *, tokens: int = 128, new_tokens: int = 16, trace:
     phases = run_ranges(model, tokens=tokens, new_tokens=new_tokens)
     device = model.device.type
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
-    with torch.inference_mode(), _Ranges(model) as ranges, profile(activities=activities) as profiler:
+    profiler = profile(activities=activities)
+    with torch.inference_mode(), _Ranges(model) as ranges:
+        with _without_marks():
+            profiler.start()
         _run(model, tokens, new_tokens, ranges)
+        with _without_marks():
+            profiler.stop()
     if trace is not None:
         profiler.export_chrome_trace(str(trace))
     kernels = _kernels(profiler.events(), device, new_tokens)
@@ -72,15 +80,39 @@ def _run(model: Any, tokens: int, new_tokens: int, ranges: _Ranges | None) -> No
     """Prefill and greedy decoding. The time does not depend on which tokens, so they are drawn."""
     vocab_size = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0)).to(model.device)
-    cache = None
+    cache, name = None, cache_argument(model)
     for step in range(1 + new_tokens):
         if step == 1 and model.device.type == "cuda":
             torch.cuda.synchronize(model.device)  # what the prefill launched ends before decoding begins
         with ranges.phase(PHASES[step > 0]) if ranges else nullcontext():
-            output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            ids, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+            output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{name: cache})
+            ids, cache = output.logits[:, -1:].argmax(-1), output[name]
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
+
+
+@contextmanager
+def _without_marks() -> Iterator[None]:
+    """Drop the lines with "USDT:" that torch's profiler writes to file descriptor 2 at its start and end; all others come later.
+
+    KINETO_LOG_LEVEL would drop errors with them, and is read before anything of lorap runs.
+    """
+    if sys.stderr is None:  # file descriptor 2 is closed, or no terminal was there at all
+        yield
+        return
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as said:
+        stderr = os.dup(2)
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            said.seek(0)
+            for line in said:
+                if b"USDT:" not in line:
+                    os.write(2, line)
 
 
 class _Ranges:

@@ -590,9 +590,9 @@ def test_options_are_those_of_compress(model_folder: Path) -> None:
     help_text = run("plan", "--help").stdout
     for name in theirs - {"context", "model"}:
         assert f"--{name.replace('_', '-')}" in help_text
-    for name in ("--gpu", "--processes", "--out", "--json"):
+    for name in ("--gpu", "--processes", "--out", "--quiet", "--json"):
         assert name in help_text
-    for name in ("--overwrite", "--quiet", "--restart"):
+    for name in ("--overwrite", "--restart"):
         assert name not in help_text
     result = run("plan", model_folder, "--gpu", "abacus")
     assert (result.exit_code, "no published figures for GPU 'abacus'" in result.output) == (2, True)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from lorap.calibration.sources import DEFAULT_EVALUATION
-from lorap.cli.common import AsJson, Debug, Device, Dtype, Quiet, exit_code, user_errors
+from lorap.cli.common import AsJson, Debug, Device, Dtype, Quiet, be_quiet, exit_code, tell_unless, user_errors
 from lorap.cli.tasks import markdown, percent
 from lorap.comparison import DECODE, PREFILL, ComparisonOptions, Contender, compare
 from lorap.comparison_plot import check_plot, draw
@@ -68,11 +68,12 @@ def compare_command(
       lorap compare ./dense ./small --tasks piqa,boolq --limit 200 --work ./measurements
     """
     with user_errors(debug, as_json) as answer:
+        be_quiet(quiet)
         options = ComparisonOptions(
             texts=tuple(text or [DEFAULT_EVALUATION]),
             seq_len=seq_len,
             max_tokens=max_tokens,
-            tasks=_task_names(tasks, task_data, limit),
+            tasks=_task_names(tasks, task_data, limit, quiet),
             task_data=task_data,
             limit=limit,
             prompt_tokens=prompt_tokens,
@@ -94,14 +95,14 @@ def compare_command(
             raise typer.Exit(1)
 
 
-def _task_names(tasks: str | None, task_data: str, limit: int | None) -> tuple[str, ...]:
+def _task_names(tasks: str | None, task_data: str, limit: int | None, quiet: bool) -> tuple[str, ...]:
     """The tasks, after making sure that there are questions."""
     if tasks is None:
         if limit is not None or task_data != "auto":
             raise ConfigError("--limit and --task-data belong to --tasks, which is not given")
         return ()
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
-    open_source(names, data=task_data, limit=limit, tell=lambda line: typer.echo(line, err=True))
+    open_source(names, data=task_data, limit=limit, tell=tell_unless(quiet))
     return names
 
 
@@ -111,10 +112,9 @@ def _measure(models: Sequence[str], options: ComparisonOptions, work: Path | Non
             work.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"cannot use {work} for measurements: {error.strerror}") from None
-    tell = (lambda _: None) if quiet else (lambda line: typer.echo(f"measuring {line}", err=True))
     try:
         with nullcontext(work) if work is not None else tempfile.TemporaryDirectory() as folder:
-            return compare(models, options=options, work=Path(folder), progress=tell)
+            return compare(models, options=options, work=Path(folder), progress=not quiet)
     except KeyboardInterrupt as error:
         if work is None:
             raise

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from lorap.architectures import ARCHITECTURES
-from lorap.cli.common import AsJson, Debug, Device, Dtype, Model, open_model, user_errors
+from lorap.cli.common import AsJson, Debug, Device, Dtype, Model, Quiet, be_quiet, open_model, user_errors
 from lorap.errors import ConfigError
 from lorap.generation import Continuation, continue_prompt, use_settings
 from lorap.merging import optimize_for_inference
@@ -39,6 +39,7 @@ def generate_command(
     ] = True,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quiet: Quiet = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -56,6 +57,7 @@ def generate_command(
       echo "The capital of France is" | lorap generate ./small
     """
     with user_errors(debug, as_json) as answer:
+        be_quiet(quiet)
         prompts = read_prompts(prompt)
         loaded, tokenizer, source = open_model(model, device, dtype)
         if tokenizer is None:

@@ -11,14 +11,14 @@ import typer
 
 from lorap.calibration.mixtures import check_sources, parse_source
 from lorap.calibration.sources import DEFAULT_CALIBRATION, DEFAULT_EVALUATION
-from lorap.cli.common import AsJson, Debug, Model, user_errors
+from lorap.cli.common import AsJson, Debug, Model, be_quiet, user_errors
 from lorap.cli.compress import chosen_config, compress_command
 from lorap.loading import find_model
 from lorap.resources import parse_bytes
 from lorap.scaling import GPUS, ModelShape, estimate, find_gpu, this_machine
 
-# Options of compress that say how it talks or what becomes of OUT; all others change what is done and are options here as well.
-LEFT_OUT = ("out", "overwrite", "max_shard_size", "quiet", "device", "restart", "as_json", "debug")
+# Options of compress that say what becomes of OUT; all others change what is done and are options here as well.
+LEFT_OUT = ("out", "overwrite", "max_shard_size", "device", "restart", "as_json", "debug")
 
 
 def with_compress_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -73,6 +73,7 @@ def plan_command(
     """
     with user_errors(debug, as_json) as answer:
         options = context.params
+        be_quiet(options["quiet"])
         config = chosen_config(options)
         calibration = [parse_source(text) for text in options["calibration"] or [DEFAULT_CALIBRATION]]
         evaluation = [text for text in options["eval_text"] or [DEFAULT_EVALUATION] if text != "none"]

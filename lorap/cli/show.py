@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from lorap.cli.common import AsJson, Debug, Device, Dtype, Model, open_model, user_errors
+from lorap.cli.common import AsJson, Debug, Device, Dtype, Model, Quiet, be_quiet, open_model, user_errors
 from lorap.environment import describe_environment, format_environment
 from lorap.errors import ConfigError
 from lorap.info import describe_model, format_info
@@ -59,6 +59,7 @@ def profile_command(
     ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quiet: Quiet = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -77,6 +78,7 @@ def profile_command(
       lorap profile ./small --optimize --dtype bfloat16
     """
     with user_errors(debug, as_json) as answer:
+        be_quiet(quiet)
         if trace is not None and not trace.absolute().parent.is_dir():
             raise ConfigError(f"cannot write {trace}: there is no folder {trace.parent}")
         loaded, _, source = open_model(model, device, dtype)
@@ -89,6 +91,7 @@ def profile_command(
         typer.echo(f"{source.name}, {loaded.dtype}, on {loaded.device}\n\n{found.table(top=top)}\n")
         if trace is not None:
             typer.echo(f"trace written to {trace}\n")
-        options = ["--tokens", str(tokens), "--new-tokens", str(new_tokens), "--dtype", dtype, "--device", "cuda"]
-        typer.echo(deeper(["lorap", "profile", model, *options, *(["--optimize"] if optimize else [])]))
+        if not quiet:
+            options = ["--tokens", str(tokens), "--new-tokens", str(new_tokens), "--dtype", dtype, "--device", "cuda"]
+            typer.echo(deeper(["lorap", "profile", model, *options, *(["--optimize"] if optimize else [])]))
         answer({"model": source.name, "optimized": optimize, **found.to_dict()})

@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from lorap.cli.common import open_model
+from lorap.cli.common import open_model, tell_unless
 from lorap.errors import ConfigError
 from lorap.tasks import Estimate, HarnessSource, RequestSource, TaskResult, difference, open_source
 from lorap.tasks.results import Difference, average, number
@@ -31,7 +31,7 @@ class TaskOptions:
 def evaluate_tasks(model: str, baseline: str | None, options: TaskOptions) -> dict[str, Any]:
     """Ask one model, then the other, print a table, and return everything for ``--json``."""
     names = [name.strip() for name in options.tasks if name.strip()]
-    source = open_source(names, data=options.data, limit=options.limit, tell=lambda line: typer.echo(line, err=True))
+    source = open_source(names, data=options.data, limit=options.limit, tell=tell_unless(not options.progress))
     name, found, seconds = _ask(model, source, options)
     results: dict[str, Any] = {task: result.to_dict() for task, result in found.items()}
     told: dict[str, Any] = {"model": name, "tasks": results, "seconds": seconds}
