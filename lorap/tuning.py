@@ -69,7 +69,7 @@ class TuningConfig:
         if not 0 < self.learning_rate < 1:
             raise ConfigError(f"learning_rate is {self.learning_rate}; it must be above 0 and below 1")
         if self.minutes is not None and not self.minutes > 0:
-            raise ConfigError(f"minutes is {self.minutes}; it must be above 0, or None for no limit")
+            raise ConfigError(f"minutes is {self.minutes}; it must be above 0; leave it out for no limit")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision is {self.precision!r}; choose from {', '.join(PRECISIONS)}")
 

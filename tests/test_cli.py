@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 
 import lorap
 from lorap.cli import app, show
+from lorap.cli.common import as_options
 from lorap.cli.compress import chosen_config
 from lorap.config import CHOICES, RECIPES
 from lorap.folders import WEIGHTS, read_tensors
@@ -205,21 +206,37 @@ def test_auto_and_yes_where_the_recipe_says_otherwise():
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--rank-multiple", "eight", "rank_multiple is eight; it must be a whole number >= 1 or auto"),
-        ("--rank-multiple", "8.0", "rank_multiple is 8.0; it must be a whole number >= 1 or auto"),
-        ("--width-multiple", "0", "width_multiple is 0; it must be a whole number >= 1 or auto"),
-        ("--metric-shrinkage", "some", "metric_shrinkage is some; it must lie in [0, 1] or be auto"),
-        ("--metric-shrinkage", "1.01", "metric_shrinkage is 1.01; it must lie in [0, 1] or be auto"),
-        ("--metric-shrinkage", "nan", "metric_shrinkage is nan; it must lie in [0, 1] or be auto"),
-        ("--repair-ridge", "-0.1", "repair_ridge is -0.1; it must be 0 or more, or auto"),
-        ("--repair-ridge", "Auto", "repair_ridge is Auto; it must be 0 or more, or auto"),
+        ("--rank-multiple", "eight", "--rank-multiple is eight; it must be a whole number >= 1 or auto"),
+        ("--rank-multiple", "8.0", "--rank-multiple is 8.0; it must be a whole number >= 1 or auto"),
+        ("--width-multiple", "0", "--width-multiple is 0; it must be a whole number >= 1 or auto"),
+        ("--metric-shrinkage", "some", "--metric-shrinkage is some; it must lie in [0, 1] or be auto"),
+        ("--metric-shrinkage", "1.01", "--metric-shrinkage is 1.01; it must lie in [0, 1] or be auto"),
+        ("--metric-shrinkage", "nan", "--metric-shrinkage is nan; it must lie in [0, 1] or be auto"),
+        ("--repair-ridge", "-0.1", "--repair-ridge is -0.1; it must be 0 or more, or auto"),
+        ("--repair-ridge", "Auto", "--repair-ridge is Auto; it must be 0 or more, or auto"),
         ("--shapes", "square", "unknown shapes 'square'; choose from free, uniform"),
-        ("--mlp-method", "factorize", "allocation loss decides on FFN widths, but mlp_method is factorize"),
+        ("--mlp-method", "factorize", "--allocation loss decides on FFN widths, but --mlp-method is factorize"),
     ],
 )
 def test_values_that_are_no_choice(option, value, message, model_folder, tmp_path):
     assert_refused(run("compress", model_folder, tmp_path / "out", option, value, *SMALL), message)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("lower it, or target lorap; width_multiple (32).", "lower it, or --target lorap; --width-multiple (32)."),
+        ("learning_rate is 2; use shapes free", "--learning-rate is 2; use --shapes free"),
+        ("our target is small, the target stocky", "our target is small, the target stocky"),
+        (
+            "no folder /a/seq_len/b, nor seq_len.txt: 'batch_size'",
+            "no folder /a/seq_len/b, nor seq_len.txt: 'batch_size'",
+        ),
+    ],
+)
+def test_fields_are_told_as_options(said, shown):
+    assert as_options(said) == shown
 
 
 def test_help_says_what_each_recipe_and_option_is():
@@ -383,7 +400,7 @@ def no_tokenizer(folder: Path) -> None:
         pytest.param(nothing_broken, ["--sparsity", 1.0], "must lie in [0, 1)", id="sparsity-1"),
         pytest.param(nothing_broken, ["--recipe", "lorap", "--sparsity", 0.99], "leaves rank 0 for", id="rank-0"),
         pytest.param(
-            nothing_broken, ["--sparsity", 0.99], "lower the sparsity, or choose a smaller rank_multiple", id="budget"
+            nothing_broken, ["--sparsity", 0.99], "lower the sparsity, or choose a smaller --rank-multiple", id="budget"
         ),
         pytest.param(
             nothing_broken,

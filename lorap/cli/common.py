@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -117,7 +119,7 @@ def user_errors(
     except LoRAPError as error:
         if debug:
             raise
-        typer.echo(f"lorap: {error}", err=True)
+        typer.echo(f"lorap: {as_options(str(error))}", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt as error:
         if debug:
@@ -128,6 +130,21 @@ def user_errors(
             left = "nothing was written"
         typer.echo(f"lorap: interrupted; {left}", err=True)
         raise typer.Exit(exit_code(error)) from None
+
+
+def as_options(message: str) -> str:
+    """A sentence of the library in the words of the command line, whose options are called like the fields of the configs.
+
+    width_multiple becomes --width-multiple, and target stock --target stock. What is quoted or part of a path stays.
+    """
+    from lorap.config import CHOICES, CompressionConfig
+    from lorap.tuning import TuningConfig
+
+    names = {field.name for config in (CompressionConfig, TuningConfig) for field in fields(config)}
+    words = [name for name in sorted(names, reverse=True) if "_" in name]
+    words += [f"{name}(?= (?:{'|'.join(values)})\\b)" for name, values in CHOICES.items() if "_" not in name]
+    pattern = rf"(?<![\w./'\"`-])(?:{'|'.join(words)})(?![\w./'\"`-])"
+    return re.sub(pattern, lambda found: "--" + found[0].replace("_", "-"), message)
 
 
 def _finite(value: Any) -> Any:
