@@ -29,8 +29,8 @@ import sys
 import zipfile
 from pathlib import Path
 
-from lorap.tasks.requests import PACKAGE, PACKAGE_VERSION
-from lorap.tasks.requests import TASKS as REQUESTS
+from lorap.evaluation.tasks.requests import PACKAGE, PACKAGE_VERSION
+from lorap.evaluation.tasks.requests import TASKS as REQUESTS
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 MODEL = CACHE / "SmolLM2-135M-Instruct"

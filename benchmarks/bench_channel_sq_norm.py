@@ -9,8 +9,8 @@ import common
 import pytest
 import torch
 
-from lorap import ops
 from lorap.kernels import reference
+from lorap.nn import ops
 
 SHAPES = {"smollm2": (2048, 576), "llama7b-attention": (2048, 4096), "llama7b-ffn": (2048, 11008)}  # tokens, channels
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lorap import ops
 from lorap.kernels import reference
+from lorap.nn import ops
 
 SHAPES = {  # (out_features N, in_features K)
     "llama7b-o": (4096, 4096),

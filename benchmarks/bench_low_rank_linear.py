@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lorap import ops
 from lorap.kernels import reference
+from lorap.nn import ops
 
 SHAPES = {  # (out_features N, in_features K, rank R)
     "smollm2-q": (576, 576, 172),

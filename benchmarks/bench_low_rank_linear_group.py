@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from random_models import SIZES, plan
 
-from lorap import ops
 from lorap.kernels import reference
+from lorap.nn import ops
 
 MODELS = ("llama-7b", "llama-3-8b")
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import lorap
-from lorap import ops
 from lorap.kernels import reference
+from lorap.nn import ops
 
 KINDS = ("two matmuls", "lorap", "lorap, module", "lorap, torch.ops")
 

@@ -9,8 +9,8 @@ import common
 import pytest
 import torch
 
-from lorap import ops
 from lorap.kernels import reference
+from lorap.nn import ops
 
 SHAPES = {"llama7b-pruned": (5504, 4096), "smollm2": (1536, 576)}  # (width N, in_features K)
 CALLS = {"torch": reference.silu_gated_linear, "lorap": ops.silu_gated_linear}

@@ -17,10 +17,10 @@ import pytest
 import torch
 from random_models import random_model
 
-from lorap.loading import find_model, load_model, load_tokenizer
-from lorap.tasks.requests import find_requests
-from lorap.tasks.scoring import encode, score
-from lorap.tasks.trees import Encoded
+from lorap.checkpoint.load import find_model, load_model, load_tokenizer
+from lorap.evaluation.tasks.requests import find_requests
+from lorap.evaluation.tasks.scoring import encode, score
+from lorap.evaluation.tasks.trees import Encoded
 
 QUESTIONS = 100  # with fewer, more of what lorap reads is padding
 HELLASWAG = assets.QUALITY / "tasks" / "hellaswag.jsonl.gz"

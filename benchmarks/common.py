@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import lorap
-from lorap import backends, native
 from lorap.errors import BackendError
+from lorap.nn import dispatch, native
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -44,7 +44,7 @@ def measured() -> str:
     Raises:
         BackendError: lorap's kernels are missing, so that torch would be measured under its name.
     """
-    where, forced = f"lorap {lorap.__version__} in {Path(lorap.__file__).parent}", backends.current()
+    where, forced = f"lorap {lorap.__version__} in {Path(lorap.__file__).parent}", dispatch.current()
     if forced == "reference":
         return f"{where}: torch alone, as LORAP_BACKEND=reference asks"
     if DEVICE.type == "cpu" and native.MISSING:

@@ -22,8 +22,8 @@ import torch
 from bench_factorize import METHODS, published, square_sums
 
 import lorap
-from lorap.loading import find_model, load_model
-from lorap.report import format_table
+from lorap.checkpoint.load import find_model, load_model
+from lorap.reports.run import format_table
 
 SHAPES = {  # out_features, in_features, rank; wanted ratios to svd and to published
     "square": ((4096, 4096, 1024), (1.8, 3.0)),

@@ -36,7 +36,7 @@ SCALE = 32  # of a dry run
 def environment_rows(device: torch.device, _scale: int) -> Iterator[Item]:
     """What this machine has, and what is missing."""
     gpu_values.load_lorap()
-    from lorap import native
+    from lorap.nn import native
 
     found: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
     found["CUDA of torch"] = torch.version.cuda or "none: a CPU build"

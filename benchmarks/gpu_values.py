@@ -25,13 +25,13 @@ LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}  # rel
 
 
 def load_lorap() -> Any:
-    """lorap.ops from the working tree, without lorap's __init__, which needs transformers: a GPU machine may lack it."""
-    if "lorap.ops" in sys.modules:
-        return sys.modules["lorap.ops"]
+    """lorap.nn.ops from the working tree, without lorap's __init__, which needs transformers: a GPU machine may lack it."""
+    if "lorap.nn.ops" in sys.modules:
+        return sys.modules["lorap.nn.ops"]
     for name, folder in (("lorap", "lorap"), ("lorap.kernels", "kernels/triton")):
         spec = importlib.util.spec_from_file_location(name, ROOT / folder / "__init__.py")
         sys.modules[name] = importlib.util.module_from_spec(spec)  # found, and not run
-    from lorap import native, ops
+    from lorap.nn import native, ops
 
     extra = os.environ.get("LORAP_CHECK_CUDA_LIBRARY", "")  # built by gpu_check.sh where CMake is missing
     if not native.HAS_CUDA and Path(extra).is_file():
@@ -141,16 +141,16 @@ def relative_error(got: Any, exact: Any) -> float:
 
 def exact_value(op: str, arguments: tuple[Any, ...]) -> Any:
     """The float64 reference."""
-    from lorap import backends
     from lorap.kernels import reference
+    from lorap.nn import dispatch
 
-    return getattr(reference, op)(*backends._to_double(arguments))
+    return getattr(reference, op)(*dispatch._to_double(arguments))
 
 
 def self_check_rows(device: torch.device, _scale: int, *, cuda: bool) -> Iterator[Item]:
     """Every op and backend on its small example, which is also what the library itself checks before the first use."""
     ops = load_lorap()
-    from lorap import backends
+    from lorap.nn import dispatch
 
     for op in ops.SCHEMAS:
         for backend in backends_of(ops, op, cuda=cuda):
@@ -159,8 +159,8 @@ def self_check_rows(device: torch.device, _scale: int, *, cuda: bool) -> Iterato
 
                 def both(check=check, arguments=(op, backend, device, dtype)) -> Row:
                     found = check()
-                    if backends.ABLE.get(arguments[1]):
-                        found["self_check"] = backends.self_check(*arguments) or "passes"
+                    if dispatch.ABLE.get(arguments[1]):
+                        found["self_check"] = dispatch.self_check(*arguments) or "passes"
                     return found
 
                 yield {"op": op, "backend": backend, "dtype": _name(dtype)} | what, check and both

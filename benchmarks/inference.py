@@ -31,8 +31,8 @@ from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 import lorap
-from lorap import native
-from lorap.resources import peak_memory_bytes
+from lorap.nn import native
+from lorap.system import peak_memory_bytes
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PROMPT_TOKENS = 16

@@ -45,7 +45,7 @@ def save_model(size: Size, sparsity: float, folder: Path) -> dict[str, Any]:
     from random_models import random_model
 
     import lorap
-    from lorap.integrations.transformers import LoRAPConfig, mark_compressed
+    from lorap.checkpoint.hf_quantizer import LoRAPConfig, mark_compressed
 
     options = {"layers": size.layers, "vocab_size": size.vocab_size, "tie": size.tie}
     model = random_model(size.shapes, sparsity, torch.bfloat16, **options)
@@ -64,7 +64,7 @@ def serve(folder: Path) -> None:
     os.dup2(2, 1)  # vLLM prints too
     from vllm import LLM, SamplingParams
 
-    from lorap.resources import peak_memory_bytes
+    from lorap.system import peak_memory_bytes
 
     llm = LLM(
         str(folder),

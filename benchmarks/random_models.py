@@ -1,6 +1,6 @@
 """Models of real sizes with random weights: speed does not depend on the values, so nothing is downloaded or factorized.
 
-Ranks and FFN widths of the compressed ones are those that ``lorap.allocation`` gives the paper's recipe.
+Ranks and FFN widths of the compressed ones are those that ``lorap.compression.allocation`` gives the paper's recipe.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import lorap
-from lorap.allocation import LayerPlan, plan_layer
 from lorap.architectures import ARCHITECTURES, ATTENTION
+from lorap.compression.allocation import LayerPlan, plan_layer
 
 SIZES: dict[str, dict[str, int]] = {
     "smollm2-135m": {

@@ -32,8 +32,8 @@ from scaling_table import markdown, write_between
 from streaming import llama_7b, make_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorap.loading import find_model, load_tokenizer
-from lorap.scaling.ledger import duration, quantity
+from lorap.checkpoint.load import find_model, load_tokenizer
+from lorap.compression.estimate.ledger import duration, quantity
 
 BEGIN, END = "<!-- begin: benchmarks/scaling_check.py -->", "<!-- end: benchmarks/scaling_check.py -->"
 RESULTS = Path(__file__).resolve().parent / "results" / "scaling.json"

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lorap.checkpoint.folders import TensorInfo
+from lorap.compression.estimate import Estimate, Machine, ModelShape, estimate, find_gpu, this_machine
+from lorap.compression.estimate.ledger import duration, quantity
 from lorap.config import CompressionConfig
-from lorap.folders import TensorInfo
-from lorap.scaling import Estimate, Machine, ModelShape, estimate, find_gpu, this_machine
-from lorap.scaling.ledger import duration, quantity
 
 BEGIN, END = "<!-- begin: benchmarks/scaling_table.py -->", "<!-- end: benchmarks/scaling_table.py -->"
 SPARSITY = 0.2

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorap.report import format_table
-from lorap.tensor_files import write_tensors
+from lorap.checkpoint.tensor_files import write_tensors
+from lorap.reports.run import format_table
 
 RESULTS = Path(__file__).parent / "results" / "streaming.json"
 STAGES = ("check", "plan", "calibrate", "factorize", "prune", "correct", "save")

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from random_models import decoder_layers, optimized, random_model
 
 import lorap
-from lorap import native, ops
-from lorap.report import format_table
+from lorap.nn import native, ops
+from lorap.reports.run import format_table
 
 Call = Callable[[], object]
 K = N = 4096

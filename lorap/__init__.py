@@ -6,7 +6,13 @@ Importing it teaches transformers to open compressed checkpoints.
 import lorap.integrations.preparation  # noqa: F401 (first of all)
 
 # isort: split
-from lorap.checkpoint import save
+from lorap.algorithms.factorization import Factorization, factorize, factorize_batch
+from lorap.checkpoint.hf_quantizer import register as _register
+from lorap.checkpoint.quantize import quantize_int8
+from lorap.checkpoint.reconstruct import reconstruct
+from lorap.checkpoint.save import save
+from lorap.compression.pipeline import compress
+from lorap.compression.runs.run import RunOptions, compress_to_folder
 from lorap.config import CompressionConfig
 from lorap.errors import (
     ArchitectureError,
@@ -21,20 +27,14 @@ from lorap.errors import (
     ShapeError,
     TaskError,
 )
-from lorap.evaluation import Evaluation, evaluate
-from lorap.export import export_gguf, export_stock
-from lorap.factorization import Factorization, factorize, factorize_batch
-from lorap.inspection import inspect_model
-from lorap.integrations.transformers import register as _register
-from lorap.merging import merge_shared_inputs, optimize_for_inference
-from lorap.modules import LowRankLinear
-from lorap.pipeline import compress
-from lorap.quantization import quantize_int8
-from lorap.reconstruction import reconstruct
-from lorap.recovery import Recovery, recover
-from lorap.report import CompressionReport
-from lorap.runs import RunOptions, compress_to_folder
-from lorap.tuning import TuningConfig
+from lorap.evaluation.inspection.inspect import inspect_model
+from lorap.evaluation.perplexity import Evaluation, evaluate
+from lorap.integrations.stock import export_gguf, export_stock
+from lorap.nn.fused import merge_shared_inputs, optimize_for_inference
+from lorap.nn.linear import LowRankLinear
+from lorap.recovery.recover import Recovery, recover
+from lorap.recovery.training import TuningConfig
+from lorap.reports.run import CompressionReport
 from lorap.version import __version__
 
 _register()

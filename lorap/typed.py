@@ -8,7 +8,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Union
 
 from lorap.errors import CheckpointError, LoRAPError
-from lorap.strict_json import named, shown
+from lorap.jsonio import named, shown
 
 # Of whole numbers: nothing that is counted here comes near it, and floats can hold it.
 LARGEST = 2**63

@@ -9,8 +9,8 @@ from lorap.architectures import ARCHITECTURES, PROJECTIONS
 from lorap.calibration import TokenWindows
 from lorap.calibration.backward import BATCH_TOKENS
 from lorap.calibration.stream import CalibrationStream
-from lorap.correction import correct
-from lorap.correction_schedule import RATE, dealt, schedule
+from lorap.compression.distillation import correct
+from lorap.compression.schedule import RATE, dealt, schedule
 
 CPU = torch.device("cpu")
 

@@ -25,7 +25,7 @@ import torch
 
 import lorap
 from lorap import CompressionConfig
-from lorap.runs import RunOptions, compress_to_folder
+from lorap.compression.runs.run import RunOptions, compress_to_folder
 
 CONFIG = CompressionConfig(sparsity=0.4, num_calibration_samples=12, calibration_seq_len=32)
 KILLED, FAILED = 9, 3

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from lorap.architectures import PROJECTIONS
-from lorap.calibration.data import Share
+from lorap.calibration.windows import Share
 from lorap.config import CompressionConfig
-from lorap.evaluation import Evaluation
-from lorap.report import CompressionReport, ProjectionReport
-from lorap.spectra import Spectrum, spectrum_indices
+from lorap.evaluation.perplexity import Evaluation
+from lorap.reports.run import CompressionReport, ProjectionReport
+from lorap.reports.spectra import Spectrum, spectrum_indices
 
 HOSTILE = '<b>Evil & "Co"</b>/model\'s <img src="http://x.example/y.png">'
 HIDDEN, INNER, KEY = 576, 1536, 192

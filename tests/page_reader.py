@@ -5,8 +5,8 @@ from __future__ import annotations
 from html.parser import HTMLParser
 from typing import Any
 
-from lorap.page import compression_page
-from lorap.report import CompressionReport
+from lorap.reports.html.page import compression_page
+from lorap.reports.run import CompressionReport
 
 VOID = {"meta", "wbr", "img", "br", "link", "input"}
 

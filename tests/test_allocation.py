@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lorap.allocation import attention_ranks, break_even_rank, plan_layer, pruned_positions
+from lorap.compression.allocation import attention_ranks, break_even_rank, plan_layer, pruned_positions
 from lorap.config import CompressionConfig
 from lorap.errors import ConfigError
 

@@ -18,22 +18,23 @@ import pytest
 import torch
 
 import lorap
-from lorap import BackendError, backends, native, ops
-from lorap.environment import describe_environment
+from lorap import BackendError
+from lorap.evaluation.environment import describe_environment
+from lorap.nn import dispatch, native, ops
 
 ROOT = Path(__file__).parents[1]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-CPU_OPS = backends.LINEAR_OPS
+CPU_OPS = dispatch.LINEAR_OPS
 
 needs_cpu_kernels = pytest.mark.skipif(not native.HAS_CPU, reason="lorap/_native.so is not built")
 
 
 @pytest.fixture(autouse=True)
 def fresh_verdicts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(backends, "_verdicts", {})
-    backends._best.cache_clear()
+    monkeypatch.setattr(dispatch, "_verdicts", {})
+    dispatch._best.cache_clear()
     yield
-    backends._best.cache_clear()
+    dispatch._best.cache_clear()
 
 
 def some_x(tokens: int = 1, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -57,7 +58,7 @@ def python(code: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]
 def test_the_cpu_kernels_serve_few_tokens_and_every_number_where_torch_lacks_hardware(
     op: str, dtype: torch.dtype
 ) -> None:
-    chosen = [backends.choose(op, some_x(tokens, dtype), tokens) for tokens in (0, 8, 9, 32, 33, 500)]
+    chosen = [dispatch.choose(op, some_x(tokens, dtype), tokens) for tokens in (0, 8, 9, 32, 33, 500)]
     fast_in_torch = {
         torch.float32: True,
         torch.bfloat16: native.cpu_isa(torch.bfloat16) == "avx512_bf16",
@@ -70,16 +71,16 @@ def test_the_cpu_kernels_serve_few_tokens_and_every_number_where_torch_lacks_har
 
 
 def test_other_dtypes_and_other_ops_run_the_reference() -> None:
-    assert backends.choose("linear", some_x(dtype=torch.float64), 1) == "reference"
-    assert backends.choose("channel_sq_norm", some_x(), 1) == "reference"
-    assert backends.choose("second_moment", some_x(), 1) == "reference"
+    assert dispatch.choose("linear", some_x(dtype=torch.float64), 1) == "reference"
+    assert dispatch.choose("channel_sq_norm", some_x(), 1) == "reference"
+    assert dispatch.choose("second_moment", some_x(), 1) == "reference"
 
 
 @needs_cpu_kernels
 def test_the_forced_cpu_kernels_serve_any_number_of_tokens() -> None:
-    with backends.use("cpu"):
-        assert backends.choose("linear", some_x(500), 500) == "cpu"
-        assert backends.choose("linear", some_x(0), 0) == "reference"
+    with dispatch.use("cpu"):
+        assert dispatch.choose("linear", some_x(500), 500) == "cpu"
+        assert dispatch.choose("linear", some_x(0), 0) == "reference"
 
 
 @needs_cpu_kernels
@@ -91,7 +92,7 @@ def test_what_is_chosen_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     ops.linear(some_x(1), weight)
     ops.linear(some_x(33), weight)
     torch.ops.lorap.linear(some_x(32), weight)
-    with backends.use("reference"):
+    with dispatch.use("reference"):
         ops.linear(some_x(1), weight)
     assert ran == ["cpu", "reference", "cpu", "reference"]
 
@@ -107,16 +108,16 @@ def test_serves_says_where_a_kernel_of_ours_runs() -> None:
 def test_every_row_has_a_reason_and_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "MISSING", "not built; do this")
     rows = describe_environment()["kernels"]
-    assert [(row["backend"], row["ops"]) for row in rows] == [(rule.backend, list(rule.ops)) for rule in backends.RULES]
+    assert [(row["backend"], row["ops"]) for row in rows] == [(rule.backend, list(rule.ops)) for rule in dispatch.RULES]
     assert all(row["reason"] for row in rows)
     assert {row["missing"] for row in rows if row["backend"] == "cpu"} == {"not built; do this"}
 
 
 def test_current_is_what_is_forced() -> None:
-    with backends.use("reference"):
-        assert backends.current() == "reference"
-        with backends.use("auto"):
-            assert backends.current() == "auto"
+    with dispatch.use("reference"):
+        assert dispatch.current() == "reference"
+        with dispatch.use("auto"):
+            assert dispatch.current() == "auto"
 
 
 # --- forcing ---------------------------------------------------------------------------------------------------------------
@@ -125,21 +126,21 @@ def test_current_is_what_is_forced() -> None:
 def test_use_refuses_an_unknown_name() -> None:
     with (
         pytest.raises(BackendError, match="backend 'fpga' is none of auto, reference, cpu, triton, cuda"),
-        backends.use("fpga"),
+        dispatch.use("fpga"),
     ):
         pass
 
 
 def test_use_nests_and_ends_with_its_block() -> None:
-    before = backends.choose("linear", some_x(), 1)
-    with backends.use("reference"):
-        with backends.use("auto"):
-            assert backends.choose("linear", some_x(), 1) == before
-        assert backends.choose("linear", some_x(), 1) == "reference"
-        with pytest.raises(ZeroDivisionError), backends.use("auto"):
+    before = dispatch.choose("linear", some_x(), 1)
+    with dispatch.use("reference"):
+        with dispatch.use("auto"):
+            assert dispatch.choose("linear", some_x(), 1) == before
+        assert dispatch.choose("linear", some_x(), 1) == "reference"
+        with pytest.raises(ZeroDivisionError), dispatch.use("auto"):
             _ = 1 / 0
-        assert backends.choose("linear", some_x(), 1) == "reference"
-    assert backends.choose("linear", some_x(), 1) == before
+        assert dispatch.choose("linear", some_x(), 1) == "reference"
+    assert dispatch.choose("linear", some_x(), 1) == before
 
 
 @needs_cpu_kernels
@@ -147,9 +148,9 @@ def test_use_holds_in_its_own_thread_only() -> None:
     seen = {}
 
     def look(name: str) -> None:
-        seen[name] = backends.choose("linear", some_x(), 1)
+        seen[name] = dispatch.choose("linear", some_x(), 1)
 
-    with backends.use("reference"):
+    with dispatch.use("reference"):
         copied = contextvars.copy_context()
         threads = [
             threading.Thread(target=look, args=["plain"]),
@@ -166,9 +167,9 @@ def test_use_holds_in_its_own_thread_only() -> None:
 def test_a_gpu_backend_refuses_cpu_tensors(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(native, "HAS_CUDA", True)
-    monkeypatch.setattr(backends, "_has_triton", lambda: True)
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
     with (
-        backends.use(backend),
+        dispatch.use(backend),
         pytest.raises(
             BackendError, match=f"LORAP_BACKEND={backend} cannot run linear on cpu in torch.float32; use auto"
         ),
@@ -179,19 +180,19 @@ def test_a_gpu_backend_refuses_cpu_tensors(backend: str, monkeypatch: pytest.Mon
 def test_a_forced_backend_that_is_missing_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "HAS_CUDA", False)
     monkeypatch.setattr(native, "MISSING", None)
-    monkeypatch.setattr(backends, "_has_triton", lambda: False)
-    with backends.use("triton"), pytest.raises(BackendError, match="LORAP_BACKEND=triton: triton is not installed"):
-        backends.choose("linear", some_x(), 1)
-    with backends.use("cuda"), pytest.raises(BackendError, match="LORAP_BACKEND=cuda: this build has no CUDA part"):
-        backends.choose("linear", some_x(), 1)
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
+    with dispatch.use("triton"), pytest.raises(BackendError, match="LORAP_BACKEND=triton: triton is not installed"):
+        dispatch.choose("linear", some_x(), 1)
+    with dispatch.use("cuda"), pytest.raises(BackendError, match="LORAP_BACKEND=cuda: this build has no CUDA part"):
+        dispatch.choose("linear", some_x(), 1)
     monkeypatch.setattr(native, "MISSING", "not built; do this")
-    with backends.use("cpu"), pytest.raises(BackendError, match="LORAP_BACKEND=cpu: not built; do this"):
-        backends.choose("linear", some_x(), 1)
+    with dispatch.use("cpu"), pytest.raises(BackendError, match="LORAP_BACKEND=cpu: not built; do this"):
+        dispatch.choose("linear", some_x(), 1)
 
 
 @needs_cpu_kernels
 def test_the_forced_cpu_kernels_refuse_what_they_cannot_do() -> None:
-    with backends.use("cpu"):
+    with dispatch.use("cpu"):
         with pytest.raises(BackendError, match=r"cannot run second_moment on cpu in torch.float32; use auto"):
             ops.second_moment(some_x())
         with pytest.raises(BackendError, match=r"cannot run linear on cpu in torch.float64; use auto"):
@@ -201,10 +202,10 @@ def test_the_forced_cpu_kernels_refuse_what_they_cannot_do() -> None:
 def test_environment_forces_a_backend(tmp_path: Path) -> None:
     code = (
         "import torch\n"
-        "from lorap import backends\n"
+        "from lorap.nn import dispatch\n"
         "x = torch.zeros(1, 8)\n"
-        "print(backends.choose('linear', x, 1))\n"
-        "with backends.use('auto'): print(backends.choose('linear', x, 1))\n"
+        "print(dispatch.choose('linear', x, 1))\n"
+        "with dispatch.use('auto'): print(dispatch.choose('linear', x, 1))\n"
     )
     run = python(code, tmp_path, LORAP_BACKEND="reference")
     assert run.stdout.split() == ["reference", "cpu" if native.HAS_CPU else "reference"], run.stderr
@@ -223,18 +224,18 @@ def test_environment_with_an_unknown_backend_stops_at_import(tmp_path: Path) -> 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("op", CPU_OPS)
 def test_the_cpu_kernels_pass_their_self_check(op: str, dtype: torch.dtype) -> None:
-    assert backends.self_check(op, "cpu", torch.device("cpu"), dtype) is None
+    assert dispatch.self_check(op, "cpu", torch.device("cpu"), dtype) is None
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("op", list(ops.SCHEMAS))
 def test_the_reference_passes_its_self_check(op: str, dtype: torch.dtype) -> None:
-    assert backends.self_check(op, "reference", torch.device("cpu"), dtype) is None
+    assert dispatch.self_check(op, "reference", torch.device("cpu"), dtype) is None
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, implementation: Any) -> str:
     monkeypatch.setitem(ops._IMPLEMENTATIONS["triton"], "linear", implementation)
-    problem = backends.self_check("linear", "triton", torch.device("cpu"), torch.float32)
+    problem = dispatch.self_check("linear", "triton", torch.device("cpu"), torch.float32)
     assert problem is not None
     return problem
 
@@ -267,7 +268,7 @@ def test_self_check_names_what_a_kernel_raised(monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture
 def gpu_x(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Stands for a tensor on a GPU, of which ``choose`` reads no more than this."""
-    monkeypatch.setattr(backends, "_has_triton", lambda: True)
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return SimpleNamespace(is_cpu=False, device=torch.device("cuda", 0), dtype=torch.bfloat16)
 
@@ -281,16 +282,16 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         state["calls"].append(key)
         return state["problem"]
 
-    monkeypatch.setattr(backends, "self_check", self_check)
+    monkeypatch.setattr(dispatch, "self_check", self_check)
     return state
 
 
 def test_a_gpu_kernel_is_checked_once_per_device_and_dtype(gpu_x: Any, checks: dict[str, Any]) -> None:
     for _ in range(3):
-        assert backends.choose("low_rank_linear", gpu_x, 1) == "triton"
+        assert dispatch.choose("low_rank_linear", gpu_x, 1) == "triton"
     assert checks["calls"] == [("low_rank_linear", "triton", gpu_x.device, torch.bfloat16)]
     gpu_x.device = torch.device("cuda", 1)
-    assert backends.choose("low_rank_linear", gpu_x, 1) == "triton"
+    assert dispatch.choose("low_rank_linear", gpu_x, 1) == "triton"
     assert len(checks["calls"]) == 2
 
 
@@ -300,53 +301,53 @@ def test_a_gpu_kernel_that_fails_is_never_used_and_warned_of_once(gpu_x: Any, ch
         r"lorap's triton kernel low_rank_linear is not used on cuda:0 in torch.bfloat16: relative error 2; torch does"
     )
     with pytest.warns(RuntimeWarning, match=message):
-        assert backends.choose("low_rank_linear", gpu_x, 1) == "reference"
+        assert dispatch.choose("low_rank_linear", gpu_x, 1) == "reference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backends.choose("low_rank_linear", gpu_x, 1) == "reference"
+        assert dispatch.choose("low_rank_linear", gpu_x, 1) == "reference"
     assert len(checks["calls"]) == 1
 
 
 def test_a_forced_gpu_kernel_that_fails_raises(gpu_x: Any, checks: dict[str, Any]) -> None:
     checks["problem"] = "relative error 2"
     with (
-        backends.use("triton"),
+        dispatch.use("triton"),
         pytest.raises(BackendError, match=r"kernel low_rank_linear is not used.*relative error 2"),
     ):
-        backends.choose("low_rank_linear", gpu_x, 1)
+        dispatch.choose("low_rank_linear", gpu_x, 1)
 
 
 @pytest.mark.filterwarnings("ignore:lorap's triton kernel")
 def test_a_forced_gpu_kernel_that_failed_before_raises_again(gpu_x: Any, checks: dict[str, Any]) -> None:
     checks["problem"] = "relative error 2"
-    assert backends.choose("low_rank_linear", gpu_x, 1) == "reference"
-    with backends.use("triton"), pytest.raises(BackendError):
-        backends.choose("low_rank_linear", gpu_x, 1)
+    assert dispatch.choose("low_rank_linear", gpu_x, 1) == "reference"
+    with dispatch.use("triton"), pytest.raises(BackendError):
+        dispatch.choose("low_rank_linear", gpu_x, 1)
 
 
 def test_no_gpu_kernel_is_checked_while_a_graph_is_captured(
     gpu_x: Any, checks: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert backends.choose("low_rank_linear", gpu_x, 1) == "reference"
+    assert dispatch.choose("low_rank_linear", gpu_x, 1) == "reference"
     assert not checks["calls"]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert backends.choose("low_rank_linear", gpu_x, 1) == "triton"
+    assert dispatch.choose("low_rank_linear", gpu_x, 1) == "triton"
 
 
 def test_outside_a_graph_a_decode_kernel_runs_once_per_shape(gpu_x: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its first call compiles it; a capture may use only what was compiled before."""
-    monkeypatch.setattr(backends, "_warm", set())
+    monkeypatch.setattr(dispatch, "_warm", set())
     gpu_x.shape = (1, 8)
 
     def left_to_torch(shapes: tuple[int, ...], op: str = "low_rank_linear") -> bool:
-        return backends.better_in_graph(op, gpu_x, shapes)
+        return dispatch.better_in_graph(op, gpu_x, shapes)
 
     assert [left_to_torch((4, 8)) for _ in range(3)] == [False, True, True]
     assert not left_to_torch((5, 8))
     assert not left_to_torch((4, 8), "channel_sq_norm")
     assert not left_to_torch((4, 8), "channel_sq_norm")
-    with backends.use("triton"):
+    with dispatch.use("triton"):
         assert not left_to_torch((4, 8))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert not left_to_torch((4, 8))
@@ -373,7 +374,9 @@ def test_cpu_isa_names_what_this_processor_runs() -> None:
 
 WITHOUT_LIBRARY = """
 import torch, lorap
-from lorap import backends, native, ops
+from lorap.nn import dispatch
+from lorap.nn import native
+from lorap.nn import ops
 assert lorap.__file__.startswith(sys.argv[1]), lorap.__file__
 assert native.MISSING.startswith("not built; install with"), native.MISSING
 assert not native.HAS_CPU and not native.HAS_CUDA and native.cpu_isa(torch.float32) == "none"
@@ -381,13 +384,13 @@ x, right, left = torch.randn(2, 8), torch.randn(3, 8), torch.randn(5, 3)
 torch.testing.assert_close(ops.low_rank_linear(x, right, left), x @ right.T @ left.T)
 for op in ops.SCHEMAS:
     arguments = ops.example(op, x.device, x.dtype)
-    assert backends.choose(op, x, 2) == "reference"
+    assert dispatch.choose(op, x, 2) == "reference"
     getattr(ops, op)(*arguments)
 layer = lorap.LowRankLinear.from_factors(left, right)
 torch.testing.assert_close(layer(x), x @ right.T @ left.T)
 layer(x).sum().backward()
 try:
-    with backends.use("cpu"):
+    with dispatch.use("cpu"):
         ops.linear(x, right)
 except lorap.BackendError as error:
     print(error)

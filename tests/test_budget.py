@@ -7,7 +7,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lorap.budget import (
+from lorap.algorithms.factorization import suffix_sums
+from lorap.compression.budget import (
     Offer,
     affordable_multiple,
     lower_hull,
@@ -18,7 +19,6 @@ from lorap.budget import (
     width_offers,
 )
 from lorap.errors import ConfigError
-from lorap.factorization import suffix_sums
 
 
 def offers(*rows: tuple[int, int, float]) -> list[Offer]:

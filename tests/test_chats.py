@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lorap import CalibrationError
 from lorap.calibration import read_source
-from lorap.calibration.data import consecutive_windows
 from lorap.calibration.sources import read_tokens
+from lorap.calibration.windows import consecutive_windows
 
 TEMPLATE = (
     "{{ bos_token }}{% if tools %}<tools>{{ tools | tojson }}{% endif %}"

@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from test_transformers import low_rank, with_pivoted_storage
 
 import lorap
+from lorap.checkpoint.folders import INDEX, WEIGHTS, read_header, read_tensors, weight_files
+from lorap.checkpoint.load import find_model
 from lorap.errors import CheckpointError
-from lorap.folders import INDEX, WEIGHTS, read_header, read_tensors, weight_files
-from lorap.info import describe_model, format_info
-from lorap.loading import find_model
+from lorap.evaluation.info import describe_model, format_info
 from lorap.outputs import check_output, staged_folder
 
 

@@ -24,11 +24,11 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import lorap
+from lorap.checkpoint.folders import WEIGHTS, read_tensors
 from lorap.cli import app, show
 from lorap.cli.common import as_options
 from lorap.cli.compress import chosen_config
 from lorap.config import CHOICES, RECIPES
-from lorap.folders import WEIGHTS, read_tensors
 
 SMALL = ["--num-calibration-samples", "8", "--calibration-seq-len", "32", "--device", "cpu", "--quiet"]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

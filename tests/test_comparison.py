@@ -22,14 +22,14 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import lorap
-from lorap import comparison_cells, comparison_worker
+from lorap.checkpoint.folders import WEIGHTS, stored_parameters
+from lorap.checkpoint.load import ModelSource
 from lorap.cli import app
 from lorap.cli.compare import render
-from lorap.comparison import DECODE, PREFILL, ComparisonOptions, Contender, compare
-from lorap.comparison_plot import draw
-from lorap.folders import WEIGHTS, stored_parameters
-from lorap.loading import ModelSource
-from lorap.tasks import TaskResult
+from lorap.evaluation.comparison import cells, worker
+from lorap.evaluation.comparison.compare import DECODE, PREFILL, ComparisonOptions, Contender, compare
+from lorap.evaluation.comparison.plot import draw
+from lorap.evaluation.tasks import TaskResult
 
 SIZES = ["--seq-len", "32", "--max-tokens", "640", "--prompt-tokens", "9", "--new-tokens", "3", "--device", "cpu"]
 TASKS_HEADER = ["boolq", "over dense"]
@@ -55,12 +55,12 @@ def measured(monkeypatch) -> list[str]:
     """What was measured, as ``folder part``; in this process, which is quicker than one for each."""
     calls: list[str] = []
 
-    def worker(request: dict[str, Any]) -> str | None:
+    def in_this_process(request: dict[str, Any]) -> str | None:
         calls.append(f"{Path(request['model']).name} {request['part']}")
-        comparison_worker.main(json.dumps(request))
+        worker.main(json.dumps(request))
         return None
 
-    monkeypatch.setattr(comparison_cells, "run_worker", worker)
+    monkeypatch.setattr(cells, "run_worker", in_this_process)
     return calls
 
 
@@ -140,7 +140,7 @@ def test_tasks_are_paired_with_the_first_model(model_folder, small_folder, measu
 @pytest.mark.parametrize(("option", "called"), [((), True), (("--no-optimize",), False)])
 def test_models_are_prepared_as_generate_prepares_them(option, called, model_folder, measured, monkeypatch):
     prepared = []
-    monkeypatch.setattr(comparison_worker, "optimize_for_inference", prepared.append)
+    monkeypatch.setattr(worker, "optimize_for_inference", prepared.append)
     assert run("compare", model_folder, *SIZES, "--rounds", 1, "--quiet", *option).exit_code == 0
     assert bool(prepared) == called
 
@@ -148,9 +148,9 @@ def test_models_are_prepared_as_generate_prepares_them(option, called, model_fol
 def test_prefill_and_decoding_are_timed_apart(make_model, monkeypatch):
     model, seen = make_model("llama-gqa"), []
     # The n-th forward pass takes 2 n - 1 seconds.
-    monkeypatch.setattr(comparison_worker.time, "perf_counter", lambda: len(seen) ** 2)
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: len(seen) ** 2)
     model.register_forward_pre_hook(lambda _, __, options: seen.append(options["input_ids"].shape[1]), with_kwargs=True)
-    assert comparison_worker.time_generation(model, prompt_tokens=11, new_tokens=4) == (1, 24)
+    assert worker.time_generation(model, prompt_tokens=11, new_tokens=4) == (1, 24)
     assert seen == [11, 1, 1, 1, 1]
 
 
@@ -217,15 +217,15 @@ def test_how_a_process_ended(script, told, monkeypatch, tmp_path):
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\n{script}\n")
     python.chmod(0o755)
-    monkeypatch.setattr(comparison_cells, "sys", SimpleNamespace(executable=str(python)))
-    assert comparison_cells.run_worker({}) == told
+    monkeypatch.setattr(cells, "sys", SimpleNamespace(executable=str(python)))
+    assert cells.run_worker({}) == told
 
 
 def test_interruption_keeps_what_was_measured(model_folder, monkeypatch, tmp_path):
     def interrupted(_request: dict[str, Any]) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(comparison_cells, "run_worker", interrupted)
+    monkeypatch.setattr(cells, "run_worker", interrupted)
     result = run("compare", model_folder, *SIZES, "--work", tmp_path / "work")
     assert result.exit_code == 130
     assert f"goes on from what is in {tmp_path / 'work'}" in result.stderr

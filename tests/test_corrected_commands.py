@@ -25,15 +25,15 @@ import transformers
 from typer.testing import CliRunner
 
 import lorap
-from lorap import CheckpointError, CompressionConfig, ConfigError, JournalError, processes
-from lorap.checkpoint import try_settings
+from lorap import CheckpointError, CompressionConfig, ConfigError, JournalError, distributed
+from lorap.checkpoint.save import try_settings
+from lorap.checkpoint.shards import GENERATION_CONFIG
 from lorap.cli import app
+from lorap.compression.runs.journal import COMPLETE, Journal
+from lorap.compression.runs.run import RunOptions, compress_to_folder
 from lorap.errors import CalibrationError, ProcessError
-from lorap.journal import COMPLETE, Journal
 from lorap.outputs import work_path
-from lorap.resources import parse_bytes
-from lorap.runs import RunOptions, compress_to_folder
-from lorap.shards import GENERATION_CONFIG
+from lorap.system import parse_bytes
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_a_published_generation_config_is_kept_by_every_writer(
     compress_to_folder(model_folder, tmp_path / "run", small(), options(tokens))
     model, report = lorap.compress(model_folder, calibration=str(tokens), config=small(), progress=False, device="cpu")
     lorap.save(model, tmp_path / "saved", report=report)
-    lorap.export.export_stock(model, tmp_path / "stock")
+    lorap.integrations.stock.export_stock(model, tmp_path / "stock")
     for name in ("run", "saved", "stock"):
         kept = json.loads((tmp_path / name / GENERATION_CONFIG).read_text())
         assert {key: kept[key] for key in change} == change, name
@@ -133,7 +133,7 @@ def test_a_tokenizer_that_cannot_be_saved_is_named_before_the_work(
     ):
         try_settings(make_model("llama-gqa"), SimpleNamespace(save_pretrained=fails), tmp_path / "trial")
     monkeypatch.setattr(type(tokenizer), "save_pretrained", lambda self, folder: fails(folder))
-    monkeypatch.setattr("lorap.runs.check_weights", lambda *_, **__: pytest.fail("the work has begun"))
+    monkeypatch.setattr("lorap.compression.runs.run.check_weights", lambda *_, **__: pytest.fail("the work has begun"))
     with pytest.raises(CheckpointError, match="the tokenizer of this model cannot be saved"):
         compress_to_folder(model_folder, tmp_path / "out", small(), options(tokens))
     assert not work_path(tmp_path / "out").exists()
@@ -143,7 +143,7 @@ def test_a_disk_without_room_for_the_result_is_named_before_the_work(
     model_folder: Path, tokens: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100_000))
-    monkeypatch.setattr("lorap.runs.check_weights", lambda *_, **__: pytest.fail("the work has begun"))
+    monkeypatch.setattr("lorap.compression.runs.run.check_weights", lambda *_, **__: pytest.fail("the work has begun"))
     with pytest.raises(CheckpointError, match=r"has 0 MB free and about 0 MB are needed"):
         compress_to_folder(model_folder, tmp_path / "out", small(), options(tokens))
 
@@ -154,7 +154,9 @@ def test_another_packaging_of_a_complete_run_is_packed_anew(
     out = tmp_path / "out"
     arguments = (model_folder, out, small())
     interrupted(COMPLETE, monkeypatch, *arguments, options(tokens))
-    monkeypatch.setattr("lorap.layers.LayerCompressor.compress", lambda *_: pytest.fail("a layer was done again"))
+    monkeypatch.setattr(
+        "lorap.compression.layer.LayerCompressor.compress", lambda *_: pytest.fail("a layer was done again")
+    )
     compress_to_folder(*arguments, options(tokens, max_shard_size="100KB"))
     assert len(list(out.glob("*.safetensors"))) > 1
     assert not work_path(out).exists()
@@ -183,10 +185,10 @@ def test_what_shapes_can_tell_is_refused_before_anything_is_read(
     more, sentence = TOO_MUCH[kind]
     out, config = tmp_path / "out", small(**{**more, "sparsity": 0.999})
     with monkeypatch.context() as patch:
-        patch.setattr("lorap.runs.check_weights", lambda *_, **__: pytest.fail("weights were read"))
+        patch.setattr("lorap.compression.runs.run.check_weights", lambda *_, **__: pytest.fail("weights were read"))
         with pytest.raises(ConfigError, match=sentence) as refused:
             compress_to_folder(model_folder, out, config, options(tmp_path / "tokens.npy"))
-        patch.setattr("lorap.pipeline._read_texts", lambda *_, **__: pytest.fail("texts were read"))
+        patch.setattr("lorap.compression.pipeline._read_texts", lambda *_, **__: pytest.fail("texts were read"))
         with pytest.raises(ConfigError, match=sentence):
             lorap.compress(model_folder, calibration=str(tokens), config=config, progress=False)
     assert not work_path(out).exists()
@@ -219,13 +221,13 @@ def test_a_refusal_after_the_windows_leaves_nothing_unless_a_layer_is_finished(
         raise CalibrationError("these activations are not finite")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lorap.pipeline.make_plan", refuses)
+        patch.setattr("lorap.compression.pipeline.make_plan", refuses)
         with pytest.raises(CalibrationError):
             compress_to_folder(*arguments)
     assert not work_path(out).exists()
     interrupted("layer-00000", monkeypatch, *arguments)
     with monkeypatch.context() as patch:
-        patch.setattr("lorap.layers.LayerCompressor.compress", refuses)
+        patch.setattr("lorap.compression.layer.LayerCompressor.compress", refuses)
         with pytest.raises(CalibrationError):
             compress_to_folder(*arguments)
     assert (work_path(out) / "layer-00000.json").is_file()
@@ -273,8 +275,8 @@ def test_less_than_torchruns_full_set_is_left_over(left: dict[str, str], monkeyp
         monkeypatch.delenv(name, raising=False)
     for name, value in left.items():
         monkeypatch.setenv(name, value)
-    assert processes.is_first_process()
-    with processes.joined() as found:
+    assert distributed.is_first_process()
+    with distributed.joined() as found:
         assert (found.rank, found.count) == (0, 1)
 
 
@@ -282,7 +284,7 @@ def test_torchruns_set_with_words_in_it_is_refused(monkeypatch: Any) -> None:
     for name, value in {**FULL, "RANK": "first"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ProcessError, match="RANK is 'first', which is no number"):
-        processes.is_first_process()
+        distributed.is_first_process()
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from whole_model import divergence_of
 
 from lorap.calibration import TokenWindows
-from lorap.calibration.shelf import IN_MEMORY
+from lorap.calibration.offload import IN_MEMORY
 from lorap.calibration.stream import CalibrationStream
-from lorap.correction import _ExactWeights, _Gradients, agree, divergences
-from lorap.correction_schedule import RATE, dealt, schedule, unseen
+from lorap.compression.distillation import _ExactWeights, _Gradients, agree, divergences
+from lorap.compression.schedule import RATE, dealt, schedule, unseen
+from lorap.distributed import Processes
 from lorap.errors import CalibrationError
-from lorap.processes import Processes
-from lorap.report import CorrectionReport
+from lorap.reports.run import CorrectionReport
 
 
 def another(model: Any) -> Any:
@@ -291,7 +291,7 @@ def test_steps_that_hurt_unseen_windows_are_undone(
     assert len(report.correction.before) == 2
     assert agree(report.correction.before, report.correction.after)
     assert not same(taken, plain)
-    monkeypatch.setattr("lorap.correction_schedule.RATE", 30.0)
+    monkeypatch.setattr("lorap.compression.schedule.RATE", 30.0)
     undone, report = compress_small(copy.deepcopy(dense), correction_steps=3)
     assert (report.correction.taken, report.correction.tried) == (0, 3)
     assert not agree(report.correction.before, report.correction.after)

@@ -27,10 +27,10 @@ import torch
 from typer.testing import CliRunner
 
 import lorap
-from lorap import comparison_cells, comparison_worker
 from lorap.calibration import read_source
 from lorap.cli import app
-from lorap.tasks.requests import MEMBER, TASKS
+from lorap.evaluation.comparison import cells, worker
+from lorap.evaluation.tasks.requests import MEMBER, TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -178,9 +178,9 @@ def written(words: list[str]) -> Path | None:
 @pytest.mark.parametrize(("document", "words"), LORAP, ids=case)
 def test_lorap_commands_run(document, words, there, monkeypatch):
     def in_this_process(request: dict[str, Any]) -> None:
-        comparison_worker.main(json.dumps(request))
+        worker.main(json.dumps(request))
 
-    monkeypatch.setattr(comparison_cells, "run_worker", in_this_process)
+    monkeypatch.setattr(cells, "run_worker", in_this_process)
     out = written(words)
     if out and out.exists():
         shutil.rmtree(out)

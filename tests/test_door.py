@@ -17,16 +17,16 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import lorap
+from lorap.checkpoint.folders import INDEX, WEIGHTS
+from lorap.checkpoint.load import dtype_name, find_model, load_model, load_tokenizer
+from lorap.checkpoint.pickled import read_pickled_header
+from lorap.checkpoint.stored_tensors import stored_tensors
 from lorap.cli import app
+from lorap.compression.estimate.shapes import ModelShape
+from lorap.compression.runs.run import RunOptions, compress_to_folder
 from lorap.errors import CheckpointError, ConfigError
+from lorap.evaluation.info import describe_model
 from lorap.finite import check_finite, count_not_finite
-from lorap.folders import INDEX, WEIGHTS
-from lorap.info import describe_model
-from lorap.loading import dtype_name, find_model, load_model, load_tokenizer
-from lorap.pickled import read_pickled_header
-from lorap.runs import RunOptions, compress_to_folder
-from lorap.scaling.shapes import ModelShape
-from lorap.stored_tensors import stored_tensors
 
 Q = "model.layers.1.self_attn.q_proj"
 INV_FREQ = "model.layers.0.self_attn.rotary_emb.inv_freq"
@@ -233,8 +233,8 @@ def test_every_dtype_can_be_asked_for_nan() -> None:
 
 def test_no_other_file_asks_transformers_for_a_model() -> None:
     """Nor does any of them forget to say that code of a checkpoint is never run."""
-    allowed = {"consistency.py": {"AutoConfig.from_pretrained", "AutoModelForCausalLM.from_config"}}
-    allowed["loading.py"] = {"AutoModelForCausalLM.from_pretrained", "AutoTokenizer.from_pretrained"}
+    allowed = {"checkpoint/validate.py": {"AutoConfig.from_pretrained", "AutoModelForCausalLM.from_config"}}
+    allowed["checkpoint/load.py"] = {"AutoModelForCausalLM.from_pretrained", "AutoTokenizer.from_pretrained"}
     # The host has made the config, and builds the model itself.
     allowed["integrations/vllm.py"] = {"AutoModelForCausalLM.from_config"}
     root, found = Path(lorap.__file__).parent, {}
@@ -529,7 +529,7 @@ def test_a_tokenizer_may_be_two_files(tokenizer: Any, copied: Path) -> None:
 
 @pytest.mark.parametrize(("first", "packages"), [(b"\n", "sentencepiece protobuf"), (b"IQ== 0", "tiktoken")])
 def test_what_a_tokenizer_model_needs_is_named(first: bytes, packages: str, copied: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("lorap.loading.find_spec", lambda name: None)
+    monkeypatch.setattr("lorap.checkpoint.load.find_spec", lambda name: None)
     (copied / "tokenizer.model").write_bytes(first + b"x")
     with pytest.raises(CheckpointError, match=f"tokenizer.model alone.*: pip install {packages}$"):
         load_tokenizer(find_model(copied))
@@ -537,7 +537,7 @@ def test_what_a_tokenizer_model_needs_is_named(first: bytes, packages: str, copi
 
 def test_a_tekken_file_is_a_tokenizer(copied: Path, monkeypatch: Any) -> None:
     """One that cannot be read is an error, not a model without a tokenizer."""
-    monkeypatch.setattr("lorap.loading.find_spec", lambda name: None)
+    monkeypatch.setattr("lorap.checkpoint.load.find_spec", lambda name: None)
     (copied / "tekken.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"pip install mistral-common|holds no vocabulary"):
         load_tokenizer(find_model(copied))

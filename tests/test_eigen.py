@@ -9,10 +9,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorap.factorization import eigen
-from lorap.factorization.certificate import gain_left
-from lorap.factorization.dense import full_precision, orthonormal
-from lorap.symmetric import add_outer_products, lower_product
+from lorap.algorithms.factorization import eigen
+from lorap.algorithms.factorization.certificate import gain_left
+from lorap.algorithms.factorization.dense import full_precision, orthonormal
+from lorap.algorithms.symmetric import add_outer_products, lower_product
 
 KINDS = ["gaussian", "outliers", "lognormal", "power", "slow-power", "deficient", "clusters"]
 TOLERANCES = {"mixed": 1e-4, "subspace": 1e-4}

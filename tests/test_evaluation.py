@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lorap import CalibrationError, evaluate
 from lorap.calibration import TokenWindows
 from lorap.errors import ConfigError
-from lorap.evaluation import WindowLosses, evaluate_windows, paired_difference
+from lorap.evaluation.perplexity import WindowLosses, evaluate_windows, paired_difference
 
 VOCAB = 61
 

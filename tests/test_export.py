@@ -21,13 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import lorap
-from lorap import shards
+from lorap.algorithms.pruning import new_linear
+from lorap.checkpoint import shards
+from lorap.checkpoint.folders import read_tensors
+from lorap.checkpoint.hf_quantizer import LoRAPConfig, mark_compressed
 from lorap.cli import app
 from lorap.cli.export import savings
-from lorap.export import make_stock, overflow_warning, width_cost
-from lorap.folders import read_tensors
-from lorap.integrations.transformers import LoRAPConfig, mark_compressed
-from lorap.pruning import new_linear
+from lorap.integrations.stock import make_stock, overflow_warning, width_cost
 
 # One process for all tests: starting it takes longer than they do. It is given a folder a line, and says what it made of it.
 STOCK_HOST = """

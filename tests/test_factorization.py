@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorap import Factorization, FactorizationError, factorize
-from lorap.factorization import root_of, spectrum
+from lorap.algorithms.factorization import root_of, spectrum
 
 SHAPES = [(40, 63), (63, 40), (50, 50), (100, 7), (1, 63), (63, 1)]
 

@@ -11,9 +11,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import lorap
 from lorap import Factorization, FactorizationError, factorize, factorize_batch
-from lorap.factorization import eigen, solvers
-from lorap.factorization.memory import Footprint, working_bytes
-from lorap.factorization.tasks import Task, grouped, uploaded
+from lorap.algorithms.factorization import eigen, solvers
+from lorap.algorithms.factorization.memory import Footprint, working_bytes
+from lorap.algorithms.factorization.tasks import Task, grouped, uploaded
 
 METHODS = ["eigh", "mixed", "subspace", "svd"]
 CPU = torch.device("cpu")
@@ -218,7 +218,7 @@ def test_auto_on_a_gpu_asks_for_its_float64(
 def test_all_are_checked_before_any_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     bad = normal(63, 70)
     bad[5, 5] = math.nan
-    monkeypatch.setattr(lorap.factorization.batch, "solve", lambda *args, **options: pytest.fail("computed"))
+    monkeypatch.setattr(lorap.algorithms.factorization.batch, "solve", lambda *args, **options: pytest.fail("computed"))
     with pytest.raises(FactorizationError, match=r"layers.1.q_proj contains NaN"):
         factorize_batch([normal(63, 70), bad], [5, 5], names=["layers.0.q_proj", "layers.1.q_proj"])
 

@@ -17,15 +17,15 @@ import pytest
 import torch
 from safetensors.torch import safe_open, save_file
 
-from lorap.checkpoint_format import LoRAPConfig
-from lorap.consistency import CheckedFolder
+from lorap.checkpoint.folders import INDEX, WEIGHTS, read_header, read_tensors, weight_files
+from lorap.checkpoint.format import LoRAPConfig
+from lorap.checkpoint.headers import BITS
+from lorap.checkpoint.load import ModelSource, find_model
+from lorap.checkpoint.stored_tensors import stored_tensors
+from lorap.checkpoint.validate import CheckedFolder
 from lorap.errors import CheckpointError
-from lorap.folders import INDEX, WEIGHTS, read_header, read_tensors, weight_files
-from lorap.headers import BITS
-from lorap.info import describe_model, format_info
-from lorap.loading import ModelSource, find_model
-from lorap.stored_tensors import stored_tensors
-from lorap.strict_json import MAX_DEPTH, named, parse_object, read_json, shown
+from lorap.evaluation.info import describe_model, format_info
+from lorap.jsonio import MAX_DEPTH, named, parse_object, read_json, shown
 
 
 def entry(dtype: Any = "F32", shape: Any = (3,), offsets: Any = (0, 12)) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from lorap.cli import app
 from lorap.errors import ConfigError
-from lorap.generation import continue_prompt, use_settings
+from lorap.evaluation.generation import continue_prompt, use_settings
 
 PROMPT = "The capital of"
 TEMPLATE = "{{ bos_token }}[user]{{ messages[0]['content'] }}{% if add_generation_prompt %}[bot]{% endif %}"

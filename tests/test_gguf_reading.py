@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 import lorap
 from lorap.calibration import read_source
+from lorap.checkpoint.load import find_model, load_model, load_tokenizer
 from lorap.cli import app
 from lorap.errors import LoRAPError
-from lorap.loading import find_model, load_model, load_tokenizer
 
 gguf = pytest.importorskip("gguf")
 
@@ -316,7 +316,7 @@ def test_only_ids_that_the_file_has(make_model, tokenizer, text, tmp_path) -> No
     assert len(found) == len(own)
     assert found(text)["input_ids"] == [len(own) - 3, *own(text)["input_ids"]]
     assert found.decode(found(text)["input_ids"]) == "<▁begin▁of▁text▁>" + text
-    lorap.loading.check_tokenizer(found, len(own))
+    lorap.checkpoint.load.check_tokenizer(found, len(own))
 
 
 def test_ends_follow_the_file_and_its_family(make_model, tokenizer, tmp_path) -> None:

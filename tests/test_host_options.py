@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 import lorap
-from lorap.integrations.transformers import keep_whole
+from lorap.checkpoint.hf_quantizer import keep_whole
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_the_plan_of_tensor_parallelism_keeps_low_rank_layers_whole(folder) -> N
     config = transformers.LlamaConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=50)
     dense = transformers.LlamaForCausalLM(config)
     before = dict(dense.tp_plan)
-    keep_whole(dense, lorap.checkpoint_format.LoRAPConfig())
+    keep_whole(dense, lorap.checkpoint.format.LoRAPConfig())
     assert dense.tp_plan == before
-    keep_whole(dense, lorap.checkpoint_format.LoRAPConfig(ranks={"model.layers.0.self_attn.k_proj": 2}))
+    keep_whole(dense, lorap.checkpoint.format.LoRAPConfig(ranks={"model.layers.0.self_attn.k_proj": 2}))
     assert sorted(before.keys() - dense.tp_plan.keys()) == sorted(name for name in before if ".self_attn." in name)

@@ -20,15 +20,16 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-import lorap.cli.look
-import lorap.inspection
+import lorap.cli.inspect
+import lorap.evaluation.inspection.inspect
 from lorap import ArchitectureError, CalibrationError, CheckpointError, ConfigError
+from lorap.algorithms.factorization import spectrum
+from lorap.algorithms.pruning import channel_importance
 from lorap.cli import app
-from lorap.cli.look import parse_layers
-from lorap.factorization import spectrum
-from lorap.inspection import inspect_model
-from lorap.inspection_report import GROUPS
-from lorap.inspection_values import (
+from lorap.cli.inspect import parse_layers
+from lorap.evaluation.inspection.inspect import inspect_model
+from lorap.evaluation.inspection.report import GROUPS
+from lorap.evaluation.inspection.values import (
     LEVELS,
     POINTS,
     Importance,
@@ -38,7 +39,6 @@ from lorap.inspection_values import (
     random_matrix,
     sample_points,
 )
-from lorap.pruning import channel_importance
 
 ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 QUICK = {"num_calibration_samples": 5, "calibration_seq_len": 24, "progress": False}
@@ -294,7 +294,7 @@ def test_one_layer_in_memory_is_enough(calibrated, make_model, tokens, monkeypat
         layer.to("meta")
 
     model.model.layers.to("meta")
-    monkeypatch.setattr(lorap.inspection, "on_device", paged)
+    monkeypatch.setattr(lorap.evaluation.inspection.inspect, "on_device", paged)
     assert inspect_model(model, calibration=calibration, progress=False) == expected
     assert opened == list(model.model.layers)
 
@@ -359,7 +359,7 @@ def shown(figure: Any) -> list[Any]:
 
 
 def test_spectra_have_a_line_a_layer(inspection):
-    plots = pytest.importorskip("lorap.inspection_plots")
+    plots = pytest.importorskip("lorap.evaluation.inspection.plots")
     panels = shown(plots.spectra(inspection))
     assert [axis.get_title() or axis.get_title(loc="left") for axis in panels] == [
         f"{role}, {kind}" for kind in inspection.kinds for role in ROLES
@@ -376,7 +376,7 @@ def test_spectra_have_a_line_a_layer(inspection):
 
 
 def test_energy_ranks_set_attention_against_ffn(inspection):
-    plots = pytest.importorskip("lorap.inspection_plots")
+    plots = pytest.importorskip("lorap.evaluation.inspection.plots")
     figure = plots.energy_ranks(inspection)
     panels = shown(figure)
     assert len(panels) == 3 * len(inspection.kinds)
@@ -397,7 +397,7 @@ def test_energy_ranks_set_attention_against_ffn(inspection):
 
 
 def test_effective_ranks_have_a_line_a_projection(inspection):
-    plots = pytest.importorskip("lorap.inspection_plots")
+    plots = pytest.importorskip("lorap.evaluation.inspection.plots")
     panels = shown(plots.effective_ranks(inspection))
     assert len(panels) == len(inspection.kinds)
     for kind, axis in zip(inspection.kinds, panels, strict=True):
@@ -410,7 +410,7 @@ def test_effective_ranks_have_a_line_a_projection(inspection):
 
 
 def test_channel_curves_mark_the_least_important(inspection):
-    plots = pytest.importorskip("lorap.inspection_plots")
+    plots = pytest.importorskip("lorap.evaluation.inspection.plots")
     panels = shown(plots.channels(inspection))
     assert len(panels) == 2 * len(inspection.kinds)
     for kind, single, together in zip(inspection.kinds, panels[::2], panels[1::2], strict=True):
@@ -426,7 +426,7 @@ def test_channel_curves_mark_the_least_important(inspection):
 
 
 def test_pictures_are_the_same_twice(inspections, tmp_path):
-    plots = pytest.importorskip("lorap.inspection_plots")
+    plots = pytest.importorskip("lorap.evaluation.inspection.plots")
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
         folder.mkdir()
@@ -446,7 +446,7 @@ def test_pictures_are_the_same_twice(inspections, tmp_path):
 
 def test_nothing_overlaps(inspection):
     """Panels with their titles and labels, legends and the title of the picture keep clear of each other, as drawn."""
-    plots = pytest.importorskip("lorap.inspection_plots")
+    plots = pytest.importorskip("lorap.evaluation.inspection.plots")
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -567,7 +567,7 @@ def test_output_that_is_there_already(model_folder, tmp_path):
 
 
 def test_without_matplotlib_the_extra_is_named(model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(lorap.cli.look, "find_spec", lambda name: None)
+    monkeypatch.setattr(lorap.cli.inspect, "find_spec", lambda name: None)
     assert_refused(
         run(model_folder, tmp_path / "look", *QUICK_OPTIONS), "pip install 'lorap[plot]', or pass --no-plots"
     )

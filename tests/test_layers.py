@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import lorap
-from lorap.allocation import LayerPlan
+from lorap.algorithms.refit import keep_best, output_scores, repair_down
 from lorap.architectures import ATTENTION, MLP, find_architecture
 from lorap.calibration import CalibrationStream, TokenWindows
 from lorap.calibration.stream import Probe
+from lorap.compression.allocation import LayerPlan
+from lorap.compression.layer import LayerCompressor, needs_folds
+from lorap.compression.shrinkage import choose_ridge, choose_shrinkage, shrunk
 from lorap.config import RECIPES, CompressionConfig
-from lorap.layers import LayerCompressor, needs_folds
-from lorap.metrics import choose_ridge, choose_shrinkage, shrunk
-from lorap.modules import LowRankLinear
-from lorap.repair import keep_best, output_scores, repair_down
+from lorap.nn.linear import LowRankLinear
 
 CPU = torch.device("cpu")
 PLAN = LayerPlan({"q_proj": 20, "k_proj": 10, "v_proj": 10, "o_proj": 20}, 60)
@@ -73,7 +73,7 @@ def test_sums_of_the_ffn_are_gone_when_attention_is_factorized(make_model, token
     """They are the largest: a layer of LLaMA-7B's shapes would hold another gigabyte."""
     model = make_model("llama-gqa")
     sums: list[weakref.ref[Any]] = []
-    observe, factorize = LayerCompressor._observe, lorap.layers._Layer.factorize
+    observe, factorize = LayerCompressor._observe, lorap.compression.layer._Layer.factorize
 
     def observed(self: Any, *args: Any) -> Any:
         found = observe(self, *args)
@@ -85,7 +85,7 @@ def test_sums_of_the_ffn_are_gone_when_attention_is_factorized(make_model, token
         factorize(self, *args)
 
     monkeypatch.setattr(LayerCompressor, "_observe", observed)
-    monkeypatch.setattr(lorap.layers._Layer, "factorize", factorized)
+    monkeypatch.setattr(lorap.compression.layer._Layer, "factorize", factorized)
     compressor(model, tokens, recipe="best").compress(0, model.model.layers[0], PLAN, {})
     assert sums
 

@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lorap
-from lorap import consistency
-from lorap.checkpoint_format import LoRAPConfig
+from lorap.checkpoint import validate
+from lorap.checkpoint.folders import WEIGHTS
+from lorap.checkpoint.format import LoRAPConfig
+from lorap.checkpoint.load import find_model, load_model, load_tokenizer
 from lorap.errors import CheckpointError, LoRAPError
-from lorap.folders import WEIGHTS
-from lorap.info import describe_model
-from lorap.loading import find_model, load_model, load_tokenizer
+from lorap.evaluation.info import describe_model
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -219,7 +219,7 @@ def test_a_config_that_does_not_fit_is_refused_at_once(field, value, message, de
 @pytest.mark.parametrize("nested", [False, True])
 def test_absurd_numbers_are_refused_in_other_families_before_anything_is_built(nested, monkeypatch, tmp_path):
     AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **GPT)).save_pretrained(tmp_path)
-    monkeypatch.setattr(consistency, "empty_model", lambda _folder: pytest.fail("it was built"))
+    monkeypatch.setattr(validate, "empty_model", lambda _folder: pytest.fail("it was built"))
     edit(tmp_path, **({"text_config": {"depth": 10**9}} if nested else {"n_layer": 10**9}))
     assert "is 1000000000, but the files hold" in refusal(tmp_path)
 
@@ -421,7 +421,7 @@ def test_a_distributed_checkpoint_beside_the_weights_is_refused(dense):
 
 def test_code_of_a_hub_model_is_refused_before_its_weights_are_read(dense, monkeypatch):
     edit(dense, model_type="evil", auto_map={"AutoModelForCausalLM": "evil.Model"})
-    monkeypatch.setattr("lorap.loading.snapshot_download", lambda _name, **_: str(dense))
+    monkeypatch.setattr("lorap.checkpoint.load.snapshot_download", lambda _name, **_: str(dense))
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("fetched"))
     with pytest.raises(CheckpointError, match="needs code from its own folder"):
         load_model(find_model("some/model"))

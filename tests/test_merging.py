@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import lorap
-from lorap import ArchitectureError, LowRankLinear, merge_shared_inputs, native, ops, optimize_for_inference
-from lorap.merging import GatedMLP, SharedInput
-from lorap.modules import Linear
+from lorap import ArchitectureError, LowRankLinear, merge_shared_inputs, optimize_for_inference
+from lorap.nn import native, ops
+from lorap.nn.fused import GatedMLP, SharedInput
+from lorap.nn.linear import Linear
 
 Merge = Callable[[Any], Any]
 MERGES: list[Merge] = [merge_shared_inputs, optimize_for_inference]

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lorap.calibration import ActivationStats
-from lorap.metrics import (
+from lorap.compression.shrinkage import (
     DEFAULT_RIDGE,
     DEFAULT_SHRINKAGE,
     RIDGES,

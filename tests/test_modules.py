@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorap import FactorizationError, LowRankLinear, ShapeError, factorize, ops
-from lorap.modules import Linear, is_plain
+from lorap import FactorizationError, LowRankLinear, ShapeError, factorize
+from lorap.nn import ops
+from lorap.nn.linear import Linear, is_plain
 
 torch.manual_seed(0)
 KEYS = {"right.weight": (3, 5), "left.weight": (7, 3), "left.bias": (7,), "weight": (1,), "needs_import_lorap": (1,)}
@@ -439,7 +440,7 @@ def test_distributed_data_parallel_reduces_every_gradient() -> None:
     assert run.stdout.strip() == "reduced"
 
 
-# --- lorap.modules.Linear --------------------------------------------------------------------------------------------------
+# --- lorap.nn.linear.Linear --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])

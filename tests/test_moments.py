@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from lorap import FactorizationError
+from lorap.algorithms.moments import Moment, cholesky_in_place, ridged_cholesky
+from lorap.algorithms.refit import removed_share, repair_down, repaired_tail
 from lorap.calibration import statistics
 from lorap.calibration.statistics import ActivationStats
-from lorap.metrics import choose_ridge, choose_shrinkage, shrunk
-from lorap.moments import Moment, cholesky_in_place, ridged_cholesky
-from lorap.repair import removed_share, repair_down, repaired_tail
+from lorap.compression.shrinkage import choose_ridge, choose_shrinkage, shrunk
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

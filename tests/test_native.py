@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorap import native, ops
+from lorap.nn import native, ops
 
 ROOT = Path(__file__).parents[1]
 CPU_SOURCES = ROOT / "csrc/cpu"
@@ -78,7 +78,8 @@ def test_without_a_wish_the_best_instruction_set_runs() -> None:
 EVERY_VALUE = """
 import itertools, sys, torch
 from test_ops import DTYPES, MATMULS, arguments_of, assert_close_to_float64
-from lorap import native, ops
+from lorap.nn import native
+from lorap.nn import ops
 isa = sys.argv[1]
 torch.set_num_threads(1)
 torch.manual_seed(0)

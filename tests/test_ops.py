@@ -20,8 +20,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from lorap import ShapeError, backends, native, ops
+from lorap import ShapeError
 from lorap.kernels import reference
+from lorap.nn import dispatch, native, ops
 
 OPS = list(ops.SCHEMAS)
 STATISTICS = ["channel_sq_norm", "second_moment"]
@@ -534,7 +535,7 @@ def assert_refused(call: Callable[..., Any], x: Tensor, rest: list[Any], message
 @pytest.mark.parametrize(("op", "shape", "rest", "message"), WRONG, ids=IDS)
 def test_wrong_shapes_are_named(op: str, shape: tuple[int, ...], rest: list[Any], message: str) -> None:
     for call in (getattr(ops, op), getattr(torch.ops.lorap, op)):
-        with backends.use("reference"):
+        with dispatch.use("reference"):
             assert_refused(call, zeros(*shape), rest, message)
         if shape == X and op in MATMULS:  # more tokens than the CPU kernels serve
             assert_refused(call, zeros(30, 8), rest, message)
@@ -567,7 +568,7 @@ for_matmuls_of_matrices = pytest.mark.parametrize(
 def test_wrong_shapes_are_named_where_the_cpu_kernels_run(
     op: str, shape: tuple[int, ...], rest: list[Any], message: str
 ) -> None:
-    assert backends.choose(op, zeros(*shape), shape[0]) == "cpu"
+    assert dispatch.choose(op, zeros(*shape), shape[0]) == "cpu"
     assert_refused(getattr(ops, op), zeros(*shape), rest, message)
 
 

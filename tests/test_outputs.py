@@ -20,8 +20,8 @@ import pytest
 
 import lorap
 from lorap import outputs
+from lorap.compression.runs.journal import COMPLETE, STAGE, finish, is_complete, open_journal
 from lorap.errors import CheckpointError, JournalError
-from lorap.journal import COMPLETE, STAGE, finish, is_complete, open_journal
 from lorap.outputs import check_output, staged_folder, work_folder, work_path
 
 OLD = {"config.json": "old", "old.txt": "old", "sub/old.txt": "old", "z.txt": "old"}

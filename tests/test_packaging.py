@@ -87,7 +87,10 @@ import warnings
 from pathlib import Path
 import torch
 import lorap, lorap.kernels.reference
-from lorap import backends, environment, native, ops
+from lorap.nn import dispatch
+from lorap.evaluation import environment
+from lorap.nn import native
+from lorap.nn import ops
 clone, installed = Path.cwd(), Path({installed!r})
 assert Path(lorap.__file__) == clone / "lorap/__init__.py", lorap.__file__
 assert Path(lorap.kernels.reference.__file__) == clone / "kernels/triton/reference.py", lorap.kernels.reference.__file__

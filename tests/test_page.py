@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 from lorap.architectures import PROJECTIONS
 from lorap.cli import app
 from lorap.errors import LoRAPError
-from lorap.page import compression_page
-from lorap.report import CompressionReport
+from lorap.reports.html.page import compression_page
+from lorap.reports.run import CompressionReport
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Numbers

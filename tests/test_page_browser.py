@@ -15,8 +15,8 @@ import pytest
 from browser import NAMES, Browser, find_browser, open_browser
 from made_reports import HOSTILE, made_report
 
-from lorap.page import compression_page, write_page
-from lorap.page_style import DARK, LIGHT
+from lorap.reports.html.page import compression_page, write_page
+from lorap.reports.html.style import DARK, LIGHT
 
 EXECUTABLE = find_browser()
 pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason=f"no browser: none of {', '.join(NAMES)} is on PATH")

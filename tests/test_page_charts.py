@@ -11,9 +11,9 @@ from page_reader import page_of
 
 from lorap.architectures import ATTENTION, PROJECTIONS
 from lorap.config import RECIPES
-from lorap.page_charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, index_axis, linear_axis, log_axis
-from lorap.page_spectra import FAINT, value_at
-from lorap.page_style import DARK, LIGHT, SERIES
+from lorap.reports.html.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, index_axis, linear_axis, log_axis
+from lorap.reports.html.spectra import FAINT, value_at
+from lorap.reports.html.style import DARK, LIGHT, SERIES
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Charts

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorap import FactorizationError, LowRankLinear, factorize
-from lorap.pivoting import (
+from lorap.algorithms.pivoting import (
     COEFFICIENT_BOUND,
     PivotedFactors,
     _rows_by_elimination,

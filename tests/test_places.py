@@ -20,10 +20,10 @@ from lorap import CalibrationError
 from lorap.calibration import places, read_source
 from lorap.calibration.mixtures import check_sources, parse_source
 from lorap.calibration.sources import source_name
+from lorap.checkpoint.load import find_model
 from lorap.cli import app
-from lorap.comparison_cells import run_worker
-from lorap.fingerprints import digest, identity_of
-from lorap.loading import find_model
+from lorap.compression.runs.fingerprints import digest, identity_of
+from lorap.evaluation.comparison.cells import run_worker
 
 
 @pytest.fixture(autouse=True)

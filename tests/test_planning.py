@@ -8,17 +8,17 @@ import torch
 import transformers
 from torch import Tensor
 
-from lorap.allocation import plan_layer
+from lorap.algorithms.factorization import factorize
+from lorap.algorithms.refit import fluctuation_scores
 from lorap.architectures import ATTENTION, PROJECTIONS, find_architecture
 from lorap.calibration import TokenWindows
 from lorap.calibration.sensitivity import Sensitivity
 from lorap.calibration.stream import CalibrationStream, Probe
+from lorap.compression.allocation import plan_layer
+from lorap.compression.planning import PRICE_SHRINKAGE, Plan, _Prices, make_plan, spread_sample, threshold_widths
+from lorap.compression.shrinkage import output_metric, shrunk
 from lorap.config import CompressionConfig
 from lorap.errors import CalibrationError, ConfigError
-from lorap.factorization import factorize
-from lorap.metrics import output_metric, shrunk
-from lorap.planning import PRICE_SHRINKAGE, Plan, _Prices, make_plan, spread_sample, threshold_widths
-from lorap.repair import fluctuation_scores
 
 CPU = torch.device("cpu")
 

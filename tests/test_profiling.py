@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 import lorap
 from lorap.cli import app
-from lorap.profile_results import KernelTime, PhaseTime, Profile
-from lorap.profiling import _kernels, _weight_bytes, deeper, profile_model, run_ranges
+from lorap.evaluation.profile_results import KernelTime, PhaseTime, Profile
+from lorap.evaluation.profiling import _kernels, _weight_bytes, deeper, profile_model, run_ranges
 
 WORK = {"tokens": 24, "new_tokens": 3}
 OPTIONS = ["--tokens", "24", "--new-tokens", "3", "--device", "cpu"]
@@ -122,7 +122,7 @@ def test_compressed_and_optimized(make_model, compress_small):
     small, _ = compress_small(make_model("llama-gqa"))
     found = profile_model(lorap.optimize_for_inference(small), **WORK)
     assert_parts_fit(found.to_dict()["phases"]["decode"], 2)
-    if lorap.native.HAS_CPU:
+    if lorap.nn.native.HAS_CPU:
         names = {kernel.name for kernel in found.kernels["decode"]}
         assert {"lorap_cpu::low_rank_linear_group", "lorap_cpu::silu_gated_linear", "lorap_cpu::linear"} <= names
 

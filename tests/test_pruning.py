@@ -1,16 +1,16 @@
 """FFN channels leave in the published order: the band above the least important 1 %, the same every run.
 
-How many stay is the plan's business (:func:`lorap.allocation.pruned_positions`), which ones is that of ``keep_best``.
+How many stay is the plan's business (:func:`lorap.compression.allocation.pruned_positions`), which ones is that of ``keep_best``.
 """
 
 import pytest
 import torch
 from torch import nn
 
-from lorap import pruning
-from lorap.allocation import pruned_positions
-from lorap.pruning import channel_importance, keep_inputs, keep_outputs, new_linear, removed_shares
-from lorap.repair import keep_best
+from lorap.algorithms import pruning
+from lorap.algorithms.pruning import channel_importance, keep_inputs, keep_outputs, new_linear, removed_shares
+from lorap.algorithms.refit import keep_best
+from lorap.compression.allocation import pruned_positions
 
 
 def ffn(width: int, hidden: int = 7, seed: int = 0) -> tuple[torch.Tensor, ...]:

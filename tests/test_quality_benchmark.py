@@ -242,8 +242,8 @@ def test_cells_resume(q, material, jobs_run, tmp_path):
 
 def test_a_cell_says_what_was_measured(q, material, jobs_run, tmp_path):
     import lorap
-    from lorap.evaluation import evaluate
-    from lorap.loading import find_model, load_model
+    from lorap.checkpoint.load import find_model, load_model
+    from lorap.evaluation.perplexity import evaluate
 
     cell = q.cells.Cell(recipe="lorap", sparsity=0.5, calibration="wiki", windows=8)
     q.matrix.make_cells([cell], material, arguments(q, tmp_path), count=1000)

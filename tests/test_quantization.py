@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lorap
-from lorap.folders import read_tensors
-from lorap.info import describe_model, format_info
-from lorap.integrations.transformers import LoRAPConfig
-from lorap.loading import find_model
+from lorap.checkpoint.folders import read_tensors
+from lorap.checkpoint.hf_quantizer import LoRAPConfig
+from lorap.checkpoint.load import find_model
+from lorap.evaluation.info import describe_model, format_info
 
 pytest.importorskip("torchao")
 

@@ -17,10 +17,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorap
-from lorap.calibration.data import consecutive_windows, draw_windows
 from lorap.calibration.sources import shipped_texts
-from lorap.folders import read_tensors
-from lorap.loading import find_model, load_model, load_tokenizer
+from lorap.calibration.windows import consecutive_windows, draw_windows
+from lorap.checkpoint.folders import read_tensors
+from lorap.checkpoint.load import find_model, load_model, load_tokenizer
 
 pytestmark = pytest.mark.real_model
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import lorap
-from lorap.modules import Linear
-from lorap.reconstruction import dense
+from lorap.checkpoint.reconstruct import dense
+from lorap.nn.linear import Linear
 
 Q = "model.layers.0.self_attn.q_proj"
 

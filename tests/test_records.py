@@ -21,10 +21,10 @@ from transformers import PreTrainedTokenizerFast
 
 from lorap import CalibrationError
 from lorap.calibration import files, pieces, read_source
-from lorap.calibration.data import consecutive_windows
 from lorap.calibration.places import Place
 from lorap.calibration.records import read_file
 from lorap.calibration.sources import read_tokens
+from lorap.calibration.windows import consecutive_windows
 
 TEXTS = ['First, "é"\nand more; naïve crews sang 歌.', "Second\u2028part,\twith tab", "third, 12 boats"] * 5
 ROWS = [{"id": number, "text": text} for number, text in enumerate(TEXTS)]

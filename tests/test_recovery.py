@@ -26,16 +26,16 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import lorap
-from lorap import recovery as recovery_module
+from lorap.checkpoint.folders import WEIGHTS, read_tensors
 from lorap.cli import app
 from lorap.errors import ArchitectureError, CalibrationError, CheckpointError, ConfigError
-from lorap.evaluation import Evaluation
-from lorap.folders import WEIGHTS, read_tensors
+from lorap.evaluation.perplexity import Evaluation
 from lorap.outputs import work_path
-from lorap.recovery import Recovery, recover, target_names
-from lorap.recovery_files import RECOVERY, SETTINGS
-from lorap.recovery_report import RECOVERY_REPORT, RecoveryReport, dense_evaluation, tuned_card
-from lorap.tuning import TuningConfig
+from lorap.recovery import recover as recovery_module
+from lorap.recovery.files import RECOVERY, SETTINGS
+from lorap.recovery.recover import Recovery, recover, target_names
+from lorap.recovery.report import RECOVERY_REPORT, RecoveryReport, dense_evaluation, tuned_card
+from lorap.recovery.training import TuningConfig
 
 TUNING = {"steps": 6, "batch_size": 3, "seq_len": 32, "rank": 5, "learning_rate": 3e-3, "precision": "float32"}
 # What a checkpoint can look like: family, options of the compression.
@@ -285,7 +285,7 @@ def test_a_killed_run_ends_at_the_weights_of_one_that_was_not(compressed, small_
 def kill_while_tuning(arguments: list[Any], work: Path) -> None:
     """Run the command with a state after every step, slowly, and SIGKILL it between the first and the last."""
     slow = (
-        "import time, torch, lorap.recovery as r\n"
+        "import time, torch, lorap.recovery.recover as r\n"
         "real = r.train\n"
         "def train(*args, **options):\n"
         "    step = torch.optim.AdamW.step\n"

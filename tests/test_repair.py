@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorap import repair
-from lorap.allocation import pruned_positions
-from lorap.repair import (
+from lorap.algorithms import refit
+from lorap.algorithms.refit import (
     SMALLEST_RIDGE,
     fluctuation_scores,
     keep_best,
@@ -17,6 +16,7 @@ from lorap.repair import (
     repair_down,
     repaired_tail,
 )
+from lorap.compression.allocation import pruned_positions
 
 WIDTH, HIDDEN = 63, 17
 
@@ -225,5 +225,5 @@ def test_scores_do_not_depend_on_how_many_channels_are_looked_at(
     metric = positive(HIDDEN) if weighed else None
     seen = down if metric is None else metric @ down
     expected = ((down * seen).sum(0) * sq_norm).sqrt()
-    monkeypatch.setattr(repair, "CHANNELS", 10)
+    monkeypatch.setattr(refit, "CHANNELS", 10)
     torch.testing.assert_close(output_scores(down, sq_norm, metric), expected, rtol=1e-12, atol=0)

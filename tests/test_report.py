@@ -13,13 +13,13 @@ import torch
 from made_reports import made_report
 
 import lorap
-from lorap.card import method_text, model_card, stock_card
+from lorap.algorithms.factorization import factorize
 from lorap.config import CHOICES, RECIPES
 from lorap.errors import CheckpointError
-from lorap.evaluation import Evaluation
-from lorap.factorization import factorize
-from lorap.page import compression_page
-from lorap.report import (
+from lorap.evaluation.perplexity import Evaluation
+from lorap.reports.html.page import compression_page
+from lorap.reports.model_card import method_text, model_card, stock_card
+from lorap.reports.run import (
     CompressionReport,
     CorrectionReport,
     ProjectionReport,
@@ -28,7 +28,7 @@ from lorap.report import (
     evaluation_lines,
     storage_lines,
 )
-from lorap.spectra import Spectrum, sampled_spectrum, spectrum_indices
+from lorap.reports.spectra import Spectrum, sampled_spectrum, spectrum_indices
 
 CALIBRATION = {"name": "a text", "windows": 3, "seq_len": 100, "tokens": 300, "sha256": "ab" * 32}
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from lorap import resources
-from lorap.resources import Stopwatch
+from lorap import system
+from lorap.system import Stopwatch
 
 
 class Clock:
@@ -24,7 +24,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(resources, "time", clock)
+    monkeypatch.setattr(system, "time", clock)
     return clock
 
 
@@ -57,16 +57,16 @@ def test_a_stage_that_raises_is_counted_and_closed(clock: Clock) -> None:
 
 def test_peak_memory_is_not_that_of_the_process_that_started_this_one() -> None:
     ballast = torch.ones(2**29)  # 2 GB here must not count there
-    command = [sys.executable, "-c", "from lorap.resources import peak_memory_bytes; print(peak_memory_bytes())"]
+    command = [sys.executable, "-c", "from lorap.system import peak_memory_bytes; print(peak_memory_bytes())"]
     theirs = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
-    assert 100e6 < theirs < 2e9 < resources.peak_memory_bytes()
+    assert 100e6 < theirs < 2e9 < system.peak_memory_bytes()
     assert ballast[0] == 1
 
 
 HOLES = """
 import torch
 from pathlib import Path
-from lorap.resources import LARGE_MATRIX, release_freed_memory
+from lorap.system import LARGE_MATRIX, release_freed_memory
 
 def resident():
     return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")).split()[1])

@@ -21,14 +21,14 @@ from safetensors.torch import load_file
 
 import lorap
 from lorap import CheckpointError, CompressionConfig, ConfigError, JournalError
-from lorap.calibration.shelf import Shelf
-from lorap.folders import read_tensors
-from lorap.journal import Journal, open_journal
-from lorap.loading import find_model, load_model
+from lorap.calibration.offload import Shelf
+from lorap.checkpoint.folders import read_tensors
+from lorap.checkpoint.load import find_model, load_model
+from lorap.checkpoint.paging import in_memory, in_memory_throughout, paged_model, pages_of
+from lorap.compression.runs.journal import Journal, open_journal
+from lorap.compression.runs.run import RunOptions, compress_to_folder
 from lorap.outputs import work_path
-from lorap.paging import in_memory, in_memory_throughout, paged_model, pages_of
-from lorap.resources import parse_bytes
-from lorap.runs import RunOptions, compress_to_folder
+from lorap.system import parse_bytes
 
 CRASHING = Path(__file__).parent / "crashing.py"
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -121,7 +121,7 @@ def test_shards_are_as_small_as_asked_and_load(source: Path, tokens: Path, tmp_p
     weights = sorted(out.glob("*.safetensors"))
     assert len(weights) > 2
     assert weights[0].name == f"model-00001-of-{len(weights):05}.safetensors"
-    found = lorap.loading.load_model(find_model(out))
+    found = lorap.checkpoint.load.load_model(find_model(out))
     assert sum(parameter.numel() for parameter in found.parameters()) == report.params_saved
     with pytest.raises(ConfigError, match="'small' is no size"):
         compress_to_folder(source, tmp_path / "other", small(), options(tokens, max_shard_size="small"))
@@ -143,7 +143,7 @@ def test_one_layer_is_in_memory_at_a_time(source: Path, tokens: Path, tmp_path: 
         seen.append(sum(present))
         advance(self, index, layer)
 
-    monkeypatch.setattr("lorap.loading.paged_model", opens)
+    monkeypatch.setattr("lorap.checkpoint.load.paged_model", opens)
     monkeypatch.setattr(lorap.calibration.stream.CalibrationStream, "advance", watching)
     compress_to_folder(source, tmp_path / "out", small(correction_steps=2), options(tokens))
     assert set(seen) == {1}
@@ -153,7 +153,7 @@ def test_one_layer_is_in_memory_at_a_time(source: Path, tokens: Path, tmp_path: 
 @pytest.mark.parametrize("limit", [0, None], ids=["paged", "whole"])
 def test_a_paged_model_runs_as_a_whole(limit: int | None, source: Path, tokens: Path) -> None:
     ids = torch.from_numpy(np.load(tokens))[:2]
-    dense = lorap.loading.load_model(find_model(source))
+    dense = lorap.checkpoint.load.load_model(find_model(source))
     paged = load_model(find_model(source), paged=True)
     layers = list(paged.model.layers)
     told = pytest.warns(RuntimeWarning, match=r"holds 0.0 GB .* --calibration FILE") if limit == 0 else nullcontext()
@@ -167,7 +167,7 @@ def test_a_paged_model_runs_as_a_whole(limit: int | None, source: Path, tokens: 
 
 def test_what_is_to_stay_stays(source: Path, monkeypatch: Any) -> None:
     """As on a GPU with room for all."""
-    monkeypatch.setattr("lorap.paging._fits_for_good", lambda device, nbytes: True)
+    monkeypatch.setattr("lorap.checkpoint.paging._fits_for_good", lambda device, nbytes: True)
     paged = load_model(find_model(source), paged=True)
     layer = paged.model.layers[1]
     for _ in range(2):
@@ -204,7 +204,7 @@ def test_a_correction_that_was_interrupted_begins_again(
     at: int, paged: bool, source: Path, tokens: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     if not paged:
-        monkeypatch.setattr("lorap.loading.paged_model", lambda *args, **kwargs: None)
+        monkeypatch.setattr("lorap.checkpoint.load.paged_model", lambda *args, **kwargs: None)
     config = small(correction_steps=2)
     compress_to_folder(source, tmp_path / "whole", config, options(tokens))
     keep, kept = Journal.keep_tensors, itertools.count(1)
@@ -264,10 +264,10 @@ def test_a_judgement_that_was_interrupted_comes_out_the_same(
     rate: float, taken: int, held: str, source: Path, tokens: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """Before it was written down, and right behind that."""
-    monkeypatch.setattr("lorap.correction_schedule.RATE", rate)
-    monkeypatch.setattr("lorap.paging._fits_for_good", lambda device, nbytes: held == "stays")
+    monkeypatch.setattr("lorap.compression.schedule.RATE", rate)
+    monkeypatch.setattr("lorap.checkpoint.paging._fits_for_good", lambda device, nbytes: held == "stays")
     if held == "in memory":
-        monkeypatch.setattr("lorap.loading.paged_model", lambda *args, **kwargs: None)
+        monkeypatch.setattr("lorap.checkpoint.load.paged_model", lambda *args, **kwargs: None)
     config = small(correction_steps=2)
     whole = compress_to_folder(source, tmp_path / "whole", config, options(tokens))
     assert whole.correction is not None
@@ -370,7 +370,7 @@ def test_mistakes_before_the_work_leave_nothing(mistake: str, source: Path, toke
         config = small(recipe="lorap", sparsity=0.9999)
     if mistake == "nan":
         path = max(source.glob("*.safetensors"))
-        offset = max(info.offset for info in lorap.folders.read_header(path).values())
+        offset = max(info.offset for info in lorap.checkpoint.folders.read_header(path).values())
         with path.open("r+b") as file:
             file.seek(offset)
             file.write(np.float32(np.nan).tobytes())
@@ -486,7 +486,7 @@ def torchrun(
 
 
 def reconstructed(folder: Path) -> dict[str, torch.Tensor]:
-    model = lorap.loading.load_model(find_model(folder))
+    model = lorap.checkpoint.load.load_model(find_model(folder))
     return {
         name: module.reconstruct(dtype=torch.float64).detach()
         if hasattr(module, "reconstruct")
@@ -529,7 +529,7 @@ def test_the_result_does_not_depend_on_the_number_of_processes(
 def test_processes_undo_together_what_hurts(source: Path, tokens: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     site.mkdir()
-    (site / "sitecustomize.py").write_text("import lorap.correction_schedule as them\nthem.RATE = 30.0\n")
+    (site / "sitecustomize.py").write_text("import lorap.compression.schedule as them\nthem.RATE = 30.0\n")
     path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
     run = torchrun(2, source, tokens, tmp_path / "out", "--correction-steps", "8", PYTHONPATH=path)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -555,9 +555,9 @@ def test_a_process_that_dies_ends_the_run_and_another_number_goes_on(
         "    original = builtins.__import__\n"
         "    def patched(name, *args, **kwargs):\n"
         "        module = original(name, *args, **kwargs)\n"
-        "        if name == 'lorap.layers' and not hasattr(patched, 'done'):\n"
+        "        if name == 'lorap.compression.layer' and not hasattr(patched, 'done'):\n"
         "            patched.done = True\n"
-        "            compressor = __import__('sys').modules['lorap.layers'].LayerCompressor\n"
+        "            compressor = __import__('sys').modules['lorap.compression.layer'].LayerCompressor\n"
         "            compress = compressor.compress\n"
         "            def dies(self, index, *rest):\n"
         "                if index == 1:\n"

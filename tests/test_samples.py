@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import lorap
-from lorap.calibration.data import draw_windows, fold_of
-from lorap.calibration.samples import BATCH_WINDOWS, sample_windows, start_token
+from lorap.calibration.self_text import BATCH_WINDOWS, sample_windows, start_token
 from lorap.calibration.sources import shipped_texts
+from lorap.calibration.windows import draw_windows, fold_of
 from lorap.errors import CalibrationError
 
 

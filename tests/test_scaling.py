@@ -22,24 +22,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from typer.testing import CliRunner
 
+from lorap.algorithms.factorization import factorize_batch
+from lorap.algorithms.moments import Moment
+from lorap.algorithms.pivoting import pivot, storage_error
+from lorap.algorithms.refit import output_scores, removed_share, repair_down
 from lorap.architectures import PROJECTIONS
 from lorap.calibration.statistics import ActivationStats
+from lorap.checkpoint.folders import INDEX
+from lorap.checkpoint.load import find_model
 from lorap.cli import app
 from lorap.cli.compress import compress_command
 from lorap.cli.plan import LEFT_OUT
+from lorap.compression.estimate import GPUS, Estimate, Machine, ModelShape, estimate, find_gpu, this_machine, work
+from lorap.compression.estimate.ledger import Ledger, duration, quantity
+from lorap.compression.estimate.sizes import planned_sizes
+from lorap.compression.shrinkage import JUDGED_OUTPUTS, choose_ridge
 from lorap.config import CompressionConfig
 from lorap.errors import ArchitectureError, CheckpointError, ConfigError
-from lorap.factorization import factorize_batch
-from lorap.folders import INDEX
-from lorap.info import describe_model
-from lorap.loading import find_model
-from lorap.metrics import JUDGED_OUTPUTS, choose_ridge
-from lorap.moments import Moment
-from lorap.pivoting import pivot, storage_error
-from lorap.repair import output_scores, removed_share, repair_down
-from lorap.scaling import GPUS, Estimate, Machine, ModelShape, estimate, find_gpu, this_machine, work
-from lorap.scaling.ledger import Ledger, duration, quantity
-from lorap.scaling.sizes import planned_sizes
+from lorap.evaluation.info import describe_model
 
 SMALL = ["--num-calibration-samples", "8", "--calibration-seq-len", "32"]
 # What is exact: every recipe that decides by shapes, both kinds of storage, both targets, and options that change sizes.

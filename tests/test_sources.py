@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lorap import CalibrationError
 from lorap.calibration import read_source
-from lorap.calibration.data import consecutive_windows
 from lorap.calibration.sources import read_tokens, shipped_texts, source_name
+from lorap.calibration.windows import consecutive_windows
 
 SHIPPED = [
     f"default/{name}"

@@ -17,17 +17,18 @@ from typing import Any
 import typer
 
 from lorap.cli import app
-from lorap.profiling import _without_marks
+from lorap.evaluation.profiling import _without_marks
 
 # Warnings come once per place in a process; leaving catch_warnings makes Python forget which it has shown.
 EVERY_COMMAND = """
 import json, os, sys, tempfile, warnings
 
-from lorap import comparison_cells, comparison_worker
+from lorap.evaluation.comparison import cells
+from lorap.evaluation.comparison import worker
 from lorap.cli import app
 
 # Compared models are measured in this process: what theirs write is not passed on.
-comparison_cells.run_worker = lambda request: comparison_worker.main(json.dumps(request))
+cells.run_worker = lambda request: worker.main(json.dumps(request))
 
 def run(command):
     files = [tempfile.TemporaryFile(), tempfile.TemporaryFile()]

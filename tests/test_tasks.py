@@ -23,12 +23,21 @@ from typer.testing import CliRunner
 
 from lorap.cli import app
 from lorap.errors import ConfigError, TaskError
-from lorap.tasks import TASKS, Estimate, HarnessSource, RequestSource, TaskResult, check_tasks, difference, open_source
-from lorap.tasks import harness as lorap_harness
-from lorap.tasks.requests import MEMBER, Document, RequestFile, find_requests, spread
-from lorap.tasks.results import average, estimate, is_correct, paired
-from lorap.tasks.scoring import _cross_entropy, _logits, encode, encode_pair, fit, score, takes_masks
-from lorap.tasks.trees import Encoded, apart, batches, plant
+from lorap.evaluation.tasks import (
+    TASKS,
+    Estimate,
+    HarnessSource,
+    RequestSource,
+    TaskResult,
+    check_tasks,
+    difference,
+    open_source,
+)
+from lorap.evaluation.tasks import harness as lorap_harness
+from lorap.evaluation.tasks.requests import MEMBER, Document, RequestFile, find_requests, spread
+from lorap.evaluation.tasks.results import average, estimate, is_correct, paired
+from lorap.evaluation.tasks.scoring import _cross_entropy, _logits, encode, encode_pair, fit, score, takes_masks
+from lorap.evaluation.tasks.trees import Encoded, apart, batches, plant
 
 CHOICES = [
     (("The sky is", " blue"), ("The sky is", " made of very old and heavy stones")),

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, pipeline
 
 import lorap
-from lorap.integrations.transformers import LoRAPConfig, check_pivot_rows, mark_compressed, register
-from lorap.pivoting import pivot
+from lorap.algorithms.pivoting import pivot
+from lorap.checkpoint.hf_quantizer import LoRAPConfig, check_pivot_rows, mark_compressed, register
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -292,7 +292,7 @@ def test_checkpoints_of_older_formats_open(storage, version, make_model, compres
     assert torch.equal(logits(loaded, tokens), logits(model, tokens))
     loaded.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again/model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
-    assert lorap.quantization.find_marks(loaded).format_version == version
+    assert lorap.checkpoint.quantize.find_marks(loaded).format_version == version
 
 
 def test_pruned_to_one_width_it_is_an_ordinary_dense_checkpoint(make_model, compress_small, tokens, tmp_path):

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lorap import tuning
-from lorap.calibration.data import TokenWindows
+from lorap.calibration.windows import TokenWindows
 from lorap.errors import CalibrationError, CheckpointError, ConfigError
-from lorap.recovery import target_names
-from lorap.tuning import TuningConfig, add_adapters, autocast_dtype, hold_weights, train
+from lorap.recovery import training
+from lorap.recovery.recover import target_names
+from lorap.recovery.training import TuningConfig, add_adapters, autocast_dtype, hold_weights, train
 
 FAST = {"batch_size": 3, "seq_len": 32, "rank": 5, "precision": "float32", "learning_rate": 3e-3}
 
@@ -71,7 +71,7 @@ def test_the_first_loss_is_the_mean_over_predicted_tokens_that_are_real(make_tun
     each = F.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:3, 1:], reduction="none").detach()
     counted = mask[:3, 1:]
     expected = float((each * counted).sum() / counted.sum())
-    monkeypatch.setattr(tuning, "PIECE_TOKENS", 64)  # two windows, then one
+    monkeypatch.setattr(training, "PIECE_TOKENS", 64)  # two windows, then one
     done = train(tuned, TokenWindows(tokens, "", "", attention_mask=mask), TuningConfig(steps=1, **FAST))
     assert done.losses[0] == pytest.approx(expected, rel=1e-5)
     assert abs(expected - float(each.mean())) > 1e-3
@@ -80,7 +80,7 @@ def test_the_first_loss_is_the_mean_over_predicted_tokens_that_are_real(make_tun
 def test_pieces_give_the_gradients_of_the_whole(make_tuned, windows, monkeypatch):
     results = []
     for piece_tokens in (32, 1024):
-        monkeypatch.setattr(tuning, "PIECE_TOKENS", piece_tokens)
+        monkeypatch.setattr(training, "PIECE_TOKENS", piece_tokens)
         tuned = make_tuned()
         train(tuned, windows, TuningConfig(steps=2, **(FAST | {"learning_rate": 1e-3})))
         results.append(trained(tuned))
@@ -117,12 +117,12 @@ def test_going_on_from_a_state_ends_at_the_same_weights(make_tuned, windows, tmp
             raise Killed
         write(path, parameters, optimizer, done)
 
-    write = tuning.write_state
+    write = training.write_state
     state = tmp_path / "state.safetensors"
-    monkeypatch.setattr(tuning, "write_state", die_at_fifth)
+    monkeypatch.setattr(training, "write_state", die_at_fifth)
     with pytest.raises(Killed):
         train(make_tuned(), windows, config, state=state, save_seconds=0)
-    monkeypatch.setattr(tuning, "write_state", write)
+    monkeypatch.setattr(training, "write_state", write)
     again = make_tuned()
     done = train(again, windows, config, state=state)
     assert done.losses == expected.losses
@@ -159,7 +159,7 @@ def test_minutes_end_the_training_and_the_learning_rate(make_tuned, windows, mon
         torch.optim.AdamW, "step", lambda self: (rates.append(self.param_groups[0]["lr"]), step(self))[1]
     )
     clock = iter(range(0, 1000, 15))  # a step takes 15 seconds
-    monkeypatch.setattr(tuning.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(training.time, "perf_counter", lambda: next(clock))
     done = train(make_tuned(), windows, TuningConfig(steps=1000, minutes=1.0, **FAST))
     assert done.steps == 4
     assert done.seconds == 60

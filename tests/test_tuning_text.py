@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lorap.errors import CalibrationError
-from lorap.tuning_text import training_windows
+from lorap.recovery.text import training_windows
 
 OPTIONS = {"count": 21, "seq_len": 5, "seed": 3, "vocab_size": 1000}
 

@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM
 
 import lorap
 from lorap.calibration import TokenWindows
-from lorap.evaluation import evaluate
-from lorap.resources import describe_environment, peak_memory_bytes
+from lorap.evaluation.perplexity import evaluate
+from lorap.system import describe_environment, peak_memory_bytes
 
 SEQ_LEN = 128
 CALIBRATION_WINDOWS = 128

@@ -25,10 +25,10 @@ from texts import CALIBRATION, TEST, assets, half
 
 import lorap
 from lorap.calibration import TokenWindows, read_source
-from lorap.evaluation import evaluate
-from lorap.loading import find_model, load_model, load_tokenizer
-from lorap.pipeline import Run
-from lorap.resources import Stopwatch
+from lorap.checkpoint.load import find_model, load_model, load_tokenizer
+from lorap.compression.pipeline import Run
+from lorap.evaluation.perplexity import evaluate
+from lorap.system import Stopwatch
 
 SEQ_LEN = 128
 SOURCES = ("web", "wiki", "chats", "python")

@@ -37,7 +37,7 @@ from tasks import LIMIT, request
 from texts import DEFAULT, SOURCES, Material, Text, assets, gather
 
 from lorap.calibration import read_source
-from lorap.tasks import TASKS
+from lorap.evaluation.tasks import TASKS
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE.parent / "results" / "paper"

@@ -15,8 +15,8 @@ from records import DENSE
 from table import increase, markdown, mean, number
 from tasks import answers, difference, percent
 
-from lorap.drawing import STYLE, save
-from lorap.tasks.results import average, estimate
+from lorap.evaluation.tasks.results import average, estimate
+from lorap.reports.plots import STYLE, save
 
 # Nats per token. What 4,096 tokens a text do not tell apart; the losses of larger texts are surer than that.
 TIE = 0.01

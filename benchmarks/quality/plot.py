@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from lorap.drawing import STYLE, save
+from lorap.reports.plots import STYLE, save
 
 COLOURS = ("#9aa7b5", "#c8553d", "#3b6ea5", "#6a9c78", "#b08ec2", "#d9a441", "#4f5d75")
 GROUP_WIDTH = 0.8

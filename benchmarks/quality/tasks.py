@@ -28,11 +28,11 @@ from table import markdown
 from texts import assets, gather
 
 import lorap  # noqa: F401 - teaches transformers to open compressed folders
+from lorap.checkpoint.load import find_model, load_tokenizer
 from lorap.config import RECIPES
-from lorap.loading import find_model, load_tokenizer
-from lorap.tasks import TASKS, Estimate, RequestSource
-from lorap.tasks.requests import RequestFile
-from lorap.tasks.results import average, estimate, paired
+from lorap.evaluation.tasks import TASKS, Estimate, RequestSource
+from lorap.evaluation.tasks.requests import RequestFile
+from lorap.evaluation.tasks.results import average, estimate, paired
 
 # Names of lorap's metrics in the result files, which are older.
 RECORDED = {"acc": "acc", "acc_norm": "acc_per_char"}

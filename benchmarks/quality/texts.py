@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from lorap.calibration import read_source
-from lorap.loading import find_model, load_model, load_tokenizer
+from lorap.checkpoint.load import find_model, load_model, load_tokenizer
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 import assets

@@ -13,9 +13,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lorap.calibration.shelf import IN_MEMORY, Held, Shelf
+from lorap.calibration.offload import IN_MEMORY, Held, Shelf
 from lorap.calibration.stream import Batch, CalibrationStream, logits_of, on_device, run_layer, summed_loss
-from lorap.paging import in_memory
+from lorap.checkpoint.paging import in_memory
 
 # Tokens that run backward at once. Each keeps all activations of one layer, and once the logits.
 BATCH_TOKENS = 512

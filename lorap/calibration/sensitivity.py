@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from lorap.calibration.backward import BATCH_TOKENS, walk_back
-from lorap.calibration.data import TokenWindows
-from lorap.calibration.shelf import IN_MEMORY, Shelf
+from lorap.calibration.offload import IN_MEMORY, Shelf
 from lorap.calibration.statistics import ActivationStats
 from lorap.calibration.stream import CalibrationStream
-from lorap.processes import ALONE, Processes
+from lorap.calibration.windows import TokenWindows
+from lorap.distributed import ALONE, Processes
 
 # Keeps the product of a vanishing gradient and its weight within float32.
 LARGEST_RATIO = 1e30

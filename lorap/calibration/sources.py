@@ -32,7 +32,7 @@ Source = Union[str, Path, Tensor, Mapping[str, Tensor]]
 # A single text of the mixture is DEFAULT_CALIBRATION/its name.
 DEFAULT_CALIBRATION = "default"
 DEFAULT_EVALUATION = "heldout"
-# What the model writes itself (lorap/calibration/samples.py).
+# What the model writes itself (lorap/calibration/self_text.py).
 OWN_SAMPLES = "self"
 
 _logger = logging.getLogger(__name__)

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lorap import ops
-from lorap.backends import HALVES
+from lorap.algorithms.symmetric import add_outer_products
+from lorap.distributed import Processes
 from lorap.kernels import reference
-from lorap.processes import Processes
-from lorap.symmetric import add_outer_products
+from lorap.nn import ops
+from lorap.nn.dispatch import HALVES
 
 # From so many channels on, sums of outer products are kept in float32: those of LLaMA-7B's FFN take 1 GB in float64, two
 # folds and the working copies of the refit several times that. They feed refits with a ridge of some percent of the mean channel

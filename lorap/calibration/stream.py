@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorap.calibration.data import TokenWindows
-from lorap.calibration.shelf import IN_MEMORY, Shelf
+from lorap.calibration.offload import IN_MEMORY, Shelf
 from lorap.calibration.statistics import ActivationStats
-from lorap.paging import in_memory, pages_of
-from lorap.processes import ALONE, Processes
+from lorap.calibration.windows import TokenWindows
+from lorap.checkpoint.paging import in_memory, pages_of
+from lorap.distributed import ALONE, Processes
 
 # Tokens that run through a layer at once: large enough for efficient matmuls, small next to a layer's weights.
 BATCH_TOKENS = 2048

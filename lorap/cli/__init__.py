@@ -16,13 +16,13 @@ import lorap
 from lorap.cli.common import interrupt, tell_what_is_read
 from lorap.cli.compare import compare_command
 from lorap.cli.compress import compress_command
+from lorap.cli.evaluate import evaluate_command
 from lorap.cli.export import export_command
 from lorap.cli.generate import generate_command
-from lorap.cli.judge import evaluate_command
-from lorap.cli.look import inspect_command
+from lorap.cli.inspect import inspect_command
 from lorap.cli.plan import plan_command
 from lorap.cli.recover import recover_command
-from lorap.cli.report_page import report_command
+from lorap.cli.report import report_command
 from lorap.cli.show import env_command, info_command, profile_command
 
 app = typer.Typer(

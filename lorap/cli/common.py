@@ -17,9 +17,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 from transformers.utils import logging as transformers_logging
 
+from lorap.checkpoint.load import ModelSource, check_tokenizer, find_model, load_model, load_tokenizer, resolve_device
+from lorap.distributed import is_first_process
 from lorap.errors import LoRAPError
-from lorap.loading import ModelSource, check_tokenizer, find_model, load_model, load_tokenizer, resolve_device
-from lorap.processes import is_first_process
 
 # A source of text, in the help of every option that takes one.
 SOURCE_HELP = (
@@ -138,7 +138,7 @@ def as_options(message: str) -> str:
     width_multiple becomes --width-multiple, and target stock --target stock. What is quoted or part of a path stays.
     """
     from lorap.config import CHOICES, CompressionConfig
-    from lorap.tuning import TuningConfig
+    from lorap.recovery.training import TuningConfig
 
     names = {field.name for config in (CompressionConfig, TuningConfig) for field in fields(config)}
     words = [name for name in sorted(names, reverse=True) if "_" in name]

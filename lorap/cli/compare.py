@@ -12,13 +12,13 @@ from typing import Annotated, Any, Optional
 import typer
 
 from lorap.calibration.sources import DEFAULT_EVALUATION
+from lorap.checkpoint.load import resolve_device
 from lorap.cli.common import AsJson, Debug, Device, Dtype, Quiet, be_quiet, exit_code, tell_unless, user_errors
 from lorap.cli.tasks import markdown, percent
-from lorap.comparison import DECODE, PREFILL, ComparisonOptions, Contender, compare
-from lorap.comparison_plot import check_plot, draw
 from lorap.errors import ConfigError
-from lorap.loading import resolve_device
-from lorap.tasks import TASKS, Estimate, open_source
+from lorap.evaluation.comparison.compare import DECODE, PREFILL, ComparisonOptions, Contender, compare
+from lorap.evaluation.comparison.plot import check_plot, draw
+from lorap.evaluation.tasks import TASKS, Estimate, open_source
 
 # Ratios of one model that differ by more between rounds say little about it.
 BUSY = 1.25

@@ -15,12 +15,12 @@ import typer
 from lorap.calibration.mixtures import parse_source
 from lorap.calibration.sources import DEFAULT_CALIBRATION, DEFAULT_EVALUATION
 from lorap.cli.common import SOURCE_HELP, AsJson, Debug, Device, Dtype, Model, Quiet, be_quiet, tell_next, user_errors
+from lorap.compression.runs.run import RunOptions, compress_to_folder
 from lorap.config import CHOICES, DEFAULT_RECIPE, RECIPES, CompressionConfig
+from lorap.distributed import is_first_process
 from lorap.outputs import work_path
-from lorap.processes import is_first_process
-from lorap.report import CompressionReport
-from lorap.resources import parse_bytes
-from lorap.runs import RunOptions, compress_to_folder
+from lorap.reports.run import CompressionReport
+from lorap.system import parse_bytes
 
 # Options that are written as a comma-separated list.
 LISTS = ("sublayers",)

@@ -8,17 +8,17 @@ from typing import Annotated, Any
 
 import typer
 
-from lorap.checkpoint import REPORT
+from lorap.checkpoint.load import ModelSource, find_model
+from lorap.checkpoint.save import REPORT
 from lorap.cli.common import AsJson, Debug, Dtype, Model, Quiet, be_quiet, open_model, tell_next, user_errors
 from lorap.errors import ConfigError
-from lorap.export import export_gguf, export_stock, overflow_warning, width_cost
-from lorap.info import describe_model
-from lorap.loading import ModelSource, find_model
-from lorap.modules import count_parameters
+from lorap.evaluation.info import describe_model
+from lorap.integrations.stock import export_gguf, export_stock, overflow_warning, width_cost
+from lorap.jsonio import read_json
+from lorap.nn.linear import count_parameters
 from lorap.outputs import check_output
-from lorap.report import CompressionReport
-from lorap.resources import parse_bytes
-from lorap.strict_json import read_json
+from lorap.reports.run import CompressionReport
+from lorap.system import parse_bytes
 
 FORMATS = ("stock", "gguf")
 

@@ -12,8 +12,8 @@ import typer
 from lorap.architectures import ARCHITECTURES
 from lorap.cli.common import AsJson, Debug, Device, Dtype, Model, Quiet, be_quiet, open_model, user_errors
 from lorap.errors import ConfigError
-from lorap.generation import Continuation, continue_prompt, use_settings
-from lorap.merging import optimize_for_inference
+from lorap.evaluation.generation import Continuation, continue_prompt, use_settings
+from lorap.nn.fused import optimize_for_inference
 
 STDIN = "-"
 

@@ -11,11 +11,11 @@ import typer
 
 from lorap.calibration.mixtures import check_sources, parse_source
 from lorap.calibration.sources import DEFAULT_CALIBRATION, DEFAULT_EVALUATION
+from lorap.checkpoint.load import find_model
 from lorap.cli.common import AsJson, Debug, Model, be_quiet, user_errors
 from lorap.cli.compress import chosen_config, compress_command
-from lorap.loading import find_model
-from lorap.resources import parse_bytes
-from lorap.scaling import GPUS, ModelShape, estimate, find_gpu, this_machine
+from lorap.compression.estimate import GPUS, ModelShape, estimate, find_gpu, this_machine
+from lorap.system import parse_bytes
 
 # Options of compress that say what becomes of OUT; all others change what is done and are options here as well.
 LEFT_OUT = ("out", "overwrite", "max_shard_size", "device", "restart", "as_json", "debug")

@@ -7,13 +7,13 @@ from typing import Annotated, Optional
 
 import typer
 
+from lorap.checkpoint.load import find_model
 from lorap.cli.common import AsJson, Debug, Device, Dtype, Model, Quiet, be_quiet, open_model, user_errors
-from lorap.environment import describe_environment, format_environment
 from lorap.errors import ConfigError
-from lorap.info import describe_model, format_info
-from lorap.loading import find_model
-from lorap.merging import optimize_for_inference
-from lorap.profiling import deeper, profile_model, run_ranges
+from lorap.evaluation.environment import describe_environment, format_environment
+from lorap.evaluation.info import describe_model, format_info
+from lorap.evaluation.profiling import deeper, profile_model, run_ranges
+from lorap.nn.fused import optimize_for_inference
 
 
 def info_command(model: Model, as_json: AsJson = False, debug: Debug = False) -> None:

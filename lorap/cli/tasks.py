@@ -12,8 +12,8 @@ import typer
 
 from lorap.cli.common import open_model, tell_unless
 from lorap.errors import ConfigError
-from lorap.tasks import Estimate, HarnessSource, RequestSource, TaskResult, difference, open_source
-from lorap.tasks.results import Difference, average, number
+from lorap.evaluation.tasks import Estimate, HarnessSource, RequestSource, TaskResult, difference, open_source
+from lorap.evaluation.tasks.results import Difference, average, number
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.models.utils import WeightsMapper
 
 from lorap.architectures import ARCHITECTURES, SHARED_INPUTS
-from lorap.backends import FLOATS
+from lorap.checkpoint.folders import read_tensors
+from lorap.checkpoint.guards import unguard_config
+from lorap.checkpoint.hf_quantizer import QUANT_METHOD, LoRAPConfig, LoRAPHfQuantizer
 from lorap.errors import BackendError, CheckpointError
-from lorap.folders import read_tensors
-from lorap.guards import unguard_config
-from lorap.integrations.transformers import QUANT_METHOD, LoRAPConfig, LoRAPHfQuantizer
 from lorap.integrations.vllm_linear import LoRAPLinearMethod
+from lorap.nn.dispatch import FLOATS
 
 # vLLM's fused layers, for models that do not say themselves what theirs hold.
 FUSED = {"qkv_proj": SHARED_INPUTS["attention_input"], "gate_up_proj": SHARED_INPUTS["mlp_input"]}

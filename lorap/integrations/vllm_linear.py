@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import LinearMethodBase, QKVParallelLinear, ReplicatedLinear, RowParallelLinear
 
-from lorap import ops
+from lorap.checkpoint.hf_quantizer import LoRAPConfig
 from lorap.errors import CheckpointError
-from lorap.integrations.transformers import LoRAPConfig
 from lorap.integrations.vllm_projection import Projection, Share, frozen
+from lorap.nn import ops
 
 # vLLM's names of the parts of a fused attention layer; those of a fused FFN are numbers already.
 SHARD_NUMBERS = {"q": 0, "k": 1, "v": 2}

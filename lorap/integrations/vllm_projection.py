@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorap import ops
+from lorap.checkpoint.hf_quantizer import check_pivot_rows
 from lorap.errors import CheckpointError
-from lorap.integrations.transformers import check_pivot_rows
 from lorap.kernels import reference
-from lorap.modules import NAMED_GUARD
+from lorap.nn import ops
+from lorap.nn.linear import NAMED_GUARD
 
 
 @dataclass(frozen=True)

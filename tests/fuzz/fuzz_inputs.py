@@ -13,9 +13,9 @@ import torch
 import transformers
 from hypothesis import strategies as st
 
-from lorap.checkpoint_format import LoRAPConfig
-from lorap.integrations.transformers import mark_compressed, put_layers
-from lorap.quantization import quantize_int8
+from lorap.checkpoint.format import LoRAPConfig
+from lorap.checkpoint.hf_quantizer import mark_compressed, put_layers
+from lorap.checkpoint.quantize import quantize_int8
 
 Q, K, UP, DOWN = (
     f"model.layers.{name}" for name in ("0.self_attn.q_proj", "1.self_attn.k_proj", "0.mlp.up_proj", "1.mlp.down_proj")

@@ -34,14 +34,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from lorap.checkpoint_format import LoRAPConfig
+from lorap.checkpoint.folders import INDEX, read_header, read_tensors, weight_files
+from lorap.checkpoint.format import LoRAPConfig
+from lorap.checkpoint.load import find_model, load_model
+from lorap.checkpoint.stored_tensors import stored_tensors
+from lorap.compression.estimate.shapes import ModelShape
 from lorap.errors import LoRAPError
-from lorap.folders import INDEX, read_header, read_tensors, weight_files
-from lorap.info import describe_model, format_info
-from lorap.loading import find_model, load_model
-from lorap.resources import peak_memory_bytes
-from lorap.scaling.shapes import ModelShape
-from lorap.stored_tensors import stored_tensors
+from lorap.evaluation.info import describe_model, format_info
+from lorap.system import peak_memory_bytes
 
 SECONDS, MEGABYTES = 5.0, 300
 # Parts of messages that say the machine, not lorap, has refused.

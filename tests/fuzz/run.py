@@ -74,7 +74,7 @@ def _fuzz(target: str, engine: str, seconds: float, seed: int, place: Path) -> N
         import atheris
 
         with atheris.instrument_imports(include=["lorap"]):
-            import lorap.loading  # noqa: F401
+            import lorap.checkpoint.load  # noqa: F401
     import fuzz_targets
     from hypothesis import HealthCheck, settings
     from hypothesis import seed as with_seed

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lorap import native, ops
 from lorap.errors import ShapeError
+from lorap.nn import native, ops
 
 needs_library = pytest.mark.skipif(not native.HAS_CPU, reason="lorap/_native.so is not built")
 CALLS = 4000

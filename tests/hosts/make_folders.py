@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import lorap
 from lorap.calibration import read_source
-from lorap.loading import find_model, load_model, load_tokenizer
+from lorap.checkpoint.load import find_model, load_model, load_tokenizer
 
 TEXT = read_source("default")
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}

@@ -27,9 +27,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorap
-from lorap.integrations.transformers import LoRAPConfig, mark_compressed
+from lorap.checkpoint.hf_quantizer import LoRAPConfig, mark_compressed
+from lorap.checkpoint.load import find_model, load_model, load_tokenizer
 from lorap.integrations.vllm_projection import Projection, Share
-from lorap.loading import find_model, load_model, load_tokenizer
 
 found = importlib.util.find_spec("vllm")
 if found is None or found.origin is None:  # this folder bears the name too

@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: factorization, pruning, and what they need."""

@@ -1,0 +1,1 @@
+"""Model folders: what they may hold, how they are opened and written."""

@@ -1,0 +1,215 @@
+"""A model whose decoder layers, embedding and head stay in their files until they are used, and go again afterwards.
+
+``paged_model`` builds the model on the meta device and gives each such module ``pages``: where its tensors lie. Whoever needs the
+weights enters :func:`in_memory` (or ``on_device`` of the calibration stream), so that at most one decoder layer is in memory.
+It is a way of holding weights: what may be opened at all is decided before (lorap/checkpoint/validate.py).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from lorap.architectures import Architecture, find_architecture
+from lorap.checkpoint.stored_tensors import STORED_DTYPES, StoredTensor
+from lorap.checkpoint.validate import CheckedFolder, empty_model, module_name
+from lorap.system import available_memory_bytes, release_freed_memory
+
+
+@dataclass
+class Pages:
+    """Where the tensors of one module lie.
+
+    Args:
+        tensors: by the name that the module gives them.
+        device: where the module comes into memory, unless it is asked for elsewhere.
+        dtype: of its floating-point parameters there; None for the files' own.
+        stay: never leave memory once there, as on a GPU that has room for all.
+    """
+
+    tensors: Mapping[str, StoredTensor]
+    device: torch.device
+    dtype: torch.dtype | None = None
+    stay: bool = False
+
+    def load(self, module: nn.Module, device: torch.device) -> None:
+        """Put all tensors into ``module``, on ``device``."""
+        for name, stored in self.tensors.items():
+            tensor = stored.read()
+            if self.dtype is not None and tensor.is_floating_point():
+                tensor = tensor.to(self.dtype)
+            put_tensor(module, name, tensor.to(device))
+
+    def prefetch(self) -> None:
+        """Let the system read ahead what will be wanted next; returns at once."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for path in {stored.path for stored in self.tensors.values()}:
+            here = [stored.info for stored in self.tensors.values() if stored.path == path]
+            with path.open("rb") as file:
+                for info in here:
+                    os.posix_fadvise(file.fileno(), info.offset, info.nbytes, os.POSIX_FADV_WILLNEED)
+
+
+def put_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replace a parameter or buffer of ``module`` by ``tensor``, in place of whatever it was."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor
+
+
+def pages_of(module: nn.Module) -> Pages | None:
+    """Where a module's tensors lie; None for one that simply is in memory."""
+    return getattr(module, "pages", None)
+
+
+def is_in_memory(module: nn.Module) -> bool:
+    return not any(parameter.is_meta for parameter in module.parameters())
+
+
+@contextmanager
+def in_memory(module: nn.Module, device: torch.device | None = None) -> Iterator[None]:
+    """The weights of a paged module are there while this is active; a module that is in memory anyway is left alone."""
+    pages = pages_of(module)
+    if pages is None or is_in_memory(module):
+        yield
+        return
+    pages.load(module, device or pages.device)
+    try:
+        yield
+    finally:
+        # What became of the module meanwhile goes as well, and pages may be others by now.
+        now = pages_of(module)
+        if now is not None and not now.stay:
+            module.to("meta")
+            release_freed_memory(max((stored.info.numel for stored in pages.tensors.values()), default=0))
+
+
+@contextmanager
+def in_memory_throughout(model: Any, layers: Sequence[nn.Module], *, limit_bytes: int | None = None) -> Iterator[None]:
+    """A paged model can be run as a whole while this is active: it is in memory where it fits; else each layer comes and goes.
+
+    The latter reads the model once for every call, and a warning says so. ``limit_bytes`` is what may be held; by default half
+    of the memory that is free.
+    """
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    paged = [unit for unit in (*ends, *layers) if pages_of(unit) is not None]
+    size = sum(stored.info.nbytes for unit in paged for stored in unit.pages.tensors.values())  # type: ignore[union-attr]
+    if limit_bytes is None:
+        on_gpu = bool(paged) and paged[0].pages.device.type == "cuda"  # type: ignore[union-attr]
+        free = torch.cuda.mem_get_info(paged[0].pages.device)[0] if on_gpu else available_memory_bytes()  # type: ignore[union-attr]
+        limit_bytes = free // 2
+    fits = size <= limit_bytes
+    if not fits:
+        warnings.warn(
+            f"the model holds {size / 1e9:.1f} GB and half of the free memory is {limit_bytes / 1e9:.1f}, so every token that it "
+            "writes for `self` reads all weights from the disk; texts of your own do without: --calibration FILE",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    with ExitStack() as stack:
+        for unit in paged:
+            if fits or unit not in layers:
+                stack.enter_context(in_memory(unit))
+            else:
+                stack.enter_context(_comes_and_goes(unit))
+        yield
+
+
+@contextmanager
+def _comes_and_goes(layer: nn.Module) -> Iterator[None]:
+    """Each call of the layer brings its weights in, and lets them go."""
+    own = layer.forward
+
+    def paged_forward(*args: Any, **kwargs: Any) -> Any:
+        with in_memory(layer):
+            return own(*args, **kwargs)
+
+    layer.forward = paged_forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del layer.forward
+
+
+def paged_model(checked: CheckedFolder, *, dtype: torch.dtype | None, device: torch.device) -> Any | None:
+    """The model of a folder with its weights left in the files; None where the files name tensors otherwise than the model.
+
+    Args:
+        checked: the folder, whatever files its weights are in.
+        dtype: of the weights in memory; None for what the config says.
+        device: where modules come into memory.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+        ArchitectureError: the model is of a family that is not known.
+    """
+    wanted = dtype or getattr(checked.config, "dtype", None) or _main_dtype(checked.tensors)
+    model = empty_model(checked.config, wanted).eval()
+    architecture = find_architecture(model)
+    model.config._name_or_path = str(checked.folder)
+    if (checked.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(checked.folder))
+    renew_buffers(model, device)
+    return model if _give_pages(model, architecture, checked.tensors, wanted, device) else None
+
+
+def _give_pages(
+    model: Any, architecture: Architecture, files: Mapping[str, StoredTensor], dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Pages for the layers, the embedding and the head; what else there is comes into memory. False where tensors are missing."""
+    head = f"{module_name(model, model.get_output_embeddings())}.weight"
+    embedding = f"{module_name(model, model.get_input_embeddings())}.weight"
+    wanted = {name: stored for name, stored in files.items() if name in model.state_dict()}
+    if model.config.tie_word_embeddings and embedding in wanted:
+        wanted[head] = wanted[embedding]
+    if any(name not in wanted for name in model.state_dict()):
+        return False
+    stay = _fits_for_good(device, sum(nbytes_of(stored, dtype) for stored in wanted.values()))
+    units = [f"{architecture.layers}.{index}" for index in range(len(architecture.decoder_layers(model)))]
+    for unit in [*units, embedding.removesuffix(".weight"), head.removesuffix(".weight")]:
+        prefix = unit + "."
+        tensors = {name.removeprefix(prefix): stored for name, stored in wanted.items() if name.startswith(prefix)}
+        model.get_submodule(unit).pages = Pages(tensors, device, dtype, stay)
+    rest = {name: s for name, s in wanted.items() if not any(pages_of(part) for part in _owners(model, name))}
+    Pages(rest, device, dtype).load(model, device)
+    return True
+
+
+def nbytes_of(stored: StoredTensor, dtype: torch.dtype) -> int:
+    """What a tensor takes in memory, in ``dtype``."""
+    return torch.Size(stored.shape).numel() * dtype.itemsize
+
+
+def _fits_for_good(device: torch.device, nbytes: int) -> bool:
+    """Whether a GPU has room for the whole model and as much again to work in; a CPU reads a layer again from the page cache."""
+    return device.type == "cuda" and nbytes <= torch.cuda.mem_get_info(device)[0] // 2
+
+
+def _owners(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """The modules on the way to a tensor."""
+    parts = name.split(".")[:-1]
+    return (model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts) + 1))
+
+
+def renew_buffers(model: nn.Module, device: torch.device) -> None:
+    """Buffers that no file holds, such as the frequencies of rotary embeddings, are computed by their module's constructor."""
+    for name, module in list(model.named_modules()):
+        if any(buffer.is_meta for buffer in module._buffers.values() if buffer is not None):
+            model.set_submodule(name, type(module)(config=model.config).to(device))  # type: ignore[call-arg]
+
+
+def _main_dtype(files: Mapping[str, StoredTensor]) -> torch.dtype:
+    largest = max(files.values(), key=lambda stored: stored.info.nbytes)
+    return STORED_DTYPES.get(largest.info.dtype, torch.float32)

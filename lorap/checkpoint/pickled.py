@@ -1,0 +1,99 @@
+"""What a ``pytorch_model.bin`` holds, from its pickle alone, which ``torch.load(weights_only=True)`` reads without running code.
+
+torch writes such a file as a zip archive without compression, one entry per storage. So once the pickle has told where each
+tensor begins, the file is read like one of safetensors: a tensor is so many bytes at such an offset.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lorap.checkpoint.headers import MAX_NAME, TensorInfo
+from lorap.errors import CheckpointError
+from lorap.jsonio import shown
+
+# The pickle of a model of 1,000 tensors has 150 kB.
+MAX_PICKLE_BYTES = 100_000_000
+# safetensors' names for torch's dtypes, so that nobody else has to know which kind of file a tensor is in.
+NAMES: Mapping[torch.dtype, str] = MappingProxyType(
+    {
+        torch.float64: "F64",
+        torch.float32: "F32",
+        torch.float16: "F16",
+        torch.bfloat16: "BF16",
+        torch.float8_e4m3fn: "F8_E4M3",
+        torch.float8_e5m2: "F8_E5M2",
+        torch.int64: "I64",
+        torch.int32: "I32",
+        torch.int16: "I16",
+        torch.int8: "I8",
+        torch.uint8: "U8",
+        torch.bool: "BOOL",
+    }
+)
+
+
+def read_pickled_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one file that ``torch.save`` wrote from a state dict.
+
+    Raises:
+        CheckpointError: the file is truncated or corrupt, holds more than tensors, or a tensor is not stored row by row.
+    """
+    try:
+        size = path.stat().st_size
+        _check_archive(path)
+        with FakeTensorMode():  # tensors without memory, which know where in the file they are
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}, not a state dict")
+        return {name: _tensor(name, tensor, size) for name, tensor in state.items()}
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds more than tensors, which lorap never unpickles: it could run code; "
+            "if you trust it, load it with torch elsewhere and save its tensors as safetensors"
+        ) from error
+    # The pickle may be damaged in any way there is, and torch stumbles over it accordingly.
+    except Exception as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{path} is truncated or corrupt: {shown(text)}; download or copy it again") from error
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse what is no archive of torch, or would grow when it is read."""
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is no archive as torch.save writes them since 1.6")
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"its entry {shown(entry.filename)} is compressed")
+            archive.open(entry).close()  # it begins where the list of entries says
+            if entry.filename.endswith("data.pkl") and entry.file_size > MAX_PICKLE_BYTES:
+                raise ValueError(f"its pickle has {entry.file_size:,} bytes, more than {MAX_PICKLE_BYTES:,}")
+
+
+def _tensor(name: Any, tensor: Any, size: int) -> TensorInfo:
+    """Where one tensor is in a file of ``size`` bytes."""
+    if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= MAX_NAME:
+        raise ValueError(f"a tensor is called {shown(name)}")
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        raise ValueError(f"{name} is {shown(tensor)}, not a tensor")
+    if tensor.dtype not in NAMES:
+        raise ValueError(f"{name} has the unknown dtype {tensor.dtype}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} is not stored row by row; load the file and save its tensors as safetensors")
+    start = tensor.untyped_storage()._checkpoint_offset
+    begin, nbytes = int(start or 0) + int(tensor.storage_offset()) * tensor.itemsize, tensor.numel() * tensor.itemsize
+    if start is None or begin < 0 or begin + nbytes > size:
+        raise ValueError(f"{name} ends at byte {begin + nbytes:,}, the file has {size:,}")
+    return TensorInfo(dtype=NAMES[tensor.dtype], shape=tuple(tensor.shape), nbytes=nbytes, offset=begin)

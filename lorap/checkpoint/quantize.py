@@ -1,0 +1,36 @@
+"""Quantization on top of compression: fewer bits for the weights that stayed."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+from lorap.architectures import ARCHITECTURES
+from lorap.checkpoint.hf_quantizer import LoRAPConfig, find_marks, mark_compressed
+from lorap.errors import ArchitectureError
+from lorap.nn.int8 import quantize_weights
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def quantize_int8(model: Model) -> Model:
+    """int8 weights for every linear layer of the decoder: factors, dense projections and FFNs; changes ``model``, returns it.
+
+    Weight-only, symmetric, one scale for each row, by torchao. Embeddings and the output head stay as they are.
+    ``save_pretrained`` writes a checkpoint that ``from_pretrained`` opens again with identical weights. It saves memory
+    and disk; lorap's kernels step back for int8 weights, so on a CPU it does not make a model faster.
+
+    Raises:
+        ArchitectureError: the family is unknown, or the weights are int8 already.
+        BackendError: torchao is not installed.
+    """
+    model_type = getattr(model.config, "model_type", "")
+    if model_type not in ARCHITECTURES:
+        raise ArchitectureError(f"cannot quantize model type {model_type!r}; known: {', '.join(ARCHITECTURES)}")
+    marks = find_marks(model) or LoRAPConfig()
+    if marks.weights == "int8":
+        raise ArchitectureError("the weights of this model are int8 already")
+    quantize_weights(model)
+    mark_compressed(model, LoRAPConfig(**(marks.to_dict() | {"weights": "int8", "format_version": None})))
+    return model

@@ -1,0 +1,185 @@
+"""One parameter budget for all matrices of a model: each gets the size at which another parameter helps no less elsewhere.
+
+Every matrix, or FFN, offers sizes with a price in parameters and a cost in expected loss. Minimising the sum of the costs under a
+budget is a knapsack problem; on the lower convex hulls of the offers the greedy choice by steepest descent solves it up to
+the last step (it is the Lagrangian solution at the multiplier where the budget is reached), and what is left over then
+buys the steps that still fit.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor
+
+from lorap.algorithms.pivoting import pivoted_parameters
+from lorap.compression.allocation import Shape, break_even_rank
+from lorap.errors import ConfigError
+
+Key = TypeVar("Key", bound=Hashable)
+
+# Ranks and widths go to multiples of this where the model can afford it: tensor-core tiles and 16-byte loads need no tail then.
+LARGEST_MULTIPLE = 64
+# A rank that is no multiple of 8 sends 16-bit GPU loads down the slow path.
+SMALLEST_RANK_MULTIPLE = 8
+# Blocks of quantized formats: 256 for llama.cpp's K-quants, 32 for its others, MLX and NNCF.
+STOCK_MULTIPLES = (256, 32)
+# In a narrower FFN a block of 32 would be more than this share of the axis; such models are toys.
+SMALLEST_BLOCK_SHARE = 1 / 4
+# A multiple is affordable if it is no more than this share of the axis, ...
+AXIS_SHARE = 1 / 16
+# ... and if one step of it changes no more than this share of all parameters: the budget is met to 0.2 % after rounding.
+BUDGET_SHARE = 1 / 500
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One size that a matrix or an FFN could have.
+
+    Args:
+        size: rank or width; for a matrix the smaller side means that it stays dense.
+        params: that it would hold.
+        cost: expected increase of the loss, in nats per token, or any other unit that all offers share.
+    """
+
+    size: int
+    params: int
+    cost: float
+
+
+def rank_offers(shape: Shape, tail: Tensor, *, pivoted: bool, multiple: int) -> list[Offer]:
+    """Ranks of a matrix that are smaller than the dense matrix, and dense as the last.
+
+    Args:
+        shape: (out_features, in_features).
+        tail: (min(shape) + 1,) cost at each rank, from rank 0 on.
+        pivoted: storage of r (m + n - r) numbers instead of r (m + n).
+        multiple: ranks are multiples of it.
+    """
+    out_features, in_features = shape
+    full = min(shape)
+    limit = full if pivoted else break_even_rank(shape)
+    costs = tail.tolist()
+    offers = [
+        Offer(rank, pivoted_parameters(shape, rank) if pivoted else rank * sum(shape), costs[rank])
+        for rank in range(multiple, full, multiple)
+        if rank < limit
+    ]
+    return [*offers, Offer(full, out_features * in_features, 0.0)]
+
+
+def width_offers(hidden_size: int, tail: Tensor, *, matrices: int = 3, multiple: int) -> list[Offer]:
+    """Widths of a gated FFN, the dense one as the last; ``tail`` (width + 1,) is the cost at each width, from 0 on."""
+    width, costs = len(tail) - 1, tail.tolist()
+    sizes = [*range(multiple, width, multiple), width]
+    return [Offer(size, matrices * hidden_size * size, 0.0 if size == width else costs[size]) for size in sizes]
+
+
+def tied(curves: Sequence[Sequence[Offer]]) -> list[Offer]:
+    """The same size in every layer, as one curve; all must offer the same sizes."""
+    return [
+        Offer(offers[0].size, sum(offer.params for offer in offers), sum(offer.cost for offer in offers))
+        for offers in zip(*curves, strict=True)
+    ]
+
+
+def spend(curves: Mapping[Key, Sequence[Offer]], budget: float) -> dict[Key, Offer]:
+    """The offer that each key takes, so that parameters stay within ``budget`` and the sum of costs is least.
+
+    Raises:
+        ConfigError: not even the smallest offers fit.
+    """
+    hulls = {key: lower_hull(offers) for key, offers in curves.items()}
+    taken = {key: hull[0] for key, hull in hulls.items()}
+    used = sum(offer.params for offer in taken.values())
+    if used > budget:
+        raise ConfigError(
+            f"the smallest ranks and widths need {used:,} parameters and the sparsity leaves {budget:,.0f}; lower the sparsity, "
+            "or choose a smaller rank_multiple and width_multiple"
+        )
+    steps = []
+    for position, (key, hull) in enumerate(hulls.items()):
+        for before, after in itertools.pairwise(hull):
+            gain = (before.cost - after.cost) / (after.params - before.params)
+            steps.append((-gain, position, after.params, key, after))
+    for _, _, _, key, after in sorted(steps, key=lambda step: step[:3]):
+        extra = after.params - taken[key].params
+        if used + extra > budget:
+            break  # flatter steps would still fit, but offers between the corners of this one may help more
+        taken[key] = after
+        used += extra
+    return _top_up(curves, taken, budget - used)
+
+
+def _top_up(curves: Mapping[Key, Sequence[Offer]], taken: dict[Key, Offer], left: float) -> dict[Key, Offer]:
+    """Spend what the hulls' steps were too large for, on the offers between them."""
+    while True:
+        best: tuple[float, Key, Offer] | None = None
+        for key, offers in curves.items():
+            for offer in offers:
+                extra = offer.params - taken[key].params
+                gain = taken[key].cost - offer.cost
+                if 0 < extra <= left and gain > 0 and (best is None or gain / extra > best[0]):
+                    best = (gain / extra, key, offer)
+        if best is None:
+            return taken
+        _, key, offer = best
+        left -= offer.params - taken[key].params
+        taken[key] = offer
+
+
+def lower_hull(offers: Sequence[Offer]) -> list[Offer]:
+    """The offers that no mixture of two others beats, by ascending parameters and descending cost."""
+    hull: list[Offer] = []
+    for offer in sorted(offers, key=lambda offer: (offer.params, offer.cost)):
+        if hull and offer.cost >= hull[-1].cost:
+            continue
+        while len(hull) >= 2 and _is_above(hull[-2], hull[-1], offer):
+            hull.pop()
+        hull.append(offer)
+    return hull
+
+
+def _is_above(first: Offer, middle: Offer, last: Offer) -> bool:
+    """Whether ``middle`` lies on or above the line from ``first`` to ``last``."""
+    return (middle.cost - first.cost) * (last.params - first.params) >= (last.cost - first.cost) * (
+        middle.params - first.params
+    )
+
+
+def stock_multiple(width: int, params_per_channel: int, total_params: int) -> int:
+    """What FFN widths for other hosts are multiples of: 256 in FFNs of 4,096 channels or more, else 32.
+
+    llama.cpp leaves a matrix whose rows are no multiple of its blocks in 16 bits, and says nothing.
+
+    Args:
+        width: channels of the dense FFN.
+        params_per_channel: of one layer.
+        total_params: of the layer's compressed sub-layers.
+    """
+    large, small = STOCK_MULTIPLES
+    if large <= width * AXIS_SHARE:
+        return large
+    if small <= width * SMALLEST_BLOCK_SHARE:
+        return small
+    return affordable_multiple(width, params_per_channel, total_params, smallest=1)
+
+
+def affordable_multiple(axis: int, params_per_unit: int, total_params: int, *, smallest: int) -> int:
+    """The largest power of two up to 64 that ``axis`` and the budget can afford as a step, at least ``smallest``.
+
+    Args:
+        axis: the smallest size that is to be cut, such as min(out_features, in_features).
+        params_per_unit: parameters that one more rank or channel costs, over all layers that change together.
+        total_params: of all compressed sub-layers.
+        smallest: what is used if nothing larger fits.
+    """
+    multiple = LARGEST_MULTIPLE
+    while multiple > smallest and (
+        multiple > axis * AXIS_SHARE or multiple * params_per_unit > total_params * BUDGET_SHARE
+    ):
+        multiple //= 2
+    return multiple

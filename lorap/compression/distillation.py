@@ -1,0 +1,201 @@
+"""After all layers are compressed: a few steps of their weights towards what the dense model predicts on the calibration windows.
+
+Least squares repairs each layer by itself, towards what the dense layer gave. What all layers together have lost shows in the
+predictions, and only there. The loss is their Kullback-Leibler divergence from the dense model's, which teaches fidelity and
+nothing else (cf. Hinton et al., arXiv 1503.02531). Each step takes a part of the windows and moves every weight by the same small
+amount against the sign of its gradient (sign descent; Bernstein et al., arXiv 1802.04434), so that nothing but the weights
+outlives a step and one decoder layer is in memory at a time. A weight moves where both folds of the text, which differ in kind,
+want it to. Whether the steps are kept is decided on windows that none of them has seen (:func:`divergences`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorap.architectures import Architecture
+from lorap.calibration.backward import walk_back
+from lorap.calibration.offload import IN_MEMORY, Held, Shelf
+from lorap.calibration.stream import Batch, CalibrationStream, logits_of
+from lorap.checkpoint.paging import in_memory, pages_of
+from lorap.distributed import Processes
+from lorap.errors import CalibrationError
+
+# Sums of more numbers are float32: two numbers of processes may then differ in the sign of what is next to 0.
+EXACT_NUMBERS = 2**22
+
+
+def correct(
+    model: Any,
+    layers: Sequence[nn.Module],
+    streams: Iterable[CalibrationStream],
+    targets: Sequence[CalibrationStream],
+    rates: Sequence[float],
+    architecture: Architecture,
+    roles: Sequence[str],
+    *,
+    device: torch.device,
+    keep: Callable[[int, int, nn.Module], None] = lambda step, index, layer: None,
+    progress: Callable[[int], Any] = lambda step: iter,
+    shelf: Shelf = IN_MEMORY,
+) -> None:
+    """Move the weights of ``roles`` in all ``layers``, in place: as many steps as there are ``rates``.
+
+    Args:
+        model: compressed, in evaluation mode.
+        layers: its decoder layers.
+        streams: the windows of each step, see :func:`lorap.compression.schedule.dealt`, before the first layer.
+        targets: the same windows, behind the last layer of the dense model.
+        rates: sizes of the steps, as shares of what moves an output by as much as independent weights give.
+        architecture: where the projections are.
+        roles: projections that are corrected; of a low-rank one both factors.
+        device: where layers are worked on.
+        keep: called with (step, layer index, layer) after each change, before the layer may leave memory.
+        progress: gives what wraps the layer indices of a step.
+        shelf: keeps hidden states.
+
+    Raises:
+        CalibrationError: a gradient is not finite.
+    """
+    exact = _ExactWeights(shelf)
+    for step, (stream, target, rate) in enumerate(zip(streams, targets, rates, strict=True)):
+        walk = walk_back(
+            model,
+            layers,
+            stream,
+            lambda layer: _linears(layer, architecture, roles),
+            lambda count=stream.folds: _Gradients(count),  # type: ignore[misc]
+            device=device,
+            targets=target,
+            progress=progress(step),
+            shelf=shelf,
+        )
+        for index, linears, gradients in walk:
+            gradients.add_up(linears, device, stream.processes)
+            for name, linear in linears.items():
+                votes = gradients.votes(name)
+                if votes is None:
+                    raise CalibrationError(
+                        f"the gradients at {name} of layer {index} are not finite in {model.dtype}: try --dtype float32 or "
+                        "bfloat16, or do without them: --correction-steps 0"
+                    )
+                exact.move(index, name, layers[index], linear, votes, rate)
+            keep(step, index, layers[index])
+
+
+@torch.no_grad()
+def divergences(
+    model: Any, layers: Sequence[nn.Module], stream: CalibrationStream, target: CalibrationStream
+) -> tuple[float, ...]:
+    """Kullback-Leibler divergence of the predictions from the dense model's, in nats per token, for each fold of the windows.
+
+    It is what the steps minimise. All processes get the same numbers, whatever their number.
+
+    Args:
+        model: compressed; its last norm and head are still to come.
+        layers: its decoder layers, which are passed over.
+        stream: windows behind its last layer.
+        target: the same windows, behind the last layer of the dense model.
+    """
+    found = []
+    with in_memory(model.get_output_embeddings()):
+        for ours, dense in zip(stream.batches, target.batches, strict=True):
+            each = _divergence(model, layers, ours, dense)
+            tokens = each.numel() if ours.mask is None else int(ours.mask.sum())
+            found.append((ours.fold, float(each.sum(dtype=torch.float64)), tokens))
+    every = [entry for part in stream.processes.gather(found) for entry in part]
+    # Exact sums do not depend on who had which batch.
+    return tuple(
+        math.fsum(total for at, total, _ in every if at == fold) / max(1, sum(n for at, _, n in every if at == fold))
+        for fold in range(stream.folds)
+    )
+
+
+def _divergence(model: Any, layers: Sequence[nn.Module], ours: Batch, dense: Batch) -> Tensor:
+    """(windows, seq_len) float32, 0 on padding."""
+    home = model.get_output_embeddings().weight.device
+    q, p = (
+        logits_of(model, layers, batch.hidden.to(home)).log_softmax(-1, dtype=torch.float32) for batch in (ours, dense)
+    )
+    each = q.sub_(p).neg_().mul_(p.exp_()).sum(-1)
+    return each if ours.mask is None else each.masked_fill(~ours.mask.to(home), 0.0)
+
+
+def agree(before: Sequence[float], after: Sequence[float]) -> bool:
+    """Whether every fold of the unseen windows is closer to the dense model than before; what is not finite never is."""
+    return all(now < then for then, now in zip(before, after, strict=True))
+
+
+def _linears(layer: nn.Module, architecture: Architecture, roles: Sequence[str]) -> dict[str, nn.Linear]:
+    paths = [architecture.projections[role] for role in roles]
+    return {
+        name: module
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear) and any(name == path or name.startswith(path + ".") for path in paths)
+    }
+
+
+class _Gradients:
+    """Of the weights of one decoder layer, by name, a sum for each fold."""
+
+    def __init__(self, folds: int) -> None:
+        self.folds = folds
+        self.sums: dict[str, list[Tensor]] = {}
+
+    def add(self, role: str, x: Tensor, g: Tensor, mask: Tensor | None, fold: int) -> None:
+        x, g = x.flatten(0, -2).float(), g.flatten(0, -2).float()
+        if mask is not None:
+            g = g * mask.flatten()[:, None]
+        sums = self._sums(role, g.shape[-1], x.shape[-1], x.device)[fold]
+        if sums.dtype == torch.float32:
+            sums.addmm_(g.T, x)  # the product alone would be as large
+        else:
+            sums += g.T @ x
+
+    def _sums(self, role: str, out_features: int, in_features: int, device: torch.device) -> list[Tensor]:
+        if role not in self.sums:
+            dtype = torch.float64 if out_features * in_features <= EXACT_NUMBERS else torch.float32
+            self.sums[role] = [
+                torch.zeros(out_features, in_features, dtype=dtype, device=device) for _ in range(self.folds)
+            ]
+        return self.sums[role]
+
+    def add_up(self, linears: Mapping[str, nn.Linear], device: torch.device, processes: Processes) -> None:
+        """Sums over all processes, of which some may have seen nothing."""
+        for name, linear in linears.items():
+            processes.sum(*self._sums(name, linear.out_features, linear.in_features, device))
+
+    def votes(self, name: str) -> Tensor | None:
+        """(out_features, in_features) float32: 1 or -1 where the folds agree on the sign, 0 elsewhere; None if not finite."""
+        sums = self.sums.pop(name)
+        if not all(math.isfinite(each.sum()) for each in sums):  # in one pass; what overflows here is of no use either
+            return None
+        total = sums[0].sign_()
+        for each in sums[1:]:
+            total += each.sign_()
+        return total.to(torch.int8).div(len(sums), rounding_mode="trunc").float()  # bytes: a third of the time
+
+
+class _ExactWeights:
+    """16 bits are too coarse for small steps, so float32 copies of such weights are moved, and the weights rounded from them."""
+
+    def __init__(self, shelf: Shelf) -> None:
+        # Beside a model that is paged because it is large, copies go to files.
+        self.files = Shelf(budget_bytes=0, folder=None if shelf.folder is None else shelf.folder / "weights")
+        self.copies: dict[tuple[int, str], Held] = {}
+
+    def move(self, index: int, name: str, layer: nn.Module, linear: nn.Linear, votes: Tensor, rate: float) -> None:
+        weight = linear.weight.data
+        rounded = weight.dtype in (torch.float16, torch.bfloat16)
+        copy = self.copies.pop((index, name), None)
+        exact = copy.get().to(weight.device) if copy else weight.float() if rounded else weight
+        size = rate * float(exact.norm()) / math.sqrt(exact.numel() * linear.in_features)
+        exact.add_(votes.to(exact.device), alpha=-size)
+        if rounded:
+            weight.copy_(exact)
+            shelf = IN_MEMORY if pages_of(layer) is None else self.files
+            self.copies[index, name] = shelf.put(exact)

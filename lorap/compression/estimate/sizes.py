@@ -1,0 +1,123 @@
+"""What is left of a model: ranks, widths, parameters and bytes, before anything is compressed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from types import SimpleNamespace
+
+from lorap.algorithms.pivoting import pivoted_parameters
+from lorap.architectures import MLP
+from lorap.compression.allocation import LayerPlan, plan_layer
+from lorap.compression.estimate.shapes import ModelShape
+from lorap.compression.planning import channels_to_drop, check_sizes, plan_by_shape
+from lorap.config import CompressionConfig
+from lorap.reports.run import compressed_roles
+
+INDEX_BYTES = 8  # a row number of pivoted storage is int64
+
+
+# One-element tensors of a low-rank layer (docs/checkpoint-format.md).
+GUARDS = 2
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The compressed model.
+
+    Args:
+        layer: what becomes of each decoder layer.
+        decided_by: empty where ranks and width follow from shapes and are exact; else what will decide on them, while ``layer``
+            is an even split.
+        budget: parameters of the compressed sub-layers' matrices that stay at most.
+        params: by kind, of the whole model.
+        index_bytes: of row numbers, which are no parameters.
+        guard_bytes: of what keeps hosts without lorap from loading low-rank layers.
+        nbytes: by kind, as saved, index and guards included.
+    """
+
+    layer: LayerPlan
+    decided_by: str
+    budget: int
+    params: Mapping[str, int]
+    index_bytes: int
+    guard_bytes: int
+    nbytes: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.params.values())
+
+
+def planned_sizes(shape: ModelShape, config: CompressionConfig) -> Sizes:
+    """What ``lorap compress`` will leave of a model.
+
+    Raises:
+        ConfigError: the sparsity leaves too little.
+    """
+    layer, decided_by = _planned_layer(shape, config)
+    params, nbytes = dict(shape.params), {}
+    index_bytes = guard_bytes = 0
+    for role in shape.projections:
+        count = matrix_params(shape, config, layer, role)
+        bias = _bias_after(shape, config, layer, role)
+        params[role] = shape.num_layers * (count + bias)
+        nbytes[role] = params[role] * shape.itemsize
+        if role in layer.ranks:
+            index = INDEX_BYTES * layer.ranks[role] if config.storage == "pivoted" else 0
+            index_bytes += shape.num_layers * index
+            guards = GUARDS * shape.itemsize
+            guard_bytes += shape.num_layers * guards
+            nbytes[role] += shape.num_layers * (index + guards)
+    roles = compressed_roles(config)
+    matrices = shape.num_layers * sum(prod(shape.projections[role]) for role in roles)
+    return Sizes(
+        layer=layer,
+        decided_by=decided_by,
+        budget=int((1 - config.sparsity) * matrices),
+        params=params,
+        index_bytes=index_bytes,
+        guard_bytes=guard_bytes,
+        nbytes={kind: nbytes.get(kind, count * shape.itemsize) for kind, count in params.items()},
+    )
+
+
+def matrix_params(shape: ModelShape, config: CompressionConfig, layer: LayerPlan, role: str) -> int:
+    """Parameters of one projection of one layer once it is compressed, without its bias."""
+    out_features, in_features = shape.projections[role]
+    if role in layer.ranks:
+        rank = layer.ranks[role]
+        pivoted = config.storage == "pivoted"
+        return pivoted_parameters((out_features, in_features), rank) if pivoted else rank * (out_features + in_features)
+    if role in MLP:
+        return layer.intermediate_size * shape.hidden_size
+    return out_features * in_features
+
+
+def _planned_layer(shape: ModelShape, config: CompressionConfig) -> tuple[LayerPlan, str]:
+    layers = [shape.projections] * shape.num_layers
+    if config.sparsity == 0:
+        return LayerPlan(ranks={}, intermediate_size=shape.width), ""
+    # The families differ in whether a stock model may gain a bias; nothing else is asked of the model.
+    model = SimpleNamespace(
+        config=SimpleNamespace(mlp_bias=set(MLP) <= shape.biases, model_type=shape.model_type),
+    )
+    check_sizes(model, layers, config)
+    if config.allocation == "flap":
+        width = shape.width - round(channels_to_drop(config, layers) / shape.num_layers)
+        return LayerPlan(ranks={}, intermediate_size=width), "one threshold on the channel scores of all layers"
+    by_shape = plan_by_shape(model, layers, config)
+    if by_shape is not None:
+        return by_shape[0], ""
+    return plan_layer(shape.projections, replace(config, allocation="even")), "the loss, by a backward pass"
+
+
+def _bias_after(shape: ModelShape, config: CompressionConfig, layer: LayerPlan, role: str) -> int:
+    pruned = layer.intermediate_size < shape.width
+    out_features = shape.projections[role][0]
+    if role == "down_proj" and config.bias_compensation and pruned:
+        return out_features
+    if role not in shape.biases:
+        return 0
+    return layer.intermediate_size if role in MLP[:2] else out_features

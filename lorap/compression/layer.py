@@ -1,0 +1,321 @@
+"""One decoder layer: observe, factorize attention, prune the FFN, and send the calibration windows through what came out.
+
+With ``sequential="layer"`` all statistics are taken before anything changes; with ``"sublayer"`` each part of the layer is
+observed behind the already compressed parts before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorap.algorithms.factorization import Factorization, factorize_batch
+from lorap.algorithms.moments import Moment
+from lorap.algorithms.pivoting import pivot, storage_error
+from lorap.algorithms.pruning import channel_importance, keep_inputs, keep_outputs, new_linear, removed_shares
+from lorap.algorithms.refit import fluctuation_scores, keep_best, output_scores, removed_share, repair_down
+from lorap.architectures import MLP, PROJECTIONS, SHARED_INPUTS, Architecture
+from lorap.calibration.statistics import ActivationStats, merged
+from lorap.calibration.stream import CalibrationStream, Probe, on_device
+from lorap.compression.allocation import LayerPlan
+from lorap.compression.shrinkage import choose_ridge, choose_shrinkage, shrunk
+from lorap.config import CompressionConfig
+from lorap.distributed import Processes
+from lorap.errors import CalibrationError
+from lorap.nn.linear import LowRankLinear, count_parameters
+from lorap.reports.run import ProjectionReport
+from lorap.reports.spectra import Spectrum, sampled_spectrum
+from lorap.system import Stopwatch, release_freed_memory
+
+Folds = tuple[ActivationStats, ...]
+
+
+@dataclass
+class LayerCompressor:
+    """Everything that the compression of all layers has in common.
+
+    Args:
+        config: what to do.
+        architecture: where the projections are.
+        stream: the calibration windows.
+        device: where layers are worked on.
+        watch: takes the time by stage.
+    """
+
+    config: CompressionConfig
+    architecture: Architecture
+    stream: CalibrationStream
+    device: torch.device
+    watch: Stopwatch = field(default_factory=Stopwatch)
+
+    def compress(
+        self, index: int, layer: nn.Module, plan: LayerPlan, output_metrics: Mapping[str, Tensor]
+    ) -> list[ProjectionReport]:
+        """Replace the projections of one layer; the stream stays before it.
+
+        Args:
+            index: of the layer.
+            layer: changed in place.
+            plan: its ranks and width.
+            output_metrics: by role, how errors of the outputs are weighed; empty for all alike.
+
+        Raises:
+            CalibrationError: an activation is NaN or infinite.
+            FactorizationError: a weight is.
+        """
+        dense = self.architecture.linears(layer)
+        work = _Layer(self.config, index, plan, dense, output_metrics, self.stream.processes)
+        with on_device(layer, self.device):
+            for inputs in self._steps(plan, dense):
+                self._compress_part(index, layer, work, inputs)
+        return [work.report(role) for role in PROJECTIONS]
+
+    def _compress_part(self, index: int, layer: nn.Module, work: _Layer, inputs: tuple[str, ...]) -> None:
+        """Replace the projections that read ``inputs``, judged on what these are now."""
+        plan, dense = work.plan, work.dense
+        with self.watch("calibrate"):
+            folds = self._observe(index, layer, dense, inputs)
+            for name in inputs:
+                largest = max(float(stats.largest) for stats in folds[name])
+                work.largest_inputs |= dict.fromkeys(SHARED_INPUTS[name], largest)
+            release_freed_memory(max(linear.weight.numel() for linear in dense.values()))
+        # The FFN first: its sums are the largest of all, and go when it is done.
+        with self.watch("prune"):
+            if "mlp_inner" in inputs and plan.intermediate_size < dense["gate_proj"].out_features:
+                work.prune(folds["mlp_input"], folds.pop("mlp_inner"))
+                layer.get_submodule(self.architecture.mlp).intermediate_size = plan.intermediate_size  # type: ignore[assignment]
+                release_freed_memory(dense["down_proj"].weight.numel())
+        with self.watch("factorize"):
+            for name in inputs:
+                roles = [role for role in SHARED_INPUTS[name] if role in plan.ranks]
+                if roles:
+                    work.factorize(
+                        {role: self.architecture.module_name(index, role) for role in roles}, folds.pop(name)
+                    )
+        for role, module in work.replaced.items():
+            layer.set_submodule(self.architecture.projections[role], module)
+
+    def _steps(self, plan: LayerPlan, dense: Mapping[str, nn.Linear]) -> list[tuple[str, ...]]:
+        """Which inputs are observed together, in order; those that nothing depends on are left out."""
+        pruned = plan.intermediate_size < dense["gate_proj"].out_features
+        needed = [
+            name
+            for name, readers in SHARED_INPUTS.items()
+            if set(readers) & set(plan.ranks) or (pruned and name.startswith("mlp"))
+        ]
+        if not needed or self.config.sequential == "layer":
+            return [tuple(needed)] if needed else []
+        steps: list[tuple[str, ...]] = [(name,) for name in needed if not (pruned and name.startswith("mlp"))]
+        return [*steps, ("mlp_input", "mlp_inner")] if pruned else steps
+
+    def _observe(
+        self, index: int, layer: nn.Module, dense: Mapping[str, nn.Linear], inputs: tuple[str, ...]
+    ) -> dict[str, Folds]:
+        """Statistics by the name of the input."""
+        probes = {name: self._probe(name, dense[SHARED_INPUTS[name][0]]) for name in inputs}
+        found = self.stream.observe(index, layer, probes)
+        for name, folds in found.items():
+            if not all(stats.is_finite for stats in folds):
+                raise CalibrationError(
+                    f"the activations in layer {index} are not finite (input of {', '.join(SHARED_INPUTS[name])}): the "
+                    "calibration text or the weights overflow this dtype; try --dtype float32, or check the model"
+                )
+        return found
+
+    def _probe(self, name: str, linear: nn.Linear) -> Probe:
+        mean, moments = sums_of(self.config, name)
+        weighted = self.config.token_weighting == "residual" and name in ("attention_output", "mlp_inner")
+        return Probe(linear, mean=mean, moments=moments, weighted=weighted)
+
+
+class _Layer:
+    """The projections of one layer on their way from dense to compressed."""
+
+    def __init__(
+        self,
+        config: CompressionConfig,
+        index: int,
+        plan: LayerPlan,
+        dense: Mapping[str, nn.Linear],
+        output_metrics: Mapping[str, Tensor],
+        processes: Processes,
+    ) -> None:
+        self.config, self.index, self.plan, self.dense = config, index, plan, dense
+        self.output_metrics = output_metrics
+        self.processes = processes
+        self.replaced: dict[str, nn.Module] = {}
+        self.errors: dict[str, float] = {}
+        self.factorizations: dict[str, tuple[str, float]] = {}  # by role: what solved it, its excess
+        self.storage_errors: dict[str, float] = {}
+        self.spectra: dict[str, Spectrum] = {}
+        self.largest_inputs: dict[str, float] = {}
+
+    def factorize(self, names: Mapping[str, str], folds: Folds) -> None:
+        """Low-rank stand-ins for projections that read one input, given by role and full name; processes share them."""
+        if not names:
+            return
+        mine = self.processes.share(list(names))
+        metric = self._metric(folds) if mine else None
+        # A GPU solves matrices of one size faster together; a CPU does not, and one at a time takes a third of the memory.
+        together = [mine] if self.dense[next(iter(names))].weight.is_cuda else [[role] for role in mine]
+        for roles in filter(None, together):
+            weights = [self.dense[role].weight.data.double() for role in roles]  # rounded once, at the end
+            found = factorize_batch(
+                weights,
+                [self.plan.ranks[role] for role in roles],
+                [metric] * len(roles),
+                output_metrics=[self._output_metric(role, weight) for role, weight in zip(roles, weights, strict=True)],
+                names=[names[role] for role in roles],
+            )
+            for role, factors in zip(roles, found, strict=True):
+                self._store(role, factors, metric, names[role])
+            del weights, found, factors
+            release_freed_memory(max(self.dense[role].weight.numel() for role in roles))
+        if self.processes.count == 1:
+            return
+        for sent in self.processes.gather({role: self._pack(role) for role in mine}):
+            for role, packed in sent.items():
+                self._unpack(role, packed)
+
+    def _pack(self, role: str) -> tuple[Any, ...]:
+        """What became of a projection, for other processes."""
+        return (*(found.get(role) for found in self._findings), self.replaced[role].to("cpu"))
+
+    def _unpack(self, role: str, packed: tuple[Any, ...]) -> None:
+        *told, module = packed
+        for found, value in zip(self._findings, told, strict=True):
+            if value is not None:
+                found[role] = value
+        self.replaced[role] = module.to(self.dense[role].weight.device)
+
+    @property
+    def _findings(self) -> tuple[dict[str, Any], ...]:
+        return self.errors, self.factorizations, self.storage_errors, self.spectra
+
+    def _store(self, role: str, factors: Factorization, metric: Tensor | None, name: str) -> None:
+        linear = self.dense[role]
+        left, right, rows = factors.left, factors.right, None
+        if self.config.storage == "pivoted":
+            stored = pivot(left, right, name=name)
+            left, right, rows = stored.left, stored.right, stored.pivot_rows
+        dtype = linear.weight.dtype
+        bias = None if linear.bias is None else linear.bias.data
+        module = LowRankLinear.from_factors(left.to(dtype), right.to(dtype), bias, rows).train(linear.training)
+        self.replaced[role] = module
+        self.errors[role] = factors.error
+        self.spectra[role] = sampled_spectrum(factors.singular_values)
+        self.factorizations[role] = factors.solver, factors.excess
+        exact = factors.left @ factors.right
+        self.storage_errors[role] = storage_error(exact, module.reconstruct(dtype=torch.float64), metric)
+
+    def prune(self, input_folds: Folds, inner_folds: Folds) -> None:
+        """Narrower gate, up and down, by the first process for all."""
+        if self.processes.is_first:
+            self._prune(input_folds, inner_folds)
+        if self.processes.count == 1:
+            return
+        packed = self.processes.from_first({role: self._pack(role) for role in MLP if role in self.replaced})
+        for role, one in packed.items():
+            self._unpack(role, one)
+
+    def _prune(self, input_folds: Folds, inner_folds: Folds) -> None:
+        config = self.config
+        gate, up, down = (self.dense[role] for role in MLP)
+        inner = merged(inner_folds, moments=False)
+        weights = (gate.weight.data, up.weight.data, down.weight.data)
+        # Weighted tokens or not, the norms of both inputs are of as many tokens: the paper's score adds one to the other.
+        inner_sq_norm = inner.channel_sq_norm * (inner.tokens / inner.weight if inner.weight > 0 else 1.0)
+        norms = (merged(input_folds).channel_sq_norm, inner_sq_norm)
+        metric = self._output_metric("down_proj", down.weight)
+        if config.channel_score == "lorap":
+            scores = channel_importance(*weights, *norms)
+        elif config.channel_score == "output":
+            scores = output_scores(down.weight.data, inner.channel_sq_norm, metric)
+        else:
+            scores = fluctuation_scores(down.weight.data, inner.variance)
+        kept = keep_best(scores, self.plan.intermediate_size, least_important_kept=config.least_important_kept)
+        self.errors |= removed_shares(*weights, *norms, kept)
+        narrow = keep_inputs(down, kept)
+        if config.repair:
+            weight = self._repaired(inner_folds, kept)
+            self.errors["down_proj"] = removed_share(down.weight.data, Moment.of(inner_folds[0]), kept, weight)
+            narrow = new_linear(weight.to(down.weight.dtype), None if down.bias is None else down.bias.data)
+        if config.bias_compensation:
+            narrow = _with_mean_output(down, narrow, kept, inner.mean)
+        self.replaced |= {"gate_proj": keep_outputs(gate, kept), "up_proj": keep_outputs(up, kept), "down_proj": narrow}
+
+    def _repaired(self, folds: Folds, kept: Tensor) -> Tensor:
+        """The refitted down projection; afterwards the first fold holds the sums of all, and the others no outer products."""
+        down = self.dense["down_proj"].weight.data
+        shrinkage = self._shrinkage(folds)
+        ridge = self.config.repair_ridge
+        if ridge == "auto":
+            ridge = choose_ridge(down, folds, kept, shrinkage=shrinkage)
+        for fold in folds[1:]:
+            folds[0].merge(fold)
+            fold.outer = None
+        release_freed_memory(down.numel())
+        return repair_down(down, Moment.of(folds[0]).shrunk(shrinkage), kept, ridge=float(ridge))
+
+    def _metric(self, folds: Folds) -> Tensor | None:
+        """What a factorization is judged on: nothing, the channel norms, the second moment, or the spread of the outputs."""
+        method = self.config.attention_method
+        if method == "svd":
+            return None
+        stats = merged(folds)
+        if method == "awsvd":
+            return stats.channel_sq_norm
+        return stats.covariance if method == "afm" else shrunk(stats.second_moment, self._shrinkage(folds))
+
+    def _shrinkage(self, folds: Folds) -> float:
+        asked = self.config.metric_shrinkage
+        return choose_shrinkage(folds) if asked == "auto" else float(asked)
+
+    def _output_metric(self, role: str, weight: Tensor) -> Tensor | None:
+        metric = self.output_metrics.get(role)
+        return None if metric is None else metric.to(weight.device)
+
+    def report(self, role: str) -> ProjectionReport:
+        before, after = self.dense[role], self.replaced.get(role, self.dense[role])
+        solver, excess = self.factorizations.get(role, (None, 0.0))
+        return ProjectionReport(
+            layer=self.index,
+            role=role,
+            shape_before=(before.out_features, before.in_features),
+            shape_after=(int(after.out_features), int(after.in_features)),  # type: ignore[arg-type]
+            rank=after.rank if isinstance(after, LowRankLinear) else None,
+            params_before=count_parameters(before),
+            params_after=count_parameters(after),
+            error=self.errors.get(role, 0.0),
+            storage_error=self.storage_errors.get(role, 0.0),
+            solver=solver,
+            excess=excess,
+            spectrum=self.spectra.get(role),
+            largest_input=self.largest_inputs.get(role, 0.0),
+        )
+
+
+def _with_mean_output(down: nn.Linear, narrow: nn.Linear, kept: Tensor, mean: Tensor) -> nn.Linear:
+    """``narrow`` with a bias that makes up for the mean of what it no longer outputs (FLAP, arXiv 2312.11983, section 4.3)."""
+    lost = down.weight.data.double() @ mean - narrow.weight.data.double() @ mean[kept]
+    bias = lost if down.bias is None else down.bias.data.double() + lost
+    return new_linear(narrow.weight.data, bias.to(down.weight.dtype))
+
+
+def needs_folds(config: CompressionConfig) -> bool:
+    """Whether anything is to be judged on another half of the calibration text than it was fitted on."""
+    fitted = config.attention_method == "second_moment" or (config.mlp_method == "prune" and config.repair)
+    return fitted and "auto" in (config.metric_shrinkage, config.repair_ridge)
+
+
+def sums_of(config: CompressionConfig, name: str) -> tuple[bool, bool]:
+    """Whether x, and whether x x^T, of an input of :data:`SHARED_INPUTS` is summed up beside its channel norms."""
+    if name.startswith("mlp") and config.mlp_method == "prune":
+        inner = name == "mlp_inner"
+        return inner and (config.bias_compensation or config.channel_score == "fluctuation"), inner and config.repair
+    method = config.attention_method
+    return method == "afm", method in ("afm", "second_moment")

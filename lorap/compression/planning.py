@@ -1,0 +1,364 @@
+"""Ranks and widths of all layers before the first one is touched.
+
+``paper`` and ``even`` follow from shapes alone. ``loss`` prices every size of every matrix by the increase of the loss to expect
+(:mod:`lorap.calibration.sensitivity`) and lets all of them share one budget (:mod:`lorap.compression.budget`). ``flap`` cuts
+the channels of all FFNs at one score. For target ``stock`` there is nothing to choose: attention stays dense, and one width
+does it all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorap.algorithms.factorization import spectrum, suffix_sums
+from lorap.algorithms.moments import Moment
+from lorap.algorithms.refit import fluctuation_scores, output_scores, repaired_tail
+from lorap.architectures import ATTENTION, MLP, PROJECTIONS, Architecture
+from lorap.calibration.offload import IN_MEMORY, Shelf
+from lorap.calibration.sensitivity import Sensitivity, layer_sensitivities
+from lorap.calibration.stream import CalibrationStream, Probe, on_device
+from lorap.calibration.windows import TokenWindows
+from lorap.compression.allocation import LayerPlan, Shape, plan_layer, stock_width
+from lorap.compression.budget import (
+    SMALLEST_RANK_MULTIPLE,
+    Offer,
+    affordable_multiple,
+    rank_offers,
+    spend,
+    stock_multiple,
+    tied,
+    width_offers,
+)
+from lorap.compression.shrinkage import output_metric, shrunk
+from lorap.config import CompressionConfig
+from lorap.distributed import ALONE, Processes
+from lorap.errors import CalibrationError, ConfigError
+from lorap.reports.run import compressed_roles
+from lorap.system import release_freed_memory
+
+Key = tuple[int, str]  # (layer index, role); the FFN of a layer goes by the name of its down projection
+
+# An eighth of the default calibration text is enough to price errors: 4,096 tokens gave the same result within 1.5 % at
+# sparsity 0.5 (docs/recipes.md), and the backward pass costs three forward passes.
+SENSITIVITY_TOKENS = 2048
+# Second moments of so few tokens are noisy; prices need less accuracy than factors do.
+PRICE_SHRINKAGE = 0.1
+PRICE_RIDGE = 0.01
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of each layer, and how errors are to be weighed.
+
+    Args:
+        layers: one per decoder layer.
+        output_metrics: by layer and role, (out_features, out_features) float32; empty where outputs are not weighed.
+    """
+
+    layers: Sequence[LayerPlan]
+    output_metrics: MutableMapping[Key, Tensor] = field(default_factory=dict)
+
+    def metrics_of(self, index: int) -> Mapping[str, Tensor]:
+        """The metrics of one layer, by role; each is fetched when it is asked for."""
+        return _OneLayer(self.output_metrics, index)
+
+
+class _OneLayer(Mapping[str, Tensor]):
+    def __init__(self, metrics: Mapping[Key, Tensor], index: int) -> None:
+        self.metrics, self.index = metrics, index
+
+    def __getitem__(self, role: str) -> Tensor:
+        return self.metrics[self.index, role]
+
+    def __iter__(self) -> Iterator[str]:
+        return (role for index, role in self.metrics if index == self.index)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def make_plan(
+    model: Any,
+    layers: Sequence[nn.Module],
+    windows: TokenWindows,
+    config: CompressionConfig,
+    architecture: Architecture,
+    *,
+    device: torch.device,
+    progress: Any = iter,
+    output_metrics: MutableMapping[Key, Tensor] | None = None,
+    shelf: Shelf = IN_MEMORY,
+    processes: Processes = ALONE,
+) -> Plan:
+    """Ranks and widths for ``config``; reads the model and changes nothing.
+
+    ``output_metrics`` is what takes the metrics of the outputs, ``shelf`` the hidden states; the windows are shared among
+    ``processes``, and so are the prices of a layer's matrices.
+
+    Raises:
+        ConfigError: the sparsity leaves too little.
+        CalibrationError: the gradients or activations are not finite.
+    """
+    shapes = shapes_of(layers, architecture)
+    if config.allocation == "flap" and config.sparsity > 0:
+        return Plan(_flap_widths(model, layers, windows, config, architecture, shapes, device, shelf, processes))
+    by_shape, roles, weighed = plan_by_shape(model, shapes, config), asked_roles(config), weighed_roles(config)
+    if not roles:
+        return Plan(by_shape or [LayerPlan(ranks={}, intermediate_size=shape["gate_proj"][0]) for shape in shapes])
+    prices = _Prices(config, shapes)
+    metrics: MutableMapping[Key, Tensor] = {} if output_metrics is None else output_metrics
+    sampled = spread_sample(windows, SENSITIVITY_TOKENS)
+
+    def projections(layer: nn.Module) -> dict[str, nn.Linear]:
+        return {role: linear for role, linear in architecture.linears(layer).items() if role in roles}
+
+    walk = layer_sensitivities(
+        model, layers, sampled, projections, device=device, progress=progress, shelf=shelf, processes=processes
+    )
+    with closing(walk):
+        for index, found in walk:
+            linears, mine = architecture.linears(layers[index]), processes.share(list(found))
+            release_freed_memory(max(linear.weight.numel() for linear in linears.values()))
+            for role, sensitivity in found.items():
+                _check_gradients(sensitivity, architecture.module_name(index, role), model.dtype)
+            for role in sorted(found, key=PROJECTIONS.index):  # the largest last, when the others are gone
+                sensitivity = found.pop(role)
+                metric = output_metric(sensitivity.output)
+                if by_shape is None and role in mine:
+                    prices.add(index, role, linears[role].weight.data, sensitivity, metric)
+                if role in weighed:
+                    metrics[index, role] = metric
+                del sensitivity, metric
+                release_freed_memory(linears[role].weight.numel())
+    return Plan(by_shape or prices.buy(processes), metrics)
+
+
+def shapes_of(layers: Iterable[nn.Module], architecture: Architecture) -> list[dict[str, Shape]]:
+    """(out_features, in_features) of the projections of each layer, by role."""
+    return [
+        {role: (linear.out_features, linear.in_features) for role, linear in architecture.linears(layer).items()}
+        for layer in layers
+    ]
+
+
+def check_sizes(model: Any, shapes: Sequence[Mapping[str, Shape]], config: CompressionConfig) -> None:
+    """Refuse, before a weight or a text is read, a sparsity that no choice of ranks and widths can reach.
+
+    Raises:
+        ConfigError: the sparsity leaves too little.
+    """
+    if config.sparsity == 0 or plan_by_shape(model, shapes, config) is not None:
+        return
+    if config.allocation == "flap":
+        _check_drop(channels_to_drop(config, shapes), [shape["gate_proj"][0] for shape in shapes])
+    else:
+        _Prices(config, shapes).check_budget()
+
+
+def buys_sizes(config: CompressionConfig) -> bool:
+    """Whether the loss decides on ranks and widths."""
+    return config.sparsity > 0 and config.allocation == "loss" and config.target != "stock"
+
+
+def asked_roles(config: CompressionConfig) -> tuple[str, ...]:
+    """Projections whose outputs a backward pass is asked about: to price sizes, or to weigh errors."""
+    if buys_sizes(config):
+        return tuple(role for role in (*ATTENTION, "down_proj") if role in compressed_roles(config))
+    return weighed_roles(config)
+
+
+def weighed_roles(config: CompressionConfig) -> tuple[str, ...]:
+    """Projections that are compressed with a metric of their outputs: low-rank ones, and a down_proj that scores channels."""
+    if config.sparsity == 0 or config.output_weighting == "none" or config.allocation == "flap":
+        return ()
+    roles = () if config.target == "stock" else ATTENTION
+    if config.mlp_method == "factorize" or config.channel_score == "output":
+        roles = (*roles, "down_proj")
+    return tuple(role for role in roles if role in compressed_roles(config))
+
+
+def _check_gradients(sensitivity: Sensitivity, name: str, dtype: torch.dtype) -> None:
+    if not torch.isfinite(sensitivity.output).all():
+        raise CalibrationError(
+            f"the gradients at {name} are not finite in {dtype}: try --dtype float32 or bfloat16, or do without them: "
+            "--allocation even --output-weighting none"
+        )
+
+
+def plan_by_shape(
+    model: Any, shapes: Sequence[Mapping[str, Shape]], config: CompressionConfig
+) -> list[LayerPlan] | None:
+    """What follows from shapes alone; None where the loss decides."""
+    if config.sparsity > 0 and config.target == "stock":
+        if config.bias_compensation and not getattr(model.config, "mlp_bias", False):
+            raise ConfigError(
+                f"bias_compensation gives down_proj a bias, and a stock {model.config.model_type} has biases in all three FFN "
+                "projections or in none; leave it out for target stock"
+            )
+        total = sum(_size(shapes[0][role]) for role in compressed_roles(config))
+        hidden, dense_width = shapes[0]["down_proj"]
+        asked = config.width_multiple
+        multiple = stock_multiple(dense_width, 3 * hidden, total) if asked == "auto" else int(asked)
+        width = stock_width(shapes[0], config, multiple=multiple)
+        return [LayerPlan(ranks={}, intermediate_size=width) for _ in shapes]
+    if config.allocation in ("paper", "even"):
+        return [plan_layer(shape, config) for shape in shapes]
+    return None
+
+
+class _Prices:
+    """Offers of all matrices, gathered layer by layer."""
+
+    def __init__(self, config: CompressionConfig, shapes: Sequence[Mapping[str, Shape]]) -> None:
+        self.config = config
+        self.shapes = shapes
+        self.curves: dict[Key, list[Offer]] = {}
+        self.total = sum(_size(shape[role]) for shape in shapes for role in compressed_roles(config))
+        together = len(shapes) if config.shapes == "uniform" else 1
+        self.multiples = {
+            role: _multiple(role, shapes[0][role], config, total=self.total, together=together)
+            for role in (*ATTENTION, "down_proj")
+        }
+
+    def add(self, index: int, role: str, weight: Tensor, sensitivity: Sensitivity, metric: Tensor) -> None:
+        # Second order of the loss: half the mean square of what the error moves along the gradient.
+        if role == "down_proj":
+            moment = Moment(sensitivity.input.to(weight.device), shrinkage=PRICE_SHRINKAGE)
+            order = output_scores(weight, moment.diagonal, metric).argsort(descending=True, stable=True)
+            tail = repaired_tail(weight, moment, order, ridge=PRICE_RIDGE, output_metric=metric)
+            offers = width_offers(weight.shape[0], tail / 2, multiple=self.multiples[role])
+        else:
+            tail = suffix_sums(spectrum(weight, shrunk(sensitivity.input.to(weight.device), PRICE_SHRINKAGE), metric))
+            offers = rank_offers(
+                (weight.shape[0], weight.shape[1]),
+                tail / 2,
+                pivoted=self.config.storage == "pivoted",
+                multiple=self.multiples[role],
+            )
+        self.curves[index, role] = offers
+
+    def check_budget(self) -> None:
+        """Refuse a budget below the smallest offers of all matrices, which no weight has a say in."""
+        smallest: dict[Key, list[Offer]] = {}
+        for index, shapes in enumerate(self.shapes):
+            for role in asked_roles(self.config):
+                out_features, in_features = shapes[role]
+                multiple = self.multiples[role]
+                if role == "down_proj":
+                    offers = width_offers(out_features, torch.zeros(in_features + 1), multiple=multiple)
+                else:
+                    pivoted = self.config.storage == "pivoted"
+                    tail = torch.zeros(min(shapes[role]) + 1)
+                    offers = rank_offers(shapes[role], tail, pivoted=pivoted, multiple=multiple)
+                smallest[index, role] = [min(offers, key=lambda offer: offer.params)]
+        spend(smallest, (1 - self.config.sparsity) * self.total)
+
+    def buy(self, processes: Processes) -> list[LayerPlan]:
+        offered: dict[Key, list[Offer]] = {}
+        for curves in processes.gather(self.curves):
+            offered |= curves
+        # In one order, whoever made them: it breaks ties.
+        self.curves = {
+            key: offered[key] for key in sorted(offered, key=lambda key: (-key[0], PROJECTIONS.index(key[1])))
+        }
+        budget = (1 - self.config.sparsity) * self.total
+        if self.config.shapes == "uniform":
+            roles = dict.fromkeys(role for _, role in self.curves)  # a set would break ties by the hash seed
+            layers = range(len(self.shapes))
+            shared = spend({role: tied([self.curves[index, role] for index in layers]) for role in roles}, budget)
+            taken = {(index, role): shared[role].size for index in layers for role in roles}
+        else:
+            taken = {key: offer.size for key, offer in spend(self.curves, budget).items()}
+        plans = []
+        for index, shapes in enumerate(self.shapes):
+            ranks = {role: taken[index, role] for role in ATTENTION if (index, role) in taken}
+            plans.append(
+                LayerPlan(
+                    ranks={role: rank for role, rank in ranks.items() if rank < min(shapes[role])},
+                    intermediate_size=taken.get((index, "down_proj"), shapes["gate_proj"][0]),
+                )
+            )
+        return plans
+
+
+def _multiple(role: str, shape: Shape, config: CompressionConfig, *, total: int, together: int) -> int:
+    asked = config.width_multiple if role == "down_proj" else config.rank_multiple
+    if asked != "auto":
+        return int(asked)
+    if role == "down_proj":
+        return affordable_multiple(shape[1], 3 * shape[0] * together, total, smallest=1)
+    smallest = min(SMALLEST_RANK_MULTIPLE, max(1, min(shape) // 8))
+    return affordable_multiple(min(shape), sum(shape) * together, total, smallest=smallest)
+
+
+def _flap_widths(
+    model: Any,
+    layers: Sequence[nn.Module],
+    windows: TokenWindows,
+    config: CompressionConfig,
+    architecture: Architecture,
+    shapes: Sequence[Mapping[str, Shape]],
+    device: torch.device,
+    shelf: Shelf,
+    processes: Processes,
+) -> list[LayerPlan]:
+    """One threshold on the scores of all FFN channels, standardised within each layer (FLAP, section 4.2)."""
+    stream = CalibrationStream.from_model(model, layers, windows, device=device, shelf=shelf, processes=processes)
+    standardised = []
+    for index, layer in enumerate(layers):
+        down = architecture.linears(layer)["down_proj"]
+        with on_device(layer, device):
+            (stats,) = stream.observe(index, layer, {"mlp_inner": Probe(down, mean=True)})["mlp_inner"]
+            scores = fluctuation_scores(down.weight.data, stats.variance)
+            stream.advance(index, layer)
+        standardised.append(((scores - scores.mean()) / scores.std().clamp(min=torch.finfo(torch.float64).tiny)).cpu())
+    kept = threshold_widths(standardised, channels_to_drop(config, shapes))
+    return [LayerPlan(ranks={}, intermediate_size=width) for width in kept]
+
+
+def channels_to_drop(config: CompressionConfig, shapes: Sequence[Mapping[str, Shape]]) -> int:
+    """Attention stays dense, so the FFNs give up what all compressed sub-layers are to lose."""
+    total = sum(_size(shape[role]) for shape in shapes for role in compressed_roles(config))
+    return int(config.sparsity * total / sum(_size(shapes[0][role]) / shapes[0]["gate_proj"][0] for role in MLP))
+
+
+def threshold_widths(scores: Sequence[Tensor], drop: int) -> list[int]:
+    """Channels that stay in each layer when the ``drop`` lowest of all scores go; every layer keeps at least one.
+
+    Raises:
+        ConfigError: fewer channels than layers would stay.
+    """
+    protected = [layer.argmax() for layer in scores]
+    _check_drop(drop, [len(layer) for layer in scores])
+    flat = torch.cat(
+        [layer.clone().index_fill(0, best, torch.inf) for layer, best in zip(scores, protected, strict=True)]
+    )
+    gone = torch.zeros_like(flat, dtype=torch.bool)
+    gone[flat.argsort(stable=True)[:drop]] = True
+    return [int((~part).sum()) for part in gone.split([len(layer) for layer in scores])]
+
+
+def _check_drop(drop: int, widths: Sequence[int]) -> None:
+    """Every layer keeps at least one channel."""
+    if drop > sum(widths) - len(widths):
+        raise ConfigError(
+            f"{drop:,} of {sum(widths):,} FFN channels would have to go; lower the sparsity, or compress attention as well "
+            "(another allocation)"
+        )
+
+
+def spread_sample(windows: TokenWindows, tokens: int) -> TokenWindows:
+    """About ``tokens`` tokens of the windows, evenly spread over them, so that every source has its part."""
+    count, seq_len = windows.input_ids.shape
+    wanted = min(count, max(1, tokens // seq_len))
+    return windows.rows(torch.linspace(0, count - 1, wanted).round().long())
+
+
+def _size(shape: Shape) -> int:
+    return shape[0] * shape[1]

@@ -1,0 +1,1 @@
+"""Compression from files to files, resumed after interruptions."""

@@ -1,0 +1,172 @@
+"""What a run depends on, in hashes: options, texts, model files. And one look at every weight before any work is done."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lorap.calibration.mixtures import Sources, weighted_sources
+from lorap.calibration.places import located
+from lorap.calibration.sources import Source, is_packaged, source_name
+from lorap.checkpoint.folders import weight_files
+from lorap.checkpoint.load import ModelSource
+from lorap.checkpoint.paging import pages_of
+from lorap.checkpoint.stored_tensors import Stamp, StoredTensor, read_pieces, stored_tensors
+from lorap.compression.runs.journal import Journal
+from lorap.errors import CheckpointError, JournalError
+from lorap.finite import count_not_finite, refuse_not_finite
+from lorap.version import __version__
+
+WEIGHTS_STEP = "weights"
+# Files of a model folder, besides weights, that decide on what comes out.
+SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*.jinja")
+
+
+def identity_of(
+    source: ModelSource, config: Mapping[str, Any], calibration: Sources, evaluation: Iterable[Source], **more: Any
+) -> dict[str, Any]:
+    """Everything but the weights that a run depends on, for :func:`lorap.compression.runs.journal.check_identity`."""
+    weighted = weighted_sources(calibration, own_samples=True)
+    return {
+        "lorap": __version__,
+        "torch": torch.__version__,
+        "option": dict(config),
+        "calibration": _by_name((f"{source_name(text)} x {weight:g}", digest(text)) for text, weight in weighted),
+        "evaluation": _by_name((source_name(text), digest(text)) for text in evaluation),
+        "model": {"name": source.name, **_small_files(source)},
+        **more,
+    }
+
+
+def _by_name(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Hashes by name; texts of one name, such as two pipes, are told apart by their order."""
+    found: dict[str, str] = {}
+    for name, value in pairs:
+        found[name] = f"{found[name]} {value}" if name in found else value
+    return found
+
+
+def digest(source: Source) -> str:
+    """A hash of a text's file or of tokens; of a name where there is no file. What was read from a pipe counts, not its name."""
+    if isinstance(source, Tensor):
+        return hashlib.sha256(source.cpu().contiguous().numpy().tobytes()).hexdigest()
+    if isinstance(source, Mapping):
+        return " ".join(digest(source[name]) for name in sorted(source))
+    if not is_packaged(str(source)) and (place := located(source)) is not None:
+        if not place.path.is_dir():
+            return f"{hash_file(place.path)} {place.field}".strip()
+        inside = {path.relative_to(place.path): path for path in sorted(place.path.rglob("*")) if path.is_file()}
+        parts = [f"{name}: {hash_file(path)}" for name, path in inside.items()]
+        return " ".join([*parts, place.config, place.split, place.field]).strip()
+    return hashlib.sha256(str(source).encode()).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        sha = hashlib.sha256()
+        with path.open("rb") as file:
+            while piece := file.read(2**24):
+                sha.update(piece)
+        return sha.hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+
+
+def check_weights(journal: Journal, source: ModelSource, model: Any, *, progress: bool) -> None:
+    """Read every weight once: refuse NaN and infinity, and files other than those that the run began with.
+
+    Files of the size and time that they had then are not read again.
+
+    Args:
+        journal: of the run.
+        source: where the files are.
+        model: from :func:`lorap.checkpoint.load.load_model`, which has looked for NaN where it is not paged.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        JournalError: a weight file is another one than when the run began.
+        CheckpointError: a file cannot be read, or a tensor in it has NaN or infinity, in the dtype that it is read in.
+    """
+    dtypes = _paged_dtypes(model)
+    files = _weight_files(source)
+    stamps = {path.name: [Stamp.of(path).size, Stamp.of(path).mtime_ns] for path in files}
+    before = journal.read(WEIGHTS_STEP) if journal.has(WEIGHTS_STEP) else None
+    if before is not None and before["stamps"] == stamps:
+        return
+    hashes = {}
+    with tqdm(
+        desc="Checking", unit="B", unit_scale=True, total=sum(size for size, _ in stamps.values()), disable=not progress
+    ) as bar:
+        for path in files:
+            hashes[path.name] = _look_through(path, dtypes, bar)
+    if before is not None and before["hashes"] != hashes and not journal.processes.from_first(journal.has_layers()):
+        journal.begin_anew()
+    elif before is not None and before["hashes"] != hashes:
+        other = sorted({*hashes.items()} ^ {*before["hashes"].items()})[0][0]
+        raise JournalError(
+            f"{other} is not the file that this run began with; bring that back, or pass --restart to throw away what was done"
+        )
+    journal.keep(WEIGHTS_STEP, {"stamps": stamps, "hashes": hashes})
+
+
+def _weight_files(source: ModelSource) -> list[Path]:
+    if source.folder is None:
+        return []
+    return [source.folder / source.gguf_file] if source.gguf_file else weight_files(source.folder)
+
+
+def _paged_dtypes(model: Any) -> dict[str, torch.dtype]:
+    """By name, the dtype in which each weight comes from the files when it is used; nothing for a model that is in memory."""
+    pages = pages_of(model.get_input_embeddings())
+    if pages is None:
+        return {}
+    return {name: pages.dtype or weight.dtype for name, weight in model.named_parameters(remove_duplicate=False)}
+
+
+def _look_through(path: Path, dtypes: Mapping[str, torch.dtype], bar: Any) -> str:
+    """sha256 of a file; its weights are checked on the way where it is one of safetensors, and after it in a pickle."""
+    if path.suffix != ".safetensors":
+        bar.update(path.stat().st_size)
+        for stored in stored_tensors(path).values() if path.suffix == ".bin" else ():
+            if stored.name in dtypes:
+                bad = sum(_not_finite(piece, stored, dtypes) for _, piece in read_pieces(stored))
+                refuse_not_finite(stored.name, bad, dtypes[stored.name])
+        return hash_file(path)
+    tensors = sorted(stored_tensors(path).values(), key=lambda stored: stored.info.offset)
+    first = min((stored.info.offset for stored in tensors), default=path.stat().st_size)
+    with path.open("rb") as file:
+        sha = hashlib.sha256(file.read(first))
+    for stored in tensors:
+        bad = 0
+        for _, piece in read_pieces(stored):
+            sha.update(piece.numpy().data)
+            bad += _not_finite(piece, stored, dtypes)
+            bar.update(len(piece))
+        if bad:
+            refuse_not_finite(stored.name, bad, dtypes[stored.name])
+    return sha.hexdigest()
+
+
+def _not_finite(piece: Tensor, stored: StoredTensor, dtypes: Mapping[str, torch.dtype]) -> int:
+    """In a piece of what the model uses, as it uses it: a number that fits the file may not fit its dtype."""
+    if stored.name not in dtypes or not stored.dtype.is_floating_point:
+        return 0
+    return count_not_finite(piece.view(stored.dtype).to(dtypes[stored.name]))
+
+
+def _small_files(source: ModelSource) -> dict[str, str]:
+    if source.folder is None or source.gguf_file:
+        return {}
+    found = {path for pattern in SMALL_FILES for path in source.folder.glob(pattern) if path.is_file()}
+    return {path.name: hash_file(path) for path in sorted(found)}

@@ -1,0 +1,282 @@
+"""What an unfinished run has done so far, in the hidden work folder of its output (:mod:`lorap.outputs`), so that the same
+command can go on after any interruption.
+
+::
+
+    .OUT.lorap/, or OUT/.lorap/
+        lock              held by the process at work; the system lets go of it when that process dies, however it dies
+        identity.json     what the run depends on: options, model files, texts, versions
+        NAME.json         one finished step each; what it says of tensors is in NAME.safetensors, which is written first
+        hidden/           hidden states that did not fit into memory; worthless to another process
+        stage/            the folder that becomes OUT
+        stage.replaced/   what was OUT before, while the two change places
+
+A file appears complete or not at all, by a rename, and is on the disk before the next step begins. So there is nothing to repair:
+a step whose JSON is there is done.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lorap.checkpoint.folders import read_json
+from lorap.checkpoint.stored_tensors import StoredTensor, stored_tensors
+from lorap.checkpoint.tensor_files import Writable, write_tensors
+from lorap.distributed import ALONE, Processes
+from lorap.errors import CheckpointError, JournalError, LoRAPError, ProcessError
+from lorap.files import reason, remove, replacing
+from lorap.outputs import LOCK, WorkFolder, work_folder, work_path
+
+IDENTITY = "identity"
+THREADS = "threads"
+# All is in the stage; only names are still to change.
+COMPLETE = "complete"
+STAGE = "stage"
+# In the same folder, but nothing of a run's.
+NOT_OURS = (LOCK, "recovery")
+# These alone are no reason to leave a folder behind.
+PREPARATIONS = (IDENTITY, "weights")
+# After these the same command may well succeed.
+NO_REFUSAL = (CheckpointError, JournalError, ProcessError)
+
+
+class Journal:
+    """The steps of a run that are done; see above.
+
+    Args:
+        folder: None for a run that keeps nothing.
+        processes: who share the run; the first one writes.
+        work: what puts the stage in place; of the first process.
+    """
+
+    def __init__(self, folder: Path | None, processes: Processes = ALONE, work: WorkFolder | None = None) -> None:
+        self.folder = folder
+        self.processes = processes
+        self.work = work
+
+    def has(self, step: str) -> bool:
+        """Whether a step is done; for all processes what the first one finds."""
+        return self.processes.from_first(self.folder is not None and self._path(step, "json").is_file())
+
+    def has_alone(self, step: str) -> bool:
+        """The same for this process alone."""
+        return self.folder is not None and self._path(step, "json").is_file()
+
+    def read(self, step: str) -> dict[str, Any]:
+        """What a step left.
+
+        Raises:
+            CheckpointError: its file is damaged.
+        """
+        return read_json(self._path(step, "json"))
+
+    def tensors(self, step: str) -> dict[str, StoredTensor]:
+        """The tensors of a step, still in their file; errors as :meth:`read`."""
+        return stored_tensors(self._path(step, "safetensors"))
+
+    def keep(self, step: str, value: Mapping[str, Any], tensors: Mapping[str, Writable] | None = None) -> None:
+        """Write down that a step is done, and wait for the others.
+
+        Raises:
+            CheckpointError: the disk is full or broken; steps before this one are still there.
+        """
+        if self.processes.is_first:
+            self.keep_alone(step, value, tensors)
+        self.processes.wait()
+
+    def keep_alone(self, step: str, value: Mapping[str, Any], tensors: Mapping[str, Writable] | None = None) -> None:
+        """The same by the first process, while others do something else; errors as :meth:`keep`."""
+        if self.folder is None:
+            return
+        if tensors is not None:
+            self.keep_tensors(step, tensors)
+        with self._writing(step, "json") as path:
+            path.write_text(json.dumps(value), "utf-8")
+
+    def keep_tensors(self, step: str, tensors: Mapping[str, Writable]) -> None:
+        """Write tensors of a step that is not done yet; errors as :meth:`keep`."""
+        if self.folder is not None and self.processes.is_first:
+            with self._writing(step, "safetensors") as path:
+                write_tensors(path, tensors)
+
+    def forget_tensors(self, step: str) -> None:
+        """Remove tensors that nothing will need again."""
+        if self.folder is not None and self.processes.is_first:
+            self._path(step, "safetensors").unlink(missing_ok=True)
+
+    def has_layers(self) -> bool:
+        """Whether there is work that would be lost: a finished layer."""
+        return self.folder is not None and _has_layers(self.folder)
+
+    def forget(self, step: str) -> None:
+        """A step is not done any more."""
+        if self.processes.is_first:
+            self._path(step, "json").unlink(missing_ok=True)
+
+    def begin_anew(self) -> None:
+        """Forget all steps; what the run depends on stays."""
+        if self.processes.is_first:
+            _begin(self, self.read(IDENTITY))
+        self.processes.wait()
+
+    def _path(self, step: str, suffix: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{step}.{suffix}"
+
+    @contextmanager
+    def _writing(self, step: str, suffix: str) -> Iterator[Path]:
+        path = self._path(step, suffix)
+        try:
+            with replacing(path) as draft:
+                yield draft
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot keep {step.replace('-', ' ')} in {path.parent}: {reason(error, path)}; what was finished before is "
+                "kept: mend that and run the same command again"
+            ) from error
+
+
+NO_JOURNAL = Journal(None)
+
+
+@contextmanager
+def open_journal(out: Path, *, restart: bool = False, processes: Processes = ALONE) -> Iterator[Journal]:
+    """The journal of the run that writes ``out``; no other process can open it meanwhile.
+
+    What was not begun in earnest (no step done) leaves nothing behind, and neither does a run that was refused before its first
+    layer was finished.
+
+    Raises:
+        JournalError: another process is at work on ``out``.
+        CheckpointError: the folder cannot be made.
+    """
+    if not processes.is_first:
+        yield Journal(work_path(out), processes)
+        return
+    with work_folder(out) as work:
+        try:
+            if restart or _is_lost(work):
+                clear(work.path)
+            shutil.rmtree(work.path / "hidden", ignore_errors=True)
+            yield Journal(work.path, processes, work)
+        except LoRAPError as error:
+            if not isinstance(error, NO_REFUSAL) and not _has_layers(work.path):
+                clear(work.path)
+            raise
+        finally:
+            if not any(path.suffix == ".json" and path.stem not in PREPARATIONS for path in work.path.glob("*")):
+                clear(work.path)
+
+
+def check_identity(journal: Journal, identity: Mapping[str, Any], *, threads: int) -> None:
+    """Begin a run that depends on ``identity``, or go on with one that depends on the same.
+
+    One that has not finished a layer yet holds up nobody: what it has prepared is thrown away. Another number of ``threads``
+    changes the last digits of sums, and so is told, not refused.
+
+    Raises:
+        JournalError: an unfinished run depends on something else, which is named.
+    """
+    assert journal.folder is not None
+    if not (journal.folder / f"{IDENTITY}.json").is_file():
+        _begin(journal, {**identity, THREADS: threads})
+        return
+    begun = journal.read(IDENTITY)
+    begun_with = begun.pop(THREADS, threads)
+    before = _flat(begun)
+    now = _flat(json.loads(json.dumps(identity)))
+    changes = [
+        f"{name} was {_short(before.get(name))} and is {_short(now.get(name))}"
+        for name in dict.fromkeys([*before, *now])
+        if before.get(name) != now.get(name)
+    ]
+    if changes and not journal.has_layers():
+        _tell(
+            "an earlier run to this output had other options and no finished layer; what it had prepared is thrown away"
+        )
+        _begin(journal, {**identity, THREADS: threads})
+    elif changes:
+        raise JournalError(
+            f"an unfinished run with this output is another one: {'; '.join(changes)}. Run its own command again to finish it, "
+            "choose another output, or pass --restart to throw away what it has done"
+        )
+    elif begun_with != threads:
+        _tell(
+            f"begun with {begun_with} threads and going on with {threads}: as good, but not the bytes of a run with one number "
+            f"of threads (OMP_NUM_THREADS={begun_with} gives those)"
+        )
+
+
+def _begin(journal: Journal, identity: Mapping[str, Any]) -> None:
+    assert journal.folder is not None
+    clear(journal.folder)
+    journal.keep_alone(IDENTITY, identity)
+
+
+def _tell(sentence: str) -> None:
+    print(f"lorap: {sentence}", file=sys.stderr, flush=True)
+
+
+def _has_layers(folder: Path) -> bool:
+    return any(folder.glob("layer-*.json"))
+
+
+def is_complete(out: Path) -> bool:
+    """Whether an interrupted run has done everything but put the folder in place."""
+    return (work_path(out) / f"{COMPLETE}.json").is_file()
+
+
+def finish(journal: Journal) -> None:
+    """The stage becomes the output, and the journal goes. It may be interrupted anywhere and called again.
+
+    Raises:
+        CheckpointError: the output cannot be replaced.
+    """
+    folder, work = journal.folder, journal.work
+    assert folder is not None
+    assert work is not None
+    try:
+        work.put_in_place(folder / STAGE)
+        clear(folder, placed=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"could not put {work.out} in place: {reason(error, work.out)}; it is whole in {folder / STAGE}: mend that "
+            "and run the same command again"
+        ) from error
+
+
+def clear(folder: Path, *, placed: bool = False) -> None:
+    """Everything of a run goes. What says that it is complete goes first, but last where the output is in its place."""
+    complete = folder / f"{COMPLETE}.json"
+    if not placed:
+        complete.unlink(missing_ok=True)
+    last = [complete, *(folder / f"{step}.json" for step in PREPARATIONS)]
+    for path in folder.iterdir():
+        if path not in last and path.name not in NOT_OURS:
+            remove(path)
+    for path in last:
+        path.unlink(missing_ok=True)
+
+
+def _is_lost(work: WorkFolder) -> bool:
+    """Whether a run was complete and somebody has removed what came out of it."""
+    whole = (work.path / STAGE).is_dir() or work.out.is_dir()
+    return (work.path / f"{COMPLETE}.json").is_file() and not whole
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, item in value.items():
+        flat |= _flat(item, f"{prefix}{name} ") if isinstance(item, dict) else {f"{prefix}{name}": item}
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 24 else f"{text[:20]}..."

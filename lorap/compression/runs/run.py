@@ -1,0 +1,215 @@
+"""``compress_to_folder()``: from a model's files to a folder, one decoder layer in memory at a time, resumed after interruptions.
+
+What a run depends on is its *identity*: options, model files, texts, versions. It is written down first, and a later command goes
+on only where it has the same. The number of processes and the memory are not part of it: they change nothing in the result.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from lorap.architectures import find_architecture
+from lorap.calibration.mixtures import Sources, check_sources
+from lorap.calibration.offload import Shelf
+from lorap.calibration.sources import DEFAULT_CALIBRATION, Source
+from lorap.checkpoint import host_keys
+from lorap.checkpoint.folders import stored_parameters
+from lorap.checkpoint.load import ModelSource, check_tokenizer, find_model, load_model, load_tokenizer, resolve_device
+from lorap.checkpoint.save import try_settings, write_reports
+from lorap.checkpoint.shards import write_model
+from lorap.compression.pipeline import Run
+from lorap.compression.planning import check_sizes, shapes_of
+from lorap.compression.runs.fingerprints import check_weights, identity_of
+from lorap.compression.runs.journal import COMPLETE, STAGE, Journal, check_identity, finish, is_complete, open_journal
+from lorap.config import CompressionConfig
+from lorap.distributed import is_first_process, joined, local_rank
+from lorap.errors import CheckpointError
+from lorap.files import reason, sync_tree
+from lorap.nn.linear import count_parameters
+from lorap.outputs import check_output, check_room
+from lorap.reports.run import CompressionReport
+from lorap.system import Stopwatch, parse_bytes
+
+PACKAGING = "packaging"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What a run to a folder is told besides the config.
+
+    Args:
+        calibration: as for :func:`lorap.compress`.
+        evaluation: texts to judge by, before and after.
+        device: where layers are worked on.
+        dtype: of the model; ``auto`` for the checkpoint's own.
+        max_shard_size: largest safetensors file.
+        max_memory_bytes: hidden states of the windows beyond this size go to disk. None: they stay in memory.
+        overwrite: replace an output folder, at the end and in one step.
+        restart: throw away what an unfinished run has done.
+        command: for the report.
+        progress: show progress bars on stderr.
+    """
+
+    calibration: Sources = DEFAULT_CALIBRATION
+    evaluation: Sequence[Source] = ()
+    device: str = "auto"
+    dtype: str = "auto"
+    max_shard_size: str | int = "5GB"
+    max_memory_bytes: int | None = None
+    overwrite: bool = False
+    restart: bool = False
+    command: str = ""
+    progress: bool = True
+
+
+def compress_to_folder(
+    model: str | Path, out: str | Path, config: CompressionConfig | None = None, options: RunOptions | None = None
+) -> CompressionReport:
+    """Compress the model in a folder, of a hub name or a GGUF file into the Hugging Face folder ``out``.
+
+    A folder of safetensors is never loaded as a whole: the peak memory is that of one decoder layer, its statistics and a batch
+    of windows. Every finished layer is kept beside ``out``; after an interruption of any kind the same call goes on behind the
+    last one, to the same bytes. Under ``torchrun`` the processes share windows and factorizations.
+
+    Raises:
+        JournalError: an unfinished run to ``out`` is another one, or still at work.
+        LoRAPError: as :func:`lorap.compress` and :func:`lorap.save`; what was finished is kept.
+    """
+    config, options, out = config or CompressionConfig(), options or RunOptions(), Path(out)
+    check_sources(options.calibration, *options.evaluation)
+    parse_bytes(options.max_shard_size)
+    source = find_model(model)
+    if is_first_process() and (options.restart or not is_complete(out)):
+        check_output(out, source=source.folder, overwrite=options.overwrite)
+    with joined() as processes, open_journal(out, restart=options.restart, processes=processes) as journal:
+        return _FolderRun(source, out, config, options, journal).run()
+
+
+@dataclass
+class _FolderRun:
+    """A run to a folder, within its journal."""
+
+    source: ModelSource
+    out: Path
+    config: CompressionConfig
+    options: RunOptions
+    journal: Journal
+
+    def run(self) -> CompressionReport:
+        watch = Stopwatch()
+        processes = self.journal.processes
+        with watch("load"):
+            device = _own_device(self.options.device)
+            tokenizer = load_tokenizer(self.source)
+            model = load_model(self.source, dtype=self.options.dtype, device=device, paged=True)
+            check_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0])
+        with watch("check"):
+            self._check(model, tokenizer, device)
+        report = self._finished()
+        if report is None:
+            walk = Run(
+                model,
+                self.source.name,
+                tokenizer,
+                self.config,
+                device,
+                watch,
+                progress=self.options.progress,
+                journal=self.journal,
+                shelf=self._shelf(),
+            )
+            report = walk.compress(self.options.calibration, self.options.evaluation)
+            report.command = self.options.command
+            if processes.is_first:
+                self._write(model, tokenizer, report, watch)
+        if processes.is_first:
+            finish(self.journal)
+        processes.wait()
+        return report
+
+    def _finished(self) -> CompressionReport | None:
+        """What an earlier process has completed, if it is packed as this command wants it."""
+        journal = self.journal
+        assert journal.folder is not None
+        kept = journal.processes.from_first(journal.read(COMPLETE) if journal.has_alone(COMPLETE) else None)
+        staged = journal.processes.from_first((journal.folder / STAGE).is_dir())
+        if kept is not None and staged and kept[PACKAGING] != self._packaging():
+            journal.forget(COMPLETE)
+            return None
+        return None if kept is None else CompressionReport.from_dict(kept["report"])
+
+    def _packaging(self) -> dict[str, int]:
+        """What changes nothing but how the result is stored, and so is no part of the identity."""
+        return {"shard_bytes": parse_bytes(self.options.max_shard_size)}
+
+    def _check(self, model: Any, tokenizer: Any, device: torch.device) -> None:
+        """The run is the one that was begun, its end can be written, and every weight is looked at once, before any work."""
+        options, architecture = self.options, find_architecture(model)
+        check_sizes(model, shapes_of(architecture.decoder_layers(model), architecture), self.config)
+        if self.journal.processes.is_first:
+            self._try_writing(model, tokenizer)
+            identity = identity_of(
+                self.source,
+                self.config.to_dict(),
+                options.calibration,
+                options.evaluation,
+                device=device.type,
+                dtype=str(model.dtype),
+            )
+            check_identity(self.journal, identity, threads=torch.get_num_threads())
+        self.journal.processes.wait()
+        check_weights(self.journal, self.source, model, progress=options.progress and self.journal.processes.is_first)
+
+    def _try_writing(self, model: Any, tokenizer: Any) -> None:
+        assert self.journal.folder is not None
+        trial = self.journal.folder / "trial"
+        try:
+            try_settings(model, tokenizer, trial)
+        finally:
+            shutil.rmtree(trial, ignore_errors=True)
+        if not self.journal.has_alone(COMPLETE):
+            nbytes = (1 - self.config.sparsity) * count_parameters(model) * model.dtype.itemsize
+            check_room(self.journal.folder, int(nbytes), shown=self.out)
+
+    def _shelf(self) -> Shelf:
+        assert self.journal.folder is not None
+        folder = self.journal.folder / "hidden" / str(self.journal.processes.rank)
+        return Shelf(budget_bytes=self.options.max_memory_bytes, folder=folder)
+
+    def _write(self, model: Any, tokenizer: Any, report: CompressionReport, watch: Stopwatch) -> None:
+        """The output, complete, in the journal's folder."""
+        assert self.journal.folder is not None
+        stage = self.journal.folder / STAGE
+        try:
+            with watch("save"):
+                shutil.rmtree(stage, ignore_errors=True)
+                stage.mkdir()
+                write_model(model, stage, max_shard_size=self.options.max_shard_size)
+                host_keys.complete(stage, tokenizer)
+                saved = stored_parameters(stage)
+            report.seconds = watch.seconds
+            write_reports(report, stage)
+            sync_tree(stage)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"could not write {self.out}: {reason(error, self.out)}; all layers are kept: mend that and run the same "
+                "command again"
+            ) from error
+        if saved != report.params_saved:
+            raise CheckpointError(f"{saved:,} parameters reached the disk, but the model has {report.params_saved:,}")
+        self.journal.keep_alone(COMPLETE, {"report": report.to_dict(), PACKAGING: self._packaging()})
+
+
+def _own_device(device: str) -> torch.device:
+    """That of this process: among several, each has a GPU of its own."""
+    local = local_rank()
+    if local is not None and device in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", local)
+    return resolve_device(device)

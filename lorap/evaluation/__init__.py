@@ -1,0 +1,1 @@
+"""Judging and looking at models: perplexity, tasks, profiles, spectra, comparisons."""

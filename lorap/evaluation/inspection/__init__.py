@@ -1,0 +1,1 @@
+"""Spectra and channel importances of a dense model."""

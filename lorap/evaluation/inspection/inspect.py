@@ -1,0 +1,155 @@
+"""Is it low rank? The spectrum of every projection, plain and as its inputs weigh it, attention beside FFN.
+
+LoRAP (arXiv 2404.09695) rests on an observation: attention weights are nearly low rank, the more so when their input channels are
+weighted by the norms of the activations, and FFN weights are not. This file measures that on any model that lorap can compress,
+one decoder layer in memory at a time. Inputs come from the dense model.
+
+Every matrix is compared with a Gaussian random one of its shape: a square one needs a smaller share of its rank than a wide one
+even where there is nothing to find, and in attention matrices are squarer than in the FFN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lorap.algorithms.factorization import spectrum
+from lorap.algorithms.pruning import channel_importance
+from lorap.architectures import MLP, SHARED_INPUTS, Architecture, find_architecture
+from lorap.calibration.mixtures import Sources
+from lorap.calibration.sources import DEFAULT_CALIBRATION
+from lorap.calibration.stream import CalibrationStream, Probe, on_device
+from lorap.calibration.windows import draw_windows
+from lorap.checkpoint.load import resolve_device
+from lorap.errors import CalibrationError, ConfigError
+from lorap.evaluation.inspection.report import Inspection, ProjectionSpectra
+from lorap.evaluation.inspection.values import Importance, SingularValues
+from lorap.finite import check_finite
+
+
+@torch.no_grad()
+def inspect_model(
+    model: Any,
+    *,
+    calibration: Sources | None = DEFAULT_CALIBRATION,
+    tokenizer: Any = None,
+    layers: Sequence[int] | None = None,
+    num_calibration_samples: int = 32,
+    calibration_seq_len: int = 128,
+    seed: int = 0,
+    device: str = "auto",
+    name: str | None = None,
+    progress: bool = True,
+) -> Inspection:
+    """Spectra and channel importances of a dense model, one decoder layer in memory at a time.
+
+    Args:
+        model: a transformers model, which is not changed.
+        calibration: text or tokens, as for :func:`lorap.compress`, without ``self``; None gives plain spectra, and the model
+            does not run.
+        tokenizer: for text.
+        layers: which decoder layers; all by default. The model runs no further than the last of them.
+        num_calibration_samples: token windows.
+        calibration_seq_len: tokens in each.
+        seed: which windows are drawn.
+        device: where layers are worked on; ``auto`` where the model is.
+        name: of the model, for the report.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        ArchitectureError: the model's family is unknown, or it was compressed already.
+        CalibrationError: a text cannot be used, or activations are not finite.
+        ConfigError: there is no such layer.
+        CheckpointError: a weight is NaN or infinite.
+    """
+    architecture = find_architecture(model)
+    every = list(architecture.decoder_layers(model))
+    chosen = _chosen(layers, len(every))
+    where = _home(model) if device == "auto" else resolve_device(device)
+    windows = stream = None
+    if calibration is not None:
+        windows = draw_windows(
+            calibration,
+            tokenizer,
+            num_samples=num_calibration_samples,
+            seq_len=calibration_seq_len,
+            seed=seed,
+            vocab_size=model.get_input_embeddings().weight.shape[0],
+        )
+        stream = CalibrationStream.from_model(model, every, windows, device=where)
+    projections: list[ProjectionSpectra] = []
+    channels: dict[int, dict[str, Importance]] = {}
+    passed = range(chosen[-1] + 1) if stream else chosen
+    for index in tqdm(passed, desc="Inspecting", unit="layer", disable=not progress):
+        with on_device(every[index], where):
+            if index in chosen:
+                norms = _sq_norms(stream, index, every[index], architecture) if stream else None
+                weights = _weights(index, every[index], architecture)
+                projections += _spectra(index, weights, norms)
+                channels[index] = _importances(weights, norms)
+            if stream and index < chosen[-1]:
+                stream.advance(index, every[index])
+    told = None if windows is None else windows.describe()
+    name = name or Path(model.config._name_or_path or "").name or type(model).__name__
+    return Inspection(name, told, chosen, len(every), tuple(projections), channels)
+
+
+def _chosen(layers: Sequence[int] | None, count: int) -> tuple[int, ...]:
+    if layers is None:
+        return tuple(range(count))
+    absent = [layer for layer in layers if not 0 <= layer < count]
+    if absent or not layers:
+        wrong = f"there is no layer {absent[0]}" if absent else "no layer was asked for"
+        raise ConfigError(f"{wrong}; this model has layers 0 to {count - 1}")
+    return tuple(sorted(set(layers)))
+
+
+def _home(model: nn.Module) -> torch.device:
+    """Where the model is; where it would be loaded to, if its weights are still in their files."""
+    home = next(model.parameters()).device
+    return resolve_device("auto") if home.type == "meta" else home
+
+
+def _weights(index: int, layer: nn.Module, architecture: Architecture) -> dict[str, Tensor]:
+    """The seven weights by role; they must be finite."""
+    weights = {role: linear.weight.data for role, linear in architecture.linears(layer).items()}
+    check_finite((f"{architecture.module_name(index, role)}.weight", weight) for role, weight in weights.items())
+    return weights
+
+
+def _sq_norms(stream: CalibrationStream, index: int, layer: nn.Module, architecture: Architecture) -> dict[str, Tensor]:
+    """(in_features,) float64 by role: mean square of each input channel over the tokens."""
+    linears = architecture.linears(layer)
+    probes = {name: Probe(linears[readers[0]]) for name, readers in SHARED_INPUTS.items()}
+    norms: dict[str, Tensor] = {}
+    for name, (stats,) in stream.observe(index, layer, probes).items():
+        readers = SHARED_INPUTS[name]
+        if not stats.is_finite:
+            raise CalibrationError(
+                f"the activations in layer {index} are not finite (input of {', '.join(readers)}): the calibration text or the "
+                "weights overflow this dtype; try --dtype float32, or --calibration none for plain spectra"
+            )
+        norms |= {role: stats.channel_sq_norm / max(stats.tokens, 1) for role in readers}
+    return norms
+
+
+def _spectra(index: int, weights: Mapping[str, Tensor], norms: Mapping[str, Tensor] | None) -> list[ProjectionSpectra]:
+    found = []
+    for role, weight in weights.items():
+        metrics = {"plain": None} | ({} if norms is None else {"weighted": norms[role]})
+        shape = (weight.shape[0], weight.shape[1])
+        kinds = {kind: SingularValues.of(spectrum(weight, metric), shape) for kind, metric in metrics.items()}
+        found.append(ProjectionSpectra(index, role, kinds))
+    return found
+
+
+def _importances(weights: Mapping[str, Tensor], norms: Mapping[str, Tensor] | None) -> dict[str, Importance]:
+    gate, up, down = (weights[role] for role in MLP)
+    flat = [torch.ones(weight.shape[1], dtype=torch.float64, device=weight.device) for weight in (gate, down)]
+    inputs = {"plain": flat} | ({} if norms is None else {"weighted": [norms["gate_proj"], norms["down_proj"]]})
+    return {kind: Importance.of(channel_importance(gate, up, down, *found)) for kind, found in inputs.items()}

@@ -1,0 +1,182 @@
+"""Perplexity as the paper measures it: windows that do not overlap, loss over seq_len - 1 positions of each."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from lorap.calibration.stream import CalibrationStream, summed_loss
+from lorap.calibration.windows import TokenWindows
+from lorap.checkpoint.paging import in_memory
+from lorap.errors import CalibrationError, ConfigError
+
+# Tokens per forward pass. The logits of 512 tokens and 150,000 words take 300 MB in float32; more does not run faster on a CPU.
+BATCH_TOKENS = 512
+# exp() of more overflows float64.
+MAX_EXPONENT = 709
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss of one model on one text.
+
+    Args:
+        text: name of the text.
+        nats: mean negative log-likelihood of a token, in nats.
+        perplexity: exp(nats).
+        tokens: tokens read, padding not counted.
+        seq_len: tokens per window.
+        seconds: wall time.
+    """
+
+    text: str
+    nats: float
+    perplexity: float
+    tokens: int
+    seq_len: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class WindowLosses:
+    """Loss of one model on each window of a text.
+
+    Args:
+        losses: (windows,) float64, summed over the predicted tokens of a window, in nats.
+        predicted: (windows,) int64, how many those are.
+        sha256: of the token ids, so that nothing but the same windows is compared.
+    """
+
+    losses: Tensor
+    predicted: Tensor
+    sha256: str
+
+
+@dataclass(frozen=True)
+class LossDifference:
+    """One model's loss minus another's on the same windows.
+
+    Args:
+        nats: difference of the mean losses of a token.
+        error: its standard error, from the spread of the differences between windows; NaN where there is but one.
+        windows: how many.
+    """
+
+    nats: float
+    error: float
+    windows: int
+
+
+def evaluate(
+    model: Any, windows: TokenWindows, *, progress: bool = False, batch_tokens: int = BATCH_TOKENS
+) -> Evaluation:
+    """Mean loss of ``model`` over token windows; the first token of each is context only.
+
+    Raises:
+        CalibrationError: windows of one token, or a loss that is not finite.
+    """
+    return evaluate_windows(model, windows, progress=progress, batch_tokens=batch_tokens)[0]
+
+
+@torch.no_grad()
+def evaluate_windows(
+    model: Any, windows: TokenWindows, *, progress: bool = False, batch_tokens: int = BATCH_TOKENS
+) -> tuple[Evaluation, WindowLosses]:
+    """As :func:`evaluate`, with the loss of each window beside it."""
+    start = time.perf_counter()
+    ids, mask = windows.input_ids, windows.attention_mask
+    if ids.shape[1] < 2:
+        raise CalibrationError(f"windows of {ids.shape[1]} token predict nothing; use at least 2")
+    size = max(1, batch_tokens // ids.shape[1])
+    device = model.get_input_embeddings().weight.device
+    losses, predicted = [], []
+    for first in tqdm(range(0, len(ids), size), desc=f"Evaluating {windows.name}", unit="batch", disable=not progress):
+        batch = ids[first : first + size].to(device)
+        batch_mask = None if mask is None else mask[first : first + size].to(device)
+        logits = model(input_ids=batch, attention_mask=batch_mask, use_cache=False).logits[:, :-1]
+        targets = batch[:, 1:]
+        if batch_mask is not None:
+            # Padding is neither predicted nor predicted from.
+            targets = targets.masked_fill((batch_mask[:, 1:] & batch_mask[:, :-1]) == 0, -100)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+        losses.append(loss.view(targets.shape).double().sum(1).cpu())
+        predicted.append((targets != -100).sum(1).cpu())
+    by_window = WindowLosses(torch.cat(losses), torch.cat(predicted), windows.sha256)
+    total, count = float(by_window.losses.sum()), int(by_window.predicted.sum())
+    return _evaluation(windows, total, count, time.perf_counter() - start, model.dtype), by_window
+
+
+def paired_difference(ours: WindowLosses, theirs: WindowLosses) -> LossDifference:
+    """Mean loss of a token under one model minus that under another, window by window.
+
+    Both models find the same windows easy and hard, so that this is known far better than either loss. Windows may predict
+    different numbers of tokens; the error is that of a ratio of sums (Cochran, Sampling Techniques, 1977, section 6.4).
+
+    Raises:
+        ConfigError: the two did not read the same tokens.
+    """
+    if ours.sha256 != theirs.sha256 or not torch.equal(ours.predicted, theirs.predicted):
+        raise ConfigError(
+            f"the two models did not read the same tokens ({len(ours.losses):,} and {len(theirs.losses):,} windows), so their "
+            "losses per token cannot be compared; compare models with the same tokenizer"
+        )
+    differences, predicted = ours.losses - theirs.losses, ours.predicted.double()
+    count = len(differences)
+    nats = float(differences.sum() / predicted.sum())
+    spread = float((differences - nats * predicted).square().sum())
+    error = math.sqrt(spread * count / (count - 1)) / float(predicted.sum()) if count > 1 else math.nan
+    return LossDifference(nats, error, count)
+
+
+@torch.no_grad()
+def evaluate_stream(
+    model: Any, layers: Sequence[nn.Module], stream: CalibrationStream, windows: TokenWindows
+) -> Evaluation:
+    """The same for windows that have walked through the decoder layers already, such as those of a model larger than memory.
+
+    Args:
+        model: whose last norm and head are still to come.
+        layers: its decoder layers, which are passed over.
+        stream: all windows behind the last layer.
+        windows: the same windows, as tokens.
+
+    Raises:
+        CalibrationError: as :func:`evaluate`.
+    """
+    start = time.perf_counter()
+    loss, predicted = 0.0, 0
+    with in_memory(model.get_output_embeddings()):
+        home = model.get_output_embeddings().weight.device
+        for batch in stream.batches:
+            found, count = summed_loss(model, layers, batch, batch.hidden.to(home))
+            loss += float(found.double())
+            predicted += count
+    loss = stream.processes.sum_number(loss, home)
+    predicted = round(stream.processes.sum_number(predicted, home))
+    return _evaluation(windows, loss, predicted, time.perf_counter() - start, model.dtype)
+
+
+def _evaluation(windows: TokenWindows, loss: float, predicted: int, seconds: float, dtype: torch.dtype) -> Evaluation:
+    if not predicted:
+        raise CalibrationError(f"{windows.name} leaves nothing to predict: its windows hold fewer than two real tokens")
+    nats = loss / predicted
+    if not math.isfinite(nats):
+        raise CalibrationError(
+            f"the loss on {windows.name} is {nats}: the model's weights or its dtype {dtype} overflow"
+        )
+    return Evaluation(
+        text=windows.name,
+        nats=nats,
+        perplexity=math.exp(nats) if nats < MAX_EXPONENT else math.inf,
+        tokens=windows.tokens,
+        seq_len=windows.input_ids.shape[1],
+        seconds=seconds,
+    )

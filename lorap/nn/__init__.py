@@ -1,0 +1,1 @@
+"""Layers of a compressed model, their operators and who computes them."""

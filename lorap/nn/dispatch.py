@@ -1,0 +1,259 @@
+"""Which implementation runs an op: one table, with the reason beside each row.
+
+``LORAP_BACKEND`` in the environment, or :func:`use`, forces one: ``reference`` (plain torch), ``cpu`` (C++), ``triton``,
+``cuda`` (C++), or ``auto``. A forced backend that cannot run the call raises; ``auto`` falls back to the reference.
+
+Nothing on a GPU is trusted unseen: the first use of a kernel per device and dtype runs a small example beside the reference,
+and a kernel that fails or differs is never used again in this process, with one warning that shows the numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorap.errors import BackendError
+from lorap.nn import native
+
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+
+
+LINEAR_OPS = ("linear", "low_rank_linear", "low_rank_linear_group", "silu_gated_linear", "low_rank_silu_gated_linear")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``backend`` serves ``ops`` on ``device`` in ``dtypes`` for at most ``max_tokens`` tokens, None for any number."""
+
+    ops: tuple[str, ...]
+    device: str
+    backend: str
+    dtypes: tuple[torch.dtype, ...]
+    max_tokens: int | None
+    reason: str
+
+
+def _cpu_rules() -> tuple[Rule, ...]:
+    """4096 x 4096 at rank 1024 beside torch on two Zen 4 cores, and two with AMX, gave the numbers (docs/kernels.md)."""
+    bf16_unit = native.cpu_isa(torch.bfloat16) == "avx512_bf16"
+    bf16_tiles = bf16_unit and bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+    fp16_unit = bool(getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", bool)())
+    no_unit = (
+        "torch computes {} without hardware for it 2.4 to 4 times slower than these kernels, at 16 tokens and at 512"
+    )
+    few = "reads weights at memory speed where torch reaches half of it; {}"
+    rows: tuple[tuple[torch.dtype, int | None, str], ...] = (
+        (torch.float32, 32, few.format("1.6 x at 32 tokens, even at 64, torch wins at 512")),
+        (torch.bfloat16, 8, few.format("even at 8 tokens, torch's AMX wins 1.5 x at 16 and 2.8 x at 32"))
+        if bf16_tiles
+        else (torch.bfloat16, 32, few.format("even at 32 tokens"))
+        if bf16_unit
+        else (torch.bfloat16, None, no_unit.format("bfloat16")),
+        (torch.float16, 32, few.format("beyond 32 unmeasured"))
+        if fp16_unit
+        else (torch.float16, None, no_unit.format("float16")),
+    )
+    return tuple(Rule(LINEAR_OPS, "cpu", "cpu", (dtype,), tokens, reason) for dtype, tokens, reason in rows)
+
+
+_DECODE_GPU = "modelled, not measured: inside a CUDA graph one pair of launches serves a group"
+_ONE_READ = "modelled, not measured: one read of x; torch reads it twice and writes a float32 copy"
+
+# The first row that fits wins; everything else is torch's. On a GPU, from 256 tokens on, two cuBLAS GEMMs are within 7 % of
+# anything fused.
+RULES = (
+    *_cpu_rules(),
+    Rule(tuple(op for op in LINEAR_OPS if op != "linear"), "cuda", "triton", HALVES, 32, _DECODE_GPU),
+    Rule(("channel_sq_norm",), "cuda", "triton", FLOATS, None, _ONE_READ),
+)
+
+# What a forced backend can run at all, whether or not it wins. The one-launch CUDA kernel stays out of RULES until it has
+# been measured faster than the Triton pair.
+ABLE: dict[str, dict[tuple[str, str], tuple[torch.dtype, ...]]] = {
+    "cpu": {(op, "cpu"): FLOATS for op in LINEAR_OPS},
+    "triton": {(op, "cuda"): FLOATS for op in (*LINEAR_OPS, "channel_sq_norm")},
+    "cuda": {("low_rank_linear", "cuda"): HALVES},
+}
+
+
+def _checked(name: str) -> str:
+    if name not in BACKENDS:
+        raise BackendError(f"backend {name!r} is none of {', '.join(BACKENDS)} (LORAP_BACKEND)")
+    return name
+
+
+_FROM_ENVIRONMENT = _checked(os.environ.get("LORAP_BACKEND") or "auto")
+_forced: ContextVar[str] = ContextVar("lorap_backend", default=_FROM_ENVIRONMENT)
+
+
+@contextmanager
+def use(backend: str) -> Iterator[None]:
+    """Force a backend inside a ``with`` block.
+
+    Raises:
+        BackendError: there is no backend of that name.
+    """
+    token = _forced.set(_checked(backend))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def current() -> str:
+    """The backend that is forced, or ``auto``."""
+    return _forced.get()
+
+
+def choose(op: str, x: Tensor, tokens: int) -> str:
+    """Name of the backend that runs ``op`` on ``x``, which holds ``tokens`` tokens.
+
+    Raises:
+        BackendError: the forced backend cannot run this call.
+    """
+    forced = _forced.get()
+    if forced == "reference" or tokens == 0:
+        return "reference"
+    device = "cpu" if x.is_cpu else x.device.type  # the property alone takes half a microsecond
+    backend = _best(op, device, x.dtype, tokens) if forced == "auto" else _able(forced, op, x)
+    if backend in ("triton", "cuda") and not _trusted(op, backend, x, forced):
+        return "reference"
+    return backend
+
+
+@functools.lru_cache(maxsize=4096)
+def _best(op: str, device: str, dtype: torch.dtype, tokens: int) -> str:
+    for rule in RULES:
+        fits = op in rule.ops and rule.device == device and dtype in rule.dtypes
+        if fits and (rule.max_tokens is None or tokens <= rule.max_tokens):
+            if missing(rule.backend) is None:
+                return rule.backend
+            if rule.backend == "cpu" and native.MISSING:
+                _tell_once(native.MISSING)
+    return "reference"
+
+
+@functools.cache
+def _tell_once(reason: str) -> None:
+    """An installation without kernels works, several times slower: pip hides what the build said of it."""
+    message = f"lorap's C++ kernels are missing, so torch does their work, more slowly: {reason}"
+    warnings.warn(message + " (LORAP_BACKEND=reference: do without and be silent)", RuntimeWarning, stacklevel=5)
+
+
+def missing(backend: str) -> str | None:
+    """Why a backend cannot run on this machine at all."""
+    if backend == "triton":
+        return None if _has_triton() else "triton is not installed"
+    if backend == "cuda" and not native.HAS_CUDA:
+        return native.MISSING or "this build has no CUDA part (nvcc was not there)"
+    if backend == "cpu" and native.cpu_isa(torch.float32) == "scalar":
+        return "no vector instructions that lorap knows; torch has better kernels than its plain C++"
+    return native.MISSING if backend == "cpu" else None
+
+
+def _has_triton() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ValueError:  # some hosts put an empty module of that name in the way
+        return False
+
+
+def _able(backend: str, op: str, x: Tensor) -> str:
+    device = "cuda" if backend == "triton" and _interpreting() else x.device.type
+    if reason := missing(backend):
+        raise BackendError(f"LORAP_BACKEND={backend}: {reason}")
+    if x.dtype not in ABLE[backend].get((op, device), ()):
+        raise BackendError(f"LORAP_BACKEND={backend} cannot run {op} on {x.device.type} in {x.dtype}; use auto")
+    return backend
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+# What is wrong with a kernel on a device; None where it has passed.
+_verdicts: dict[tuple[str, str, torch.device, torch.dtype], str | None] = {}
+
+
+def _trusted(op: str, backend: str, x: Tensor, forced: str) -> bool:
+    if x.device.type == "cpu":
+        return True  # the interpreter
+    key = (op, backend, x.device, x.dtype)
+    first = key not in _verdicts
+    if first:
+        if torch.cuda.is_current_stream_capturing():
+            return False  # compiling and comparing inside a graph capture would break it; warm up before capturing
+        _verdicts[key] = self_check(op, backend, x.device, x.dtype)
+    problem = _verdicts[key]
+    if problem is None:
+        return True
+    message = f"lorap's {backend} kernel {op} is not used on {x.device} in {x.dtype}: {problem}"
+    if forced != "auto":
+        raise BackendError(message)
+    if first:
+        warnings.warn(message + "; torch does its work", RuntimeWarning, stacklevel=4)
+    return False
+
+
+def self_check(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Run small examples of an op beside the float64 reference; what is wrong with the results, or None.
+
+    One token and several take different kernels, and a long K is split.
+    """
+    from lorap.nn import ops
+
+    limit = 1e-5 if dtype == torch.float32 else 3e-2
+    for tokens, k in ((3, 176), (1, 176), (1, 4112)):
+        arguments = ops.example(op, device, dtype, tokens, k)
+        try:
+            got = _as_tuple(ops.implementation(op, backend)(*arguments))
+            exact = _as_tuple(ops.implementation(op, "reference")(*_to_double(arguments)))
+            error = max(float((g.double() - e).norm() / e.double().norm()) for g, e in zip(got, exact, strict=True))
+        except Exception as failure:  # whatever a driver or compiler throws must not stop a model that torch can run
+            return f"{type(failure).__name__}: {failure}"
+        if not error <= limit:
+            return f"relative error {error:.3g} with {tokens} tokens of {k} features, more than {limit:g}"
+    return None
+
+
+def _as_tuple(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _to_double(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    return type(value)(map(_to_double, value)) if isinstance(value, (list, tuple)) else value
+
+
+# Calls whose Triton kernels are compiled and loaded, so that a graph capture can use them.
+_warm: set[tuple[Any, ...]] = set()
+
+
+def better_in_graph(op: str, x: Tensor, shapes: tuple[Any, ...]) -> bool:
+    """Whether a decode kernel on a GPU should leave this call to torch, because no CUDA graph is being captured.
+
+    Launching a Triton kernel from Python takes 15 us and more, two cuBLAS calls about 10, and these kernels save 1 to 5: they
+    win inside a graph only (torch.compile with reduce-overhead, vLLM). The first call of each shape runs them nevertheless, so
+    that they are compiled before a capture, which cannot compile; a shape that was never seen is left to torch there.
+    """
+    if _forced.get() != "auto" or op == "channel_sq_norm":
+        return False
+    key = (op, x.device, x.dtype, x.shape, shapes)
+    if torch.cuda.is_current_stream_capturing():
+        return key not in _warm
+    seen = key in _warm
+    _warm.add(key)
+    return seen

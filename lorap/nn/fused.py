@@ -1,0 +1,236 @@
+"""Projections that read the same activations, run as one: q, k and v; gate and up.
+
+A decode step is bound by memory and by the number of kernel launches. Merging leaves every weight, name and checkpoint key
+where it is and changes only how forward runs: the first of q, k, v to be called computes all three in one grouped op and the
+others collect their share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from lorap.architectures import ARCHITECTURES, SHARED_INPUTS
+from lorap.errors import ArchitectureError, ConfigError
+from lorap.nn import ops
+from lorap.nn.linear import Linear, LowRankLinear, has_plain_factors, is_autocast, is_plain, is_untouched
+
+Model = TypeVar("Model", bound=nn.Module)
+# What transformers makes of "silu" and of "swish".
+SILU = (type(ACT2FN["silu"]), nn.SiLU)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class SharedInput:
+    """A group of projections that read the same x. Not a module: the projections own their parameters, as before."""
+
+    def __init__(self, members: Sequence[LowRankLinear | Linear]) -> None:
+        self.members = list(members)
+        self._waiting: tuple[Tensor, int | None, list[Tensor | None]] | None = None
+        self._rows: dict[tuple[int, torch.device], Tensor] = {}
+        for member in self.members:
+            member.group = self
+
+    def output(self, member: LowRankLinear | Linear, x: Tensor) -> Tensor | None:
+        """The output of one member, computed with the others or collected; None where it must run by itself."""
+        index = next(i for i, candidate in enumerate(self.members) if candidate is member)
+        waiting, version = self._waiting, _version(x)
+        if waiting is not None and waiting[0] is x and waiting[1] == version and waiting[2][index] is not None:
+            y, waiting[2][index] = waiting[2][index], None
+            if all(part is None for part in waiting[2]):
+                self._waiting = None
+            return y
+        if not self._can_merge(x):
+            return None
+        parts: list[Tensor | None] = list(self._run(x).split([member.out_features for member in self.members], dim=-1))
+        y, parts[index] = parts[index], None
+        self._waiting = (x, version, parts)
+        return y
+
+    def _can_merge(self, x: Tensor) -> bool:
+        if torch.is_grad_enabled() or is_autocast(x):
+            return False
+        plain = all(
+            has_plain_factors(member)
+            if isinstance(member, LowRankLinear)
+            else is_untouched(member) and type(member.weight) is nn.Parameter
+            for member in self.members
+        )
+        return plain and ops.serves("low_rank_linear_group", x)
+
+    def _factors(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        """right, left, bias and pivot_rows of each member; a dense one is a pivoted layer whose every row is a pivot."""
+        right, left, bias, pivots = [], [], [], []
+        for member in self.members:
+            if isinstance(member, LowRankLinear):
+                right.append(member.right.weight)
+                left.append(member.left.weight)
+                pivots.append(_or_empty(member.pivot_rows, member.right.weight))
+            else:
+                right.append(member.weight)
+                left.append(member.weight.new_empty(0, member.out_features))
+                pivots.append(self._all_rows(member))
+            bias.append(_or_empty(member.bias, right[-1]))
+        return right, left, bias, pivots
+
+    def _all_rows(self, member: Linear) -> Tensor:
+        key = (member.out_features, member.weight.device)
+        if key not in self._rows:
+            self._rows[key] = torch.arange(member.out_features, device=member.weight.device)
+        return self._rows[key]
+
+    def _run(self, x: Tensor) -> Tensor:
+        right, left, bias, pivots = self._factors()
+        some_bias = bias if any(b.numel() for b in bias) else []
+        some_pivots = pivots if any(p.numel() for p in pivots) else []
+        return ops.low_rank_linear_group(x, right, left, some_bias, some_pivots)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"members": self.members, "_waiting": None, "_rows": {}}  # a copy of a model takes no activations along
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)) with gate, up and the product in one op; takes the place of a transformers MLP.
+
+    The children keep their names, so the state dict does too.
+    """
+
+    def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width of the FFN."""
+        width: Any = self.gate_proj.out_features
+        return int(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., hidden) to (..., hidden)."""
+        inner = self._gated(x)
+        if inner is None:
+            inner = F.silu(self.gate_proj(x)) * self.up_proj(x)
+        y: Tensor = self.down_proj(inner)
+        return y
+
+    def _gated(self, x: Tensor) -> Tensor | None:
+        gate: Any = self.gate_proj
+        up: Any = self.up_proj
+        if is_autocast(x) or torch.is_grad_enabled():
+            return None
+        if is_plain(gate) and is_plain(up) and ops.serves("silu_gated_linear", x):
+            return ops.silu_gated_linear(x, gate.weight, up.weight, gate.bias, up.bias)
+        if not all(isinstance(one, LowRankLinear) and has_plain_factors(one) for one in (gate, up)):
+            return None
+        pivoted = gate.pivot_rows is not None or up.pivot_rows is not None
+        if not pivoted and ops.serves("low_rank_silu_gated_linear", x):
+            bias = [] if gate.bias is None and up.bias is None else [_bias_or_zeros(gate), _bias_or_zeros(up)]
+            right, left = [gate.right.weight, up.right.weight], [gate.left.weight, up.left.weight]
+            return ops.low_rank_silu_gated_linear(x, right, left, bias)
+        return None
+
+
+def merge_shared_inputs(model: Model) -> Model:
+    """Run q/k/v and gate/up of every decoder layer as one op each, for inference; changes ``model`` and returns it.
+
+    Weights, names and checkpoints stay as they are. Training, adapters, hooks and long inputs keep working: where the merged
+    op does not apply or does not pay, each projection runs by itself. An FFN whose activation is not SiLU stays as it is.
+
+    Raises:
+        ArchitectureError: the model's family is unknown.
+    """
+    for layer in _decoder_layers(model):
+        _merge_attention(layer)
+        mlp: Any = layer.mlp
+        if not isinstance(mlp, GatedMLP) and is_untouched(mlp) and _is_silu(getattr(mlp, "act_fn", None)):
+            layer.mlp = GatedMLP(mlp.gate_proj, mlp.up_proj, mlp.down_proj).train(mlp.training)
+    return model
+
+
+def optimize_for_inference(model: Model, *, dtype: torch.dtype | None = None) -> Model:
+    """:func:`merge_shared_inputs`, and every other dense projection and the output head through ``torch.ops.lorap.linear``.
+
+    For generation, most of all on a CPU, where torch reaches half of the memory's bandwidth or less. Dense and compressed
+    models alike; logits are as before, within what their dtype resolves. Changes ``model`` and returns it.
+
+    Args:
+        model: in transformers.
+        dtype: cast the weights first: float32, bfloat16 or float16; None leaves them. What the model computes in float32
+            whatever its weights are, such as rotary frequencies, stays as ``from_pretrained(dtype=...)`` would leave it.
+
+    Raises:
+        ArchitectureError: as merge_shared_inputs.
+        ConfigError: another dtype.
+    """
+    if dtype is not None:
+        _cast(model, dtype)
+    merge_shared_inputs(model)
+    for layer in _decoder_layers(model):
+        for parent, name in ((layer.self_attn, "o_proj"), (layer.mlp, "down_proj")):
+            _swap_linear(parent, name)
+    if isinstance(getattr(model, "lm_head", None), nn.Linear):
+        _swap_linear(model, "lm_head")
+    return model
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    """Weights and stored buffers to ``dtype``; buffers that are computed and not stored, and quantized weights, stay."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"cannot cast a model to {dtype}; choose from {', '.join(map(str, DTYPES))}, or quantize it")
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if type(parameter) is nn.Parameter and parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        for name, buffer in module._buffers.items():
+            stored = buffer is not None and name not in module._non_persistent_buffers_set
+            if stored and buffer.is_floating_point():  # type: ignore[union-attr]
+                module._buffers[name] = buffer.to(dtype)  # type: ignore[union-attr]
+    model.config.dtype = dtype
+
+
+def _decoder_layers(model: nn.Module) -> nn.ModuleList:
+    config: Any = model.config
+    architecture = ARCHITECTURES.get(getattr(config, "model_type", ""))
+    if architecture is None:
+        known = ", ".join(ARCHITECTURES)
+        raise ArchitectureError(f"cannot merge the projections of model type {config.model_type!r}; known: {known}")
+    return architecture.decoder_layers(model)
+
+
+def _merge_attention(layer: nn.Module) -> None:
+    attention: Any = layer.self_attn
+    names = SHARED_INPUTS["attention_input"]
+    members = [_swap_linear(attention, name) for name in names]
+    ours = all(isinstance(member, (LowRankLinear, Linear)) for member in members)
+    if ours and any(member.group is None for member in members):
+        SharedInput(members)
+
+
+def _is_silu(activation: Any) -> bool:
+    """Whether an FFN calls SiLU and nothing else. The module is asked, since configs name it in several fields."""
+    return (type(activation) in SILU and is_untouched(activation)) or activation is F.silu
+
+
+def _swap_linear(parent: Any, name: str) -> Any:
+    old = getattr(parent, name)
+    if is_plain(old):
+        setattr(parent, name, Linear.from_linear(old))
+    return getattr(parent, name)
+
+
+def _version(x: Tensor) -> int | None:
+    """Grows when x is changed in place; None where torch does not count."""
+    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
+def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if tensor is None else tensor
+
+
+def _bias_or_zeros(layer: LowRankLinear) -> Tensor:
+    return layer.left.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias

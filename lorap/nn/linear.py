@@ -1,0 +1,232 @@
+"""``LowRankLinear``: what a compressed ``nn.Linear`` becomes.
+
+Checkpoint keys of a projection ``q_proj``::
+
+    q_proj.right.weight   (rank, in_features)      shrink: x to rank
+    q_proj.left.weight    (out_features, rank)     expand: rank to out
+    q_proj.left.bias      (out_features,)          where the dense layer had one
+    q_proj.pivot_rows     (rank,) int64            only in pivoted storage, where left.weight is (out_features - rank, rank)
+    q_proj.output_bias    (out_features,)          instead of left.bias in pivoted storage, whose bias covers more than left
+    q_proj.weight         (1,)                     guard, see below
+    q_proj.needs_import_lorap  (1,)                its name in plain words; not in checkpoints before format version 4
+
+The two factors are ordinary ``nn.Linear`` children, so that adapters and quantizers find them by name and type.
+
+The guard makes a host that does not know lorap fail: it looks for a ``q_proj.weight`` of shape (out, in), finds one of shape
+(1,), and stops. Without it, transformers would start with random projections and only print a warning. What else keeps such
+hosts out is in lorap/checkpoint/guards.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorap.algorithms.factorization import factorize
+from lorap.algorithms.pivoting import pivot
+from lorap.kernels import reference
+from lorap.nn import ops, shape_checks
+
+# Value of the guard; the format's version is in config.json.
+GUARD_VALUE = 1.0
+NAMED_GUARD = "needs_import_lorap"
+
+
+class LowRankLinear(nn.Module):
+    """y = x @ right.T @ left.T + bias, the drop-in for ``nn.Linear(in_features, out_features)``.
+
+    Runs ``torch.ops.lorap.low_rank_linear``: one fused call where a kernel of ours is the fastest, two matmuls elsewhere.
+    Adapters, quantizers, hooks and offloading work on the children ``right`` and ``left`` as on any ``nn.Linear``: as soon as
+    one of them is no longer a plain one, the layer simply calls both.
+
+    Args:
+        in_features: size of the last axis of the input.
+        out_features: size of the last axis of the output.
+        rank: inner size; the layer holds rank * (in_features + out_features) weights, rank^2 fewer when pivoted.
+        bias: whether the layer adds a bias.
+        device: where the parameters are created.
+        dtype: of the parameters.
+        pivoted: whether rank of the output rows are the outputs of ``right`` itself, see ``lorap.kernels.reference``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        pivoted: bool = False,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+        rows = out_features - rank if pivoted else out_features
+        self.right = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.left = nn.Linear(rank, rows, bias=bias and not pivoted, device=device, dtype=dtype)
+        own = torch.zeros(out_features, device=device, dtype=dtype) if bias and pivoted else None
+        self.output_bias: nn.Parameter | None
+        self.register_parameter("output_bias", None if own is None else nn.Parameter(own))
+        self.weight: Tensor
+        self.register_buffer("weight", torch.full((1,), GUARD_VALUE, device=device, dtype=dtype))
+        self.register_buffer(NAMED_GUARD, self.weight.clone())
+        self.pivot_rows: Tensor | None
+        self.register_buffer("pivot_rows", torch.arange(rank, device=device) if pivoted else None)
+        self.group: Any = None  # a lorap.nn.fused.SharedInput, when q, k and v run as one
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(out_features,) or None."""
+        inner: Tensor | None = getattr(self.left, "bias", None)  # an adapter in place of left may have none
+        return inner if self.output_bias is None else self.output_bias
+
+    @classmethod
+    def from_factors(
+        cls, left: Tensor, right: Tensor, bias: Tensor | None = None, pivot_rows: Tensor | None = None
+    ) -> LowRankLinear:
+        """Wrap left (out_features, rank) and right (rank, in_features); the tensors are used, not copied.
+
+        With ``pivot_rows`` (rank,), ascending int64, left is (out_features - rank, rank).
+
+        Raises:
+            ShapeError: the tensors do not fit together.
+        """
+        rank, in_features = right.shape
+        out_features = shape_checks.low_rank_linear(right.new_empty(0, in_features), right, left, bias, pivot_rows)
+        pivoted = pivot_rows is not None
+        module = cls(in_features, out_features, rank, bias is not None, "meta", left.dtype, pivoted)
+        module.left.weight = nn.Parameter(left)
+        module.right.weight = nn.Parameter(right)
+        if bias is not None:
+            owner, name = (module, "output_bias") if pivoted else (module.left, "bias")
+            setattr(owner, name, nn.Parameter(bias))
+        module.weight = torch.full((1,), GUARD_VALUE, device=left.device, dtype=left.dtype)
+        setattr(module, NAMED_GUARD, module.weight.clone())
+        module.pivot_rows = pivot_rows
+        return module
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, rank: int, metric: Tensor | None = None, *, pivoted: bool = False
+    ) -> LowRankLinear:
+        """Factorize a dense layer; ``metric`` as in :func:`lorap.factorize`, ``pivoted`` as in
+        :func:`lorap.algorithms.pivoting.pivot`.
+
+        Raises:
+            FactorizationError: the rank is impossible, or an entry is NaN or infinite.
+        """
+        weight, bias = linear.weight.data, None if linear.bias is None else linear.bias.data
+        if not pivoted:
+            factors = factorize(weight, rank, metric)
+            return cls.from_factors(factors.left, factors.right, bias)
+        # In float64, so that only the rows and coefficients that are stored get rounded.
+        exact = factorize(weight.double(), rank, metric)
+        stored = pivot(exact.left, exact.right)
+        return cls.from_factors(stored.left.to(weight.dtype), stored.right.to(weight.dtype), bias, stored.pivot_rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        if self.group is not None:
+            merged: Tensor | None = self.group.output(self, x)
+            if merged is not None:
+                return merged
+        # Straight from the dictionaries: nn.Module's attribute access would take 6 us of a call, more than a small layer.
+        right: Any = self._modules["right"]
+        left: Any = self._modules["left"]
+        if is_plain(right) and is_plain(left) and not is_autocast(x):
+            bias = left._parameters["bias"]
+            return ops.low_rank_linear(
+                x,
+                right._parameters["weight"],
+                left._parameters["weight"],
+                self._parameters["output_bias"] if bias is None else bias,
+                self._buffers["pivot_rows"],
+            )
+        return self._forward_by_children(x)
+
+    def _forward_by_children(self, x: Tensor) -> Tensor:
+        shrunk = self.right(x)
+        y: Tensor = self.left(shrunk)
+        if self.pivot_rows is not None:
+            y = torch.cat((shrunk, y), dim=-1)
+            y = y.index_select(-1, reference.output_order(self.pivot_rows, self.out_features))
+        return y if self.output_bias is None else y + self.output_bias.to(y.dtype)
+
+    def put_named_guard(self, on: bool) -> None:
+        """Have the guard whose name says what is missing in the state dict, or not."""
+        if on != (self._buffers[NAMED_GUARD] is not None):
+            setattr(self, NAMED_GUARD, self.weight.clone() if on else None)
+
+    def reconstruct(self, *, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight (out_features, in_features) that this layer stands for, in ``dtype`` or that of the factors."""
+        right, left = self.right.weight, self.left.weight
+        if dtype is not None:
+            right, left = right.to(dtype), left.to(dtype)
+        if self.pivot_rows is None:
+            return left @ right
+        rows = torch.cat((right, left @ right))
+        return rows[reference.output_order(self.pivot_rows, self.out_features)]
+
+    def extra_repr(self) -> str:
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+        pivoted = ", pivoted=True" if self.pivot_rows is not None else ""
+        # PEFT shows this where it is pointed at the layer and not at its two halves.
+        return (
+            f"{sizes}, bias={self.bias is not None}{pivoted}, adapters: target_modules='all-linear', or right and left"
+        )
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` through ``torch.ops.lorap.linear``: the same parameters, faster for few tokens on a CPU."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group: Any = None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> Linear:
+        """Take over the parameters of ``linear``; nothing is copied."""
+        module = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        module.weight, module.bias = linear.weight, linear.bias
+        module.training = linear.training
+        return module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        if self.group is not None:
+            merged: Tensor | None = self.group.output(self, x)
+            if merged is not None:
+                return merged
+        weight = self._parameters["weight"]
+        if is_autocast(x) or type(weight) is not nn.Parameter:
+            return super().forward(x)
+        return ops.linear(x, weight, self._parameters["bias"])
+
+
+def is_plain(linear: Any) -> bool:
+    """True where calling ``linear`` means no more than x @ weight.T + bias: no adapter, quantizer, hook or offloading."""
+    return type(linear) is nn.Linear and is_untouched(linear) and type(linear._parameters["weight"]) is nn.Parameter
+
+
+def has_plain_factors(layer: LowRankLinear) -> bool:
+    """True where calling ``layer`` means no more than its two matmuls."""
+    return is_untouched(layer) and is_plain(layer.right) and is_plain(layer.left)
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """True where calling ``module`` runs its class's forward and nothing else: no hook, no replaced forward."""
+    return not module._forward_hooks and not module._forward_pre_hooks and "forward" not in module.__dict__
+
+
+def is_autocast(x: Tensor) -> bool:
+    """True where torch would choose another dtype for a linear layer on x."""
+    return torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Elements of all parameters; tied ones count once, as they are saved once."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,46 @@
+"""The compiled part, lorap/_native.so: found and opened once; its absence is normal and never an error."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).parents[1] / "_native.so"
+
+
+def _load() -> str | None:
+    """Open the library; the reason why there is none, or None."""
+    if not LIBRARY.exists():
+        how = "not built; install with pip install --no-build-isolation, with torch, CMake and a C++ compiler at hand"
+        return how + _elsewhere()
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        return f"{LIBRARY.name} cannot be opened by torch {torch.__version__}: {error}"
+    return None
+
+
+def _elsewhere() -> str:
+    """Names another copy of lorap that has the library: in a clone, Python takes the clone's code and not the installed one.
+
+    Its library is not borrowed: the operators of another version may have other arguments.
+    """
+    for entry in sys.path:
+        other = Path(entry or ".").resolve() / LIBRARY.parent.name
+        if other != LIBRARY.parent and (other / LIBRARY.name).exists():
+            return f"; {other} has them, but this is {LIBRARY.parent}: run from another folder, or install this copy"
+    return ""
+
+
+# Why the C++ and CUDA kernels are missing; None where they are there.
+MISSING = _load()
+HAS_CPU = MISSING is None
+HAS_CUDA = HAS_CPU and hasattr(torch.ops.lorap_cuda, "low_rank_linear")
+
+
+def cpu_isa(dtype: torch.dtype) -> str:
+    """The instruction set the CPU kernels use here for a dtype, e.g. ``avx512_bf16``."""
+    isa: str = torch.ops.lorap_cpu.isa(dtype) if HAS_CPU else "none"
+    return isa

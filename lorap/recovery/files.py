@@ -1,0 +1,139 @@
+"""The files of a recovery: the folder it works in, and the checkpoint it writes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from lorap.checkpoint.folders import read_json, read_tensors, weight_files
+from lorap.errors import CheckpointError, ConfigError
+from lorap.files import replacing
+from lorap.outputs import WorkFolder
+
+RECOVERY = "recovery"  # in the work folder of the output
+# The one folder that transformers makes in a model folder.
+CHAT_TEMPLATES = "additional_chat_templates"
+SETTINGS = "settings.json"
+STATE = "state.safetensors"
+
+
+@contextmanager
+def state_folder(work: WorkFolder, settings: Mapping[str, Any], *, restart: bool = False) -> Iterator[Path]:
+    """Where a run keeps its state: new, or that of a run with the same settings, which can be resumed. A run that stops before
+    it has a state leaves nothing.
+
+    Raises:
+        ConfigError: a run with other settings was begun there.
+        CheckpointError: it cannot be written.
+    """
+    folder = work.path / RECOVERY
+    try:
+        if restart or not (folder / STATE).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        if (folder / SETTINGS).exists():
+            _check_same(read_json(folder / SETTINGS), settings, work.out)
+        else:
+            folder.mkdir()
+            with replacing(folder / SETTINGS) as draft:
+                draft.write_text(json.dumps(dict(settings), indent=2) + "\n", "utf-8")
+    except OSError as error:
+        raise CheckpointError(f"cannot write into {folder}: {error.strerror}") from error
+    try:
+        yield folder
+    finally:
+        if not (folder / STATE).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def merge_into_copy(tuned: Any, names: Sequence[str], origin: Path, stage: Path) -> Any:
+    """Copy the folder ``origin`` to ``stage``, with the adapters of ``tuned`` added to the weights of ``names``.
+
+    All else is copied as it is, so that nothing about the checkpoint can change but these numbers.
+
+    Args:
+        tuned: what :func:`lorap.recovery.training.add_adapters` returned, trained.
+        names: the layers that have adapters.
+        origin: the checkpoint that ``tuned`` was loaded from.
+        stage: an empty folder.
+
+    Returns:
+        The model without adapters, its weights as they were stored.
+
+    Raises:
+        CheckpointError: a weight is not in the files.
+    """
+    deltas = {f"{name}.weight": _delta(tuned, name) for name in names}
+    model = tuned.unload()
+    parameters, like = dict(model.named_parameters()), model.get_input_embeddings().weight
+    files = weight_files(origin)
+    _copy_others(origin, stage, {file.name for file in files})
+    for file in files:
+        with safe_open(file, "pt") as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - it is no mapping
+            metadata = stored.metadata()
+        for name in sorted(tensors.keys() & deltas.keys()):
+            tensors[name] = (tensors[name].float() + deltas.pop(name)).to(tensors[name].dtype)
+            parameters[name].data = tensors[name].to(like)
+        save_file(tensors, stage / file.name, metadata=metadata)
+    if deltas:
+        raise CheckpointError(f"{origin} has no tensor {min(deltas)}, although the model was loaded from it")
+    before, after = (
+        {name: (tensor.dtype, tensor.shape) for name, tensor in read_tensors(folder).items()}
+        for folder in (origin, stage)
+    )
+    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    if changed:
+        raise CheckpointError(
+            f"{changed[0]} was {before.get(changed[0])} and would be written as {after.get(changed[0])}"
+        )
+    return model
+
+
+def sha256_of_weights(folder: Path) -> str:
+    """Of all weight files of a folder."""
+    digest = hashlib.sha256()
+    for path in weight_files(folder):
+        with path.open("rb") as file:
+            while block := file.read(2**22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _delta(tuned: Any, name: str) -> Any:
+    """(out_features, in_features) float32 on the CPU: what the adapter of a layer adds to its weight."""
+    layer = tuned.get_base_model().get_submodule(name)
+    return layer.get_delta_weight("default").detach().float().cpu()
+
+
+def _copy_others(origin: Path, stage: Path, weights: set[str]) -> None:
+    for path in sorted(origin.iterdir()):
+        if path.is_file() and path.name not in weights:
+            shutil.copyfile(path, stage / path.name)
+        elif path.is_dir() and path.name == CHAT_TEMPLATES:
+            shutil.copytree(path, stage / path.name)
+
+
+def _check_same(begun: Mapping[str, Any], settings: Mapping[str, Any], out: Path) -> None:
+    missing = object()
+    differ = [name for name in settings if begun.get(name, missing) != settings[name]]
+    if differ:
+        changes = ", ".join(
+            f"{name} was {_short(begun.get(name))} and is now {_short(settings[name])}" for name in differ
+        )
+        raise ConfigError(
+            f"a run that is to become {out} was begun with other settings: {changes}. Give the same again to go on, "
+            "or --restart to begin anew"
+        )
+
+
+def _short(value: Any) -> str:
+    """Hashes are told by their beginning."""
+    return f"{value[:12]}..." if isinstance(value, str) and len(value) > 40 else str(value)

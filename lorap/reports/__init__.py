@@ -1,0 +1,1 @@
+"""What a run reports: records, tables, pictures, the model card, pages."""

@@ -1,0 +1,198 @@
+"""README.md of a compressed checkpoint, in the form that the Hugging Face hub reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from lorap.compression.planning import weighed_roles
+from lorap.compression.schedule import schedule
+from lorap.config import CompressionConfig
+from lorap.reports.run import KIND_HEADER, PAGE, CompressionReport, CorrectionReport, correction_lines, evaluation_lines
+
+# What the choices of a config do to a model, as parts of sentences for the model card.
+_NORMS = {
+    "awsvd": "weighted by the norms of their input channels ({2404.09695})",
+    "svd": "by the plain truncated SVD",
+    "afm": "along the principal components of their outputs",
+    "second_moment": "weighted by the second moment of their inputs ({2403.07378})",
+}
+_SCORES = {
+    "lorap": "those of largest activation-weighted norms stayed ({2404.09695})",
+    "output": "those that add most to the output stayed",
+    "fluctuation": "those whose output varies most stayed ({2312.11983})",
+}
+_SIZES = {
+    "paper": "Every layer kept the same share, v and o counting {ratio:g} times as much as q and k ({{2404.09695}}).",
+    "even": "Every matrix kept the same share.",
+    "loss": "Ranks and widths of all layers shared one budget, priced by the gradients of the loss.",
+    "stock": "Attention stayed dense, and one width for all FFNs gave all of the sparsity, so that any host can open the model.",
+    "flap": "Attention stayed dense, and one threshold cut the FFNs of all layers ({{2312.11983}}).",
+}
+
+_USE = """## Use
+
+```python
+{note}from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this folder")
+```
+"""
+_USE_GGUF = """## Use
+
+```bash
+llama-cli -m {file} -p "The capital of France is"
+```
+"""
+# An exported folder has no such page.
+_PAGE_LINK = f"All of it, layer by layer, with charts: [{PAGE}]({PAGE}).\n"
+_PLUG_IN = "import lorap  # teaches transformers to open this checkpoint\n"
+
+
+def method_text(config: CompressionConfig, correction: CorrectionReport | None = None) -> str:
+    """What was done, in sentences with links to papers, by the choices of ``config`` and not by the name of its recipe.
+
+    Without ``correction`` the steps are those that the config's windows are enough for.
+    """
+    if config.sparsity == 0:
+        return "Nothing was to be removed, and nothing was changed."
+    dense_attention = config.allocation == "flap" or config.target == "stock"
+    factorized = ["Attention"] if "self_attn" in config.sublayers and not dense_attention else []
+    pruned = "mlp" in config.sublayers and config.mlp_method == "prune"
+    if "mlp" in config.sublayers and not pruned:
+        factorized.append("FFN")
+    sentences = []
+    if factorized:
+        stored = ", stored as rows and coefficients ({2501.19090})" if config.storage == "pivoted" else ""
+        norm = _NORMS[config.attention_method]
+        sentences.append(f"{' and '.join(factorized)} projections became low-rank factor pairs, {norm}{stored}.")
+    if pruned:
+        sentences.append(f"FFN channels were pruned: {_SCORES[config.channel_score]}.")
+        if config.repair:
+            sentences.append("The down projections were refitted by least squares to the output of all channels.")
+        if config.bias_compensation:
+            sentences.append("The mean output of the channels that went is now a bias ({2312.11983}).")
+    # The ratio is between projections of attention; where attention is left alone, `paper` is `even`.
+    sizes = "even" if config.allocation == "paper" and "self_attn" not in config.sublayers else config.allocation
+    sizes = "stock" if config.target == "stock" else sizes
+    sentences.append(_SIZES[sizes].format(ratio=config.vo_to_qk_ratio))
+    if weighed_roles(config):
+        sentences.append("Errors of outputs were weighted by the gradients of the loss.")
+    sentences.append(_training(config, correction))
+    text = " ".join(sentences)
+    return re.sub(r"\{([\d.]+)\}", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
+
+
+def said_as_tuned(text: str) -> str:
+    """The text about a compression, once its weights were trained: it says so where it said that nothing was trained."""
+    text = re.sub(r"Nothing( else)? was trained\.", "Afterwards it was tuned.", text)
+    return re.sub(r"nothing( else)? was trained\.", "afterwards it was tuned.", text)
+
+
+def _training(config: CompressionConfig, correction: CorrectionReport | None) -> str:
+    if not config.corrects:
+        return "Nothing was trained."
+    steps, of = correction.taken if correction else _steps(config), config.correction_steps
+    if not steps:
+        return f"None of the {of} correction steps was taken, and nothing was trained."
+    took = f"{steps} small {'step' if steps == 1 else 'steps'}" + ("" if steps == of else f" of {of}")
+    towards = "towards what the original model predicts on the calibration text"
+    return f"These weights then took {took} {towards}; nothing else was trained."
+
+
+def _steps(config: CompressionConfig) -> int:
+    return schedule(config.num_calibration_samples, config.calibration_seq_len, config.correction_steps).steps
+
+
+def model_card(report: CompressionReport) -> str:
+    """README.md of a compressed checkpoint, in the form that the Hugging Face hub reads."""
+    config = report.config
+    base = f"base_model: {report.model}\nbase_model_relation: quantized\n" if "/" in report.model else ""
+    measured = "\n".join(f"- {line}" for line in evaluation_lines(report.evaluations))
+    corrected = "".join(f"\n- {line}" for line in correction_lines(report.correction))
+    corrected += "\n" if corrected else ""
+    options = "\n".join(f"| {name} | {value} |" for name, value in config.to_dict().items())
+    calibration = report.calibration
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- lorap
+- low-rank
+- pruned
+{base}---
+
+# {report.model}, compressed by lorap
+
+Base model: **{report.model}**. Recipe: **{config.recipe}**. Sparsity asked for: **{config.sparsity}** of
+{" and ".join(config.sublayers)}; kept share of these parameters: **{report.param_ratio:.4f}**
+({report.params_before:,} -> {report.params_after:,}; the whole model {report.params_total_before:,} -> {report.params_saved:,}).
+
+{method_text(config, report.correction)}
+
+{_USE.format(note="" if config.target == "stock" else _PLUG_IN)}
+## Quality
+
+{measured or "Perplexity was not measured. Measure it with `lorap eval FOLDER --text FILE`."}
+{corrected}
+## Parameters by kind
+
+{_kind_table(report)}
+
+{_PAGE_LINK}
+## Calibration
+
+{calibration["windows"]} windows of {calibration["seq_len"]} tokens from `{calibration["name"]}`
+({calibration["tokens"]:,} tokens, sha256 of the ids {calibration["sha256"][:16]}).{_source_lines(calibration.get("sources", ()))}
+
+## Options
+
+| option | value |
+|---|---|
+{options}
+"""
+
+
+def _kind_table(report: CompressionReport) -> str:
+    """As Markdown, numbers to the right."""
+    lines = [KIND_HEADER, ["---", *["---:"] * (len(KIND_HEADER) - 1)], *report.kind_rows()]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _source_lines(sources: Sequence[dict[str, Any]]) -> str:
+    """What each source of a mixture gave, as a list of its own; nothing for a single source."""
+    if len(sources) < 2:
+        return ""
+    rows = [f"- `{source['name']}`: {source['windows']} windows, weight {source['weight']:g}" for source in sources]
+    return "\n\n" + "\n".join(rows)
+
+
+def stock_card(card: str, name: str, class_name: str, params: int, compressed_params: int, gguf_file: str = "") -> str:
+    """README.md of an exported checkpoint, from that of the compressed one; a short one where ``card`` is empty.
+
+    Args:
+        card: of the compressed checkpoint.
+        name: of the exported one, where there is no card to take it from.
+        class_name: such as LlamaForCausalLM.
+        params: of the exported model.
+        compressed_params: of the compressed model.
+        gguf_file: name of the file, where it is one.
+    """
+    card = card.replace(f"{_PAGE_LINK}\n", "")
+    use = _USE_GGUF.format(file=gguf_file) if gguf_file else _USE.format(note="")
+    dense_use = _USE.format(note="")
+    with_plug_in = _USE.format(note=_PLUG_IN)
+    grown = f", in place of {compressed_params:,} in the compressed checkpoint" if compressed_params != params else ""
+    kind = "gguf" if gguf_file else "stock"
+    about = f"""## Exported
+
+Written by `lorap export --format {kind}`: an ordinary {class_name} that opens without lorap. Low-rank projections
+are dense again and all FFNs have one width, that of the widest, so the model has {params:,} parameters{grown}.
+"""
+    if with_plug_in in card:
+        return card.replace(with_plug_in, use + "\n" + about)
+    if dense_use in card:
+        return card.replace(dense_use, use + "\n" + about)
+    tags = "library_name: transformers\npipeline_tag: text-generation\ntags:\n- lorap"
+    return f"---\n{tags}\n---\n\n# {name}\n\n{use}\n{about}"

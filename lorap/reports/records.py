@@ -1,0 +1,112 @@
+"""What :meth:`lorap.reports.run.CompressionReport.from_dict` asks of a ``lorap_report.json`` beyond the types of the entries.
+
+The file comes from wherever the checkpoint came from. What is computed from it later, tables and charts, relies on these checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from lorap.calibration.windows import Share
+from lorap.errors import CheckpointError
+from lorap.evaluation.perplexity import Evaluation
+from lorap.typed import read_as
+
+TUNED_HEADER = ("nats per token on", "dense", "compressed", "tuned", "recovered")
+# Entries that follow from the projections.
+SUMS = ("params_before", "params_after", "param_ratio")
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    name: str
+    windows: int
+    seq_len: int
+    tokens: int
+    sha256: str
+    sources: list[Share] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """The text and the increase follow from the rest."""
+
+    after: Evaluation
+    before: Evaluation | None = None
+    text: str = ""
+    increase_nats: float | None = None
+
+
+@dataclass(frozen=True)
+class TunedEvaluation:
+    """Loss on one text before and after a training; of the dense model, and the share of the increase that is gone, if known."""
+
+    text: str
+    before: Evaluation
+    after: Evaluation
+    dense: Evaluation | None = None
+    recovered: float | None = None
+
+    def row(self) -> list[str]:
+        """What :data:`TUNED_HEADER` says."""
+        return [
+            f"{self.text} ({self.after.tokens:,} tokens)",
+            f"{self.dense.nats:.4f}" if self.dense else "",
+            f"{self.before.nats:.4f}",
+            f"{self.after.nats:.4f}",
+            "" if self.recovered is None else f"{self.recovered:.1%}",
+        ]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A training after the compression.
+
+    Args:
+        model: the folder that was tuned.
+        summary: one sentence on what, how long and how.
+        evaluations: one entry for each text.
+    """
+
+    model: str
+    summary: str
+    evaluations: list[TunedEvaluation] = field(default_factory=list)
+
+
+def read_calibration(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of ``calibration`` that a page needs; others may stand beside them."""
+    known = {entry.name: values[entry.name] for entry in fields(_Calibration) if entry.name in values}
+    return asdict(read_as(_Calibration, known, "report.calibration"))
+
+
+def read_evaluations(values: Any) -> Iterator[tuple[Evaluation | None, Evaluation]]:
+    """Before and after, for each text."""
+    for entry in read_as(list[_Evaluated], values, "report.evaluations"):
+        yield entry.before, entry.after
+
+
+def check_projections(projections: Sequence[Any], compressed: Sequence[str]) -> None:
+    """Some are of the kinds that were ``compressed``; each has parameters, and none lies in a layer that there cannot be."""
+    if not {projection.role for projection in projections} & set(compressed):
+        raise CheckpointError(
+            f"report.projections has none of {', '.join(compressed)}, which the config says were compressed"
+        )
+    for index, projection in enumerate(projections):
+        where = f"report.projections[{index}]"
+        if projection.params_before <= 0:
+            raise CheckpointError(f"{where} had {projection.params_before} parameters before, which cannot be")
+        if not 0 <= projection.layer < len(projections):
+            raise CheckpointError(
+                f"{where} is in layer {projection.layer}, but there are {len(projections)} projections"
+            )
+
+
+def check_sums(told: Mapping[str, Any], found: Mapping[str, float]) -> None:
+    """What the file says of all projections together is what they add up to."""
+    for name, value in found.items():
+        if told.get(name, value) != value:
+            raise CheckpointError(
+                f"report.{name} is {told[name]!r}, but the projections make it {value}; copy the file again"
+            )
