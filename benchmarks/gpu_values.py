@@ -91,13 +91,13 @@ def runner(ops: Any, op: str, backend: str, arguments: tuple[Any, ...]) -> Calla
     """The call, or why this backend does not take these arguments."""
     x = arguments[0]
     if backend == "reference":
-        return lambda: ops.implementation(op, "reference")(*arguments)
+        return lambda: ops.implementations.implementation(op, "reference")(*arguments)
     if not x.is_cuda:
         return "no GPU"
     if gpu_timings.allowed is not None and (op, backend) not in gpu_timings.allowed:
         return "did not pass its self-check"
     if backend == "triton":
-        return lambda: ops.implementation(op, "triton")(*arguments)
+        return lambda: ops.implementations.implementation(op, "triton")(*arguments)
     from lorap.kernels import low_rank_fused, low_rank_linear
 
     if backend == "triton pdl" and torch.cuda.get_device_capability(x.device) < (9, 0):
@@ -120,7 +120,7 @@ def backends_of(ops: Any, op: str, *, cuda: bool) -> list[str]:
     """Those that have this op. The CUDA kernel is kept apart: its barrier could hang, and take along what comes after it."""
     if cuda:
         return ["cuda"] if op == "low_rank_linear" else []
-    found = ["triton"] if op in ops._IMPLEMENTATIONS["triton"] else []
+    found = ["triton"] if op in ops.implementations.IMPLEMENTATIONS["triton"] else []
     if op in ("low_rank_linear_group", "low_rank_silu_gated_linear"):
         found.append("triton pdl")
     return [*found, "triton one launch"] if op == "low_rank_linear" else found
@@ -155,7 +155,7 @@ def self_check_rows(device: torch.device, _scale: int, *, cuda: bool) -> Iterato
     for op in ops.SCHEMAS:
         for backend in backends_of(ops, op, cuda=cuda):
             for dtype in DTYPES:
-                what, check = _checked(ops, op, backend, ops.example(op, device, dtype))
+                what, check = _checked(ops, op, backend, ops.implementations.example(op, device, dtype))
 
                 def both(check=check, arguments=(op, backend, device, dtype)) -> Row:
                     found = check()
@@ -201,7 +201,7 @@ def graph_rows(device: torch.device, _scale: int, *, cuda: bool) -> Iterator[Ite
     ops = load_lorap()
     for op in ops.SCHEMAS:
         for backend in backends_of(ops, op, cuda=cuda):
-            arguments = ops.example(op, device, torch.bfloat16)
+            arguments = ops.implementations.example(op, device, torch.bfloat16)
             call = runner(ops, op, backend, arguments)
             what = {"op": op, "backend": backend}
             if isinstance(call, str):

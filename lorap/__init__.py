@@ -28,12 +28,13 @@ from lorap.errors import (
     TaskError,
 )
 from lorap.evaluation.inspection.inspect import inspect_model
-from lorap.evaluation.perplexity import Evaluation, evaluate
+from lorap.evaluation.perplexity import evaluate
 from lorap.integrations.stock import export_gguf, export_stock
 from lorap.nn.fused import merge_shared_inputs, optimize_for_inference
 from lorap.nn.linear import LowRankLinear
 from lorap.recovery.recover import Recovery, recover
 from lorap.recovery.training import TuningConfig
+from lorap.reports.records import Evaluation
 from lorap.reports.run import CompressionReport
 from lorap.version import __version__
 

@@ -19,6 +19,8 @@ from lorap.errors import ArchitectureError
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 PROJECTIONS = ATTENTION + MLP
+# Blocks of quantized formats: 256 for llama.cpp's K-quants, 32 for its others, MLX and NNCF.
+STOCK_MULTIPLES = (256, 32)
 
 # Projections that read the same activations, so that their statistics are gathered once.
 SHARED_INPUTS: Mapping[str, tuple[str, ...]] = MappingProxyType(

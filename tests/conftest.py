@@ -94,7 +94,7 @@ def tokens(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
 @pytest.fixture
 def short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Correction steps of two windows of 32 tokens, so that few windows are enough for several."""
-    monkeypatch.setattr("lorap.compression.schedule.STEP_TOKENS", 64)
+    monkeypatch.setattr("lorap.algorithms.step_schedule.STEP_TOKENS", 64)
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorap.algorithms.step_schedule import RATE, schedule
 from lorap.architectures import ARCHITECTURES, PROJECTIONS
 from lorap.calibration import TokenWindows
 from lorap.calibration.backward import BATCH_TOKENS
 from lorap.calibration.stream import CalibrationStream
-from lorap.compression.distillation import correct
-from lorap.compression.schedule import RATE, dealt, schedule
+from lorap.compression.distillation import correct, step_windows
 
 CPU = torch.device("cpu")
 
@@ -22,7 +22,7 @@ def corrected(
     architecture = ARCHITECTURES[model.config.model_type]
     layers, teachers = (list(architecture.decoder_layers(each)) for each in (model, dense))
     windows, plan = TokenWindows(ids, "tokens", "", mask), schedule(*ids.shape, steps)
-    parts = list(dealt(windows, folds, plan)) or [(windows, folds if len(folds.unique()) == 2 else None)]
+    parts = list(step_windows(windows, folds, plan)) or [(windows, folds if len(folds.unique()) == 2 else None)]
 
     def streams(model: Any, layers: Any) -> list[CalibrationStream]:
         options = {"device": CPU, "batch_tokens": BATCH_TOKENS}

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from lorap.architectures import PROJECTIONS
-from lorap.calibration.windows import Share
 from lorap.config import CompressionConfig
-from lorap.evaluation.perplexity import Evaluation
+from lorap.reports.records import Evaluation, Share
 from lorap.reports.run import CompressionReport, ProjectionReport
 from lorap.reports.spectra import Spectrum, spectrum_indices
 

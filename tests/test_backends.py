@@ -20,11 +20,11 @@ import torch
 import lorap
 from lorap import BackendError
 from lorap.evaluation.environment import describe_environment
-from lorap.nn import dispatch, native, ops
+from lorap.nn import dispatch, implementations, native, ops
 
 ROOT = Path(__file__).parents[1]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-CPU_OPS = dispatch.LINEAR_OPS
+CPU_OPS = implementations.LINEAR_OPS
 
 needs_cpu_kernels = pytest.mark.skipif(not native.HAS_CPU, reason="lorap/_native.so is not built")
 
@@ -87,7 +87,9 @@ def test_the_forced_cpu_kernels_serve_any_number_of_tokens() -> None:
 def test_what_is_chosen_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
     for name in ("cpu", "reference"):
-        monkeypatch.setitem(ops._IMPLEMENTATIONS[name], "linear", lambda x, *_, name=name: ran.append(name) or x)
+        monkeypatch.setitem(
+            implementations.IMPLEMENTATIONS[name], "linear", lambda x, *_, name=name: ran.append(name) or x
+        )
     weight = torch.zeros(4, 8)
     ops.linear(some_x(1), weight)
     ops.linear(some_x(33), weight)
@@ -234,7 +236,7 @@ def test_the_reference_passes_its_self_check(op: str, dtype: torch.dtype) -> Non
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, implementation: Any) -> str:
-    monkeypatch.setitem(ops._IMPLEMENTATIONS["triton"], "linear", implementation)
+    monkeypatch.setitem(implementations.IMPLEMENTATIONS["triton"], "linear", implementation)
     problem = dispatch.self_check("linear", "triton", torch.device("cpu"), torch.float32)
     assert problem is not None
     return problem
@@ -374,16 +376,14 @@ def test_cpu_isa_names_what_this_processor_runs() -> None:
 
 WITHOUT_LIBRARY = """
 import torch, lorap
-from lorap.nn import dispatch
-from lorap.nn import native
-from lorap.nn import ops
+from lorap.nn import dispatch, implementations, native, ops
 assert lorap.__file__.startswith(sys.argv[1]), lorap.__file__
 assert native.MISSING.startswith("not built; install with"), native.MISSING
 assert not native.HAS_CPU and not native.HAS_CUDA and native.cpu_isa(torch.float32) == "none"
 x, right, left = torch.randn(2, 8), torch.randn(3, 8), torch.randn(5, 3)
 torch.testing.assert_close(ops.low_rank_linear(x, right, left), x @ right.T @ left.T)
 for op in ops.SCHEMAS:
-    arguments = ops.example(op, x.device, x.dtype)
+    arguments = implementations.example(op, x.device, x.dtype)
     assert dispatch.choose(op, x, 2) == "reference"
     getattr(ops, op)(*arguments)
 layer = lorap.LowRankLinear.from_factors(left, right)

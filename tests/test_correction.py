@@ -13,11 +13,11 @@ from corrections import corrected
 from torch import Tensor, nn
 from whole_model import divergence_of
 
+from lorap.algorithms.step_schedule import RATE, schedule
 from lorap.calibration import TokenWindows
 from lorap.calibration.offload import IN_MEMORY
 from lorap.calibration.stream import CalibrationStream
-from lorap.compression.distillation import _ExactWeights, _Gradients, agree, divergences
-from lorap.compression.schedule import RATE, dealt, schedule, unseen
+from lorap.compression.distillation import _ExactWeights, _Gradients, agree, divergences, held_out_windows, step_windows
 from lorap.distributed import Processes
 from lorap.errors import CalibrationError
 from lorap.reports.run import CorrectionReport
@@ -179,10 +179,10 @@ def test_windows_of_each_step(count: int, seq_len: int, asked: int, sizes: list[
     )
     assert schedule(plan.enough, seq_len, asked).steps == asked > schedule(plan.enough - 1, seq_len, asked).steps
     windows = TokenWindows(ids, "tokens", "", mask)
-    found = list(dealt(windows, folds, plan))
+    found = list(step_windows(windows, folds, plan))
     assert len(found) == plan.steps
     assert sorted({len(part.input_ids) for part, _ in found}) == sizes
-    found.append(unseen(windows, folds, plan))
+    found.append(held_out_windows(windows, folds, plan))
     used = [row for part, _ in found for row in part.input_ids[:, 0].tolist()]
     assert len(set(used)) == len(used)
     for fold in (False, True):
@@ -291,7 +291,7 @@ def test_steps_that_hurt_unseen_windows_are_undone(
     assert len(report.correction.before) == 2
     assert agree(report.correction.before, report.correction.after)
     assert not same(taken, plain)
-    monkeypatch.setattr("lorap.compression.schedule.RATE", 30.0)
+    monkeypatch.setattr("lorap.algorithms.step_schedule.RATE", 30.0)
     undone, report = compress_small(copy.deepcopy(dense), correction_steps=3)
     assert (report.correction.taken, report.correction.tried) == (0, 3)
     assert not agree(report.correction.before, report.correction.after)

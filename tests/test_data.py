@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from lorap import CalibrationError
 from lorap.calibration import TokenWindows, fold_of, read_source
 from lorap.calibration.sources import shipped_texts
-from lorap.calibration.windows import Share, consecutive_windows
+from lorap.calibration.windows import consecutive_windows
+from lorap.reports.records import Share
 
 # Windows
 

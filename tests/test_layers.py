@@ -16,10 +16,11 @@ from lorap.architectures import ATTENTION, MLP, find_architecture
 from lorap.calibration import CalibrationStream, TokenWindows
 from lorap.calibration.stream import Probe
 from lorap.compression.allocation import LayerPlan
-from lorap.compression.layer import LayerCompressor, needs_folds
+from lorap.compression.layer import LayerCompressor
 from lorap.compression.shrinkage import choose_ridge, choose_shrinkage, shrunk
 from lorap.config import RECIPES, CompressionConfig
 from lorap.nn.linear import LowRankLinear
+from lorap.requirements import needs_folds
 
 CPU = torch.device("cpu")
 PLAN = LayerPlan({"q_proj": 20, "k_proj": 10, "v_proj": 10, "o_proj": 20}, 60)

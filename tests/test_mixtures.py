@@ -13,7 +13,7 @@ from lorap import CalibrationError
 from lorap.calibration import TokenWindows, draw_windows, read_source
 from lorap.calibration.mixtures import parse_source, split_by_weight, weighted_sources
 from lorap.calibration.sources import shipped_texts
-from lorap.calibration.windows import Share
+from lorap.reports.records import Share
 
 SHIPPED = list(shipped_texts())
 EACH = 1 / len(SHIPPED)

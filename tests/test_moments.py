@@ -85,10 +85,10 @@ def test_wide_sums_in_float32_are_as_good(monkeypatch: pytest.MonkeyPatch) -> No
         shrinkage = choose_shrinkage(folds)
         kept = torch.arange(0, features, 2)
         ridge = choose_ridge(down, folds, kept, shrinkage=shrinkage)
-        weight = repair_down(down, Moment.of(folds[0]).shrunk(shrinkage), kept, ridge=ridge)
+        weight = repair_down(down, folds[0].moment.shrunk(shrinkage), kept, ridge=ridge)
         assert weight.dtype == precision
         lost = removed_share(down, held_out.T @ held_out / 500, kept, weight)
-        tail = repaired_tail(down, Moment.of(folds[0]), torch.randperm(features), ridge=0.01)
+        tail = repaired_tail(down, folds[0].moment, torch.randperm(features), ridge=0.01)
         found[precision] = shrinkage, ridge, lost, float(tail[0])
     narrow, wide_sums = found[torch.float64], found[torch.float32]
     assert wide_sums[0] == pytest.approx(narrow[0], rel=1e-5)

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorap.nn import native, ops
+from lorap.nn import implementations, native
 
 ROOT = Path(__file__).parents[1]
 CPU_SOURCES = ROOT / "csrc/cpu"
@@ -88,7 +88,7 @@ assert {native.cpu_isa(dtype) for dtype in dtypes} == {isa}
 cases = 0
 for op, dtype, m, k in itertools.product(MATMULS, dtypes, (1, 2, 5, 17), (1, 7, 8, 31, 33, 100, 289)):
     for arguments in arguments_of(op, m, k, 17, 63, dtype, bias=cases % 2 == 0):
-        assert_close_to_float64(op, ops.implementation(op, "cpu")(*arguments), arguments)
+        assert_close_to_float64(op, implementations.implementation(op, "cpu")(*arguments), arguments)
         cases += 1
 for dtype in dtypes:  # sums of two, rounded once: every pair of the numbers at the edges of the format
     info = torch.finfo(dtype)
@@ -98,7 +98,7 @@ for dtype in dtypes:  # sums of two, rounded once: every pair of the numbers at 
     pairs = torch.cartesian_prod(numbers, numbers)
     expected = pairs.float().sum(1).to(dtype)
     for tokens in (1, 2, 5):
-        y = ops.implementation("linear", "cpu")(torch.ones(tokens, 2, dtype=dtype), pairs)
+        y = implementations.implementation("linear", "cpu")(torch.ones(tokens, 2, dtype=dtype), pairs)
         # That instruction set takes numbers below the smallest normal one for zero.
         atol = 2 * info.tiny if isa == "avx512_bf16" else 0
         torch.testing.assert_close(y, expected.expand(tokens, -1), rtol=0, atol=atol, equal_nan=True)
@@ -206,7 +206,7 @@ def test_the_same_bytes_twice_and_with_any_number_of_threads(tokens: int, dtype:
         results = []
         for count in (1, 1, 2, 2, 3):
             torch.set_num_threads(count)
-            results.append(ops.implementation(op, "cpu")(*arguments))
+            results.append(implementations.implementation(op, "cpu")(*arguments))
         assert all(torch.equal(result, results[0]) for result in results), op
 
 
@@ -215,7 +215,7 @@ def test_a_token_s_output_does_not_depend_on_its_neighbours() -> None:
     """Within one pass over the weights, whichever tokens share it."""
     torch.manual_seed(0)
     x, weight = torch.randn(16, 100), torch.randn(63, 100)
-    run = ops.implementation("linear", "cpu")
+    run = implementations.implementation("linear", "cpu")
     together = run(x, weight)
     x[1:] = torch.nan
     assert torch.equal(run(x, weight)[0], together[0])
@@ -225,7 +225,7 @@ def test_a_token_s_output_does_not_depend_on_its_neighbours() -> None:
 def test_many_threads_call_at_once() -> None:
     torch.manual_seed(0)
     inputs, right, left = torch.randn(8, 3, 577), torch.randn(200, 577), torch.randn(700, 200)
-    run = ops.implementation("low_rank_linear", "cpu")
+    run = implementations.implementation("low_rank_linear", "cpu")
     expected, wrong = [run(x, right, left) for x in inputs], []
 
     def work(index: int) -> None:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from lorap import ShapeError
 from lorap.kernels import reference
-from lorap.nn import dispatch, native, ops
+from lorap.nn import dispatch, implementations, native, ops
 
 OPS = list(ops.SCHEMAS)
 STATISTICS = ["channel_sq_norm", "second_moment"]
@@ -121,7 +121,7 @@ def arguments_of(op: str, m: int, k: int, r: int, n: int, dtype: torch.dtype, bi
 @pytest.mark.parametrize("op", MATMULS)
 def test_values_equal_float64_for_odd_shapes(op: str, backend: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    run = ops.implementation(op, backend)
+    run = implementations.implementation(op, backend)
     ranks = RANKS if "low_rank" in op else RANKS[:1]
     for index, (m, k, r, n) in enumerate(
         (m, k, r, n) for m in TOKENS for k in FEATURES for r in ranks for n in OUTPUTS
@@ -136,14 +136,14 @@ def test_values_equal_float64_for_odd_shapes(op: str, backend: str, dtype: torch
 def test_biases(op: str, backend: str, bias: bool) -> None:
     torch.manual_seed(0)
     for arguments in arguments_of(op, 3, 100, 17, 63, torch.float32, bias):
-        assert_close_to_float64(op, ops.implementation(op, backend)(*arguments), arguments)
+        assert_close_to_float64(op, implementations.implementation(op, backend)(*arguments), arguments)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pivot_rows_are_the_outputs_of_right(backend: str) -> None:
     torch.manual_seed(0)
     x, right, left, rows = random(3, 100), random(17, 100), random(63, 17), pivots(17, 63)
-    run = ops.implementation("low_rank_linear", backend)
+    run = implementations.implementation("low_rank_linear", backend)
     y, shrunk = run(x, right, left, None, rows), x @ right.T
     torch.testing.assert_close(y[:, rows], shrunk)
     others = torch.ones(80, dtype=torch.bool).index_fill(0, rows, False)
@@ -155,7 +155,7 @@ def test_a_dense_layer_joins_a_group_as_all_pivots(backend: str) -> None:
     torch.manual_seed(0)
     x, weight, right, left = random(3, 100), random(63, 100), random(17, 100), random(40, 17)
     all_rows, none = torch.arange(63), torch.empty(0, dtype=torch.int64)
-    group = ops.implementation("low_rank_linear_group", backend)
+    group = implementations.implementation("low_rank_linear_group", backend)
     y = group(x, [weight, right], [weight.new_empty(0, 63), left], [], [all_rows, none])
     torch.testing.assert_close(y, torch.cat((x @ weight.T, x @ right.T @ left.T), dim=-1))
 
@@ -164,10 +164,10 @@ def test_a_dense_layer_joins_a_group_as_all_pivots(backend: str) -> None:
 @pytest.mark.parametrize("op", MATMULS)
 @pytest.mark.parametrize("shape", [(), (1,), (2, 3), (2, 1, 5), (0,), (2, 0)], ids=str)
 def test_any_leading_shape(shape: tuple[int, ...], op: str, backend: str) -> None:
-    _, *weights = ops.example(op, CPU, torch.float32)
+    _, *weights = implementations.example(op, CPU, torch.float32)
     x = random(*shape, 176)
     if 0 not in shape:
-        assert_close_to_float64(op, ops.implementation(op, backend)(x, *weights), (x, *weights))
+        assert_close_to_float64(op, implementations.implementation(op, backend)(x, *weights), (x, *weights))
     y = getattr(ops, op)(x, *weights)  # with the choice of the backend, which keeps an empty batch from the kernels
     assert_close_to_float64(op, y, (x, *weights))
 
@@ -177,7 +177,7 @@ def test_any_leading_shape(shape: tuple[int, ...], op: str, backend: str) -> Non
 def test_non_contiguous_x_and_weights(op: str, backend: str) -> None:
     """Transposed, sliced along either axis, and expanded."""
     torch.manual_seed(0)
-    run = ops.implementation(op, backend)
+    run = implementations.implementation(op, backend)
     for arguments in arguments_of(op, 5, 100, 17, 63, torch.float32, bias=False):
         for change in (_transposed, _sliced_rows, _sliced_columns, _wide_rows):
             changed = tree_map(lambda t, change=change: change(t) if _is_matrix(t) else t, arguments)
@@ -224,7 +224,7 @@ def test_non_contiguous_bias(op: str, backend: str) -> None:
             lambda t: t.repeat_interleave(2)[::2] if isinstance(t, Tensor) and t.dim() == 1 and t.numel() > 1 else t,
             arguments,
         )
-        assert_close_to_float64(op, ops.implementation(op, backend)(*strided), arguments)
+        assert_close_to_float64(op, implementations.implementation(op, backend)(*strided), arguments)
 
 
 @given(
@@ -248,8 +248,8 @@ def test_a_group_is_each_layer_alone(
         rows = pivots(rank, n) if pivoted else torch.empty(0, dtype=torch.int64)
         some_bias = random(n + len(rows) if bias else 0, dtype=dtype)
         each.append((random(rank, k, dtype=dtype), random(n, rank, dtype=dtype), some_bias, rows))
-    y = ops.implementation("low_rank_linear_group", backend)(x, *map(list, zip(*each, strict=True)))
-    alone = ops.implementation("low_rank_linear", backend)
+    y = implementations.implementation("low_rank_linear_group", backend)(x, *map(list, zip(*each, strict=True)))
+    alone = implementations.implementation("low_rank_linear", backend)
     expected = [alone(x, right, left, *(t if t.numel() else None for t in rest)) for right, left, *rest in each]
     torch.testing.assert_close(y, torch.cat(expected, dim=-1), rtol=0, atol=0)
 
@@ -272,7 +272,7 @@ def test_a_pivoted_layer_is_the_layer_of_its_reconstructed_weight(
     weight = torch.empty(rank + others, k, dtype=torch.float64)
     weight[rows] = right.double()
     weight[torch.ones(rank + others, dtype=torch.bool).index_fill(0, rows, False)] = left.double() @ right.double()
-    y = ops.implementation("low_rank_linear", backend)(x, right, left, bias, rows)
+    y = implementations.implementation("low_rank_linear", backend)(x, right, left, bias, rows)
     torch.testing.assert_close(y.double(), x.double() @ weight.T + bias.double(), rtol=1e-4, atol=1e-5)
 
 
@@ -357,7 +357,7 @@ def require_grad(arguments: Any) -> Any:
     ids=lambda v: v if isinstance(v, str) else f"grad={v}",
 )
 def test_opcheck(op: str, dtype: torch.dtype, grad: bool) -> None:
-    arguments = ops.example(op, CPU, dtype)
+    arguments = implementations.example(op, CPU, dtype)
     torch.library.opcheck(getattr(torch.ops.lorap, op).default, require_grad(arguments) if grad else arguments)
 
 
@@ -382,7 +382,7 @@ def test_gradcheck_in_float64(op: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", MATMULS)
 def test_gradients_are_those_of_the_reference(op: str, dtype: torch.dtype) -> None:
-    arguments = ops.example(op, CPU, dtype)
+    arguments = implementations.example(op, CPU, dtype)
     found, expected = require_grad(arguments), require_grad(arguments)
     getattr(ops, op)(*found).float().square().sum().backward()
     getattr(reference, op)(*expected).float().square().sum().backward()
@@ -408,7 +408,7 @@ def test_second_derivatives_in_float64(op: str) -> None:
 
 @pytest.mark.parametrize("op", MATMULS)
 def test_forward_mode_derivatives(op: str) -> None:
-    x, *weights = ops.example(op, CPU, torch.float32)
+    x, *weights = implementations.example(op, CPU, torch.float32)
     tangent = torch.randn_like(x)
     _, expected = torch.func.jvp(lambda x: getattr(reference, op)(x, *weights), (x,), (tangent,))
     _, found = torch.func.jvp(lambda x: getattr(ops, op)(x, *weights), (x,), (tangent,))
@@ -417,7 +417,7 @@ def test_forward_mode_derivatives(op: str) -> None:
 
 @pytest.mark.parametrize("op", MATMULS)
 def test_only_the_tensors_that_want_gradients_get_them(op: str) -> None:
-    x, *weights = ops.example(op, CPU, torch.float32)
+    x, *weights = implementations.example(op, CPU, torch.float32)
     x = x.clone().requires_grad_()
     getattr(ops, op)(x, *weights).sum().backward()
     assert x.grad is not None
@@ -427,7 +427,7 @@ def test_only_the_tensors_that_want_gradients_get_them(op: str) -> None:
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("op", OPS)
 def test_compiles_into_one_graph(op: str, grad: bool) -> None:
-    arguments = ops.example(op, CPU, torch.float32)
+    arguments = implementations.example(op, CPU, torch.float32)
     if grad:
         arguments = require_grad(arguments)
     compiled = torch.compile(getattr(ops, op), fullgraph=True, backend="aot_eager")
@@ -441,7 +441,7 @@ def test_compiles_into_one_graph(op: str, grad: bool) -> None:
 @pytest.mark.parametrize("op", MATMULS)
 def test_one_dynamic_graph_serves_every_number_of_tokens(op: str) -> None:
     """Also where the kernel of this machine serves up to 16 tokens and torch the others."""
-    _, *weights = ops.example(op, CPU, torch.float32)
+    _, *weights = implementations.example(op, CPU, torch.float32)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(getattr(ops, op), fullgraph=True, backend=counter, dynamic=True)
     for tokens in (3, 16, 17, 40):
@@ -452,11 +452,11 @@ def test_one_dynamic_graph_serves_every_number_of_tokens(op: str) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_fake_tensors_of_a_gpu_that_is_not_there(op: str) -> None:
-    real = getattr(ops, op)(*ops.example(op, CPU, torch.bfloat16))
+    real = getattr(ops, op)(*implementations.example(op, CPU, torch.bfloat16))
     with FakeTensorMode():
         arguments = tree_map(
             lambda t: torch.empty(t.shape, dtype=t.dtype, device="cuda") if isinstance(t, Tensor) else t,
-            ops.example(op, CPU, torch.bfloat16),
+            implementations.example(op, CPU, torch.bfloat16),
         )
         fake = getattr(ops, op)(*arguments)
     pairs = zip(fake, real, strict=True) if isinstance(real, tuple) else [(fake, real)]
@@ -466,7 +466,7 @@ def test_fake_tensors_of_a_gpu_that_is_not_there(op: str) -> None:
 
 @pytest.mark.parametrize("op", MATMULS)
 def test_direct_call_and_dispatched_call_agree(op: str) -> None:
-    arguments = ops.example(op, CPU, torch.bfloat16)
+    arguments = implementations.example(op, CPU, torch.bfloat16)
     assert torch.equal(getattr(ops, op)(*arguments), getattr(torch.ops.lorap, op)(*arguments))
 
 
@@ -578,7 +578,7 @@ def test_the_cpu_kernels_never_read_past_tensors_of_wrong_shape(
     op: str, shape: tuple[int, ...], rest: list[Any], message: str
 ) -> None:
     with pytest.raises(RuntimeError, match="lorap_cpu"):
-        ops.implementation(op, "cpu")(zeros(*shape), *rest)
+        implementations.implementation(op, "cpu")(zeros(*shape), *rest)
 
 
 @needs_cpu_kernels
@@ -590,7 +590,7 @@ def test_the_cpu_kernels_refuse_pivot_rows_that_do_not_ascend_within_the_output(
 
 @pytest.mark.parametrize("op", MATMULS)
 def test_mixed_dtypes_are_refused(op: str) -> None:
-    x, *weights = ops.example(op, CPU, torch.float32)
+    x, *weights = implementations.example(op, CPU, torch.float32)
     for tokens in (1, 20):
         with pytest.raises(RuntimeError, match="dtype"):
             getattr(ops, op)(random(tokens, x.shape[-1], dtype=torch.bfloat16), *weights)

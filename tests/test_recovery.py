@@ -29,13 +29,14 @@ import lorap
 from lorap.checkpoint.folders import WEIGHTS, read_tensors
 from lorap.cli import app
 from lorap.errors import ArchitectureError, CalibrationError, CheckpointError, ConfigError
-from lorap.evaluation.perplexity import Evaluation
 from lorap.outputs import work_path
 from lorap.recovery import recover as recovery_module
 from lorap.recovery.files import RECOVERY, SETTINGS
 from lorap.recovery.recover import Recovery, recover, target_names
-from lorap.recovery.report import RECOVERY_REPORT, RecoveryReport, dense_evaluation, tuned_card
+from lorap.recovery.report import RecoveryReport, dense_evaluation, tuned_card
 from lorap.recovery.training import TuningConfig
+from lorap.reports.records import Evaluation
+from lorap.reports.run import RECOVERY_REPORT
 
 TUNING = {"steps": 6, "batch_size": 3, "seq_len": 32, "rank": 5, "learning_rate": 3e-3, "precision": "float32"}
 # What a checkpoint can look like: family, options of the compression.

@@ -16,19 +16,19 @@ import lorap
 from lorap.algorithms.factorization import factorize
 from lorap.config import CHOICES, RECIPES
 from lorap.errors import CheckpointError
-from lorap.evaluation.perplexity import Evaluation
 from lorap.reports.html.page import compression_page
 from lorap.reports.model_card import method_text, model_card, stock_card
+from lorap.reports.records import Evaluation
 from lorap.reports.run import (
     CompressionReport,
     CorrectionReport,
     ProjectionReport,
-    compressed_roles,
     correction_lines,
     evaluation_lines,
     storage_lines,
 )
 from lorap.reports.spectra import Spectrum, sampled_spectrum, spectrum_indices
+from lorap.requirements import compressed_roles
 
 CALIBRATION = {"name": "a text", "windows": 3, "seq_len": 100, "tokens": 300, "sha256": "ab" * 32}
 

@@ -264,7 +264,7 @@ def test_a_judgement_that_was_interrupted_comes_out_the_same(
     rate: float, taken: int, held: str, source: Path, tokens: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """Before it was written down, and right behind that."""
-    monkeypatch.setattr("lorap.compression.schedule.RATE", rate)
+    monkeypatch.setattr("lorap.algorithms.step_schedule.RATE", rate)
     monkeypatch.setattr("lorap.checkpoint.paging._fits_for_good", lambda device, nbytes: held == "stays")
     if held == "in memory":
         monkeypatch.setattr("lorap.checkpoint.load.paged_model", lambda *args, **kwargs: None)
@@ -529,7 +529,7 @@ def test_the_result_does_not_depend_on_the_number_of_processes(
 def test_processes_undo_together_what_hurts(source: Path, tokens: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     site.mkdir()
-    (site / "sitecustomize.py").write_text("import lorap.compression.schedule as them\nthem.RATE = 30.0\n")
+    (site / "sitecustomize.py").write_text("import lorap.algorithms.step_schedule as them\nthem.RATE = 30.0\n")
     path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
     run = torchrun(2, source, tokens, tmp_path / "out", "--correction-steps", "8", PYTHONPATH=path)
     assert run.returncode == 0, run.stderr[-3000:]

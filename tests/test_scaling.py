@@ -23,7 +23,6 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from typer.testing import CliRunner
 
 from lorap.algorithms.factorization import factorize_batch
-from lorap.algorithms.moments import Moment
 from lorap.algorithms.pivoting import pivot, storage_error
 from lorap.algorithms.refit import output_scores, removed_share, repair_down
 from lorap.architectures import PROJECTIONS
@@ -371,8 +370,8 @@ def test_a_refit_takes_what_torch_counts(unit_machine: Machine, shape_of) -> Non
     def refit() -> None:
         output_scores(down, folds[0].channel_sq_norm, torch.eye(hidden))
         choose_ridge(down, folds, stays, shrinkage=0.2)
-        again = repair_down(down, Moment.of(folds[0]), stays, ridge=0.1)
-        removed_share(down, Moment.of(folds[0]), stays, again)
+        again = repair_down(down, folds[0].moment, stays, ridge=0.1)
+        removed_share(down, folds[0].moment, stays, again)
 
     shape = replace(shape_of("llama-gqa"), projections={"down_proj": (hidden, width)})
     layer = planned_sizes(shape_of("llama-gqa"), CompressionConfig(recipe="lorap")).layer

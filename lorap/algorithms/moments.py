@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lorap.calibration.statistics import TINY, ActivationStats
 from lorap.errors import FactorizationError
 
 # Columns that a Cholesky factor advances by, where it is made in place.
@@ -32,14 +31,9 @@ class Moment:
     shrinkage: float = 0.0
 
     @classmethod
-    def of(cls, given: Moment | Tensor | ActivationStats) -> Moment:
-        """A matrix (K, K), or statistics with moments, as a moment; nothing is copied."""
-        if isinstance(given, Moment):
-            return given
-        if isinstance(given, ActivationStats):
-            assert given.outer is not None, "gather with moments=True"
-            return cls(given.outer, max(given.weight, TINY))
-        return cls(given)
+    def of(cls, given: Moment | Tensor) -> Moment:
+        """A matrix (K, K) as a moment; nothing is copied."""
+        return given if isinstance(given, Moment) else cls(given)
 
     def shrunk(self, shrinkage: float) -> Moment:
         return replace(self, shrinkage=shrinkage)

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lorap.algorithms.moments import Moment
 from lorap.algorithms.symmetric import add_outer_products
 from lorap.distributed import Processes
 from lorap.kernels import reference
 from lorap.nn import ops
-from lorap.nn.dispatch import HALVES
+from lorap.nn.implementations import HALVES
 
 # From so many channels on, sums of outer products are kept in float32: those of LLaMA-7B's FFN take 1 GB in float64, two
 # folds and the working copies of the refit several times that. They feed refits with a ridge of some percent of the mean channel
@@ -134,6 +135,12 @@ class ActivationStats:
         """(K, K), sum(x x^T) over the weight of all tokens, in the precision of the sums."""
         assert self.outer is not None, "gather with moments=True"
         return self.outer / max(self.weight, TINY)
+
+    @property
+    def moment(self) -> Moment:
+        """:attr:`second_moment`, without a copy."""
+        assert self.outer is not None, "gather with moments=True"
+        return Moment(self.outer, max(self.weight, TINY))
 
     @property
     def mean(self) -> Tensor:

@@ -17,27 +17,13 @@ from torch import Tensor
 from lorap.calibration.mixtures import Sources, mixture_name, split_by_weight, weighted_sources
 from lorap.calibration.sources import OWN_SAMPLES, Source, read_tokens, source_name
 from lorap.errors import CalibrationError
+from lorap.reports.records import Share
 
 # A single text is cut into so many groups: enough to split in halves that do not just mean beginning and end.
 STRETCHES = 4
 
 # (windows, seq_len, seed) to token ids of that shape, written by a model.
 Sampler = Callable[[int, int, int], Tensor]
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one source of a mixture gave.
-
-    Args:
-        name: of the source, for reports.
-        weight: as it was asked for; only ratios count.
-        windows: drawn from this source.
-    """
-
-    name: str
-    weight: float
-    windows: int
 
 
 @dataclass(frozen=True)

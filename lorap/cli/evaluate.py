@@ -27,9 +27,10 @@ from lorap.cli.common import (
 )
 from lorap.cli.tasks import TaskOptions, evaluate_tasks
 from lorap.errors import CheckpointError, ConfigError
-from lorap.evaluation.perplexity import Evaluation, WindowLosses, evaluate_windows, paired_difference
+from lorap.evaluation.perplexity import WindowLosses, evaluate_windows, paired_difference
 from lorap.evaluation.tasks import TASKS, Estimate
 from lorap.jsonio import read_json
+from lorap.reports.records import Evaluation
 from lorap.reports.run import CompressionReport
 
 

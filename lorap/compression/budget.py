@@ -16,6 +16,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from lorap.algorithms.pivoting import pivoted_parameters
+from lorap.architectures import STOCK_MULTIPLES
 from lorap.compression.allocation import Shape, break_even_rank
 from lorap.errors import ConfigError
 
@@ -25,8 +26,6 @@ Key = TypeVar("Key", bound=Hashable)
 LARGEST_MULTIPLE = 64
 # A rank that is no multiple of 8 sends 16-bit GPU loads down the slow path.
 SMALLEST_RANK_MULTIPLE = 8
-# Blocks of quantized formats: 256 for llama.cpp's K-quants, 32 for its others, MLX and NNCF.
-STOCK_MULTIPLES = (256, 32)
 # In a narrower FFN a block of 32 would be more than this share of the axis; such models are toys.
 SMALLEST_BLOCK_SHARE = 1 / 4
 # A multiple is affordable if it is no more than this share of the axis, ...

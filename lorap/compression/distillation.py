@@ -11,16 +11,18 @@ want it to. Whether the steps are kept is decided on windows that none of them h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorap.algorithms.step_schedule import Schedule
 from lorap.architectures import Architecture
 from lorap.calibration.backward import walk_back
 from lorap.calibration.offload import IN_MEMORY, Held, Shelf
 from lorap.calibration.stream import Batch, CalibrationStream, logits_of
+from lorap.calibration.windows import TokenWindows
 from lorap.checkpoint.paging import in_memory, pages_of
 from lorap.distributed import Processes
 from lorap.errors import CalibrationError
@@ -48,7 +50,7 @@ def correct(
     Args:
         model: compressed, in evaluation mode.
         layers: its decoder layers.
-        streams: the windows of each step, see :func:`lorap.compression.schedule.dealt`, before the first layer.
+        streams: the windows of each step, see :func:`step_windows`, before the first layer.
         targets: the same windows, behind the last layer of the dense model.
         rates: sizes of the steps, as shares of what moves an output by as much as independent weights give.
         architecture: where the projections are.
@@ -199,3 +201,26 @@ class _ExactWeights:
             weight.copy_(exact)
             shelf = IN_MEMORY if pages_of(layer) is None else self.files
             self.copies[index, name] = shelf.put(exact)
+
+
+def step_windows(windows: TokenWindows, folds: Tensor, plan: Schedule) -> Iterator[tuple[TokenWindows, Tensor | None]]:
+    """Windows of each step, none of them twice, and which of them form a second fold, if any do.
+
+    Args:
+        windows: those that are not needed are left out.
+        folds: (windows,) bool, see :func:`lorap.calibration.windows.fold_of`.
+        plan: for as many windows.
+    """
+    for step in range(plan.steps):
+        yield _part(windows, folds, step * plan.parts // plan.steps, plan.parts)
+
+
+def held_out_windows(windows: TokenWindows, folds: Tensor, plan: Schedule) -> tuple[TokenWindows, Tensor | None]:
+    """The part that no step has; arguments and result as of :func:`step_windows`."""
+    return _part(windows, folds, plan.parts - 1, plan.parts)
+
+
+def _part(windows: TokenWindows, folds: Tensor, first: int, parts: int) -> tuple[TokenWindows, Tensor | None]:
+    # Every so many-th window: each part has some of all sources, and of both folds where it can.
+    rows = torch.argsort(folds.int(), stable=True)[first::parts]
+    return windows.rows(rows), folds[rows] if len(folds[rows].unique()) == 2 else None

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from lorap.algorithms.factorization import Factorization, factorize_batch
-from lorap.algorithms.moments import Moment
 from lorap.algorithms.pivoting import pivot, storage_error
 from lorap.algorithms.pruning import channel_importance, keep_inputs, keep_outputs, new_linear, removed_shares
 from lorap.algorithms.refit import fluctuation_scores, keep_best, output_scores, removed_share, repair_down
@@ -29,6 +28,7 @@ from lorap.errors import CalibrationError
 from lorap.nn.linear import LowRankLinear, count_parameters
 from lorap.reports.run import ProjectionReport
 from lorap.reports.spectra import Spectrum, sampled_spectrum
+from lorap.requirements import sums_of
 from lorap.system import Stopwatch, release_freed_memory
 
 Folds = tuple[ActivationStats, ...]
@@ -242,7 +242,7 @@ class _Layer:
         narrow = keep_inputs(down, kept)
         if config.repair:
             weight = self._repaired(inner_folds, kept)
-            self.errors["down_proj"] = removed_share(down.weight.data, Moment.of(inner_folds[0]), kept, weight)
+            self.errors["down_proj"] = removed_share(down.weight.data, inner_folds[0].moment, kept, weight)
             narrow = new_linear(weight.to(down.weight.dtype), None if down.bias is None else down.bias.data)
         if config.bias_compensation:
             narrow = _with_mean_output(down, narrow, kept, inner.mean)
@@ -259,7 +259,7 @@ class _Layer:
             folds[0].merge(fold)
             fold.outer = None
         release_freed_memory(down.numel())
-        return repair_down(down, Moment.of(folds[0]).shrunk(shrinkage), kept, ridge=float(ridge))
+        return repair_down(down, folds[0].moment.shrunk(shrinkage), kept, ridge=float(ridge))
 
     def _metric(self, folds: Folds) -> Tensor | None:
         """What a factorization is judged on: nothing, the channel norms, the second moment, or the spread of the outputs."""
@@ -304,18 +304,3 @@ def _with_mean_output(down: nn.Linear, narrow: nn.Linear, kept: Tensor, mean: Te
     lost = down.weight.data.double() @ mean - narrow.weight.data.double() @ mean[kept]
     bias = lost if down.bias is None else down.bias.data.double() + lost
     return new_linear(narrow.weight.data, bias.to(down.weight.dtype))
-
-
-def needs_folds(config: CompressionConfig) -> bool:
-    """Whether anything is to be judged on another half of the calibration text than it was fitted on."""
-    fitted = config.attention_method == "second_moment" or (config.mlp_method == "prune" and config.repair)
-    return fitted and "auto" in (config.metric_shrinkage, config.repair_ridge)
-
-
-def sums_of(config: CompressionConfig, name: str) -> tuple[bool, bool]:
-    """Whether x, and whether x x^T, of an input of :data:`SHARED_INPUTS` is summed up beside its channel norms."""
-    if name.startswith("mlp") and config.mlp_method == "prune":
-        inner = name == "mlp_inner"
-        return inner and (config.bias_compensation or config.channel_score == "fluctuation"), inner and config.repair
-    method = config.attention_method
-    return method == "afm", method in ("afm", "second_moment")

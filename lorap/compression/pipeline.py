@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lorap.algorithms.step_schedule import Schedule, schedule
 from lorap.architectures import PROJECTIONS, Architecture, find_architecture
 from lorap.calibration.backward import BATCH_TOKENS as BACKWARD_BATCH
 from lorap.calibration.mixtures import Sources, check_sources
@@ -29,8 +30,8 @@ from lorap.checkpoint.load import check_tokenizer, find_model, load_model, load_
 from lorap.checkpoint.paging import in_memory_throughout, is_in_memory, pages_of
 from lorap.checkpoint.validate import believe_own_head
 from lorap.compression.allocation import LayerPlan
-from lorap.compression.distillation import agree, correct, divergences
-from lorap.compression.layer import LayerCompressor, needs_folds
+from lorap.compression.distillation import agree, correct, divergences, held_out_windows, step_windows
+from lorap.compression.layer import LayerCompressor
 from lorap.compression.planning import Key, Plan, check_sizes, make_plan, shapes_of
 from lorap.compression.runs.journal import NO_JOURNAL, Journal
 from lorap.compression.runs.steps import (
@@ -44,14 +45,14 @@ from lorap.compression.runs.steps import (
     kept_windows,
     load_kept,
 )
-from lorap.compression.schedule import Schedule, dealt, schedule, unseen
 from lorap.config import CompressionConfig
 from lorap.errors import ConfigError
 from lorap.evaluation.perplexity import BATCH_TOKENS as EVALUATION_BATCH
 from lorap.evaluation.perplexity import Evaluation, evaluate_stream
 from lorap.finite import check_finite
 from lorap.nn.linear import count_parameters
-from lorap.reports.run import CompressionReport, CorrectionReport, ProjectionReport, compressed_roles
+from lorap.reports.run import CompressionReport, CorrectionReport, ProjectionReport
+from lorap.requirements import compressed_roles, needs_folds
 from lorap.system import Stopwatch, describe_environment, peak_memory_bytes
 from lorap.typed import read_as
 from lorap.version import __version__
@@ -189,13 +190,13 @@ class Run:
 
     def _dealt(self, windows: TokenWindows) -> Iterator[CalibrationStream]:
         """The calibration windows again, for each correction step its own."""
-        for part, halves in dealt(windows, fold_of(windows), self._schedule(windows)):
+        for part, halves in step_windows(windows, fold_of(windows), self._schedule(windows)):
             yield self._stream(part, fold_of=halves, batch_tokens=BACKWARD_BATCH)
 
     def _unseen(self, windows: TokenWindows) -> Iterator[CalibrationStream]:
         """Those that no step has, to judge by; none where there is no step."""
         if (plan := self._schedule(windows)).steps:
-            part, halves = unseen(windows, fold_of(windows), plan)
+            part, halves = held_out_windows(windows, fold_of(windows), plan)
             yield self._stream(part, fold_of=halves, batch_tokens=EVALUATION_BATCH)
 
     def _bar(self, items: Iterable[T], *, desc: str) -> Iterable[T]:
@@ -375,7 +376,7 @@ class Run:
         if not taken:
             self._put_back(originals)
         finite = after if all(map(math.isfinite, after)) else ()
-        tokens = int(unseen(windows, fold_of(windows), plan)[0].tokens)
+        tokens = int(held_out_windows(windows, fold_of(windows), plan)[0].tokens)
         return replace(found, taken=taken, unseen_tokens=tokens, before=before, after=finite)
 
     def _originals(self) -> list[dict[str, Tensor]]:

@@ -39,7 +39,7 @@ from lorap.compression.shrinkage import output_metric, shrunk
 from lorap.config import CompressionConfig
 from lorap.distributed import ALONE, Processes
 from lorap.errors import CalibrationError, ConfigError
-from lorap.reports.run import compressed_roles
+from lorap.requirements import compressed_roles, roles_needing_gradients, roles_with_output_metric
 from lorap.system import release_freed_memory
 
 Key = tuple[int, str]  # (layer index, role); the FFN of a layer goes by the name of its down projection
@@ -108,7 +108,8 @@ def make_plan(
     shapes = shapes_of(layers, architecture)
     if config.allocation == "flap" and config.sparsity > 0:
         return Plan(_flap_widths(model, layers, windows, config, architecture, shapes, device, shelf, processes))
-    by_shape, roles, weighed = plan_by_shape(model, shapes, config), asked_roles(config), weighed_roles(config)
+    by_shape, roles = plan_by_shape(model, shapes, config), roles_needing_gradients(config)
+    weighed = roles_with_output_metric(config)
     if not roles:
         return Plan(by_shape or [LayerPlan(ranks={}, intermediate_size=shape["gate_proj"][0]) for shape in shapes])
     prices = _Prices(config, shapes)
@@ -159,28 +160,6 @@ def check_sizes(model: Any, shapes: Sequence[Mapping[str, Shape]], config: Compr
         _check_drop(channels_to_drop(config, shapes), [shape["gate_proj"][0] for shape in shapes])
     else:
         _Prices(config, shapes).check_budget()
-
-
-def buys_sizes(config: CompressionConfig) -> bool:
-    """Whether the loss decides on ranks and widths."""
-    return config.sparsity > 0 and config.allocation == "loss" and config.target != "stock"
-
-
-def asked_roles(config: CompressionConfig) -> tuple[str, ...]:
-    """Projections whose outputs a backward pass is asked about: to price sizes, or to weigh errors."""
-    if buys_sizes(config):
-        return tuple(role for role in (*ATTENTION, "down_proj") if role in compressed_roles(config))
-    return weighed_roles(config)
-
-
-def weighed_roles(config: CompressionConfig) -> tuple[str, ...]:
-    """Projections that are compressed with a metric of their outputs: low-rank ones, and a down_proj that scores channels."""
-    if config.sparsity == 0 or config.output_weighting == "none" or config.allocation == "flap":
-        return ()
-    roles = () if config.target == "stock" else ATTENTION
-    if config.mlp_method == "factorize" or config.channel_score == "output":
-        roles = (*roles, "down_proj")
-    return tuple(role for role in roles if role in compressed_roles(config))
 
 
 def _check_gradients(sensitivity: Sensitivity, name: str, dtype: torch.dtype) -> None:
@@ -247,7 +226,7 @@ class _Prices:
         """Refuse a budget below the smallest offers of all matrices, which no weight has a say in."""
         smallest: dict[Key, list[Offer]] = {}
         for index, shapes in enumerate(self.shapes):
-            for role in asked_roles(self.config):
+            for role in roles_needing_gradients(self.config):
                 out_features, in_features = shapes[role]
                 multiple = self.multiples[role]
                 if role == "down_proj":

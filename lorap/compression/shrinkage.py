@@ -57,7 +57,7 @@ def choose_shrinkage(folds: Sequence[ActivationStats]) -> float:
     """
     if len(folds) < 2:
         return DEFAULT_SHRINKAGE
-    first, second = (Moment.of(fold) for fold in folds)
+    first, second = (fold.moment for fold in folds)
     scale = merged(folds, moments=False).channel_sq_norm.sqrt()
     scale = torch.where(scale > 0, scale, 1.0)
     agreeing = size = 0.0
@@ -92,7 +92,7 @@ def choose_ridge(down: Tensor, folds: Sequence[ActivationStats], kept: Tensor, *
         return DEFAULT_RIDGE
     # Outputs are refitted independently of each other; some of them tell enough.
     down = down[:: max(1, len(down) // JUDGED_OUTPUTS)]
-    moments = [Moment.of(fold) for fold in folds]
+    moments = [fold.moment for fold in folds]
     fitted, held_out = [moment.shrunk(shrinkage) for moment in moments], list(reversed(moments))
 
     def error(ridge: float) -> float:

@@ -13,8 +13,7 @@ from lorap.checkpoint.gguf import read_gguf
 from lorap.checkpoint.load import ModelSource
 from lorap.errors import CheckpointError
 from lorap.jsonio import named
-from lorap.recovery.report import RECOVERY_REPORT
-from lorap.reports.run import format_table
+from lorap.reports.run import RECOVERY_REPORT, format_table
 
 # llama.cpp's names for what Hugging Face calls otherwise.
 GGUF_KINDS = {

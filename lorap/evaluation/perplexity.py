@@ -17,32 +17,12 @@ from lorap.calibration.stream import CalibrationStream, summed_loss
 from lorap.calibration.windows import TokenWindows
 from lorap.checkpoint.paging import in_memory
 from lorap.errors import CalibrationError, ConfigError
+from lorap.reports.records import Evaluation
 
 # Tokens per forward pass. The logits of 512 tokens and 150,000 words take 300 MB in float32; more does not run faster on a CPU.
 BATCH_TOKENS = 512
 # exp() of more overflows float64.
 MAX_EXPONENT = 709
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Loss of one model on one text.
-
-    Args:
-        text: name of the text.
-        nats: mean negative log-likelihood of a token, in nats.
-        perplexity: exp(nats).
-        tokens: tokens read, padding not counted.
-        seq_len: tokens per window.
-        seconds: wall time.
-    """
-
-    text: str
-    nats: float
-    perplexity: float
-    tokens: int
-    seq_len: int
-    seconds: float
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorap.algorithms.pruning import new_linear
-from lorap.architectures import ARCHITECTURES, ATTENTION, MLP, PROJECTIONS, Architecture
+from lorap.architectures import ARCHITECTURES, ATTENTION, MLP, PROJECTIONS, STOCK_MULTIPLES, Architecture
 from lorap.checkpoint import host_keys
 from lorap.checkpoint.folders import read_tensors
 from lorap.checkpoint.gguf import FILE_TYPES, check_gguf, write_gguf
@@ -23,7 +23,6 @@ from lorap.checkpoint.hf_quantizer import unmark
 from lorap.checkpoint.reconstruct import reconstruct
 from lorap.checkpoint.save import SPARE_BYTES
 from lorap.checkpoint.shards import write_model
-from lorap.compression.budget import STOCK_MULTIPLES
 from lorap.errors import ArchitectureError, CheckpointError
 from lorap.nn.linear import count_parameters
 from lorap.outputs import staged_folder

@@ -27,7 +27,7 @@ from lorap.checkpoint.guards import unguard_config
 from lorap.checkpoint.hf_quantizer import QUANT_METHOD, LoRAPConfig, LoRAPHfQuantizer
 from lorap.errors import BackendError, CheckpointError
 from lorap.integrations.vllm_linear import LoRAPLinearMethod
-from lorap.nn.dispatch import FLOATS
+from lorap.nn.implementations import FLOATS
 
 # vLLM's fused layers, for models that do not say themselves what theirs hold.
 FUSED = {"qkv_proj": SHARED_INPUTS["attention_input"], "gate_up_proj": SHARED_INPUTS["mlp_input"]}

@@ -24,13 +24,9 @@ from torch import Tensor
 
 from lorap.errors import BackendError
 from lorap.nn import native
+from lorap.nn.implementations import FLOATS, HALVES, LINEAR_OPS, example, implementation
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-HALVES = (torch.bfloat16, torch.float16)
-
-
-LINEAR_OPS = ("linear", "low_rank_linear", "low_rank_linear_group", "silu_gated_linear", "low_rank_silu_gated_linear")
 
 
 @dataclass(frozen=True)
@@ -212,14 +208,12 @@ def self_check(op: str, backend: str, device: torch.device, dtype: torch.dtype) 
 
     One token and several take different kernels, and a long K is split.
     """
-    from lorap.nn import ops
-
     limit = 1e-5 if dtype == torch.float32 else 3e-2
     for tokens, k in ((3, 176), (1, 176), (1, 4112)):
-        arguments = ops.example(op, device, dtype, tokens, k)
+        arguments = example(op, device, dtype, tokens, k)
         try:
-            got = _as_tuple(ops.implementation(op, backend)(*arguments))
-            exact = _as_tuple(ops.implementation(op, "reference")(*_to_double(arguments)))
+            got = _as_tuple(implementation(op, backend)(*arguments))
+            exact = _as_tuple(implementation(op, "reference")(*_to_double(arguments)))
             error = max(float((g.double() - e).norm() / e.double().norm()) for g, e in zip(got, exact, strict=True))
         except Exception as failure:  # whatever a driver or compiler throws must not stop a model that torch can run
             return f"{type(failure).__name__}: {failure}"

@@ -22,7 +22,7 @@ The functions here are the ops, minus the cost of torch's Python dispatch where 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,10 +30,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lorap.algorithms.symmetric import add_outer_products
 from lorap.errors import ShapeError
 from lorap.kernels import reference
-from lorap.nn import dispatch, native, shape_checks
+from lorap.nn import dispatch, implementations, shape_checks
+from lorap.nn.implementations import tokens_of
 
 # Lists have no defaults: torch 2.13 refuses gradients of a list op that was called without one of its arguments.
 _LOW_RANK_LISTS = "Tensor x, Tensor[] right, Tensor[] left, Tensor[] bias"
@@ -112,7 +112,7 @@ def serves(op: str, x: Tensor) -> bool:
 
     A compiled graph is made for many sizes, so there the op itself decides when it runs.
     """
-    return torch.compiler.is_compiling() or dispatch.choose(op, x, _tokens(x)) != "reference"
+    return torch.compiler.is_compiling() or dispatch.choose(op, x, tokens_of(x)) != "reference"
 
 
 def _call(op: str, x: Tensor, *rest: Any) -> Any:
@@ -130,110 +130,18 @@ def _needs_grad(x: Tensor, rest: tuple[Any, ...]) -> bool:
 
 
 def _run(op: str, x: Tensor, *rest: Any) -> Any:
-    backend = dispatch.choose(op, x, _tokens(x))
+    backend = dispatch.choose(op, x, tokens_of(x))
     if backend == "triton" and x.is_cuda:
         sizes = tuple(t.shape for t in tree_flatten(rest)[0] if isinstance(t, Tensor))
         backend = "reference" if dispatch.better_in_graph(op, x, sizes) else backend
     if backend == "reference":
         shape_checks.CHECKS[op](x, *rest)  # plain torch lets some misfits pass
-        return _IMPLEMENTATIONS["reference"][op](x, *rest)
+        return implementations.implementation(op, "reference")(x, *rest)
     try:
-        return _IMPLEMENTATIONS[backend][op](x, *rest)
+        return implementations.implementation(op, backend)(x, *rest)
     except RuntimeError:
         shape_checks.CHECKS[op](x, *rest)  # names what does not fit; checking first would cost each call a microsecond
         raise
-
-
-def _tokens(x: Tensor) -> int:
-    """Rows of x (..., K); 0, and so the reference, where x is empty or a scalar."""
-    return x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 0
-
-
-def _cpu(op: str) -> Callable[..., Any]:
-    return getattr(torch.ops.lorap_cpu, op).default if native.HAS_CPU else getattr(reference, op)
-
-
-def _cuda_low_rank(x: Tensor, right: Tensor, left: Tensor, bias: Any = None, pivot_rows: Any = None) -> Any:
-    # What the kernel is written for; a forced backend must not stop the prefill of a model.
-    fits = pivot_rows is None and _tokens(x) <= 8 and x.shape[-1] % 8 == 0 and right.shape[0] % 8 == 0
-    if not fits:
-        return reference.low_rank_linear(x, right, left, bias, pivot_rows)
-    return torch.ops.lorap_cuda.low_rank_linear.default(x.contiguous(), right.contiguous(), left.contiguous(), bias)
-
-
-def _triton(module: str, function: str) -> Callable[..., Any]:
-    """Imports triton only when one of its kernels is really used."""
-
-    def launch(*arguments: Any) -> Any:
-        import importlib
-
-        return getattr(importlib.import_module(f"lorap.kernels.{module}"), function)(*arguments)
-
-    return launch
-
-
-def _triton_low_rank(x: Tensor, right: Tensor, left: Tensor, bias: Any = None, pivot_rows: Any = None) -> Any:
-    from lorap.kernels.low_rank_fused import low_rank_fused, one_launch_wins
-    from lorap.kernels.low_rank_linear import low_rank_linear_group
-
-    if pivot_rows is None and one_launch_wins(_tokens(x), x.shape[-1], right.shape[0], left.shape[0]):
-        return low_rank_fused(x, right, left, bias)
-    some = [] if bias is None else [bias]
-    return low_rank_linear_group(x, [right], [left], some, [] if pivot_rows is None else [pivot_rows])
-
-
-def _second_moment(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """On a GPU, products of two bfloat16 or float16 are exact in float32, so tensor cores may do the work."""
-    on_tensor_cores = x.is_cuda and x.dtype in dispatch.HALVES
-    total = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device)
-    for chunk in reference.masked_chunks(x, mask, x.dtype if on_tensor_cores else torch.float64):
-        if on_tensor_cores:
-            total += torch.mm(chunk.T, chunk, out_dtype=torch.float32)
-        else:
-            add_outer_products(total, chunk)
-    return total, reference.token_count(x, mask)
-
-
-_IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
-    "reference": {op: getattr(reference, op) for op in SCHEMAS} | {"second_moment": _second_moment},
-    "cpu": {op: _cpu(op) for op in dispatch.LINEAR_OPS},
-    "triton": {
-        "linear": _triton("linear", "linear"),
-        "low_rank_linear": _triton_low_rank,
-        "low_rank_linear_group": _triton("low_rank_linear", "low_rank_linear_group"),
-        "silu_gated_linear": _triton("silu_gated_linear", "silu_gated_linear"),
-        "low_rank_silu_gated_linear": _triton("low_rank_linear", "low_rank_silu_gated_linear"),
-        "channel_sq_norm": _triton("channel_sq_norm", "channel_sq_norm"),
-    },
-    "cuda": {"low_rank_linear": _cuda_low_rank},
-}
-
-
-def implementation(op: str, backend: str) -> Callable[..., Any]:
-    """The function that runs ``op`` on one backend, without dispatch; for tests, self-checks and benchmarks."""
-    return _IMPLEMENTATIONS[backend][op]
-
-
-def example(op: str, device: torch.device, dtype: torch.dtype, tokens: int = 3, k: int = 176) -> tuple[Any, ...]:
-    """Small arguments of ``op`` with sizes that are no powers of two; the same on every device."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator).mul(size[-1] ** -0.5).to(device, dtype)
-
-    rank, n = 48, 112
-    x = random(tokens, k)
-    right, left = [random(rank, k), random(rank + 16, k)], [random(n, rank), random(n, rank + 16)]
-    by_op: dict[str, tuple[Any, ...]] = {
-        "linear": (x, right[0]),
-        "low_rank_linear": (x, right[0], left[0], random(n)),
-        "low_rank_linear_group": (x, right, left, [random(n), random(n)], []),
-        "silu_gated_linear": (x, right[0], random(rank, k)),
-        "low_rank_silu_gated_linear": (x, right, left, []),
-        "channel_sq_norm": (random(100, k), torch.arange(100, device=device) % 3 > 0),
-        "second_moment": (random(100, k), torch.arange(100, device=device) % 3 > 0),
-    }
-    return by_op[op]
 
 
 _library = torch.library.Library("lorap", "DEF")

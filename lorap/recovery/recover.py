@@ -31,7 +31,7 @@ from lorap.evaluation.perplexity import evaluate
 from lorap.nn.linear import LowRankLinear
 from lorap.outputs import WorkFolder, check_output, work_folder
 from lorap.recovery.files import STATE, merge_into_copy, sha256_of_weights, state_folder
-from lorap.recovery.report import RECOVERY_REPORT, RecoveryReport, dense_evaluation, tuned_card
+from lorap.recovery.report import RecoveryReport, dense_evaluation, tuned_card
 from lorap.recovery.text import training_windows
 from lorap.recovery.training import (
     SAVE_SECONDS,
@@ -43,7 +43,7 @@ from lorap.recovery.training import (
     train,
 )
 from lorap.reports.html.page import write_page
-from lorap.reports.run import PAGE, CompressionReport
+from lorap.reports.run import PAGE, RECOVERY_REPORT, CompressionReport
 from lorap.system import Stopwatch, describe_environment, peak_memory_bytes
 
 # Of each evaluation text, as when a model is compressed.

@@ -10,13 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lorap.evaluation.perplexity import Evaluation
 from lorap.reports.model_card import said_as_tuned
-from lorap.reports.records import TUNED_HEADER, TunedEvaluation, Tuning
+from lorap.reports.records import TUNED_HEADER, Evaluation, TunedEvaluation, Tuning
 from lorap.reports.run import format_table
 from lorap.typed import read_as
 
-RECOVERY_REPORT = "lorap_recovery.json"
 # Steps that the first and the last loss of a training are means of.
 LOSS_STEPS = 10
 # Two measurements of one model on one text differ by less, also where one computed in 16 bits.

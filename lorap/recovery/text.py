@@ -15,8 +15,9 @@ from torch import Tensor
 
 from lorap.calibration.mixtures import Sources, mixture_name, split_by_weight, weighted_sources
 from lorap.calibration.sources import OWN_SAMPLES, Source
-from lorap.calibration.windows import Sampler, Share, TokenWindows, consecutive_windows
+from lorap.calibration.windows import Sampler, TokenWindows, consecutive_windows
 from lorap.errors import CalibrationError
+from lorap.reports.records import Share
 
 
 def training_windows(

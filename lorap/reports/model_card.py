@@ -6,10 +6,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from lorap.compression.planning import weighed_roles
-from lorap.compression.schedule import schedule
+from lorap.algorithms.step_schedule import schedule
 from lorap.config import CompressionConfig
 from lorap.reports.run import KIND_HEADER, PAGE, CompressionReport, CorrectionReport, correction_lines, evaluation_lines
+from lorap.requirements import roles_with_output_metric
 
 # What the choices of a config do to a model, as parts of sentences for the model card.
 _NORMS = {
@@ -77,7 +77,7 @@ def method_text(config: CompressionConfig, correction: CorrectionReport | None =
     sizes = "even" if config.allocation == "paper" and "self_attn" not in config.sublayers else config.allocation
     sizes = "stock" if config.target == "stock" else sizes
     sentences.append(_SIZES[sizes].format(ratio=config.vo_to_qk_ratio))
-    if weighed_roles(config):
+    if roles_with_output_metric(config):
         sentences.append("Errors of outputs were weighted by the gradients of the loss.")
     sentences.append(_training(config, correction))
     text = " ".join(sentences)

@@ -9,14 +9,48 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from lorap.calibration.windows import Share
 from lorap.errors import CheckpointError
-from lorap.evaluation.perplexity import Evaluation
 from lorap.typed import read_as
 
 TUNED_HEADER = ("nats per token on", "dense", "compressed", "tuned", "recovered")
 # Entries that follow from the projections.
 SUMS = ("params_before", "params_after", "param_ratio")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss of one model on one text.
+
+    Args:
+        text: name of the text.
+        nats: mean negative log-likelihood of a token, in nats.
+        perplexity: exp(nats).
+        tokens: tokens read, padding not counted.
+        seq_len: tokens per window.
+        seconds: wall time.
+    """
+
+    text: str
+    nats: float
+    perplexity: float
+    tokens: int
+    seq_len: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one source of a mixture gave.
+
+    Args:
+        name: of the source, for reports.
+        weight: as it was asked for; only ratios count.
+        windows: drawn from this source.
+    """
+
+    name: str
+    weight: float
+    windows: int
 
 
 @dataclass(frozen=True)

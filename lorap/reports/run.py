@@ -10,15 +10,23 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lorap.architectures import PROJECTIONS
-from lorap.compression.schedule import shortage
 from lorap.config import CompressionConfig
-from lorap.evaluation.perplexity import Evaluation
-from lorap.reports.records import SUMS, Tuning, check_projections, check_sums, read_calibration, read_evaluations
+from lorap.reports.records import (
+    SUMS,
+    Evaluation,
+    Tuning,
+    check_projections,
+    check_sums,
+    read_calibration,
+    read_evaluations,
+)
 from lorap.reports.spectra import Spectrum
+from lorap.requirements import compressed_roles
 from lorap.typed import read_as
 
 # The report for people, beside the weights (lorap/reports/html/page.py).
 PAGE = "report.html"
+RECOVERY_REPORT = "lorap_recovery.json"
 KIND_HEADER = ("", "parameters before", "after", "kept", "rank", "width", "error min / median / max")
 # Parameters that a rounded width removes on top are told from this share on.
 TOLD_ROUNDING = 5e-4
@@ -219,12 +227,6 @@ class CompressionReport:
         return "\n".join(lines)
 
 
-def compressed_roles(config: CompressionConfig) -> tuple[str, ...]:
-    """The projections of the sub-layers that a config compresses."""
-    attention = PROJECTIONS[:4] if "self_attn" in config.sublayers else ()
-    return attention + (PROJECTIONS[4:] if "mlp" in config.sublayers else ())
-
-
 def _role_row(role: str, found: Sequence[ProjectionReport]) -> list[str]:
     before = sum(projection.params_before for projection in found)
     after = sum(projection.params_after for projection in found)
@@ -327,3 +329,11 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def shortage(windows: int, tried: int, asked: int, enough: int) -> list[str]:
+    """One sentence where the windows are not enough for all steps, with the number that would be."""
+    if tried == asked:
+        return []
+    does = "1 calibration window suffices" if windows == 1 else f"{windows} calibration windows suffice"
+    return [f"few windows: {does} for {tried} of {asked} correction steps; {enough} would for all"]

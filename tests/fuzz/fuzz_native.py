@@ -234,7 +234,7 @@ def run_cases(seed: int, first: int, seconds: float, most: int) -> None:
     import torch
     from test_ops import assert_close_to_float64
 
-    from lorap.nn import dispatch, native, ops
+    from lorap.nn import implementations, native, ops
 
     assert native.HAS_CPU, native.MISSING
     assert native.LIBRARY.resolve() == (BUILD / "_native.so").resolve()
@@ -245,8 +245,8 @@ def run_cases(seed: int, first: int, seconds: float, most: int) -> None:
         sys.stderr.write(f"case {number} {op}\n")
         faulthandler.dump_traceback_later(60, exit=True)
         arguments = case.arguments(op)
-        direct = op in dispatch.LINEAR_OPS and number % 2
-        call = ops.implementation(op, "cpu") if direct else getattr(torch.ops.lorap, op)
+        direct = op in implementations.LINEAR_OPS and number % 2
+        call = implementations.implementation(op, "cpu") if direct else getattr(torch.ops.lorap, op)
         try:
             y = call(*arguments)
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, lorap_error()) as error:
@@ -258,7 +258,7 @@ def run_cases(seed: int, first: int, seconds: float, most: int) -> None:
                 raise
             outcomes["refused"] += 1
         else:
-            if op in dispatch.LINEAR_OPS and isinstance(arguments[0], torch.Tensor) and not arguments[0].is_meta:
+            if op in implementations.LINEAR_OPS and isinstance(arguments[0], torch.Tensor) and not arguments[0].is_meta:
                 if case.exact and y.numel():
                     with torch.no_grad():
                         assert_close_to_float64(op, y, arguments)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from lorap.errors import ShapeError
 from lorap.nn import native, ops
+from lorap.nn.implementations import implementation
 
 needs_library = pytest.mark.skipif(not native.HAS_CPU, reason="lorap/_native.so is not built")
 CALLS = 4000
@@ -44,31 +45,29 @@ def test_weights_may_lie_at_any_byte_of_a_file(dtype: torch.dtype, shift: int, t
     (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode() + data)
     stored = load_file(tmp_path / "w.safetensors")["w"]
     assert stored.data_ptr() % 8 == shift
-    assert torch.equal(ops.implementation("linear", "cpu")(x, stored), ops.implementation("linear", "cpu")(x, weight))
+    assert torch.equal(implementation("linear", "cpu")(x, stored), implementation("linear", "cpu")(x, weight))
 
 
 @needs_library
 def test_the_stride_of_a_single_row_means_nothing() -> None:
     row = torch.arange(8.0).as_strided((1, 8), (2**61, 1))
-    assert ops.implementation("linear", "cpu")(torch.ones(2, 8), row).tolist() == [[28.0], [28.0]]
+    assert implementation("linear", "cpu")(torch.ones(2, 8), row).tolist() == [[28.0], [28.0]]
 
 
 @needs_library
 def test_nothing_to_read_is_no_trouble() -> None:
     bias = torch.arange(3.0)
-    assert (
-        ops.implementation("linear", "cpu")(torch.ones(2, 0), torch.ones(3, 0), bias).tolist() == [[0.0, 1.0, 2.0]] * 2
-    )
-    through_nothing = ops.implementation("low_rank_linear", "cpu")(
+    assert implementation("linear", "cpu")(torch.ones(2, 0), torch.ones(3, 0), bias).tolist() == [[0.0, 1.0, 2.0]] * 2
+    through_nothing = implementation("low_rank_linear", "cpu")(
         torch.ones(2, 5), torch.ones(0, 5), torch.ones(3, 0), bias
     )
     assert through_nothing.tolist() == [[0.0, 1.0, 2.0]] * 2
-    assert ops.implementation("linear", "cpu")(torch.ones(1).expand(2**40, 0), torch.ones(0, 0)).shape == (2**40, 0)
+    assert implementation("linear", "cpu")(torch.ones(1).expand(2**40, 0), torch.ones(0, 0)).shape == (2**40, 0)
 
 
 @needs_library
 def test_more_elements_than_can_be_counted_are_refused() -> None:
-    linear, group = (ops.implementation(op, "cpu") for op in ("linear", "low_rank_linear_group"))
+    linear, group = (implementation(op, "cpu") for op in ("linear", "low_rank_linear_group"))
     huge = torch.ones(1, 1).expand(2**62, 1)
     with pytest.raises(RuntimeError, match="elements are too many"):
         linear(torch.ones(3, 5, 1), huge)

@@ -12,10 +12,14 @@ from lorap.calibration.stream import BATCH_TOKENS
 from lorap.compression.estimate import work
 from lorap.compression.estimate.ledger import Ledger, Part
 from lorap.compression.estimate.passes import LOSS_PASSES, Passes
-from lorap.compression.layer import sums_of
-from lorap.compression.planning import asked_roles, buys_sizes, weighed_roles
 from lorap.evaluation.perplexity import BATCH_TOKENS as EVALUATION_BATCH
-from lorap.reports.run import compressed_roles
+from lorap.requirements import (
+    allocates_by_loss,
+    compressed_roles,
+    roles_needing_gradients,
+    roles_with_output_metric,
+    sums_of,
+)
 
 # Float32 passes that it takes as long as to draw the next token from logits, random numbers aside.
 DRAW_PASSES = 60
@@ -120,7 +124,7 @@ def _plan(run: Passes) -> Ledger:
         ledger.include(paging)
         ledger.include(layers)
         return ledger
-    if not (roles := asked_roles(config)):
+    if not (roles := roles_needing_gradients(config)):
         return ledger
     run.page(paging, run.before, passes=2)
     tokens = run.texts.planning_tokens
@@ -132,7 +136,7 @@ def _plan(run: Passes) -> Ledger:
     ledger.include(paging)
     ledger.include(layers)
     run.loss(ledger, tokens, heads=2, passes=2 * LOSS_PASSES)
-    if buys_sizes(config):
+    if allocates_by_loss(config):
         run.deal(ledger, [partial(_price, run, role) for role in roles])
     if nbytes := metric_bytes(run):
         kept = run.ledger()
@@ -147,7 +151,9 @@ def _price(run: Passes, role: str, ledger: Ledger) -> None:
 
 def metric_bytes(run: Passes) -> int:
     """Metrics of the outputs of all layers, float32, which wait on the disk until their layer is compressed."""
-    return run.shape.num_layers * sum(4 * run.shape.projections[role][0] ** 2 for role in weighed_roles(run.config))
+    return run.shape.num_layers * sum(
+        4 * run.shape.projections[role][0] ** 2 for role in roles_with_output_metric(run.config)
+    )
 
 
 def _calibrate(run: Passes) -> Ledger:

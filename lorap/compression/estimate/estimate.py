@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lorap.algorithms.step_schedule import schedule
 from lorap.architectures import PROJECTIONS
 from lorap.calibration.mixtures import Sources
 from lorap.calibration.sources import DEFAULT_CALIBRATION
@@ -18,11 +19,10 @@ from lorap.compression.estimate.shapes import ModelShape
 from lorap.compression.estimate.sizes import Sizes, planned_sizes
 from lorap.compression.estimate.texts import Texts
 from lorap.compression.estimate.work import FOLDS
-from lorap.compression.layer import needs_folds
-from lorap.compression.schedule import schedule, shortage
 from lorap.config import CompressionConfig
 from lorap.evaluation.info import KINDS
-from lorap.reports.run import format_table
+from lorap.reports.run import format_table, shortage
+from lorap.requirements import needs_folds
 
 # Parts of a stage that are told: from this share of its seconds on.
 TOLD_SHARE = 0.03

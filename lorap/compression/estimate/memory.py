@@ -18,11 +18,11 @@ from lorap.compression.estimate.rates import Machine
 from lorap.compression.estimate.shapes import ModelShape
 from lorap.compression.estimate.texts import Texts
 from lorap.compression.estimate.work import metric_axes, sums_dtype
-from lorap.compression.planning import weighed_roles
 from lorap.compression.shrinkage import JUDGED_OUTPUTS
 from lorap.config import CompressionConfig
 from lorap.evaluation.perplexity import BATCH_TOKENS as EVALUATION_BATCH
 from lorap.kernels.reference import CHUNK_TOKENS
+from lorap.requirements import roles_with_output_metric
 
 DOUBLE = 8
 # Float32 copies of the logits of a batch that the loss makes, and that a backward pass makes besides.
@@ -150,7 +150,7 @@ class Memory:
         most = 0
         for role, rank in self.layer.ranks.items():
             out, inner = shape.projections[role]
-            weighed = role in weighed_roles(config)
+            weighed = role in roles_with_output_metric(config)
             print_of = Footprint(
                 out,
                 inner,

@@ -13,7 +13,7 @@ from lorap.compression.allocation import LayerPlan, plan_layer
 from lorap.compression.estimate.shapes import ModelShape
 from lorap.compression.planning import channels_to_drop, check_sizes, plan_by_shape
 from lorap.config import CompressionConfig
-from lorap.reports.run import compressed_roles
+from lorap.requirements import compressed_roles
 
 INDEX_BYTES = 8  # a row number of pivoted storage is int64
 

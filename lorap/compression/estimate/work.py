@@ -13,9 +13,9 @@ from lorap.calibration.statistics import WIDE
 from lorap.compression.allocation import LayerPlan
 from lorap.compression.estimate.ledger import Ledger
 from lorap.compression.estimate.shapes import ModelShape
-from lorap.compression.planning import weighed_roles
 from lorap.compression.shrinkage import JUDGED_OUTPUTS, RIDGES
 from lorap.config import CompressionConfig
+from lorap.requirements import roles_with_output_metric
 
 # Polynomial degrees of the block iteration that a typical spectrum takes, Rayleigh-Ritz steps included.
 SUBSPACE_PRODUCTS = 18
@@ -38,7 +38,7 @@ def factorize(ledger: Ledger, shape: ModelShape, config: CompressionConfig, laye
     """From one weight to what is stored."""
     out, inner = shape.projections[role]
     rank = layer.ranks[role]
-    weighed = role in weighed_roles(config)
+    weighed = role in roles_with_output_metric(config)
     _reduce(ledger, (out, inner), metric_axes(config), weighed=weighed)
     _solve(ledger, min(out, inner), rank)
     n, tall = min(out, inner), out > inner
@@ -72,7 +72,7 @@ def prune(ledger: Ledger, shape: ModelShape, config: CompressionConfig, layer: L
     kept = layer.intermediate_size
     dtype = sums_dtype(width)
     size = 8 if dtype == "float64" else 4
-    if "down_proj" in weighed_roles(config):
+    if "down_proj" in roles_with_output_metric(config):
         ledger.products("channel scores", 2 * hidden**2 * width, "float64", f"2 x {hidden:,}^2 x {width:,}")
     if config.channel_score == "lorap":
         nbytes = SCORE_PASSES * 3 * hidden * width * 8

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lorap.architectures import Architecture
-from lorap.calibration.windows import Share, TokenWindows
+from lorap.calibration.windows import TokenWindows
 from lorap.checkpoint.paging import put_tensor
 from lorap.checkpoint.stored_tensors import StoredTensor
 from lorap.compression.allocation import LayerPlan
 from lorap.compression.planning import Key
 from lorap.compression.runs.journal import Journal
 from lorap.nn.linear import LowRankLinear
+from lorap.reports.records import Share
 from lorap.reports.run import ProjectionReport
 from lorap.typed import read_as
 

@@ -1,0 +1,49 @@
+"""What a config asks for: which projections are compressed, and which statistics that takes."""
+
+from __future__ import annotations
+
+from lorap.architectures import ATTENTION, MLP
+from lorap.config import CompressionConfig
+
+
+def compressed_roles(config: CompressionConfig) -> tuple[str, ...]:
+    """The projections of the sub-layers that a config compresses."""
+    attention = ATTENTION if "self_attn" in config.sublayers else ()
+    return attention + (MLP if "mlp" in config.sublayers else ())
+
+
+def allocates_by_loss(config: CompressionConfig) -> bool:
+    """Whether the loss decides on ranks and widths."""
+    return config.sparsity > 0 and config.allocation == "loss" and config.target != "stock"
+
+
+def roles_needing_gradients(config: CompressionConfig) -> tuple[str, ...]:
+    """Projections whose outputs a backward pass is asked about: to price sizes, or to weigh errors."""
+    if allocates_by_loss(config):
+        return tuple(role for role in (*ATTENTION, "down_proj") if role in compressed_roles(config))
+    return roles_with_output_metric(config)
+
+
+def roles_with_output_metric(config: CompressionConfig) -> tuple[str, ...]:
+    """Projections that are compressed with a metric of their outputs: low-rank ones, and a down_proj that scores channels."""
+    if config.sparsity == 0 or config.output_weighting == "none" or config.allocation == "flap":
+        return ()
+    roles = () if config.target == "stock" else ATTENTION
+    if config.mlp_method == "factorize" or config.channel_score == "output":
+        roles = (*roles, "down_proj")
+    return tuple(role for role in roles if role in compressed_roles(config))
+
+
+def needs_folds(config: CompressionConfig) -> bool:
+    """Whether anything is to be judged on another half of the calibration text than it was fitted on."""
+    fitted = config.attention_method == "second_moment" or (config.mlp_method == "prune" and config.repair)
+    return fitted and "auto" in (config.metric_shrinkage, config.repair_ridge)
+
+
+def sums_of(config: CompressionConfig, name: str) -> tuple[bool, bool]:
+    """Whether x, and whether x x^T, of an input of :data:`SHARED_INPUTS` is summed up beside its channel norms."""
+    if name.startswith("mlp") and config.mlp_method == "prune":
+        inner = name == "mlp_inner"
+        return inner and (config.bias_compensation or config.channel_score == "fluctuation"), inner and config.repair
+    method = config.attention_method
+    return method == "afm", method in ("afm", "second_moment")
