@@ -25,8 +25,10 @@ from lorap.algorithms.pruning import new_linear
 from lorap.checkpoint import shards
 from lorap.checkpoint.folders import read_tensors
 from lorap.checkpoint.hf_quantizer import LoRAPConfig, mark_compressed
+from lorap.checkpoint.load import find_model
 from lorap.cli import app
 from lorap.cli.export import savings
+from lorap.evaluation.info import describe_model, format_info
 from lorap.integrations.stock import make_stock, overflow_warning, width_cost
 
 # One process for all tests: starting it takes longer than they do. It is given a folder a line, and says what it made of it.
@@ -288,7 +290,8 @@ def test_an_export_says_first_what_it_saves(make_model, compress_small, tokenize
         assert words in line
         assert "--target stock" in line
     assert "--target stock" not in savings(dense, small, small)
-    assert "nothing of this model was compressed" in savings(dense, dense, dense)
+    assert "nothing in this folder says what it was compressed from" in savings(dense, dense, dense)
+    assert f"{small:,} parameters compressed" in savings(None, small, small)
     told = json.loads(run("export", tmp_path / "small", tmp_path / "again", "--json").stdout)
     assert (told["params_dense"], told["params_compressed"], told["params"]) == (dense, small, saved)
 
@@ -339,6 +342,63 @@ def test_target_stock_needs_no_export(recipe, model_folder, small_text, tokens, 
     again = json.loads(run("export", out, tmp_path / "again", "--quiet", "--json").stdout)
     assert again["params"] == again["params_compressed"] == report["params_saved"]
     assert again["params_dense"] == report["params_total_before"]
+
+
+def edited_report(folder: Path, change: Any) -> None:
+    path = folder / "lorap_report.json"
+    report = json.loads(path.read_text())
+    change(report)
+    path.write_text(json.dumps(report))
+
+
+# What may have become of a report -> how.
+OTHER_REPORTS = {
+    "no JSON": lambda folder: (folder / "lorap_report.json").write_text("{"),
+    "a list": lambda folder: (folder / "lorap_report.json").write_text("[]"),
+    "a text for a number": lambda folder: edited_report(folder, lambda r: r.update(params_total_before="many")),
+    "a larger model": lambda folder: edited_report(folder, lambda r: r.update(params_total_before=10**9)),
+    "another width": lambda folder: edited_report(
+        folder,
+        lambda r: (r["projections"][-1].update(params_after=7), [r.pop(k) for k in ("params_after", "param_ratio")]),
+    ),
+}
+
+
+@pytest.mark.parametrize("weights", ["float", "int8"])
+def test_a_stock_folder_knows_from_its_report_what_was_kept(
+    weights, make_model, compress_small, tokenizer, tmp_path
+) -> None:
+    dense = make_model("llama-gqa")
+    numel = {role: sum(p.numel() for n, p in dense.named_parameters() if role in n) for role in ("up_proj", "q_proj")}
+    model, report = compress_small(dense, target="stock", sparsity=0.3)
+    out = lorap.save(model, tmp_path / "out", report=report, tokenizer=tokenizer)
+    if weights == "int8":
+        lorap.quantize_int8(model).save_pretrained(out)
+    found = describe_model(find_model(out))
+    assert found["compressed_by_lorap"]
+    assert (found["recipe"], found["sparsity"], found["dense_intermediate_size"]) == ("lorap", 0.3, 100)
+    assert (found["params"], found["params_before"]) == (report.params_saved, report.params_total_before)
+    assert found["param_ratio"] == pytest.approx(report.param_ratio)
+    assert 0.6 < found["param_ratio"] <= 0.7
+    width = report.by_role("up_proj")[0].shape_after[0]
+    assert found["kinds"]["up_proj"] == {"params": 2 * 64 * width, "params_before": numel["up_proj"]}
+    assert found["kinds"]["q_proj"] == {"params": numel["q_proj"], "params_before": numel["q_proj"]}
+    assert f"FFN width {width} of 100" in format_info(found)
+
+
+@pytest.mark.parametrize("kind", OTHER_REPORTS)
+def test_a_report_of_another_model_says_nothing(kind, make_model, compress_small, tokenizer, tmp_path) -> None:
+    model, report = compress_small(make_model("llama-gqa"), target="stock", sparsity=0.3)
+    out = lorap.save(model, tmp_path / "out", report=report, tokenizer=tokenizer)
+    OTHER_REPORTS[kind](out)
+    found = describe_model(find_model(out))
+    assert (found["params"], found["params_before"], found["param_ratio"]) == (report.params_saved, None, None)
+    assert "lorap_report.json beside it is damaged or of another model" in format_info(found)
+    assert not any("1.0000" in line for line in format_info(found).splitlines())
+    result = run("export", out, tmp_path / "again", "--quiet", "--dtype", "float16")
+    assert result.exit_code == 0, result.output
+    assert "how many the dense model has is unknown" in result.stdout
+    assert json.loads(run("info", out, "--json").stdout)["param_ratio"] is None
 
 
 def test_target_stock_beyond_the_ffns_is_refused_before_any_work(model_folder, small_text, tmp_path) -> None:

@@ -12,7 +12,6 @@ from lorap.calibration.mixtures import check_sources
 from lorap.calibration.sources import DEFAULT_EVALUATION
 from lorap.calibration.windows import consecutive_windows
 from lorap.checkpoint.load import ModelSource, find_model
-from lorap.checkpoint.save import REPORT
 from lorap.cli.common import (
     SOURCE_HELP,
     AsJson,
@@ -26,12 +25,11 @@ from lorap.cli.common import (
     user_errors,
 )
 from lorap.cli.tasks import TaskOptions, evaluate_tasks
-from lorap.errors import CheckpointError, ConfigError
+from lorap.errors import ConfigError
+from lorap.evaluation.info import report_beside
 from lorap.evaluation.perplexity import WindowLosses, evaluate_windows, paired_difference
 from lorap.evaluation.tasks import TASKS, Estimate
-from lorap.jsonio import read_json
 from lorap.reports.records import Evaluation
-from lorap.reports.run import CompressionReport
 
 
 def evaluate_command(
@@ -158,14 +156,8 @@ def describe(result: Evaluation) -> str:
 
 def other_windows(source: ModelSource, result: Evaluation) -> str:
     """Why the report in the model's folder has another number for the same text; empty where it has none, or the same windows."""
-    path = source.folder / REPORT if source.folder is not None else None
-    if path is None or not path.is_file():
-        return ""
-    try:
-        report = CompressionReport.from_dict(read_json(path))
-    except CheckpointError:  # a report that cannot be read says nothing
-        return ""
-    for measured in report.evaluations_now():
+    report = report_beside(source)
+    for measured in report.evaluations_now() if report else ():
         tokens, seq_len = measured.tokens, measured.seq_len
         if measured.text == result.text and (tokens, seq_len) != (result.tokens, result.seq_len):
             return (

@@ -8,16 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from lorap.checkpoint.load import ModelSource, find_model
-from lorap.checkpoint.save import REPORT
+from lorap.checkpoint.load import find_model
 from lorap.cli.common import AsJson, Debug, Dtype, Model, Quiet, be_quiet, open_model, tell_next, user_errors
 from lorap.errors import ConfigError
-from lorap.evaluation.info import describe_model
+from lorap.evaluation.info import describe_model, report_beside
 from lorap.integrations.stock import export_gguf, export_stock, overflow_warning, width_cost
-from lorap.jsonio import read_json
 from lorap.nn.linear import count_parameters
 from lorap.outputs import check_output
-from lorap.reports.run import CompressionReport
 from lorap.system import parse_bytes
 
 FORMATS = ("stock", "gguf")
@@ -79,7 +76,7 @@ def export_command(
             export_gguf(loaded, dest, **options)
         else:
             export_stock(loaded, dest, max_shard_size=shard_bytes, **options)
-        after, dense = count_parameters(loaded), dense_parameters(source)
+        after, dense = count_parameters(loaded), describe_model(source)["params_before"]
         typer.echo(savings(dense, before, after))
         typer.echo(f"{type(loaded).__name__}, FFN width {loaded.config.intermediate_size:,}, {loaded.dtype}")
         typer.echo(width_cost(loaded))
@@ -100,36 +97,23 @@ def export_command(
         )
 
 
-def report_beside(source: ModelSource) -> CompressionReport | None:
-    """What the compression told of itself; None where there was none, or nothing that can be read."""
-    if source.folder is None or not (source.folder / REPORT).is_file():
-        return None
-    return CompressionReport.from_dict(read_json(source.folder / REPORT))
-
-
-def dense_parameters(source: ModelSource) -> int | None:
-    """Parameters of the model before it was compressed, from its report or the headers of its folder; None for a hub name."""
-    if source.folder is None:
-        return None
-    report = source.folder / REPORT
-    stated = read_json(report).get("params_total_before") if report.is_file() else None
-    return stated if isinstance(stated, int) and stated > 0 else int(describe_model(source)["params_before"])
-
-
 def savings(dense: int | None, compressed: int, exported: int) -> str:
     """What an export saves of the dense model, in parameters; where it gives back what compression saved, with the way out.
 
     Args:
-        dense: parameters of the dense model; None where they are not known.
+        dense: parameters of the dense model; None where they are not known; those that there are, where nothing tells of others.
         compressed: of the compressed model.
         exported: of what was written.
     """
     if dense is None:
-        return f"{compressed:,} parameters compressed, {exported:,} exported"
+        return (
+            f"{compressed:,} parameters compressed, {exported:,} exported; how many the dense model has is unknown: the report "
+            "beside it is damaged or of another model"
+        )
     counts = f"{dense:,} parameters dense, {compressed:,} compressed, {exported:,} exported"
     if exported >= dense:
         if compressed >= dense:
-            return f"{exported:,} parameters exported, and no fewer before: nothing of this model was compressed"
+            return f"{exported:,} parameters exported of {compressed:,}; nothing in this folder says what it was compressed from"
         more = "as large as" if exported == dense else "larger than"
         return (
             f"{counts}: exports {more} the dense model, so nothing of the compression is left but its loss; to save without "

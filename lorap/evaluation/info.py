@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorap.architectures import PROJECTIONS
 from lorap.checkpoint.folders import TensorInfo
+from lorap.checkpoint.format import LoRAPConfig
 from lorap.checkpoint.gguf import read_gguf
 from lorap.checkpoint.load import ModelSource
+from lorap.checkpoint.save import REPORT
 from lorap.errors import CheckpointError
-from lorap.jsonio import named
-from lorap.reports.run import RECOVERY_REPORT, format_table
+from lorap.jsonio import named, read_json
+from lorap.reports.run import RECOVERY_REPORT, CompressionReport, format_table
 
 # llama.cpp's names for what Hugging Face calls otherwise.
 GGUF_KINDS = {
@@ -36,6 +39,9 @@ KINDS = (*PROJECTIONS, "embed_tokens", "lm_head", "other")
 def describe_model(source: ModelSource) -> dict[str, Any]:
     """Sizes of a local model, dense or compressed, without loading a weight.
 
+    A folder of ``--target stock`` is an ordinary one; what it was made from is in its report. Where that does not fit the files,
+    ``params_before`` and ``param_ratio`` are None.
+
     Raises:
         CheckpointError: the model is not local, or its files are damaged.
     """
@@ -45,11 +51,10 @@ def describe_model(source: ModelSource) -> dict[str, Any]:
     tensors = checked.headers if checked else gguf_tensors(source.folder / str(source.gguf_file))
     config: Mapping[str, Any] = checked.settings if checked else {}
     settings = checked.compression if checked else None
-    width = settings.dense_intermediate_size if settings else None
     parameters, scale_bytes = _parameters(tensors)
-    before, after = _count(parameters, width, added_biases=settings.biases if settings else ())
+    origin, after = _origin(source, settings, parameters)
+    before, width = origin.params, origin.width
     index_bytes = sum(tensor.nbytes for tensor in tensors.values() if tensor.is_index)
-    linear_before, linear_after = (sum(counts[role] for role in PROJECTIONS) for counts in (before, after))
     ranks: dict[str, list[int]] = defaultdict(list)
     for name, rank in settings.ranks.items() if settings else ():
         ranks[name.rsplit(".", 1)[-1]].append(rank)
@@ -57,18 +62,22 @@ def describe_model(source: ModelSource) -> dict[str, Any]:
         "model": source.name,
         "model_type": named(config.get("model_type", "gguf")),
         "tuned": (source.folder / RECOVERY_REPORT).is_file(),
-        "compressed_by_lorap": settings is not None,
-        "recipe": settings.recipe if settings else None,
-        "sparsity": settings.sparsity if settings else None,
+        "compressed_by_lorap": origin.compressed,
+        "recipe": origin.recipe,
+        "sparsity": origin.sparsity,
         "params": sum(after.values()),
-        "params_before": sum(before.values()),
-        "param_ratio": linear_after / linear_before if linear_before else 1.0,
+        "params_before": None if before is None else sum(before.values()),
+        "param_ratio": _kept(before, after),
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),
         "index_bytes": index_bytes,
         "scale_bytes": scale_bytes,
         "dtypes": sorted({tensor.dtype for tensor in tensors.values() if not tensor.is_index}),
         "storage": settings.storage if settings and ranks else None,
-        "kinds": {kind: {"params": after[kind], "params_before": before[kind]} for kind in KINDS if after[kind]},
+        "kinds": {
+            kind: {"params": after[kind], "params_before": None if before is None else before[kind]}
+            for kind in KINDS
+            if after[kind]
+        },
         "ranks": {role: sorted(set(found)) for role, found in ranks.items()},
         "intermediate_size": sorted({*settings.intermediate_sizes.values()})
         if settings and settings.intermediate_sizes
@@ -79,23 +88,97 @@ def describe_model(source: ModelSource) -> dict[str, Any]:
     }
 
 
+def report_beside(source: ModelSource) -> CompressionReport | None:
+    """What the compression told of itself; None where there is no report, or none that can be read."""
+    if source.folder is None or not (source.folder / REPORT).is_file():
+        return None
+    try:
+        return CompressionReport.from_dict(read_json(source.folder / REPORT))
+    except CheckpointError:
+        return None
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """The dense model and what was done to it.
+
+    Args:
+        compressed: whether lorap has compressed it.
+        params: of the dense model, by kind; None where a report is there and not of this model.
+        width: FFN width of the dense model.
+        recipe: of the compression.
+        sparsity: of the compression.
+    """
+
+    compressed: bool
+    params: Mapping[str, int] | None
+    width: int | None = None
+    recipe: str | None = None
+    sparsity: float | None = None
+
+
+def _origin(
+    source: ModelSource, settings: LoRAPConfig | None, tensors: Mapping[str, TensorInfo]
+) -> tuple[_Origin, Mapping[str, int]]:
+    """Where a model comes from, by its marks, or where these say nothing of sizes by its report; and parameters by kind now."""
+    width = settings.dense_intermediate_size if settings else None
+    before, after = _count(tensors, width, added_biases=settings.biases if settings else ())
+    if settings is not None and width is not None:
+        return _Origin(True, before, width, settings.recipe, settings.sparsity), after
+    if source.folder is None or not (source.folder / REPORT).is_file():
+        return _Origin(settings is not None, before), after
+    report = report_beside(source)
+    dense = _dense_counts(report, after)
+    if report is None or dense is None:
+        return _Origin(settings is not None, None), after
+    width = report.by_role("down_proj")[0].shape_before[1]
+    return _Origin(True, dense, width, report.config.recipe, report.config.sparsity), after
+
+
+def _dense_counts(report: CompressionReport | None, now: Mapping[str, int]) -> dict[str, int] | None:
+    """Parameters of the dense model by kind, from a report; None if that is not of the very model that the files hold.
+
+    Args:
+        report: from beside the files.
+        now: parameters by kind in the files.
+    """
+    if report is None:
+        return None
+    before, after = (
+        {role: sum(getattr(one, field) for one in report.by_role(role)) for role in PROJECTIONS}
+        for field in ("params_before", "params_after")
+    )
+    dense = {kind: before.get(kind) or count for kind, count in now.items()}
+    fits = all(count in (0, now.get(role)) for role, count in after.items()) and after["down_proj"] > 0
+    return dense if fits and sum(dense.values()) == report.params_total_before else None
+
+
+def _kept(before: Mapping[str, int] | None, after: Mapping[str, int]) -> float | None:
+    """Share of the parameters of the decoder layers' projections."""
+    if before is None:
+        return None
+    dense, now = (sum(counts.get(role, 0) for role in PROJECTIONS) for counts in (before, after))
+    return now / dense if dense else 1.0
+
+
 def format_info(info: Mapping[str, Any]) -> str:
     """The same for people."""
     rows = []
     for kind, counts in info["kinds"].items():
-        kept = counts["params"] / counts["params_before"] if counts["params_before"] else 1.0
+        before = counts["params_before"]
+        kept = "unknown" if before is None else f"{counts['params'] / before:.4f}" if before else "1.0000"
         ranks = info["ranks"].get(kind, [])
         rows.append(
             [
                 kind,
                 f"{counts['params']:,}",
-                f"{kept:.4f}",
+                kept,
                 f"{ranks[0]}-{ranks[-1]}" if ranks[1:] else "".join(map(str, ranks)),
             ]
         )
     size = f"{info['bytes'] / 1e6:,.1f} MB ({', '.join(info['dtypes'])})"
     head = f"{info['model']}: {info['model_type']}, {info['params']:,} parameters, {size}"
-    if info["compressed_by_lorap"]:
+    if info["params_before"] and (info["dense_intermediate_size"] or info["ranks"]):
         width = "-".join(map(str, info["intermediate_size"]))
         head += (
             f"\ncompressed by lorap, recipe {info['recipe']}, sparsity {info['sparsity']}: {info['param_ratio']:.4f} of the "
@@ -103,6 +186,8 @@ def format_info(info: Mapping[str, Any]) -> str:
         )
         if info["storage"] == "pivoted":
             head += f"\nlow-rank layers are pivoted; their row index takes {info['index_bytes'] / 1e3:,.1f} kB"
+    if info["params_before"] is None:
+        head += f"\n{REPORT} beside it is damaged or of another model, so how much was kept is unknown"
     if info["tuned"]:
         head += f"\ntuned after compression, see {RECOVERY_REPORT}"
     if info["scale_bytes"]:
