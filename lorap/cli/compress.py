@@ -222,7 +222,7 @@ def compress_command(
       torchrun --nproc-per-node 2 -m lorap compress ./llama ./small
 
     The model is read one decoder layer at a time, so it may be larger than the memory. Interrupted, the same command goes on
-    behind the last finished layer, to the same bytes.
+    behind the last finished layer; with the same number of threads (OMP_NUM_THREADS) it comes to the same bytes.
     """
     with user_errors(debug, as_json, unfinished=partial(work_path, out)) as answer:
         be_quiet(quiet)

@@ -76,7 +76,7 @@ def compress_to_folder(
 
     A folder of safetensors is never loaded as a whole: the peak memory is that of one decoder layer, its statistics and a batch
     of windows. Every finished layer is kept beside ``out``; after an interruption of any kind the same call goes on behind the
-    last one, to the same bytes. Under ``torchrun`` the processes share windows and factorizations.
+    last one, with as many torch threads to the same bytes. Under ``torchrun`` the processes share windows and factorizations.
 
     Raises:
         JournalError: an unfinished run to ``out`` is another one, or still at work.
