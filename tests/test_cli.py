@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 import lorap
 from lorap.checkpoint.folders import WEIGHTS, read_tensors
-from lorap.cli import app, show
+from lorap.cli import app
 from lorap.cli.common import as_options
 from lorap.cli.compress import chosen_config
 from lorap.config import CHOICES, RECIPES
@@ -340,8 +340,8 @@ def test_a_finished_compression_says_what_can_be_done_next(model_folder, tmp_pat
 
 def test_json_is_alone_whatever_a_library_prints(model_folder, monkeypatch):
     """Also numbers that JSON has no words for."""
-    monkeypatch.setattr(show, "format_info", lambda _: print("from elsewhere") or "a table")
-    monkeypatch.setattr(show, "describe_model", lambda _: {"a": float("inf"), "b": [float("nan"), 1.5]})
+    monkeypatch.setattr("lorap.cli.info.format_info", lambda _: print("from elsewhere") or "a table")
+    monkeypatch.setattr("lorap.cli.info.describe_model", lambda _: {"a": float("inf"), "b": [float("nan"), 1.5]})
     result = run("info", model_folder, "--json")
     assert result.stdout == '{"a": null, "b": [null, 1.5]}\n'
     assert result.stderr == "from elsewhere\na table\n"

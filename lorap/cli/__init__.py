@@ -16,14 +16,16 @@ import lorap
 from lorap.cli.common import interrupt, tell_what_is_read
 from lorap.cli.compare import compare_command
 from lorap.cli.compress import compress_command
+from lorap.cli.env import env_command
 from lorap.cli.evaluate import evaluate_command
 from lorap.cli.export import export_command
 from lorap.cli.generate import generate_command
+from lorap.cli.info import info_command
 from lorap.cli.inspect import inspect_command
 from lorap.cli.plan import plan_command
+from lorap.cli.profile import profile_command
 from lorap.cli.recover import recover_command
 from lorap.cli.report import report_command
-from lorap.cli.show import env_command, info_command, profile_command
 
 app = typer.Typer(
     help="Compress LLaMA-family language models with LoRAP (arXiv 2404.09695), and judge and run the result.",

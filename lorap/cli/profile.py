@@ -1,4 +1,4 @@
-"""``lorap info``, ``lorap env`` and ``lorap profile``: what a model is, what a machine offers, and where the time goes."""
+"""``lorap profile``: where the time goes."""
 
 from __future__ import annotations
 
@@ -7,39 +7,10 @@ from typing import Annotated, Optional
 
 import typer
 
-from lorap.checkpoint.load import find_model
 from lorap.cli.common import AsJson, Debug, Device, Dtype, Model, Quiet, be_quiet, open_model, user_errors
 from lorap.errors import ConfigError
-from lorap.evaluation.environment import describe_environment, format_environment
-from lorap.evaluation.info import describe_model, format_info
 from lorap.evaluation.profiling import deeper, profile_model, run_ranges
 from lorap.nn.fused import optimize_for_inference
-
-
-def info_command(model: Model, as_json: AsJson = False, debug: Debug = False) -> None:
-    """Parameters by kind, kept share, ranks, widths and bytes of MODEL, read from config and headers alone.
-
-    \b
-    Example:
-      lorap info ./small
-    """
-    with user_errors(debug, as_json) as answer:
-        described = describe_model(find_model(model, fetch=False))
-        typer.echo(format_info(described))
-        answer(described)
-
-
-def env_command(as_json: AsJson = False, debug: Debug = False) -> None:
-    """Versions, devices, and which kernels run what on this machine; paste it into a bug report.
-
-    \b
-    Example:
-      lorap env
-    """
-    with user_errors(debug, as_json) as answer:
-        found = describe_environment()
-        typer.echo(format_environment(found))
-        answer(found)
 
 
 def profile_command(
