@@ -510,6 +510,29 @@ def test_debug_raises_the_exception_itself(model_folder, tmp_path):
 # Interrupted
 
 
+def test_ctrl_c_during_the_imports_says_nothing(tmp_path):
+    """Of the command; a program that imports lorap gets its KeyboardInterrupt."""
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    (tmp_path / "lorap").write_text("from lorap.cli import main\nmain()\n")
+    root = str(Path(lorap.__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), root])}
+
+    def started(*arguments: str) -> Any:
+        return subprocess.run(
+            [sys.executable, *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+
+    for command in (["-m", "lorap", "env"], [str(tmp_path / "lorap"), "env"]):
+        ended = started(*command)
+        assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", ""), command
+    assert "KeyboardInterrupt" in started("-c", "import lorap").stderr
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "kill"])
 def test_interrupted_run_keeps_what_is_finished(sent, make_model, tokenizer, tmp_path):
     model, outputs = tmp_path / "model", tmp_path / "outputs"

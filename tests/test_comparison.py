@@ -175,6 +175,8 @@ def test_an_interrupted_comparison_goes_on(model_folder, small_folder, measured,
     assert again(rounds=3) == both
     assert again(new_tokens=4) == [*both, *both]
     assert again(max_tokens=352) == ["model texts", "small texts"]
+    assert again(dtype="fp32", rounds=1) == ["model texts", "small texts", *both]
+    assert again(dtype="float32", rounds=1) == [], "two spellings of one dtype"
     tensors = load_file(small_folder / WEIGHTS)
     save_file(
         {name: tensor.clone() for name, tensor in tensors.items()}, small_folder / WEIGHTS, metadata={"format": "pt"}

@@ -168,6 +168,20 @@ def test_every_command_refuses_a_bad_folder_with_the_same_sentence(
     assert not (tmp_path / "out").exists()
 
 
+def test_models_are_looked_at_before_questions_are_fetched(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the hub was asked first")
+
+    monkeypatch.setattr("lorap.cli.tasks.open_source", ask)
+    monkeypatch.setattr("lorap.cli.compare.open_source", ask)
+    folder, absent = str(dense), str(tmp_path / "absent")
+    for words in (["eval", absent], ["eval", folder, "--baseline", absent], ["compare", folder, absent]):
+        run = CliRunner().invoke(app, [*words, "--tasks", "piqa"])
+        assert (run.exit_code, run.stderr.strip()) == (2, f"lorap: no model folder {absent}"), words
+
+
 # The commands that read weights; `compare` opens models in processes of their own (tests/test_comparison.py).
 READERS = [name for name in COMMANDS if name not in ("info", "plan", "recover", "compare")]
 

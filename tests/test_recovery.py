@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 
 import lorap
 from lorap.checkpoint.folders import WEIGHTS, read_tensors
+from lorap.checkpoint.load import find_model
 from lorap.cli import app
 from lorap.errors import ArchitectureError, CalibrationError, CheckpointError, ConfigError
 from lorap.outputs import work_path
@@ -334,6 +335,43 @@ def test_another_model_under_the_same_name_is_not_gone_on_with(compressed, token
     quiet_recover(folder, tmp_path / "other", settings(tokens, steps=1))
     with pytest.raises(ConfigError, match="model_weights was"):
         quiet_recover(tmp_path / "other", out, settings(tokens, steps=1))
+
+
+def test_a_teacher_is_looked_up_once_and_known_by_its_weights(
+    compressed, tokens, make_model, tmp_path, monkeypatch
+) -> None:
+    """Also where they are in a pickle. Another spelling of the dtype is the same run."""
+    folder, out, teacher, looked_up = compressed(), tmp_path / "new", tmp_path / "teacher", []
+    dense = make_model("llama-gqa")
+    dense.config.save_pretrained(teacher)
+    torch.save(dense.state_dict(), teacher / "pytorch_model.bin")
+    wanted = settings(tokens, steps=1, teacher=teacher)
+
+    def find(model: Any) -> Any:
+        looked_up.append(Path(model).name)
+        return find_model(model)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recovery_module, "find_model", find)
+        patch.setattr(recovery_module, "merge_into_copy", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        for spelling in ("fp32", "float32"):
+            with pytest.raises(KeyboardInterrupt):
+                quiet_recover(folder, out, replace(wanted, dtype=spelling))
+    assert looked_up == ["factors", "teacher"] * 2
+    dense.model.norm.weight.data[3] += 1
+    torch.save(dense.state_dict(), teacher / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match="teacher_weights was"):
+        quiet_recover(folder, out, wanted)
+
+
+def test_all_chat_templates_go_along(compressed, tokens, tmp_path) -> None:
+    folder, out = compressed(), tmp_path / "new"
+    for place in ("additional_chat_templates", "else"):
+        (folder / place).mkdir()
+        (folder / place / "tool_use.jinja").write_text("{{ messages }} tools", "utf-8")
+    quiet_recover(folder, out, settings(tokens, steps=1))
+    assert (out / "additional_chat_templates/tool_use.jinja").read_text("utf-8") == "{{ messages }} tools"
+    assert [path.name for path in out.iterdir() if path.is_dir()] == ["additional_chat_templates"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

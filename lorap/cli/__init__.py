@@ -26,6 +26,7 @@ from lorap.cli.plan import plan_command
 from lorap.cli.profile import profile_command
 from lorap.cli.recover import recover_command
 from lorap.cli.report import report_command
+from lorap.integrations.preparation import leave
 
 app = typer.Typer(
     help="Compress LLaMA-family language models with LoRAP (arXiv 2404.09695), and judge and run the result.",
@@ -67,4 +68,6 @@ def root(
 
 def main() -> None:
     """Entry point of the ``lorap`` command and of ``python -m lorap``."""
+    if signal.getsignal(signal.SIGINT) is leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     app()

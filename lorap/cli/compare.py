@@ -16,7 +16,7 @@ from lorap.checkpoint.load import resolve_device
 from lorap.cli.common import AsJson, Debug, Device, Dtype, Quiet, be_quiet, exit_code, tell_unless, user_errors
 from lorap.cli.tasks import markdown, percent
 from lorap.errors import ConfigError
-from lorap.evaluation.comparison.compare import DECODE, PREFILL, ComparisonOptions, Contender, compare
+from lorap.evaluation.comparison.compare import DECODE, PREFILL, ComparisonOptions, Contender, compare, find_contenders
 from lorap.evaluation.comparison.plot import check_plot, draw
 from lorap.evaluation.tasks import TASKS, Estimate, open_source
 
@@ -73,7 +73,7 @@ def compare_command(
             texts=tuple(text or [DEFAULT_EVALUATION]),
             seq_len=seq_len,
             max_tokens=max_tokens,
-            tasks=_task_names(tasks, task_data, limit, quiet),
+            tasks=_task_names(models, tasks, task_data, limit, quiet),
             task_data=task_data,
             limit=limit,
             prompt_tokens=prompt_tokens,
@@ -95,12 +95,15 @@ def compare_command(
             raise typer.Exit(1)
 
 
-def _task_names(tasks: str | None, task_data: str, limit: int | None, quiet: bool) -> tuple[str, ...]:
-    """The tasks, after making sure that there are questions."""
+def _task_names(
+    models: Sequence[str], tasks: str | None, task_data: str, limit: int | None, quiet: bool
+) -> tuple[str, ...]:
+    """The tasks, after making sure that there are models and questions."""
     if tasks is None:
         if limit is not None or task_data != "auto":
             raise ConfigError("--limit and --task-data belong to --tasks, which is not given")
         return ()
+    find_contenders(models)  # a model that cannot be opened is told before the hub is asked for questions
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
     open_source(names, data=task_data, limit=limit, tell=tell_unless(quiet))
     return names

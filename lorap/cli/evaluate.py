@@ -80,8 +80,6 @@ def evaluate_command(
     """
     with user_errors(debug, as_json) as answer:
         be_quiet(quiet)
-        if baseline is not None:
-            find_model(baseline)  # before the other model is read
         if tasks is not None:
             if text:
                 raise ConfigError("--text measures perplexity and --tasks asks questions; run them one after the other")
@@ -109,16 +107,17 @@ class TextOptions:
 
 def evaluate_texts(model: str, baseline: str | None, options: TextOptions) -> dict[str, Any]:
     """Read the texts with one model, then with the other, print a line for each, and return everything for ``--json``."""
-    source, measured = _read(model, options)
+    source, other = find_model(model), None if baseline is None else find_model(baseline)
+    measured = _read(source, options)
     for evaluation, _ in measured:
         typer.echo(describe(evaluation))
         if note := other_windows(source, evaluation):
             typer.echo(note)
     results = [asdict(evaluation) for evaluation, _ in measured]
     values: dict[str, Any] = {"model": source.name, "results": results}
-    if baseline is None:
+    if other is None:
         return values
-    other, measured_too = _read(baseline, options)
+    measured_too = _read(other, options)
     values["baseline"] = other.name
     for result, (ours, our_windows), (theirs, their_windows) in zip(results, measured, measured_too, strict=True):
         difference = paired_difference(our_windows, their_windows)
@@ -133,9 +132,9 @@ def evaluate_texts(model: str, baseline: str | None, options: TextOptions) -> di
     return values
 
 
-def _read(model: str, options: TextOptions) -> tuple[ModelSource, list[tuple[Evaluation, WindowLosses]]]:
+def _read(source: ModelSource, options: TextOptions) -> list[tuple[Evaluation, WindowLosses]]:
     """One model at a time is in memory."""
-    loaded, tokenizer, source = open_model(model, options.device, options.dtype)
+    loaded, tokenizer, _ = open_model(source, options.device, options.dtype)
     vocab_size = loaded.get_input_embeddings().weight.shape[0]
     texts = [
         consecutive_windows(
@@ -143,7 +142,7 @@ def _read(model: str, options: TextOptions) -> tuple[ModelSource, list[tuple[Eva
         )
         for name in options.texts
     ]
-    return source, [evaluate_windows(loaded, text, progress=options.progress) for text in texts]
+    return [evaluate_windows(loaded, text, progress=options.progress) for text in texts]
 
 
 def describe(result: Evaluation) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import typer
 
+from lorap.checkpoint.load import ModelSource, find_model
 from lorap.cli.common import open_model, tell_unless
 from lorap.errors import ConfigError
 from lorap.evaluation.tasks import Estimate, HarnessSource, RequestSource, TaskResult, difference, open_source
@@ -31,14 +32,15 @@ class TaskOptions:
 def evaluate_tasks(model: str, baseline: str | None, options: TaskOptions) -> dict[str, Any]:
     """Ask one model, then the other, print a table, and return everything for ``--json``."""
     names = [name.strip() for name in options.tasks if name.strip()]
+    where, other_where = find_model(model), None if baseline is None else find_model(baseline)
     source = open_source(names, data=options.data, limit=options.limit, tell=tell_unless(not options.progress))
-    name, found, seconds = _ask(model, source, options)
+    name, found, seconds = _ask(where, source, options)
     results: dict[str, Any] = {task: result.to_dict() for task, result in found.items()}
     told: dict[str, Any] = {"model": name, "tasks": results, "seconds": seconds}
     told["average"] = _mean([result.accuracy() for result in found.values()])
     differences = None
-    if baseline is not None:
-        other_name, other, told["baseline_seconds"] = _ask(baseline, source, options)
+    if other_where is not None:
+        other_name, other, told["baseline_seconds"] = _ask(other_where, source, options)
         told["baseline"] = other_name
         differences = {task: difference(found[task], other[task]) for task in found}
         for task, one in differences.items():
@@ -53,18 +55,18 @@ def evaluate_tasks(model: str, baseline: str | None, options: TaskOptions) -> di
 
 
 def _ask(
-    model: str, source: RequestSource | HarnessSource, options: TaskOptions
+    model: ModelSource, source: RequestSource | HarnessSource, options: TaskOptions
 ) -> tuple[str, dict[str, TaskResult], float]:
     """One model at a time is in memory."""
-    loaded, tokenizer, where = open_model(model, options.device, options.dtype)
+    loaded, tokenizer, _ = open_model(model, options.device, options.dtype)
     if tokenizer is None:
-        raise ConfigError(f"{where.name} has no tokenizer, so it cannot read questions")
+        raise ConfigError(f"{model.name} has no tokenizer, so it cannot read questions")
     start = time.perf_counter()
     found = source.run(loaded, tokenizer, progress=options.progress)
     seconds = round(time.perf_counter() - start, 3)
     del loaded
     gc.collect()
-    return where.name, found, seconds
+    return model.name, found, seconds
 
 
 def render(

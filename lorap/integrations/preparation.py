@@ -4,13 +4,38 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
 
 PACKAGE = Path(__file__).resolve().parents[1]
 KERNELS = "lorap.kernels"
+
+
+def end_quietly() -> None:
+    """Ctrl-C while the command imports ends it with nothing but the exit code; ``lorap.cli.main`` takes over from there.
+
+    Importing takes seconds, nothing has been begun that must be cleaned up, and a traceback through torch helps nobody. A program
+    that imports lorap as a library keeps its handler, and so does a job whose shell had it ignore the signal.
+    """
+    if _is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, leave)
+
+
+def leave(_signal: int, _frame: Any) -> NoReturn:
+    """A signal handler: the exit code of an interrupted program, at once."""
+    os._exit(128 + signal.SIGINT)
+
+
+def _is_command() -> bool:
+    """Whether this process is ``lorap`` or ``python -m lorap``."""
+    if Path(sys.argv[0]).stem == "lorap" and Path(sys.argv[0]).suffix in ("", ".exe"):
+        return True
+    return sys.argv[0] == "-m" and "lorap" in sys.orig_argv[1:]
 
 
 def find_kernels(package: Path = PACKAGE) -> None:
@@ -53,5 +78,6 @@ def _warnings_dropped(*loggers: str) -> Iterator[None]:
             logging.getLogger(name).removeFilter(is_error)
 
 
+end_quietly()
 find_kernels()
 import_quantizers()

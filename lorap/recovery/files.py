@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lorap.checkpoint.folders import read_json, read_tensors, weight_files
+from lorap.checkpoint.load import ModelSource
 from lorap.errors import CheckpointError, ConfigError
 from lorap.files import replacing
 from lorap.outputs import WorkFolder
@@ -97,10 +98,10 @@ def merge_into_copy(tuned: Any, names: Sequence[str], origin: Path, stage: Path)
     return model
 
 
-def sha256_of_weights(folder: Path) -> str:
-    """Of all weight files of a folder."""
-    digest = hashlib.sha256()
-    for path in weight_files(folder):
+def sha256_of_weights(source: ModelSource) -> str:
+    """Of all weight files of a model, whatever they are."""
+    folder, digest = Path(source.location), hashlib.sha256()
+    for path in [folder / source.gguf_file] if source.gguf_file else weight_files(folder):
         with path.open("rb") as file:
             while block := file.read(2**22):
                 digest.update(block)

@@ -23,7 +23,15 @@ from lorap.calibration.self_text import sample_windows
 from lorap.calibration.sources import DEFAULT_CALIBRATION, Source
 from lorap.calibration.windows import TokenWindows, consecutive_windows
 from lorap.checkpoint.folders import read_json, read_tensors, stored_parameters
-from lorap.checkpoint.load import ModelSource, check_tokenizer, find_model, load_model, load_tokenizer, resolve_device
+from lorap.checkpoint.load import (
+    ModelSource,
+    check_tokenizer,
+    dtype_name,
+    find_model,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+)
 from lorap.checkpoint.save import REPORT, SPARE_BYTES
 from lorap.checkpoint.validate import CONFIG, lorap_config
 from lorap.errors import ArchitectureError, CheckpointError, ConfigError
@@ -118,15 +126,16 @@ def recover(
     recovery = _settled(recovery or Recovery(), where)
     check_sources(recovery.text, *evaluation)
     source, origin = _local(folder)
+    teacher = None if recovery.teacher is None else find_model(recovery.teacher)
     needed_bytes = sum(tensor.nbytes for tensor in read_tensors(origin).values()) + SPARE_BYTES
     check_output(out, source=origin, overwrite=overwrite, needed_bytes=needed_bytes)
     with work_folder(out) as work:
         with watch("load"):
-            run = _gather(source, origin, recovery, evaluation, where, progress)
-        settings = _settings(recovery)
+            run = _gather(source, origin, teacher, recovery, evaluation, where, progress)
+        settings = _settings(recovery, teacher)
         report = RecoveryReport(source.name, settings, _describe(run.windows), stored_parameters(origin))
         report.environment = describe_environment(where, recovery.dtype)
-        made_from = _made_from(recovery, origin, run.windows)
+        made_from = _made_from(source, teacher, run.windows)
         with state_folder(work, settings | made_from, restart=restart) as state:
             _tune_and_write(run, recovery, work, state / STATE, report, watch, save_seconds, progress)
             shutil.rmtree(state, ignore_errors=True)
@@ -152,9 +161,10 @@ def target_names(model: Any, modules: str = "all") -> list[str]:
 
 
 def _settled(recovery: Recovery, device: torch.device) -> Recovery:
-    """With the precision that this machine gives ``auto``, so that a run is not resumed in another."""
+    """With the precision that this machine gives ``auto`` and one name for the dtype, so that a run is resumed as it began."""
     dtype = autocast_dtype(recovery.tuning.precision, device)
-    return replace(recovery, tuning=replace(recovery.tuning, precision="float32" if dtype is None else "bfloat16"))
+    tuning = replace(recovery.tuning, precision="float32" if dtype is None else "bfloat16")
+    return replace(recovery, tuning=tuning, dtype=dtype_name(recovery.dtype))
 
 
 def _local(folder: str | Path) -> tuple[ModelSource, Path]:
@@ -193,6 +203,7 @@ class _Run:
 def _gather(
     source: ModelSource,
     origin: Path,
+    teacher_source: ModelSource | None,
     recovery: Recovery,
     evaluation: Sequence[Source],
     device: torch.device,
@@ -201,7 +212,7 @@ def _gather(
     model, tokenizer = load_model(source, dtype=recovery.dtype, device=device), load_tokenizer(source)
     check_tokenizer(tokenizer, _vocab_size(model))
     names = target_names(model, recovery.modules)
-    teacher = _open_teacher(recovery, model, device)
+    teacher = _open_teacher(teacher_source, recovery, model, device)
     windows = _training_windows(recovery, tokenizer, model, teacher, progress)
     texts = [_evaluation_windows(text, tokenizer, model) for text in evaluation]
     return _Run(origin, model, teacher, names, windows, texts)
@@ -251,10 +262,10 @@ def _tune(
     return tuned
 
 
-def _open_teacher(recovery: Recovery, model: Any, device: torch.device) -> Any:
-    if recovery.teacher is None:
+def _open_teacher(source: ModelSource | None, recovery: Recovery, model: Any, device: torch.device) -> Any:
+    if source is None:
         return None
-    teacher = load_model(find_model(recovery.teacher), dtype=recovery.dtype, device=device).requires_grad_(False)
+    teacher = load_model(source, dtype=recovery.dtype, device=device).requires_grad_(False)
     if _vocab_size(teacher) != _vocab_size(model):
         raise ConfigError(
             f"the teacher {recovery.teacher} has {_vocab_size(teacher):,} tokens and the model {_vocab_size(model):,}; "
@@ -285,18 +296,23 @@ def _evaluation_windows(text: Source, tokenizer: Any, model: Any) -> TokenWindow
     return consecutive_windows(text, tokenizer, seq_len=size, max_tokens=most, vocab_size=_vocab_size(model))
 
 
-def _settings(recovery: Recovery) -> dict[str, Any]:
+def _settings(recovery: Recovery, teacher: ModelSource | None) -> dict[str, Any]:
     """What decides the result, as plain values; the text is told by its tokens."""
-    teacher = None if recovery.teacher is None else find_model(recovery.teacher).name
-    return {"teacher": teacher, "modules": recovery.modules, "dtype": recovery.dtype, **asdict(recovery.tuning)}
+    return {
+        "teacher": teacher.name if teacher else None,
+        "modules": recovery.modules,
+        "dtype": recovery.dtype,
+        **asdict(recovery.tuning),
+    }
 
 
-def _made_from(recovery: Recovery, origin: Path, windows: TokenWindows) -> dict[str, str | None]:
+def _made_from(source: ModelSource, teacher: ModelSource | None, windows: TokenWindows) -> dict[str, str | None]:
     """Hashes of the weights and tokens that go into a run."""
-    folder = None if recovery.teacher is None else find_model(recovery.teacher).folder
-    safe = folder is not None and any(folder.glob("*.safetensors"))
-    teacher = sha256_of_weights(folder) if folder is not None and safe else None
-    return {"model_weights": sha256_of_weights(origin), "teacher_weights": teacher, "tokens": windows.sha256}
+    return {
+        "model_weights": sha256_of_weights(source),
+        "teacher_weights": sha256_of_weights(teacher) if teacher else None,
+        "tokens": windows.sha256,
+    }
 
 
 def _describe(windows: TokenWindows) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from lorap.calibration.mixtures import check_sources
 from lorap.calibration.sources import DEFAULT_EVALUATION
 from lorap.calibration.windows import consecutive_windows
-from lorap.checkpoint.load import ModelSource, find_model, load_tokenizer
+from lorap.checkpoint.load import ModelSource, dtype_name, find_model, load_tokenizer
 from lorap.errors import ConfigError, LoRAPError
 from lorap.evaluation.comparison.cells import Cells
 from lorap.evaluation.comparison.worker import SPEED, TASKS, TEXTS
@@ -191,9 +191,10 @@ def compare(
         progress: show a bar on stderr.
 
     Raises:
-        ConfigError: as :func:`find_contenders` and :func:`check_tokens`.
+        ConfigError: as :func:`find_contenders` and :func:`check_tokens`, or there is no such dtype.
         LoRAPError: a model or text is not there.
     """
+    options = replace(options, dtype=dtype_name(options.dtype))  # of whatever spelling, measurements are kept under one
     check_sources(*options.texts)
     contenders = find_contenders(models)
     cells = Cells(work, asdict(options), check_tokens(contenders, options))
