@@ -36,6 +36,8 @@ _FOREIGN = [
     (b"GGUF\x03\0", "a GGUF model", "give a text"),
     (b"SQLite format 3\0", "an SQLite database", "write its texts to a JSONL file"),
     (b"Obj\x01", "an Avro file", "convert it to Parquet or JSONL"),
+    (b"{\\rtf", "an RTF document", "save it as plain text"),
+    (b"%!PS-Adobe", "a PostScript document", "extract its text first"),
     (
         b"version https://git-lfs.github.com/spec/",
         "a Git LFS pointer and not the file itself",
@@ -46,6 +48,10 @@ _UNICODE = [(codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (c
 _UNICODE += [(codecs.BOM_UTF16_BE, "utf-16")]
 # The first line of a table that came without its name, such as through a pipe; prose that begins like this is none.
 _TABLE = re.compile(rb"\"?[\w.-]+\"?(?:([,\t])\"?[\w.-]+\"?)(?:\1\"?[\w.-]+\"?)*\r?$")
+# How pages, feeds and dumps begin; Markdown may begin with a single tag.
+_MARKUP = re.compile(rb"<(\?xml|!doctype|html|mediawiki|rss)\b", re.IGNORECASE)
+MARKUP_NAMES = (".html", ".htm", ".xhtml", ".xml", ".svg", ".rss", ".atom")
+SETTINGS_NAMES = (".yaml", ".yml", ".toml", ".ini", ".cfg")
 _OBJECT = re.compile(rb'\{\s*("(?:[^"\\]|\\.){0,200}"\s*:|\}\s*$)', re.DOTALL)
 _LIST_OF_OBJECTS = re.compile(rb'\[\s*\{\s*"(?:[^"\\]|\\.){0,200}"\s*:', re.DOTALL)
 
@@ -101,7 +107,8 @@ def look(place: Place) -> Content:
     _refuse_foreign(place, head)
     if head.startswith((b"PAR1\x15", b"ARROW1\0", b"\xff\xff\xff\xff")):
         return Content(place, PARQUET if head.startswith(b"PAR1") else ARROW, packing)
-    named = NAMED.get(suffixes[-1] if suffixes else "", TEXT)
+    suffix = suffixes[-1] if suffixes else ""
+    named = NAMED.get(suffix, TEXT)
     if head.startswith(b"\x93NUMPY") or named == TOKENS:
         return Content(place, TOKENS, packing)
     if named in (PARQUET, ARROW) and head:
@@ -111,7 +118,7 @@ def look(place: Place) -> Content:
     encoding = next((encoding for mark, encoding in _UNICODE if head.startswith(mark)), "utf-8")
     if encoding != "utf-8":
         head = codecs.getincrementaldecoder(encoding)("replace").decode(head).encode("utf-8", "replace")
-    return Content(place, _kind(place, named, head.removeprefix(codecs.BOM_UTF8)), packing, encoding)
+    return Content(place, _kind(place, named, suffix, head.removeprefix(codecs.BOM_UTF8)), packing, encoding)
 
 
 def _refuse_foreign(place: Place, head: bytes) -> None:
@@ -122,18 +129,15 @@ def _refuse_foreign(place: Place, head: bytes) -> None:
         raise CalibrationError(f"{place.name} is a tar archive; unpack it and give the files in it")
 
 
-def _kind(place: Place, named: str, head: bytes) -> str:
-    """JSON and HTML are known by how they begin, whatever the name; tables by their name, for prose has commas too."""
+_WAY_OUT = "give the text alone, or, where just this is wanted, a JSONL file with it in the field `text`"
+
+
+def _kind(place: Place, named: str, suffix: str, head: bytes) -> str:
+    """JSON and markup are known by how they begin, whatever the name; tables by their name, for prose has commas too."""
     start = head.lstrip()
-    lowered = start[:200].lower()
-    if lowered.startswith((b"<!doctype html", b"<html")) and place.path.suffix.lower() not in (
-        ".html",
-        ".htm",
-        ".xhtml",
-    ):
+    if _MARKUP.match(start) or (suffix in MARKUP_NAMES and start.startswith(b"<")):
         raise CalibrationError(
-            f"{place.name} holds a web page in HTML, as a download does that went wrong; give its text, or call it .html to "
-            "read the page as it stands"
+            f"{place.name} holds markup, a web page or XML: most of what the model would read is tags; {_WAY_OUT}"
         )
     if named in (CSV, TSV):
         return named
@@ -150,6 +154,8 @@ def _kind(place: Place, named: str, head: bytes) -> str:
     first = start.partition(b"\n")[0]
     if (table := _TABLE.match(first)) and _known_names(first, table[1]):
         return CSV if table[1] == b"," else TSV
+    if suffix in SETTINGS_NAMES:
+        raise CalibrationError(f"{place.name} holds settings ({suffix[1:].upper()}) and no text; {_WAY_OUT}")
     return TEXT
 
 
