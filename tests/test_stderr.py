@@ -1,5 +1,6 @@
 """stderr of a command that succeeds holds its progress bars and nothing else; with ``--quiet`` it is empty.
 
+Texts here are plain: of any other file one line more says how it was read (test_places.py).
 Libraries and kernels written in C++ write to the file descriptor, so that is what is read. Every command runs, in one fresh
 process, in which libraries are imported as for a user.
 """

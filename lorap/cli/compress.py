@@ -51,7 +51,11 @@ def compress_command(
         ),
     ] = 0.2,
     recipe: Annotated[
-        str, typer.Option(help="Where options that are not given come from, see above.", metavar="|".join(RECIPES))
+        str,
+        typer.Option(
+            help="Where options that are not given come from; `lorap compress --help` tells them apart.",
+            metavar="|".join(RECIPES),
+        ),
     ] = DEFAULT_RECIPE,
     sublayers: Annotated[
         Optional[str], _option("sublayers", "Which sub-layers to compress; a list with commas.")
