@@ -18,6 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 import lorap
+from lorap.architectures import cache_argument
 from lorap.cli import app
 from lorap.evaluation.profile_results import KernelTime, PhaseTime, Profile
 from lorap.evaluation.profiling import _kernels, _weight_bytes, deeper, profile_model, run_ranges
@@ -233,3 +234,16 @@ def test_help_teaches():
     assert "Example:\n    lorap profile" in result.stdout
     assert "Reading the first table" in result.stdout
     assert Path("trace.json").name in result.stdout
+
+
+def test_keys_and_values_go_by_the_name_that_this_transformers_has(make_model):
+    class Older(torch.nn.Module):
+        def forward(self, input_ids, past_key_values=None, use_cache=None): ...
+
+    assert cache_argument(Older()) == "past_key_values"
+    model, ids = make_model("qwen3"), torch.arange(7)[None]
+    name = cache_argument(model)
+    with torch.no_grad():
+        first = model(ids[:, :4], use_cache=True)
+        rest = model(ids[:, 4:], use_cache=True, **{name: first[name]}).logits
+        assert torch.allclose(rest, model(ids).logits[:, 4:], atol=1e-4)
