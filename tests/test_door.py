@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import lorap
+from lorap.checkpoint.finite import check_finite, count_not_finite
 from lorap.checkpoint.folders import INDEX, WEIGHTS
 from lorap.checkpoint.load import dtype_name, find_model, load_model, load_tokenizer
 from lorap.checkpoint.pickled import read_pickled_header
@@ -26,7 +27,6 @@ from lorap.compression.estimate.shapes import ModelShape
 from lorap.compression.runs.run import RunOptions, compress_to_folder
 from lorap.errors import CheckpointError, ConfigError
 from lorap.evaluation.info import describe_model
-from lorap.finite import check_finite, count_not_finite
 
 Q = "model.layers.1.self_attn.q_proj"
 INV_FREQ = "model.layers.0.self_attn.rotary_emb.inv_freq"

@@ -16,13 +16,13 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lorap.checkpoint.finite import check_finite
 from lorap.checkpoint.folders import weight_files
 from lorap.checkpoint.gguf import check_gguf_file, find_gguf, load_gguf, load_gguf_tokenizer
 from lorap.checkpoint.paging import paged_model
 from lorap.checkpoint.unused_tensors import check_unused
 from lorap.checkpoint.validate import CONFIG, CheckedFolder, check_folder
 from lorap.errors import CheckpointError, ConfigError, LoRAPError
-from lorap.finite import check_finite
 from lorap.jsonio import named
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

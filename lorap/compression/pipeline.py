@@ -25,6 +25,7 @@ from lorap.calibration.self_text import sample_windows
 from lorap.calibration.sources import DEFAULT_CALIBRATION, Source
 from lorap.calibration.stream import CalibrationStream, on_device
 from lorap.calibration.windows import Sampler, TokenWindows, consecutive_windows, draw_windows, fold_of
+from lorap.checkpoint.finite import check_finite
 from lorap.checkpoint.hf_quantizer import LoRAPConfig, mark_compressed
 from lorap.checkpoint.load import check_tokenizer, find_model, load_model, load_tokenizer, model_name, resolve_device
 from lorap.checkpoint.paging import in_memory_throughout, is_in_memory, pages_of
@@ -49,12 +50,11 @@ from lorap.config import CompressionConfig
 from lorap.errors import ConfigError
 from lorap.evaluation.perplexity import BATCH_TOKENS as EVALUATION_BATCH
 from lorap.evaluation.perplexity import Evaluation, evaluate_stream
-from lorap.finite import check_finite
+from lorap.jsonio import read_as
 from lorap.nn.linear import count_parameters
 from lorap.reports.run import CompressionReport, CorrectionReport, ProjectionReport
 from lorap.requirements import compressed_roles, needs_folds
 from lorap.system import Stopwatch, describe_environment, peak_memory_bytes
-from lorap.typed import read_as
 from lorap.version import __version__
 
 T = TypeVar("T")

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lorap.jsonio import read_as
 from lorap.reports.model_card import said_as_tuned
 from lorap.reports.records import TUNED_HEADER, Evaluation, TunedEvaluation, Tuning
 from lorap.reports.run import format_table
-from lorap.typed import read_as
 
 # Steps that the first and the last loss of a training are means of.
 LOSS_STEPS = 10

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from lorap.errors import CheckpointError
-from lorap.typed import read_as
+from lorap.jsonio import read_as
 
 TUNED_HEADER = ("nats per token on", "dense", "compressed", "tuned", "recovered")
 # Entries that follow from the projections.

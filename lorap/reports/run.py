@@ -11,6 +11,7 @@ from typing import Any
 
 from lorap.architectures import PROJECTIONS
 from lorap.config import CompressionConfig
+from lorap.jsonio import read_as
 from lorap.reports.records import (
     SUMS,
     Evaluation,
@@ -22,7 +23,6 @@ from lorap.reports.records import (
 )
 from lorap.reports.spectra import Spectrum
 from lorap.requirements import compressed_roles
-from lorap.typed import read_as
 
 # The report for people, beside the weights (lorap/reports/html/page.py).
 PAGE = "report.html"

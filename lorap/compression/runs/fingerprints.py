@@ -14,13 +14,13 @@ from tqdm import tqdm
 from lorap.calibration.mixtures import Sources, weighted_sources
 from lorap.calibration.places import located
 from lorap.calibration.sources import Source, is_packaged, source_name
+from lorap.checkpoint.finite import count_not_finite, refuse_not_finite
 from lorap.checkpoint.folders import weight_files
 from lorap.checkpoint.load import ModelSource
 from lorap.checkpoint.paging import pages_of
 from lorap.checkpoint.stored_tensors import Stamp, StoredTensor, read_pieces, stored_tensors
 from lorap.compression.runs.journal import Journal
 from lorap.errors import CheckpointError, JournalError
-from lorap.finite import count_not_finite, refuse_not_finite
 from lorap.version import __version__
 
 WEIGHTS_STEP = "weights"

@@ -16,10 +16,10 @@ from lorap.checkpoint.stored_tensors import StoredTensor
 from lorap.compression.allocation import LayerPlan
 from lorap.compression.planning import Key
 from lorap.compression.runs.journal import Journal
+from lorap.jsonio import read_as
 from lorap.nn.linear import LowRankLinear
 from lorap.reports.records import Share
 from lorap.reports.run import ProjectionReport
-from lorap.typed import read_as
 
 
 def keep_windows(journal: Journal, step: str, windows: Sequence[TokenWindows], **more: Any) -> None:

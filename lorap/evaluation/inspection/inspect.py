@@ -25,11 +25,11 @@ from lorap.calibration.mixtures import Sources
 from lorap.calibration.sources import DEFAULT_CALIBRATION
 from lorap.calibration.stream import CalibrationStream, Probe, on_device
 from lorap.calibration.windows import draw_windows
+from lorap.checkpoint.finite import check_finite
 from lorap.checkpoint.load import resolve_device
 from lorap.errors import CalibrationError, ConfigError
 from lorap.evaluation.inspection.report import Inspection, ProjectionSpectra
 from lorap.evaluation.inspection.values import Importance, SingularValues
-from lorap.finite import check_finite
 
 
 @torch.no_grad()

@@ -1,0 +1,123 @@
+"""The plan of the package: which room may import from which, no circles, few modules at the top.
+
+A room is a package within ``lorap``, or the modules beside these. Imports in functions and for type checkers count like others.
+"""
+
+from __future__ import annotations
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from importlib.util import resolve_name
+from pathlib import Path
+
+import pytest
+
+import lorap
+
+ROOT = Path(lorap.__file__).parent
+KERNELS = ROOT.parent / "kernels" / "triton"  # shipped as lorap.kernels
+# From top to bottom: a room imports from itself and from those after it.
+ROOMS = (
+    *("lorap.__main__", "lorap.cli", "lorap.__init__"),
+    *(
+        "lorap.compression.estimate",
+        "lorap.compression.runs",
+        "lorap.compression",
+        "lorap.recovery",
+        "lorap.evaluation",
+    ),
+    *("lorap.calibration", "lorap.integrations", "lorap.checkpoint", "lorap.reports", "lorap.nn", "lorap.kernels"),
+    *("lorap.algorithms", "lorap"),
+)
+# The pipeline keeps its steps itself.
+EXCEPTIONS = {("lorap.compression.pipeline", "lorap.compression.runs")}
+
+
+def read_imports(sources: dict[str, str]) -> dict[str, set[str]]:
+    """What each module imports of the others. Those of packages are called ``PACKAGE.__init__``."""
+    found = {}
+    for module, source in sources.items():
+        names = set()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                base = resolve_name("." * node.level + (node.module or ""), module.rpartition(".")[0])
+                names |= {
+                    inner if _is_module(inner := f"{base}.{alias.name}", sources) else base for alias in node.names
+                }
+        found[module] = {name if name in sources else f"{name}.__init__" for name in names if _is_module(name, sources)}
+    return found
+
+
+def _is_module(name: str, sources: dict[str, str]) -> bool:
+    return name in sources or f"{name}.__init__" in sources
+
+
+def room(module: str) -> str:
+    return next(room for room in ROOMS if module == room or module.startswith(f"{room}."))
+
+
+def upwards(imports: dict[str, set[str]]) -> set[tuple[str, str]]:
+    """Who imports what from a room above."""
+    return {
+        (module, other)
+        for module, others in imports.items()
+        for other in others
+        if ROOMS.index(room(other)) < ROOMS.index(room(module))
+    }
+
+
+@pytest.fixture(scope="module")
+def imports() -> dict[str, set[str]]:
+    files = {path.relative_to(ROOT.parent): path for path in ROOT.rglob("*.py")}
+    files |= {Path("lorap", "kernels", path.relative_to(KERNELS)): path for path in KERNELS.rglob("*.py")}
+    return read_imports({".".join(name.with_suffix("").parts): path.read_text("utf-8") for name, path in files.items()})
+
+
+def test_imports_go_downwards(imports):
+    wrong = {(module, other) for module, other in upwards(imports) if (module, room(other)) not in EXCEPTIONS}
+    assert not wrong, "\n".join(f"{module} imports {other} from above" for module, other in sorted(wrong))
+
+
+def test_no_circles(imports):
+    TopologicalSorter(imports).prepare()
+
+
+def test_kernels_import_nothing_of_lorap_but_themselves(imports):
+    outside = {
+        other
+        for module, others in imports.items()
+        if room(module) == "lorap.kernels"
+        for other in others
+        if room(other) != "lorap.kernels"
+    }
+    assert not outside
+
+
+def test_few_modules_at_the_top():
+    assert len(list(ROOT.glob("*.py"))) <= 12
+
+
+def test_every_kind_of_import_is_seen():
+    """In a function, for type checkers, relative, of a module and of a name in it."""
+    sources = {
+        "lorap.__init__": "",
+        "lorap.files": "def f():\n    from lorap.nn import linear",
+        "lorap.nn.__init__": "from . import linear",
+        "lorap.nn.linear": "if TYPE_CHECKING:\n    import lorap.cli.main",
+        "lorap.cli.__init__": "",
+        "lorap.cli.main": "import torch, lorap\nfrom lorap.files import move\nfrom lorap.cli import name",
+    }
+    imports = read_imports(sources)
+    assert imports == {
+        "lorap.__init__": set(),
+        "lorap.files": {"lorap.nn.linear"},
+        "lorap.nn.__init__": {"lorap.nn.linear"},
+        "lorap.nn.linear": {"lorap.cli.main"},
+        "lorap.cli.__init__": set(),
+        "lorap.cli.main": {"lorap.__init__", "lorap.files", "lorap.cli.__init__"},
+    }
+    assert upwards(imports) == {("lorap.files", "lorap.nn.linear"), ("lorap.nn.linear", "lorap.cli.main")}
+    with pytest.raises(CycleError):
+        TopologicalSorter(imports).prepare()
