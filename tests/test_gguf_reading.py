@@ -11,7 +11,9 @@ import pytest
 import torch
 import transformers
 from gguf_files import write_file
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import lorap
@@ -344,6 +346,22 @@ def test_text_is_split_by_the_name(pre, digits, ending, make_model, tokenizer, t
     file = write_file(tmp_path / "m.gguf", make_model("llama-gqa"), tokenizer, values={"tokenizer.ggml.pre": pre})
     backend = load_tokenizer(find_model(file)).backend_tokenizer
     assert [len(part) for part, _ in backend.pre_tokenizer.pre_tokenize_str("12345")] == digits
+
+
+def test_a_tokenizer_of_single_bytes_needs_no_merges(make_model, tokenizer, tmp_path) -> None:
+    """Its list of merges is empty, which writers leave out; where it is lost, that is told."""
+    bytes_alone = Tokenizer(
+        models.BPE(vocab={sign: i for i, sign in enumerate(sorted(ByteLevel.alphabet()))}, merges=[])
+    )
+    bytes_alone.pre_tokenizer, bytes_alone.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    ours = PreTrainedTokenizerFast(tokenizer_object=bytes_alone)
+    out = lorap.export_gguf(make_model("llama-gqa"), tmp_path / "out", tokenizer=ours)
+    text = "Three bytes: €."
+    found = load_tokenizer(find_model(out))
+    assert found(text).input_ids == ours(text).input_ids
+    assert len(found(text).input_ids) == len(text.encode())
+    lost = write_file(tmp_path / "m.gguf", make_model("llama-gqa"), tokenizer, values={"tokenizer.ggml.merges": []})
+    assert "it has no merges, but tokens such as" in refusal(lost, lambda path: load_tokenizer(find_model(path)))
 
 
 def test_unknown_tokenizers_are_named(make_model, tokenizer, tmp_path) -> None:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import fuzz_gguf
 import fuzz_texts
 import torch
 import transformers
@@ -36,7 +37,7 @@ from safetensors import safe_open
 
 from lorap.checkpoint.folders import INDEX, read_header, read_tensors, weight_files
 from lorap.checkpoint.format import LoRAPConfig
-from lorap.checkpoint.load import find_model, load_model
+from lorap.checkpoint.load import find_model, load_model, load_tokenizer
 from lorap.checkpoint.stored_tensors import stored_tensors
 from lorap.compression.estimate.shapes import ModelShape
 from lorap.errors import LoRAPError
@@ -155,6 +156,20 @@ class Folders:
 
         return doors
 
+    def gguf(self) -> Callable[[], None]:
+        """Found, described, and opened with its tokenizer."""
+        path = self.place / "one.gguf"
+        data = fuzz_gguf.make_gguf(path)
+        open_gguf(path)
+
+        @given(fuzz_gguf.broken_gguf(data, fuzz_gguf.places_in(path, data)))
+        def gguf(damaged: bytes) -> None:
+            path.write_bytes(damaged)
+            with bounded("gguf"):
+                open_gguf(path)
+
+        return gguf
+
     def index(self) -> Callable[[], None]:
         folder = self.place / "sharded"
         document = {"metadata": {"total_size": 1}, "weight_map": _sharded(folder, self.checkpoints["factors"])}
@@ -248,6 +263,15 @@ class Folders:
         return self.checkpoints[kind].write(self.place / "damaged", config, weights)
 
 
+def open_gguf(path: Path) -> None:
+    """As the commands do: what is found can be described and loaded, or is refused."""
+    source = find_model(path)
+    format_info(describe_model(source))
+    load_tokenizer(source)
+    model = load_model(source)
+    assert sum(parameter.numel() for parameter in model.parameters()) <= path.stat().st_size
+
+
 def _with_marks(config: dict[str, Any], marks: Any) -> bytes:
     return dump(config | {"quantization_config": marks})
 
@@ -270,4 +294,4 @@ def _sharded(folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
     return weight_map
 
 
-TARGETS = ("header", "pickle", "index", "info", "quantization_config", "load", "doors", "texts")
+TARGETS = ("header", "pickle", "gguf", "index", "info", "quantization_config", "load", "doors", "texts")

@@ -19,7 +19,7 @@ from lorap.jsonio import named, shown
 
 KEYS = "tokenizer.ggml."
 # Types of tokens.
-CONTROL, USER_DEFINED, BYTE = 3, 4, 6
+NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6
 # transformers' names of special tokens -> those in the keys.
 SPECIALS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 # How the families' own tokenizers cut text into words.
@@ -78,7 +78,11 @@ def load_gguf_tokenizer(path: Path) -> Any | None:
 
 def _byte_level(values: Mapping[str, Any]) -> Tokenizer:
     name = values.get("pre", "default")
-    merges = [tuple(merge.split(" ", 1)) for merge in values["merges"]]
+    merges = [tuple(merge.split(" ", 1)) for merge in values.get("merges", ())]
+    kinds = values.get("token_type") or [NORMAL] * len(values["tokens"])
+    joined = [token for token, kind in zip(values["tokens"], kinds, strict=True) if kind == NORMAL and len(token) > 1]
+    if joined and not merges:  # writers leave out a list that is empty, as where tokens are single bytes
+        raise ValueError(f"it has no merges, but tokens such as {shown(joined[0])} that need them")
     backend = _bpe(_vocabulary(values), merges, ignore_merges=name in WHOLE_WORDS)
     if name in _PATTERNS:
         split = [pre_tokenizers.Split(Regex(_PATTERNS[name]), behavior="isolated")]
