@@ -45,14 +45,15 @@ def save_model(size: Size, sparsity: float, folder: Path) -> dict[str, Any]:
     from random_models import random_model
 
     import lorap
-    from lorap.checkpoint.hf_quantizer import LoRAPConfig, mark_compressed
+    from lorap.checkpoint.format import LoRAPConfig
+    from lorap.checkpoint.hf_quantizer import attach_quantization_config
 
     options = {"layers": size.layers, "vocab_size": size.vocab_size, "tie": size.tie}
     model = random_model(size.shapes, sparsity, torch.bfloat16, **options)
     model.config.max_position_embeddings = 2048
     ranks = {name: module.rank for name, module in model.named_modules() if isinstance(module, lorap.LowRankLinear)}
     if ranks:
-        mark_compressed(model, LoRAPConfig(ranks=ranks))
+        attach_quantization_config(model, LoRAPConfig(ranks=ranks))
     model.save_pretrained(folder)
     parameters = list(model.parameters())
     return {"params": sum(p.numel() for p in parameters), "weight_bytes": sum(p.nbytes for p in parameters)}

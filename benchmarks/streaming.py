@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorap.checkpoint.tensor_files import write_tensors
+from lorap.checkpoint.write import write_tensors
 from lorap.reports.run import format_table
 
 RESULTS = Path(__file__).parent / "results" / "streaming.json"

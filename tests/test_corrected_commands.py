@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 import lorap
 from lorap import CheckpointError, CompressionConfig, ConfigError, JournalError, distributed
 from lorap.checkpoint.save import try_settings
-from lorap.checkpoint.shards import GENERATION_CONFIG
+from lorap.checkpoint.write import GENERATION_CONFIG
 from lorap.cli import app
 from lorap.compression.runs.journal import COMPLETE, Journal
 from lorap.compression.runs.run import RunOptions, compress_to_folder

@@ -24,7 +24,8 @@ import lorap
 from lorap.algorithms.pruning import new_linear
 from lorap.checkpoint import shards
 from lorap.checkpoint.folders import read_tensors
-from lorap.checkpoint.hf_quantizer import LoRAPConfig, mark_compressed
+from lorap.checkpoint.format import LoRAPConfig
+from lorap.checkpoint.hf_quantizer import attach_quantization_config
 from lorap.checkpoint.load import find_model
 from lorap.cli import app
 from lorap.cli.export import savings
@@ -305,7 +306,7 @@ def test_padding_that_gives_all_back(make_model, tokenizer, tmp_path) -> None:
         weight = getattr(narrow, role).weight.data.narrow(axis, 0, 37)
         setattr(narrow, role, new_linear(weight, None))
     sizes = {"model.layers.0.mlp": 100, "model.layers.1.mlp": 37}
-    mark_compressed(model, LoRAPConfig(intermediate_sizes=sizes, dense_intermediate_size=100))
+    attach_quantization_config(model, LoRAPConfig(intermediate_sizes=sizes, dense_intermediate_size=100))
     model.save_pretrained(tmp_path / "small")
     tokenizer.save_pretrained(tmp_path / "small")
     result = run("export", tmp_path / "small", tmp_path / "plain", "--pad-widths", "--quiet")

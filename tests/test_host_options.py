@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 import lorap
-from lorap.checkpoint.hf_quantizer import keep_whole
+from lorap.checkpoint.build import keep_whole
 
 
 @pytest.fixture(scope="module")

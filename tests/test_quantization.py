@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import lorap
 from lorap.checkpoint.folders import read_tensors
-from lorap.checkpoint.hf_quantizer import LoRAPConfig
+from lorap.checkpoint.format import LoRAPConfig
 from lorap.checkpoint.load import find_model
 from lorap.evaluation.info import describe_model, format_info
 

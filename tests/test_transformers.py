@@ -22,7 +22,9 @@ from transformers import AutoModelForCausalLM, pipeline
 
 import lorap
 from lorap.algorithms.pivoting import pivot
-from lorap.checkpoint.hf_quantizer import LoRAPConfig, check_pivot_rows, mark_compressed, register
+from lorap.checkpoint.build import check_pivot_rows
+from lorap.checkpoint.format import LoRAPConfig
+from lorap.checkpoint.hf_quantizer import attach_quantization_config, register
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -63,7 +65,7 @@ def with_pivoted_storage(model: Any, report: Any) -> tuple[Any, Any]:
         model.set_submodule(name, lorap.LowRankLinear.from_factors(*factors, bias, stored.pivot_rows))
     fields = model.config.quantization_config.to_dict()
     fields["format_version"] = None
-    mark_compressed(model, LoRAPConfig(**fields, storage="pivoted"))
+    attach_quantization_config(model, LoRAPConfig(**fields, storage="pivoted"))
     report.params_saved = sum(parameter.numel() for parameter in model.parameters())
     return model, report
 
@@ -283,7 +285,7 @@ def test_checkpoints_of_older_formats_open(storage, version, make_model, compres
     """They have one guard, in the shapes, and are saved again as they were."""
     model, report = compress_small(make_model("llama-gqa"), storage=storage)
     fields = model.config.quantization_config.to_dict()
-    mark_compressed(model, LoRAPConfig(**fields | {"format_version": version}))
+    attach_quantization_config(model, LoRAPConfig(**fields | {"format_version": version}))
     out = lorap.save(model, tmp_path / "old", report=report)
     assert json.loads((out / "config.json").read_text())["hidden_act"] == "silu"
     assert not [name for name in load_file(out / "model.safetensors") if "needs" in name]
@@ -292,7 +294,7 @@ def test_checkpoints_of_older_formats_open(storage, version, make_model, compres
     assert torch.equal(logits(loaded, tokens), logits(model, tokens))
     loaded.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again/model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
-    assert lorap.checkpoint.quantize.find_marks(loaded).format_version == version
+    assert lorap.checkpoint.quantize.get_quantization_config(loaded).format_version == version
 
 
 def test_pruned_to_one_width_it_is_an_ordinary_dense_checkpoint(make_model, compress_small, tokens, tmp_path):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorap.checkpoint.stored_tensors import read_into
-from lorap.checkpoint.tensor_files import as_bytes, write_all
+from lorap.checkpoint.write import as_bytes, write_all
 from lorap.errors import CheckpointError
 
 

@@ -7,7 +7,8 @@ from typing import TypeVar
 from torch import nn
 
 from lorap.architectures import ARCHITECTURES
-from lorap.checkpoint.hf_quantizer import LoRAPConfig, find_marks, mark_compressed
+from lorap.checkpoint.format import LoRAPConfig
+from lorap.checkpoint.hf_quantizer import attach_quantization_config, get_quantization_config
 from lorap.errors import ArchitectureError
 from lorap.nn.int8 import quantize_weights
 
@@ -28,9 +29,11 @@ def quantize_int8(model: Model) -> Model:
     model_type = getattr(model.config, "model_type", "")
     if model_type not in ARCHITECTURES:
         raise ArchitectureError(f"cannot quantize model type {model_type!r}; known: {', '.join(ARCHITECTURES)}")
-    marks = find_marks(model) or LoRAPConfig()
-    if marks.weights == "int8":
+    compression = get_quantization_config(model) or LoRAPConfig()
+    if compression.weights == "int8":
         raise ArchitectureError("the weights of this model are int8 already")
     quantize_weights(model)
-    mark_compressed(model, LoRAPConfig(**(marks.to_dict() | {"weights": "int8", "format_version": None})))
+    attach_quantization_config(
+        model, LoRAPConfig(**(compression.to_dict() | {"weights": "int8", "format_version": None}))
+    )
     return model

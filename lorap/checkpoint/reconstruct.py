@@ -7,7 +7,12 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from lorap.checkpoint.hf_quantizer import LoRAPConfig, find_marks, mark_compressed, unmark
+from lorap.checkpoint.format import LoRAPConfig
+from lorap.checkpoint.hf_quantizer import (
+    attach_quantization_config,
+    detach_quantization_config,
+    get_quantization_config,
+)
 from lorap.errors import ArchitectureError
 from lorap.nn.linear import LowRankLinear, has_plain_factors
 
@@ -26,9 +31,11 @@ def reconstruct(model: Model) -> Model:
         ArchitectureError: the factors of a layer are not plain (adapters, hooks, offloaded weights), or weights are quantized.
     """
     pairs = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
-    marks = find_marks(model)
-    if marks is not None and marks.weights != "float":
-        raise ArchitectureError(f"the weights of this model are {marks.weights}; reconstruct it before it is quantized")
+    compression = get_quantization_config(model)
+    if compression is not None and compression.weights != "float":
+        raise ArchitectureError(
+            f"the weights of this model are {compression.weights}; reconstruct it before it is quantized"
+        )
     for name, pair in pairs.items():
         _check(pair, name)
     for name, pair in pairs.items():
@@ -36,8 +43,8 @@ def reconstruct(model: Model) -> Model:
             for member in pair.group.members:
                 member.group = None
         model.set_submodule(name, dense(pair))
-    if marks is not None:
-        _reduce_marks(model, marks)
+    if compression is not None:
+        _reduce_quantization_config(model, compression)
     return model
 
 
@@ -64,10 +71,10 @@ def _check(pair: LowRankLinear, name: str) -> None:
         raise ArchitectureError(f"the factors of {name} are not in memory; load the model without offloading")
 
 
-def _reduce_marks(model: Any, marks: LoRAPConfig) -> None:
+def _reduce_quantization_config(model: Any, compression: LoRAPConfig) -> None:
     """Only what a dense model of this class cannot say by itself stays in the config."""
-    if marks.intermediate_sizes or marks.biases:
-        fields = marks.to_dict() | {"ranks": {}, "storage": "factors", "format_version": None}
-        mark_compressed(model, LoRAPConfig(**fields))
+    if compression.intermediate_sizes or compression.biases:
+        fields = compression.to_dict() | {"ranks": {}, "storage": "factors", "format_version": None}
+        attach_quantization_config(model, LoRAPConfig(**fields))
     else:
-        unmark(model)
+        detach_quantization_config(model)

@@ -9,7 +9,7 @@ from typing import Any
 
 from lorap.checkpoint import host_keys
 from lorap.checkpoint.folders import stored_parameters
-from lorap.checkpoint.shards import write_model, write_settings
+from lorap.checkpoint.write import write_model, write_settings
 from lorap.errors import CheckpointError
 from lorap.files import reason
 from lorap.outputs import staged_folder

@@ -26,7 +26,8 @@ from lorap.calibration.sources import DEFAULT_CALIBRATION, Source
 from lorap.calibration.stream import CalibrationStream, on_device
 from lorap.calibration.windows import Sampler, TokenWindows, consecutive_windows, draw_windows, fold_of
 from lorap.checkpoint.finite import check_finite
-from lorap.checkpoint.hf_quantizer import LoRAPConfig, mark_compressed
+from lorap.checkpoint.format import LoRAPConfig
+from lorap.checkpoint.hf_quantizer import attach_quantization_config
 from lorap.checkpoint.load import check_tokenizer, find_model, load_model, load_tokenizer, model_name, resolve_device
 from lorap.checkpoint.paging import in_memory_throughout, is_in_memory, pages_of
 from lorap.checkpoint.validate import believe_own_head
@@ -513,7 +514,7 @@ def _mark(model: Any, plans: Sequence[LayerPlan], architecture: Architecture, re
             recipe=report.config.recipe,
             lorap_version=__version__,
         )
-        mark_compressed(model, shapes)
+        attach_quantization_config(model, shapes)
     report.params_saved = count_parameters(model)
 
 

@@ -19,10 +19,10 @@ from lorap.architectures import ARCHITECTURES, ATTENTION, MLP, PROJECTIONS, STOC
 from lorap.checkpoint import host_keys
 from lorap.checkpoint.folders import read_tensors
 from lorap.checkpoint.gguf import FILE_TYPES, check_gguf, write_gguf
-from lorap.checkpoint.hf_quantizer import unmark
+from lorap.checkpoint.hf_quantizer import detach_quantization_config
 from lorap.checkpoint.reconstruct import reconstruct
 from lorap.checkpoint.save import SPARE_BYTES
-from lorap.checkpoint.shards import write_model
+from lorap.checkpoint.write import write_model
 from lorap.errors import ArchitectureError, CheckpointError
 from lorap.nn.linear import count_parameters
 from lorap.outputs import staged_folder
@@ -166,7 +166,7 @@ def make_stock(model: Any, *, pad_widths: bool = False) -> Any:
         _pad(model, index, architecture.linears(layer), architecture, widest)
     model.config.intermediate_size = widest
     _fit_biases(model, architecture)
-    unmark(model)
+    detach_quantization_config(model)
     _check_class(model)
     return model
 

@@ -22,9 +22,10 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.models.utils import WeightsMapper
 
 from lorap.architectures import ARCHITECTURES, SHARED_INPUTS
+from lorap.checkpoint.build import put_layers
 from lorap.checkpoint.folders import read_tensors
+from lorap.checkpoint.format import QUANT_METHOD, LoRAPConfig
 from lorap.checkpoint.guards import unguard_config
-from lorap.checkpoint.hf_quantizer import QUANT_METHOD, LoRAPConfig, LoRAPHfQuantizer
 from lorap.errors import BackendError, CheckpointError
 from lorap.integrations.vllm_linear import LoRAPLinearMethod
 from lorap.nn.implementations import FLOATS
@@ -131,7 +132,7 @@ def check_folder(folder: Path, hf_config: Any, checkpoint: LoRAPConfig) -> None:
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config)
-        LoRAPHfQuantizer(checkpoint)._process_model_before_weight_loading(model)
+        put_layers(model, checkpoint)
     tied = set(model._tied_weights_keys or ()) if hf_config.tie_word_embeddings else set()
     stored = read_tensors(folder)
     for name, tensor in model.state_dict().items():

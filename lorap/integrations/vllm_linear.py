@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import LinearMethodBase, QKVParallelLinear, ReplicatedLinear, RowParallelLinear
 
-from lorap.checkpoint.hf_quantizer import LoRAPConfig
+from lorap.checkpoint.format import LoRAPConfig
 from lorap.errors import CheckpointError
 from lorap.integrations.vllm_projection import Projection, Share, frozen
 from lorap.nn import ops

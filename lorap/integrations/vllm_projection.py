@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorap.checkpoint.hf_quantizer import check_pivot_rows
+from lorap.checkpoint.build import check_pivot_rows
 from lorap.errors import CheckpointError
 from lorap.kernels import reference
 from lorap.nn import ops

@@ -13,8 +13,9 @@ import torch
 import transformers
 from hypothesis import strategies as st
 
+from lorap.checkpoint.build import put_layers
 from lorap.checkpoint.format import LoRAPConfig
-from lorap.checkpoint.hf_quantizer import mark_compressed, put_layers
+from lorap.checkpoint.hf_quantizer import attach_quantization_config
 from lorap.checkpoint.quantize import quantize_int8
 
 Q, K, UP, DOWN = (
@@ -63,7 +64,7 @@ def make_checkpoint(kind: str, folder: Path) -> Checkpoint:
     if fields:
         config = LoRAPConfig(**{name: value for name, value in fields.items() if name != "weights"})
         put_layers(model, config)
-        mark_compressed(model, config)
+        attach_quantization_config(model, config)
     if fields.get("weights") == "int8":
         quantize_int8(model)
     model.save_pretrained(folder)

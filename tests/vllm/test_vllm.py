@@ -27,7 +27,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorap
-from lorap.checkpoint.hf_quantizer import LoRAPConfig, mark_compressed
+from lorap.checkpoint.format import LoRAPConfig
+from lorap.checkpoint.hf_quantizer import attach_quantization_config
 from lorap.checkpoint.load import find_model, load_model, load_tokenizer
 from lorap.integrations.vllm_projection import Projection, Share
 
@@ -120,7 +121,9 @@ def shrink(model: Any, folder: Path, *, storage: str = "factors", biases: bool =
             low = lorap.LowRankLinear.from_linear(model.get_submodule(name), rank, pivoted=storage == "pivoted")
             model.set_submodule(name, low)
             ranks[name] = rank
-    mark_compressed(model, LoRAPConfig(ranks=ranks, intermediate_sizes=widths, storage=storage, biases=added))
+    attach_quantization_config(
+        model, LoRAPConfig(ranks=ranks, intermediate_sizes=widths, storage=storage, biases=added)
+    )
     model.save_pretrained(folder)
     return folder
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from lorap.checkpoint.folders import read_json
 from lorap.checkpoint.stored_tensors import StoredTensor, stored_tensors
-from lorap.checkpoint.tensor_files import Writable, write_tensors
+from lorap.checkpoint.write import Writable, write_tensors
 from lorap.distributed import ALONE, Processes
 from lorap.errors import CheckpointError, JournalError, LoRAPError, ProcessError
 from lorap.files import reason, remove, replacing

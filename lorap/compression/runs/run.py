@@ -23,7 +23,7 @@ from lorap.checkpoint import host_keys
 from lorap.checkpoint.folders import stored_parameters
 from lorap.checkpoint.load import ModelSource, check_tokenizer, find_model, load_model, load_tokenizer, resolve_device
 from lorap.checkpoint.save import try_settings, write_reports
-from lorap.checkpoint.shards import write_model
+from lorap.checkpoint.write import write_model
 from lorap.compression.pipeline import Run
 from lorap.compression.planning import check_sizes, shapes_of
 from lorap.compression.runs.fingerprints import check_weights, identity_of

@@ -1,21 +1,36 @@
-"""The weights and the config of a compressed model as Hugging Face files, streamed from where they lie."""
+"""Tensors, models and their config written as Hugging Face files, streamed from where they lie, so that nothing is held twice."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
+import torch
 from huggingface_hub import split_state_dict_into_shards_factory
+from torch import Tensor
 
 from lorap.checkpoint.folders import INDEX
 from lorap.checkpoint.paging import Pages, pages_of
-from lorap.checkpoint.stored_tensors import StoredTensor
-from lorap.checkpoint.tensor_files import Cast, Writable, nbytes, write_tensors
+from lorap.checkpoint.stored_tensors import STORED_DTYPES, StoredTensor, read_pieces
 from lorap.system import parse_bytes
 
+DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 GENERATION_CONFIG = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class Cast:
+    """A stored tensor that is to be written in another dtype."""
+
+    stored: StoredTensor
+    dtype: torch.dtype
+
+
+Writable = Union[Tensor, StoredTensor, Cast]
 
 
 def write_model(model: Any, folder: Path, *, max_shard_size: str | int) -> None:
@@ -77,8 +92,65 @@ def model_tensors(model: Any) -> Iterator[tuple[str, Writable]]:
             yield name, paged.get(name, tensor)
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Writable]) -> None:
+    """One safetensors file, in place of any that was there, and on the disk when this returns.
+
+    Raises:
+        OSError: the file cannot be written; what there was is gone.
+    """
+    # In safetensors' own order: large elements first, so that all are aligned.
+    order = sorted(tensors, key=lambda name: (-_dtype(tensors[name]).itemsize, name))
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name in order:
+        start, end = end, end + nbytes(tensors[name])
+        shape, dtype = list(_shape(tensors[name])), DTYPE_NAMES[_dtype(tensors[name])]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}  # type: ignore[dict-item]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb", buffering=0) as file:
+        write_all(file.fileno(), memoryview(len(text).to_bytes(8, "little") + text))
+        for name in order:
+            for piece in _pieces(tensors[name]):
+                write_all(file.fileno(), piece)
+        os.fsync(file.fileno())
+
+
+def nbytes(tensor: Writable) -> int:
+    """Bytes on disk."""
+    return torch.Size(_shape(tensor)).numel() * _dtype(tensor).itemsize
+
+
+def write_all(file: int, data: memoryview) -> None:
+    """All of ``data``; a single write may take less."""
+    done = 0
+    while done < len(data):
+        done += os.write(file, data[done:])
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The elements of a tensor, row by row."""
+    flat: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return flat
+
+
 def _as_loaded(stored: StoredTensor, pages: Pages) -> Writable:
     """A stored tensor in the dtype that it has in the model."""
     if pages.dtype is None or stored.dtype == pages.dtype or not stored.dtype.is_floating_point:
         return stored
     return Cast(stored, pages.dtype)
+
+
+def _pieces(tensor: Writable) -> Iterator[memoryview]:
+    if isinstance(tensor, StoredTensor):
+        for _, piece in read_pieces(tensor):
+            yield piece.numpy().data
+    else:
+        yield as_bytes(tensor.stored.read().to(tensor.dtype) if isinstance(tensor, Cast) else tensor)
+
+
+def _shape(tensor: Writable) -> tuple[int, ...]:
+    return tensor.stored.info.shape if isinstance(tensor, Cast) else tensor.shape
+
+
+def _dtype(tensor: Writable) -> torch.dtype:
+    return tensor.dtype

@@ -1,0 +1,176 @@
+"""The layers of a compressed checkpoint in an empty dense model, and whether the files hold what these need."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorap.architectures import ARCHITECTURES, ATTENTION, MLP
+from lorap.checkpoint.folders import read_header
+from lorap.checkpoint.format import LoRAPConfig
+from lorap.errors import CheckpointError
+from lorap.jsonio import named
+from lorap.nn import int8
+from lorap.nn.linear import NAMED_GUARD, LowRankLinear
+
+# Endings of tensors that only a low-rank layer has (lorap/nn/linear.py).
+LOW_RANK_TENSORS = (".right.weight", ".left.weight", ".left.bias", ".pivot_rows", ".output_bias", f".{NAMED_GUARD}")
+
+
+def put_layers(model: Any, config: LoRAPConfig) -> dict[str, tuple[int, ...]]:
+    """Swap empty layers as ``config`` describes them into an empty dense model.
+
+    Returns the name and shape of each tensor that the checkpoint must hold for them.
+
+    Raises:
+        CheckpointError: a name is no linear layer or FFN of the dense model, or a rank does not fit.
+    """
+    bare = bare_prefix(model)
+    # All of them first: a factor that is a linear layer itself was not one of the dense model.
+    low_rank = {
+        name.removeprefix(bare): (_linear(model, name.removeprefix(bare)), rank) for name, rank in config.ranks.items()
+    }
+    wanted: list[str] = []
+    for name, (dense, rank) in low_rank.items():
+        if rank >= min(dense.in_features, dense.out_features):
+            raise CheckpointError(
+                f"rank {rank} of {name} does not fit its shape ({dense.out_features}, {dense.in_features})"
+            )
+        new = LowRankLinear(
+            dense.in_features,
+            dense.out_features,
+            rank,
+            bias=dense.bias is not None,
+            device=dense.weight.device,
+            dtype=dense.weight.dtype,
+            pivoted=config.storage == "pivoted",
+        )
+        new.put_named_guard(config.is_guarded)
+        model.set_submodule(name, new)
+        wanted += [f"{name}.{key}" for key in new.state_dict()]
+    for full_name, width in config.intermediate_sizes.items():
+        name = full_name.removeprefix(bare)
+        resize_mlp(model, name, width)
+        wanted += [f"{name}.{role}.weight" for role in MLP]
+    for full_name in config.biases:
+        name = full_name.removeprefix(bare)
+        old = _linear(model, name)
+        weight = old.weight
+        model.set_submodule(
+            name, nn.Linear(old.in_features, old.out_features, bias=True, device=weight.device, dtype=weight.dtype)
+        )
+        wanted += [f"{name}.weight", f"{name}.bias"]
+    if config.weights == "int8":
+        if model.config.model_type not in ARCHITECTURES:
+            raise CheckpointError(
+                f"int8 weights in a model of type {named(model.config.model_type)}, which lorap does not know"
+            )
+        wanted += int8.put_slots(model)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return {bare + name: shapes[name] for name in wanted}
+
+
+def bare_prefix(model: Any) -> str:
+    """What the names in a checkpoint have before those of ``model``: "model." where it is a base model (``AutoModel``), or ""."""
+    prefix = str(model.base_model_prefix)
+    return f"{prefix}." if prefix and prefix not in model._modules else ""
+
+
+def keep_whole(model: Any, config: LoRAPConfig) -> None:
+    """Take out of the plan of tensor parallelism what it would cut wrongly; every worker then holds and computes all of that.
+
+    transformers cuts by the name of a dense projection. A low-rank one has its factors below that name, so only its guard would
+    be cut; and FFNs of other widths, or with biases that were added, are none of those that the plan was made for.
+    """
+    roles = {name.rsplit(".", 1)[-1] for name in config.ranks}
+    whole = [".self_attn."] if roles & set(ATTENTION) else []
+    whole += [".mlp."] if roles & set(MLP) or config.intermediate_sizes or config.biases else []
+    plan = getattr(model, "_tp_plan", None) or {}
+    for name in [name for name in plan if any(part in name for part in whole)]:
+        del plan[name]
+
+
+def check_stored(files: Sequence[str], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse safetensors ``files`` that lack a tensor of :func:`put_layers`, have it in another shape, or have more of the kind.
+
+    transformers would replace what is missing by random numbers, and pass over factors that the config does not name.
+
+    Raises:
+        CheckpointError: naming the first such tensor.
+    """
+    paths = [Path(file) for file in files]
+    if not paths or any(path.suffix != ".safetensors" for path in paths):
+        return
+    stored = {name: info.shape for path in paths for name, info in read_header(path).items()}
+    folder = paths[0].parent
+    first = next(iter(wanted), "")
+    if first not in stored and first.partition(".")[2] in stored:  # saved without the head
+        wanted = {name.partition(".")[2]: shape for name, shape in wanted.items()}
+    missing = [name for name in wanted if name not in stored]
+    if missing:
+        raise CheckpointError(
+            f"{folder} is incomplete: {len(missing)} tensors of low-rank layers are missing, first {missing[0]}; "
+            "download or copy it again"
+        )
+    for name, shape in wanted.items():
+        if stored[name] != shape:
+            raise CheckpointError(f"{name} has the shape {stored[name]}, but config.json makes it {shape}")
+    unnamed = [name for name in stored if name.endswith(LOW_RANK_TENSORS) and name not in wanted]
+    if unnamed:
+        raise CheckpointError(f"{folder} holds {unnamed[0]}, but its quantization_config names no such layer")
+
+
+def check_pivot_rows(layer: Any, name: str) -> None:
+    """Refuse rows that the kernels could not scatter to: they must ascend strictly and lie within the output.
+
+    Raises:
+        CheckpointError: naming the layer and the offending rows.
+    """
+    rows = layer.pivot_rows
+    if rows is None or rows.is_meta:  # offloaded to disk
+        return
+    if rows.dtype != torch.int64 or rows.shape != (layer.rank,):
+        raise CheckpointError(
+            f"{name}.pivot_rows is {rows.dtype} of shape {tuple(rows.shape)}; int64 of shape ({layer.rank},) is needed"
+        )
+    values = rows.tolist()
+    for before, after in itertools.pairwise(values):
+        if before >= after:
+            raise CheckpointError(
+                f"{name}.pivot_rows must ascend, but {after} follows {before}; the checkpoint is damaged, "
+                "download or copy it again"
+            )
+    if values[0] < 0 or values[-1] >= layer.out_features:
+        raise CheckpointError(
+            f"{name}.pivot_rows run from {values[0]} to {values[-1]}, but the layer has rows 0 to {layer.out_features - 1}; "
+            "the checkpoint is damaged, download or copy it again"
+        )
+
+
+def resize_mlp(model: nn.Module, name: str, width: int) -> None:
+    """Give the FFN ``name`` empty linear layers of another width, keeping device, dtype and biases."""
+    for role in MLP:
+        old = _linear(model, f"{name}.{role}")
+        sizes = (width, old.out_features) if role == "down_proj" else (old.in_features, width)
+        new = nn.Linear(*sizes, bias=old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
+        model.set_submodule(f"{name}.{role}", new)
+    model.get_submodule(name).intermediate_size = width  # type: ignore[assignment]
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    module: Any = model
+    try:
+        for part in name.split("."):
+            module = module._modules[part]  # not get_submodule: properties such as base_model are second names
+    except (KeyError, AttributeError):
+        raise CheckpointError(f"quantization_config names {named(name)}, but the model has no such layer") from None
+    if not isinstance(module, nn.Linear):
+        raise CheckpointError(
+            f"quantization_config names {named(name)}, which is a {type(module).__name__}, not a linear layer"
+        )
+    return module
