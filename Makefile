@@ -6,7 +6,7 @@ VLLM := .venv-vllm/bin
 VLLM_READY := .venv-vllm/.ready
 VLLM_VERSION := 0.32.0
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all fuzz test-vllm test-hosts test-transformers4 test-mlx test-llamacpp lint bench targets inference quality
+.PHONY: help setup demo test test-all fuzz test-vllm test-hosts test-transformers4 test-mlx test-llamacpp test-openvino lint bench targets inference quality
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile
@@ -69,7 +69,7 @@ $(VLLM_READY): $(READY)
 
 # Hosts without lorap, each in an environment of its own, on folders and files that .venv makes. torch first, as above.
 HOSTS := HOST_FOLDERS=$(CURDIR)/.cache/hosts OMP_NUM_THREADS=1
-test-hosts: test-transformers4 test-mlx test-llamacpp ## exported models in transformers 4, mlx-lm and llama.cpp
+test-hosts: test-transformers4 test-mlx test-llamacpp test-openvino ## exported models in transformers 4, mlx-lm, llama.cpp and OpenVINO GenAI
 
 .cache/hosts/expected.json: $(READY) tests/hosts/make_folders.py $(wildcard lorap/*.py lorap/*/*.py)
 	$(BIN)/python benchmarks/assets.py
@@ -83,6 +83,9 @@ test-mlx: .cache/hosts/expected.json .venv-mlx/.ready
 
 test-llamacpp: .cache/hosts/expected.json .venv-llamacpp/.ready
 	$(HOSTS) .venv-llamacpp/bin/python -m pytest --noconftest tests/hosts/test_llamacpp.py -s --quiet
+
+test-openvino: .cache/hosts/expected.json .venv-openvino/.ready
+	$(HOSTS) .venv-openvino/bin/python -m pytest --noconftest tests/hosts/test_openvino.py -s --quiet
 
 .venv-transformers4/.ready:
 	$(PYTHON) -m venv .venv-transformers4
@@ -98,6 +101,15 @@ test-llamacpp: .cache/hosts/expected.json .venv-llamacpp/.ready
 .venv-llamacpp/.ready:
 	$(PYTHON) -m venv .venv-llamacpp
 	.venv-llamacpp/bin/python -m pip install --quiet xllamacpp==2026.10.11549 pytest
+	touch $@
+
+# torchvision is asked for by optimum only, and any version but this one replaces torch by its CUDA build.
+.venv-openvino/.ready:
+	$(PYTHON) -m venv .venv-openvino
+	.venv-openvino/bin/python -m pip install --quiet torch==2.13.0
+	.venv-openvino/bin/python -m pip install --quiet torchvision==0.28.0 optimum-intel==2.2.0 transformers==5.5.4 nncf==3.4.0 \
+		openvino==2026.4.1 openvino-genai==2026.4.1.0 openvino-tokenizers==2026.4.1.0 pytest
+	.venv-openvino/bin/python -m pip uninstall --quiet --yes torchvision
 	touch $@
 
 bench: $(READY) ## measure kernels, layers and the factorization against their alternatives
