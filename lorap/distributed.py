@@ -24,7 +24,7 @@ from lorap.errors import LoRAPError, ProcessError
 
 T = TypeVar("T")
 # Others wait this long for a process; one factorization of the largest matrices takes minutes on two cores.
-PATIENCE = timedelta(hours=2)
+TIMEOUT = timedelta(hours=2)
 # All start together, so that who is not there by then will not come. Reading Python's files from a busy disk takes minutes.
 JOIN_SECONDS = 600.0
 # Waiting that is worth a word.
@@ -41,14 +41,14 @@ class Processes:
     count: int = 1
 
     @property
-    def is_first(self) -> bool:
+    def is_main_process(self) -> bool:
         return self.rank == 0
 
-    def share(self, items: Sequence[T]) -> list[T]:
+    def shard(self, items: Sequence[T]) -> list[T]:
         """The items that are this process's: each has every ``count``-th."""
         return list(items[self.rank :: self.count])
 
-    def sum(self, *tensors: Tensor) -> None:
+    def all_reduce(self, *tensors: Tensor) -> None:
         """Replace each tensor by its sum over all processes."""
         if self.count > 1:
             with _peers():
@@ -60,10 +60,10 @@ class Processes:
         if self.count == 1:
             return value
         total = torch.tensor([value], dtype=torch.float64, device=device)
-        self.sum(total)
+        self.all_reduce(total)
         return float(total)
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """What every process has, by rank, for all of them."""
         if self.count == 1:
             return [value]
@@ -72,7 +72,7 @@ class Processes:
             dist.all_gather_object(found, value)
         return found
 
-    def from_first(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """What the first process has, for all of them."""
         if self.count == 1:
             return value
@@ -81,14 +81,14 @@ class Processes:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all processes are here."""
         if self.count > 1:
             with _peers():
                 dist.barrier()
 
 
-ALONE = Processes()
+SINGLE_PROCESS = Processes()
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def launched() -> Launch | None:
     return Launch(rank, count, local_rank, f"{told['MASTER_ADDR']}:{told['MASTER_PORT']}")
 
 
-def is_first_process() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that talks, known even before the others can be reached."""
     launch = launched()
     return launch is None or launch.rank == 0
@@ -141,7 +141,7 @@ def joined() -> Iterator[Processes]:
     """
     launch = launched()
     if launch is None or launch.count < 2:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     backend = "cpu:gloo"
     if torch.cuda.is_available():
@@ -161,7 +161,7 @@ def _join(backend: str, launch: Launch) -> None:
 
     def join() -> None:
         try:
-            dist.init_process_group(backend, timeout=PATIENCE)
+            dist.init_process_group(backend, timeout=TIMEOUT)
         except BaseException as error:
             failures.append(error)
 

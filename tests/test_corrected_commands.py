@@ -188,7 +188,7 @@ def test_what_shapes_can_tell_is_refused_before_anything_is_read(
         patch.setattr("lorap.compression.runs.run.check_weights", lambda *_, **__: pytest.fail("weights were read"))
         with pytest.raises(ConfigError, match=sentence) as refused:
             compress_to_folder(model_folder, out, config, options(tmp_path / "tokens.npy"))
-        patch.setattr("lorap.compression.pipeline._read_texts", lambda *_, **__: pytest.fail("texts were read"))
+        patch.setattr("lorap.compression.pipeline.read_windows", lambda *_, **__: pytest.fail("texts were read"))
         with pytest.raises(ConfigError, match=sentence):
             lorap.compress(model_folder, calibration=str(tokens), config=config, progress=False)
     assert not work_path(out).exists()
@@ -275,7 +275,7 @@ def test_less_than_torchruns_full_set_is_left_over(left: dict[str, str], monkeyp
         monkeypatch.delenv(name, raising=False)
     for name, value in left.items():
         monkeypatch.setenv(name, value)
-    assert distributed.is_first_process()
+    assert distributed.is_main_process()
     with distributed.joined() as found:
         assert (found.rank, found.count) == (0, 1)
 
@@ -284,7 +284,7 @@ def test_torchruns_set_with_words_in_it_is_refused(monkeypatch: Any) -> None:
     for name, value in {**FULL, "RANK": "first"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ProcessError, match="RANK is 'first', which is no number"):
-        distributed.is_first_process()
+        distributed.is_main_process()
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])

@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from whole_model import divergence_of
 
 from lorap.algorithms.step_schedule import RATE, schedule
+from lorap.architectures import ARCHITECTURES
 from lorap.calibration import TokenWindows
+from lorap.calibration.context import DecoderContext
 from lorap.calibration.offload import IN_MEMORY
 from lorap.calibration.stream import CalibrationStream
-from lorap.compression.distillation import _ExactWeights, _Gradients, agree, divergences, held_out_windows, step_windows
+from lorap.compression.correction import held_out_windows, step_windows
+from lorap.compression.distillation import _ExactWeights, _Gradients, agree, divergences
 from lorap.distributed import Processes
 from lorap.errors import CalibrationError
 from lorap.reports.run import CorrectionReport
@@ -250,20 +253,24 @@ def _divergences(
     windows, gathered = TokenWindows(tokens, "tokens", "", mask), []
 
     class Shared(Processes):
-        def gather(self, value: Any) -> list[Any]:
+        def all_gather(self, value: Any) -> list[Any]:
             gathered.append(value)
             return gathered if self.rank == 0 else [value]
 
     for rank in reversed(range(count)):
         streams = []
-        for each in (model, dense):
-            layers = list(each.model.layers)
-            processes = Shared(rank, count)
-            options = {"device": torch.device("cpu"), "batch_tokens": 64, "processes": processes}
-            streams.append(CalibrationStream.from_model(each, layers, windows, fold_of=folds, **options))
-            for index, layer in enumerate(layers):
+        for each in (dense, model):
+            context = DecoderContext(
+                each,
+                ARCHITECTURES["llama"],
+                tuple(each.model.layers),
+                torch.device("cpu"),
+                processes=Shared(rank, count),
+            )
+            streams.append(CalibrationStream.from_windows(context, windows, fold_of=folds, batch_tokens=64))
+            for index, layer in enumerate(context.layers):
                 streams[-1].advance(index, layer)
-        found = divergences(model, list(model.model.layers), *streams)
+        found = divergences(context, *reversed(streams))
     return found
 
 

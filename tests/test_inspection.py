@@ -294,7 +294,7 @@ def test_one_layer_in_memory_is_enough(calibrated, make_model, tokens, monkeypat
         layer.to("meta")
 
     model.model.layers.to("meta")
-    monkeypatch.setattr(lorap.evaluation.inspection.inspect, "on_device", paged)
+    monkeypatch.setattr(lorap.calibration.context, "on_device", paged)
     assert inspect_model(model, calibration=calibration, progress=False) == expected
     assert opened == list(model.model.layers)
 

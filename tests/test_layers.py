@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 import lorap
 from lorap.algorithms.refit import keep_best, output_scores, repair_down
-from lorap.architectures import ATTENTION, MLP, find_architecture
+from lorap.architectures import ATTENTION, MLP
 from lorap.calibration import CalibrationStream, TokenWindows
+from lorap.calibration.context import DecoderContext
 from lorap.calibration.stream import Probe
 from lorap.compression.allocation import LayerPlan
 from lorap.compression.layer import LayerCompressor
@@ -29,12 +30,12 @@ HALVES = torch.tensor([False, True, True, False, False, True, False, True])
 
 def stream_of(model: Any, tokens: Tensor, fold_of: Tensor | None = None) -> CalibrationStream:
     windows = TokenWindows(tokens, "tokens", "")
-    return CalibrationStream.from_model(model, model.model.layers, windows, device=CPU, fold_of=fold_of)
+    return CalibrationStream.from_windows(DecoderContext.of(model, device=CPU), windows, fold_of=fold_of)
 
 
 def compressor(model: Any, tokens: Tensor, fold_of: Tensor | None = None, **options: Any) -> LayerCompressor:
     config = CompressionConfig(**options)
-    return LayerCompressor(config, find_architecture(model), stream_of(model, tokens, fold_of), CPU)
+    return LayerCompressor(DecoderContext.of(model, device=CPU), config, stream_of(model, tokens, fold_of))
 
 
 def inputs_of(layer: nn.Module, stream: CalibrationStream, linear: nn.Module) -> list[Tensor]:

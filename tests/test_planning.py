@@ -12,6 +12,7 @@ from lorap.algorithms.factorization import factorize
 from lorap.algorithms.refit import fluctuation_scores
 from lorap.architectures import ATTENTION, PROJECTIONS, find_architecture
 from lorap.calibration import TokenWindows
+from lorap.calibration.context import DecoderContext
 from lorap.calibration.sensitivity import Sensitivity
 from lorap.calibration.stream import CalibrationStream, Probe
 from lorap.compression.allocation import plan_layer
@@ -32,10 +33,8 @@ def shapes_of(model: Any) -> list[dict[str, tuple[int, int]]]:
 
 
 def plan_of(model: Any, tokens: Tensor, mask: Tensor | None = None, **options: Any) -> Plan:
-    architecture = find_architecture(model)
     config = CompressionConfig(**({"sparsity": 0.3} | options))
-    layers = list(architecture.decoder_layers(model))
-    return make_plan(model, layers, TokenWindows(tokens, "tokens", "", mask), config, architecture, device=CPU)
+    return make_plan(DecoderContext.of(model, device=CPU), TokenWindows(tokens, "tokens", "", mask), config)
 
 
 def kept(model: Any, plan: Plan, *, roles: tuple = PROJECTIONS, pivoted: bool = True) -> tuple[int, int]:
@@ -319,7 +318,7 @@ def test_threshold_by_hand() -> None:
 def test_flap_widths_are_the_standardised_threshold(make_model, tokens) -> None:
     model = make_model("llama-gqa")
     layers = list(model.model.layers)
-    stream = CalibrationStream.from_model(model, layers, TokenWindows(tokens, "tokens", ""), device=CPU)
+    stream = CalibrationStream.from_windows(DecoderContext.of(model, device=CPU), TokenWindows(tokens, "tokens", ""))
     standardised = []
     for index, layer in enumerate(layers):
         down = layer.mlp.down_proj

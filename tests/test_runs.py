@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import lorap
 from lorap import CheckpointError, CompressionConfig, ConfigError, JournalError
-from lorap.calibration.offload import Shelf
+from lorap.calibration.offload import HiddenStateStore
 from lorap.checkpoint.folders import read_tensors
 from lorap.checkpoint.load import find_model, load_model
 from lorap.checkpoint.paging import in_memory, in_memory_throughout, paged_model, pages_of
@@ -181,16 +181,16 @@ def test_hidden_states_beyond_the_budget_are_on_disk(source: Path, tokens: Path,
     compress_to_folder(source, tmp_path / "plain", small(), options(tokens))
     compress_to_folder(source, tmp_path / "out", small(), options(tokens, max_memory_bytes=1))
     assert files(tmp_path / "out") == files(tmp_path / "plain")
-    shelf = Shelf(budget_bytes=100, folder=tmp_path / "shelf")
+    store = HiddenStateStore(budget_bytes=100, folder=tmp_path / "hidden")
     tensors = [torch.arange(size, dtype=torch.bfloat16).view(1, size) for size in (20, 63, 100, 30)]
-    held = [shelf.put(tensor) for tensor in tensors]
-    assert shelf.used_bytes == 100
-    assert shelf.spilled_bytes == 326
+    held = [store.put(tensor) for tensor in tensors]
+    assert store.used_bytes == 100
+    assert store.spilled_bytes == 326
     assert all(torch.equal(one.get(), tensor) for one, tensor in zip(held, tensors, strict=True))
-    assert len(list((tmp_path / "shelf").iterdir())) == 2
+    assert len(list((tmp_path / "hidden").iterdir())) == 2
     del held
-    assert shelf.used_bytes == 0
-    assert not list((tmp_path / "shelf").iterdir())
+    assert store.used_bytes == 0
+    assert not list((tmp_path / "hidden").iterdir())
 
 
 STEPS = ["windows", "before", "plan", "layer-00000", "layer-00002", "corrected", "complete"]

@@ -10,6 +10,7 @@ from whole_model import loss_of
 
 from lorap.architectures import PROJECTIONS, find_architecture
 from lorap.calibration import TokenWindows
+from lorap.calibration.context import DecoderContext
 from lorap.calibration.sensitivity import Sensitivity, _Sums, layer_sensitivities
 from lorap.calibration.statistics import ActivationStats
 
@@ -21,12 +22,10 @@ def windows(ids: Tensor, mask: Tensor | None = None) -> TokenWindows:
 
 
 def sensitivities(model: Any, text: TokenWindows, roles: tuple = PROJECTIONS) -> dict[tuple[int, str], Sensitivity]:
-    architecture = find_architecture(model)
-
     def wanted(layer: Any) -> dict:
-        return {role: linear for role, linear in architecture.linears(layer).items() if role in roles}
+        return {role: linear for role, linear in find_architecture(model).linears(layer).items() if role in roles}
 
-    found = layer_sensitivities(model, list(architecture.decoder_layers(model)), text, wanted, device=CPU)
+    found = layer_sensitivities(DecoderContext.of(model, device=CPU), text, wanted)
     return {(index, role): value for index, by_role in found for role, value in by_role.items()}
 
 

@@ -25,6 +25,7 @@ from texts import CALIBRATION, TEST, assets, half
 
 import lorap
 from lorap.calibration import TokenWindows, read_source
+from lorap.calibration.context import DecoderContext
 from lorap.checkpoint.load import find_model, load_model, load_tokenizer
 from lorap.compression.pipeline import Run
 from lorap.evaluation.perplexity import evaluate
@@ -51,7 +52,7 @@ class Watched(Run):
     tests: Sequence[TokenWindows]
 
     def _correct(self, *args: Any) -> Any:
-        self.uncorrected = losses(self.model, self.tests)
+        self.uncorrected = losses(self.context.model, self.tests)
         return super()._correct(*args)
 
 
@@ -95,7 +96,8 @@ def make(dense: Any, tokenizer: Any, source: str, windows: int, sparsity: float,
         options = {"num_calibration_samples": windows, "calibration_seq_len": SEQ_LEN, "sparsity": sparsity}
         config = lorap.CompressionConfig.from_recipe(recipe, **options)
         model = copy.deepcopy(dense)
-        run = Watched(model, "model", tokenizer, config, torch.device("cpu"), Stopwatch(), progress=False)
+        context = DecoderContext.of(model, device=torch.device("cpu"))
+        run = Watched(context, "model", tokenizer, config, Stopwatch())
         run.tests = tests
         report = run.compress(calibration, ())
         record["losses"][recipe] = losses(model, tests)

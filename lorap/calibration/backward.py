@@ -6,15 +6,16 @@ the weights are the caller's while their layer is in memory, and may change: not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lorap.calibration.offload import IN_MEMORY, Held, Shelf
-from lorap.calibration.stream import Batch, CalibrationStream, logits_of, on_device, run_layer, summed_loss
+from lorap.calibration.context import DecoderContext
+from lorap.calibration.offload import OffloadedTensor
+from lorap.calibration.stream import Batch, CalibrationStream, logits_of, run_layer, summed_loss
 from lorap.checkpoint.paging import in_memory
 
 # Tokens that run backward at once. Each keeps all activations of one layer, and once the logits.
@@ -32,83 +33,77 @@ G = TypeVar("G", bound=Gatherer)
 
 
 def walk_back(
-    model: Any,
-    layers: Sequence[nn.Module],
+    context: DecoderContext,
     stream: CalibrationStream,
     linears_of: Callable[[nn.Module], Mapping[str, nn.Linear]],
     gatherer: Callable[[], G],
     *,
-    device: torch.device,
     targets: CalibrationStream | None = None,
-    progress: Any = iter,
-    shelf: Shelf = IN_MEMORY,
+    desc: str = "",
 ) -> Generator[tuple[int, Mapping[str, nn.Linear], G]]:
     """(layer index, its linear layers, what was gathered), from the last decoder layer to the first, while it is in memory.
 
     Args:
-        model: in evaluation mode.
-        layers: its decoder layers.
+        context: the model; its store keeps the hidden states before every layer, (tokens, hidden_size) each.
         stream: windows before the first layer; afterwards they are behind the last one.
         linears_of: the linear layers of a decoder layer that are asked for, by name.
         gatherer: makes one for each layer.
-        device: where the layers are worked on.
         targets: the same windows behind the last layer of another model with the same head. The loss then is how far the
             predictions are from that model's, and not how badly they predict the text.
-        progress: wraps the layer indices, for a progress bar.
-        shelf: keeps the hidden states before every layer, (tokens, hidden_size) each.
+        desc: of the progress bar.
     """
     inputs = []
-    for index, layer in enumerate(layers):
+    for index, layer in enumerate(context.layers):
         inputs.append([batch.held for batch in stream.batches])
-        with on_device(layer, device):
+        with context.on_device(index):
             stream.advance(index, layer)
-    with in_memory(model.get_output_embeddings()):
+    with in_memory(context.model.get_output_embeddings()):
         if targets is None:
-            gradients = [_loss_gradient(model, layers, batch) for batch in stream.batches]
+            gradients = [_loss_gradient(context, batch) for batch in stream.batches]
         else:
             pairs = zip(stream.batches, targets.batches, strict=True)
-            gradients = [_distance_gradient(model, layers, batch, target) for batch, target in pairs]
-    for index in progress(reversed(range(len(layers)))):
-        layer, hidden = layers[index], inputs.pop()
+            gradients = [_distance_gradient(context, batch, target) for batch, target in pairs]
+    for index in context.bar(reversed(range(len(context.layers))), desc=desc):
+        layer, hidden = context.layers[index], inputs.pop()
         gathered = gatherer()
-        with on_device(layer, device):
+        with context.on_device(index):
             linears = linears_of(layer)
             for position, (batch, held) in enumerate(zip(stream.batches, hidden, strict=True)):
                 gradient = _backward(index, layer, batch, held.get(), gradients[position].get(), linears, gathered)
-                gradients[position] = shelf.put(gradient)
+                gradients[position] = context.store.put(gradient)
             yield index, linears, gathered
 
 
-def _loss_gradient(model: Any, layers: Sequence[nn.Module], batch: Batch) -> Held:
+def _loss_gradient(context: DecoderContext, batch: Batch) -> OffloadedTensor:
     """Gradient of the summed loss with respect to the last layer's output."""
     hidden = batch.hidden
     with torch.enable_grad():
-        states = _at_head(model, hidden).requires_grad_(True)
-        loss, _ = summed_loss(model, layers, batch, states)
+        states = _at_head(context, hidden).requires_grad_(True)
+        loss, _ = summed_loss(context, batch, states)
         (gradient,) = torch.autograd.grad(loss, states)
-    return batch.shelf.put(gradient.to(hidden.device))
+    return batch.store.put(gradient.to(hidden.device))
 
 
-def _distance_gradient(model: Any, layers: Sequence[nn.Module], batch: Batch, target: Batch) -> Held:
+def _distance_gradient(context: DecoderContext, batch: Batch, target: Batch) -> OffloadedTensor:
     """The same of the Kullback-Leibler divergence from the predictions of ``target``, summed over all real tokens.
 
     That of the logits is the difference of the probabilities, so the divergence itself is never computed.
     """
     hidden = batch.hidden
     with torch.enable_grad():
-        states = _at_head(model, hidden).requires_grad_(True)
-        logits = logits_of(model, layers, states)
+        states = _at_head(context, hidden).requires_grad_(True)
+        logits = logits_of(context, states)
     with torch.no_grad():
         difference = logits.softmax(-1, dtype=torch.float32)
-        difference -= logits_of(model, layers, _at_head(model, target.hidden)).softmax(-1, dtype=torch.float32)
+        difference -= logits_of(context, _at_head(context, target.hidden)).softmax(-1, dtype=torch.float32)
         if batch.mask is not None:
             difference *= batch.mask.to(difference.device)[..., None]
     (gradient,) = torch.autograd.grad(logits, states, difference.to(logits.dtype))
-    return batch.shelf.put(gradient.to(hidden.device))
+    return batch.store.put(gradient.to(hidden.device))
 
 
-def _at_head(model: Any, hidden: Tensor) -> Tensor:
-    return hidden.to(model.get_output_embeddings().weight.device).detach()
+def _at_head(context: DecoderContext, hidden: Tensor) -> Tensor:
+    return hidden.to(context.model.get_output_embeddings().weight.device).detach()
 
 
 def _backward(

@@ -14,7 +14,7 @@ from lorap.checkpoint.write import as_bytes, write_all
 from lorap.errors import CheckpointError
 
 
-class Held:
+class OffloadedTensor:
     """One tensor on a shelf. It goes, and its place or file with it, when nobody holds this any more."""
 
     def __init__(self, tensor: Tensor | None = None, path: Path | None = None, like: Tensor | None = None) -> None:
@@ -43,7 +43,7 @@ class Held:
         return data.view(self._dtype).view(self._shape).to(self._device)
 
 
-class Shelf:
+class HiddenStateStore:
     """Keeps tensors: in memory while they fit, in files beyond.
 
     Args:
@@ -57,7 +57,7 @@ class Shelf:
         self.spilled_bytes = 0  # written to files so far
         self._names = itertools.count()
 
-    def put(self, tensor: Tensor) -> Held:
+    def put(self, tensor: Tensor) -> OffloadedTensor:
         """Keep ``tensor``.
 
         Raises:
@@ -65,7 +65,7 @@ class Shelf:
         """
         nbytes = tensor.nbytes
         if self.folder is None or self.budget_bytes is None or self.used_bytes + nbytes <= self.budget_bytes:
-            held = Held(tensor)
+            held = OffloadedTensor(tensor)
             self.used_bytes += nbytes
             weakref.finalize(held, self._release, nbytes)
             return held
@@ -80,7 +80,7 @@ class Shelf:
                 f"cannot write hidden states to {path}: {error.strerror}; free some disk, or raise --max-memory"
             ) from error
         self.spilled_bytes += nbytes
-        held = Held(path=path, like=tensor)
+        held = OffloadedTensor(path=path, like=tensor)
         weakref.finalize(held, path.unlink, missing_ok=True)
         return held
 
@@ -88,4 +88,4 @@ class Shelf:
         self.used_bytes -= nbytes
 
 
-IN_MEMORY = Shelf()
+IN_MEMORY = HiddenStateStore()

@@ -16,19 +16,18 @@ Nothing is trained: no weight has a gradient, only activations do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorap.calibration.backward import BATCH_TOKENS, walk_back
-from lorap.calibration.offload import IN_MEMORY, Shelf
+from lorap.calibration.context import DecoderContext
 from lorap.calibration.statistics import ActivationStats
 from lorap.calibration.stream import CalibrationStream
 from lorap.calibration.windows import TokenWindows
-from lorap.distributed import ALONE, Processes
+from lorap.distributed import Processes
 
 # Keeps the product of a vanishing gradient and its weight within float32.
 LARGEST_RATIO = 1e30
@@ -50,36 +49,22 @@ class Sensitivity:
 
 
 def layer_sensitivities(
-    model: Any,
-    layers: Sequence[nn.Module],
-    windows: TokenWindows,
-    projections: Callable[[nn.Module], Mapping[str, nn.Linear]],
-    *,
-    device: torch.device,
-    progress: Any = iter,
-    shelf: Shelf = IN_MEMORY,
-    processes: Processes = ALONE,
+    context: DecoderContext, windows: TokenWindows, projections: Callable[[nn.Module], Mapping[str, nn.Linear]]
 ) -> Generator[tuple[int, dict[str, Sensitivity]]]:
     """(layer index, sensitivity by role), from the last layer to the first; meanwhile the weights of that layer are in memory.
 
     Args:
-        model: dense, in evaluation mode.
-        layers: its decoder layers.
+        context: the dense model; its processes share the windows, and all get the same sensitivities.
         windows: on which the loss is taken; their hidden states before every layer are kept, (tokens, hidden_size) each.
         projections: the linear layers of a decoder layer that are asked for, by role.
-        device: where the layers are worked on.
-        progress: wraps the layer indices, for a progress bar.
-        shelf: keeps the hidden states.
-        processes: who share the windows; all get the same sensitivities.
     """
-    stream = CalibrationStream.from_model(
-        model, layers, windows, device=device, batch_tokens=BATCH_TOKENS, shelf=shelf, processes=processes
-    )
-    walk = walk_back(model, layers, stream, projections, _Sums, device=device, progress=progress, shelf=shelf)
-    for index, linears, sums in walk:
+    stream = CalibrationStream.from_windows(context, windows, batch_tokens=BATCH_TOKENS)
+    for index, linears, sums in walk_back(context, stream, projections, _Sums, desc="Planning"):
         # Who has no window adds nothing.
         sums.add_up(
-            {role: (linear.in_features, linear.out_features) for role, linear in linears.items()}, device, processes
+            {role: (linear.in_features, linear.out_features) for role, linear in linears.items()},
+            context.device,
+            context.processes,
         )
         yield index, sums.sensitivities()
 

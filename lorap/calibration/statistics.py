@@ -116,8 +116,8 @@ class ActivationStats:
         if processes.count == 1:
             return
         counts = torch.tensor([self.tokens, self.weight], dtype=torch.float64, device=self.sq_sum.device)
-        processes.sum(counts, self.sq_sum, *(part for part in (self.total, self.outer) if part is not None))
-        self.largest = torch.stack(processes.gather(self.largest.cpu())).max().to(self.largest)
+        processes.all_reduce(counts, self.sq_sum, *(part for part in (self.total, self.outer) if part is not None))
+        self.largest = torch.stack(processes.all_gather(self.largest.cpu())).max().to(self.largest)
         self.tokens, self.weight = int(counts[0]), float(counts[1])
 
     @property

@@ -13,20 +13,21 @@ pass, so that nothing here depends on the model family.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lorap.calibration.offload import IN_MEMORY, Shelf
+from lorap.calibration.context import DecoderContext
+from lorap.calibration.losses import IGNORED, next_token_loss, next_tokens
+from lorap.calibration.offload import IN_MEMORY, HiddenStateStore
 from lorap.calibration.statistics import ActivationStats
 from lorap.calibration.windows import TokenWindows
-from lorap.checkpoint.paging import in_memory, pages_of
-from lorap.distributed import ALONE, Processes
+from lorap.checkpoint.paging import in_memory
+from lorap.distributed import SINGLE_PROCESS, Processes
 
 # Tokens that run through a layer at once: large enough for efficient matmuls, small next to a layer's weights.
 BATCH_TOKENS = 2048
@@ -64,7 +65,7 @@ class Batch:
         layer_kwargs: keyword arguments of each decoder layer, as the model passes them.
         fold: which half of the calibration text the windows belong to.
         ids: (windows, seq_len) int64, the tokens.
-        shelf: keeps the hidden states.
+        store: keeps the hidden states.
     """
 
     def __init__(
@@ -75,11 +76,11 @@ class Batch:
         layer_kwargs: Sequence[Mapping[str, Any]],
         fold: int = 0,
         ids: Tensor | None = None,
-        shelf: Shelf = IN_MEMORY,
+        store: HiddenStateStore = IN_MEMORY,
     ) -> None:
         self.mask, self.layer_kwargs, self.fold, self.ids = mask, layer_kwargs, fold, ids
-        self.shelf = shelf
-        self.held = shelf.put(hidden)
+        self.store = store
+        self.held = store.put(hidden)
 
     @property
     def hidden(self) -> Tensor:
@@ -87,7 +88,7 @@ class Batch:
 
     @hidden.setter
     def hidden(self, value: Tensor) -> None:
-        self.held = self.shelf.put(value)
+        self.held = self.store.put(value)
 
 
 class CalibrationStream:
@@ -99,40 +100,44 @@ class CalibrationStream:
         processes: sums are taken over all of them.
     """
 
-    def __init__(self, batches: Sequence[Batch], *, folds: int | None = None, processes: Processes = ALONE) -> None:
+    def __init__(
+        self, batches: Sequence[Batch], *, folds: int | None = None, processes: Processes = SINGLE_PROCESS
+    ) -> None:
         self.batches = batches
         self.folds = folds or 1 + max(batch.fold for batch in batches)
         self.processes = processes
 
     @classmethod
     @torch.no_grad()
-    def from_model(
+    def from_windows(
         cls,
-        model: Any,
-        layers: Iterable[nn.Module],
+        context: DecoderContext,
         windows: TokenWindows,
         *,
-        device: torch.device,
         fold_of: Tensor | None = None,
         batch_tokens: int = BATCH_TOKENS,
-        shelf: Shelf = IN_MEMORY,
-        processes: Processes = ALONE,
     ) -> CalibrationStream:
         """Run the embedding only: every decoder layer is bypassed, but notes what it was called with.
 
-        ``fold_of`` (windows,) bool says which windows form the second fold; without it there is one. Batches do not depend on
-        the number of processes, so that neither do their results.
+        Batches do not depend on the number of processes, so that neither do their results.
+
+        Args:
+            context: the model; its processes share the windows.
+            windows: all of them.
+            fold_of: (windows,) bool, which of them form the second fold; without it there is one.
+            batch_tokens: that run through a layer at once.
         """
-        layers, embedding = list(layers), model.get_input_embeddings()
+        model, device, processes = context.model, context.device, context.processes
+        embedding = model.get_input_embeddings()
         size = max(1, batch_tokens // windows.input_ids.shape[1])
         every = list(_batches(len(windows.input_ids), size, fold_of))
         batches = []
         with in_memory(embedding):
-            home = embedding.weight.device
-            for fold, rows in processes.share(every):
+            home = context.embedding_device
+            for fold, rows in processes.shard(every):
                 ids = windows.input_ids[rows]
                 mask = None if windows.attention_mask is None else windows.attention_mask[rows].bool()
-                with bypassed(layers) as calls:
+                with bypassed(context.layers) as calls:
                     attention_mask = None if mask is None else mask.to(home)
                     model.base_model(input_ids=ids.to(home), attention_mask=attention_mask, use_cache=False)
                 moved: dict[int, Tensor] = {}  # layers share their rotary tables and masks
@@ -143,7 +148,7 @@ class CalibrationStream:
                         layer_kwargs=[_to_device(kwargs, device, moved) for _, kwargs in calls],
                         fold=fold,
                         ids=ids,
-                        shelf=shelf,
+                        store=context.store,
                     )
                 )
         return cls(batches, folds=1 + max(fold for fold, _ in every), processes=processes)
@@ -179,7 +184,7 @@ class CalibrationStream:
             _sq_norm(batch) if batch.mask is None else _sq_norm(batch)[batch.mask.bool()] for batch in self.batches
         ]
         mine = torch.cat([part.flatten() for part in found]).cpu() if found else torch.empty(0)
-        return max(float(torch.cat(self.processes.gather(mine)).median()) / LARGEST_WEIGHT, SMALLEST_SQ_NORM)
+        return max(float(torch.cat(self.processes.all_gather(mine)).median()) / LARGEST_WEIGHT, SMALLEST_SQ_NORM)
 
     @torch.no_grad()
     def advance(self, index: int, layer: nn.Module) -> None:
@@ -188,47 +193,28 @@ class CalibrationStream:
             batch.hidden = run_layer(layer, batch.hidden, batch, index)
 
 
-@contextmanager
-def on_device(layer: nn.Module, device: torch.device) -> Iterator[None]:
-    """``layer`` is in memory on ``device`` while this is active, and afterwards where it was."""
-    if pages_of(layer) is not None:
-        with in_memory(layer, device):
-            yield
-        return
-    home = next(layer.parameters()).device
-    layer.to(device)
-    try:
-        yield
-    finally:
-        layer.to(home)
-
-
 def run_layer(layer: nn.Module, hidden: Tensor, batch: Batch, index: int) -> Tensor:
     """The outputs of decoder layer ``index`` for ``hidden``, in the surroundings of ``batch``."""
     output = layer(hidden, **batch.layer_kwargs[index])
     return output[0] if isinstance(output, tuple) else output
 
 
-def logits_of(model: Any, layers: Sequence[nn.Module], hidden: Tensor) -> Tensor:
+def logits_of(context: DecoderContext, hidden: Tensor) -> Tensor:
     """(windows, seq_len, vocab_size), given the outputs of the last layer."""
-    with bypassed(list(layers)):
-        logits: Tensor = model(inputs_embeds=hidden, use_cache=False).logits
+    with bypassed(context.layers):
+        logits: Tensor = context.model(inputs_embeds=hidden, use_cache=False).logits
     return logits
 
 
-def summed_loss(model: Any, layers: Sequence[nn.Module], batch: Batch, hidden: Tensor) -> tuple[Tensor, int]:
+def summed_loss(context: DecoderContext, batch: Batch, hidden: Tensor) -> tuple[Tensor, int]:
     """Negative log-likelihood of a batch, in nats, given the outputs of the last layer; and how many tokens were predicted.
 
     Padding is neither predicted nor predicted from.
     """
     assert batch.ids is not None
-    logits = logits_of(model, layers, hidden)[:, :-1]
-    targets = batch.ids[:, 1:].to(logits.device)
-    if batch.mask is not None:
-        mask = batch.mask.bool().to(logits.device)
-        targets = targets.masked_fill(~(mask[:, 1:] & mask[:, :-1]), -100)
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
-    return loss, int((targets != -100).sum())
+    logits = logits_of(context, hidden)
+    targets = next_tokens(batch.ids.to(logits.device), batch.mask)
+    return next_token_loss(logits, targets, reduction="sum"), int((targets != IGNORED).sum())
 
 
 class _SeenEnough(Exception):
@@ -276,7 +262,7 @@ def _batches(count: int, size: int, fold_of: Tensor | None) -> Iterator[tuple[in
 
 
 @contextmanager
-def bypassed(layers: list[nn.Module]) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
+def bypassed(layers: Sequence[nn.Module]) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
     """While active, each layer returns its input unchanged and appends (hidden, keyword arguments) to the list."""
     calls: list[tuple[Tensor, dict[str, Any]]] = []
 

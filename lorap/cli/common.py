@@ -18,7 +18,7 @@ import typer
 from transformers.utils import logging as transformers_logging
 
 from lorap.checkpoint.load import ModelSource, check_tokenizer, find_model, load_model, load_tokenizer, resolve_device
-from lorap.distributed import is_first_process
+from lorap.distributed import is_main_process
 from lorap.errors import LoRAPError
 
 # A source of text, in the help of every option that takes one.
@@ -59,7 +59,7 @@ def be_quiet(quiet: bool) -> None:
 def tell_what_is_read() -> None:
     """What the library logs goes to stderr, each line once, from one process of a run."""
     logger = logging.getLogger("lorap")
-    logger.setLevel(logging.INFO if is_first_process() else logging.WARNING)
+    logger.setLevel(logging.INFO if is_main_process() else logging.WARNING)
     logger.handlers = [_Teller()]
 
 

@@ -17,7 +17,7 @@ from lorap.calibration.sources import DEFAULT_CALIBRATION, DEFAULT_EVALUATION
 from lorap.cli.common import SOURCE_HELP, AsJson, Debug, Device, Dtype, Model, Quiet, be_quiet, tell_next, user_errors
 from lorap.compression.runs.run import RunOptions, compress_to_folder
 from lorap.config import CHOICES, DEFAULT_RECIPE, RECIPES, CompressionConfig
-from lorap.distributed import is_first_process
+from lorap.distributed import is_main_process
 from lorap.outputs import work_path
 from lorap.reports.run import CompressionReport
 from lorap.system import parse_bytes
@@ -243,7 +243,7 @@ def compress_command(
             progress=not quiet,
         )
         report = compress_to_folder(model, out, chosen_config(context.params), options)
-        if is_first_process():
+        if is_main_process():
             typer.echo(report.table())
             typer.echo(f"saved to {out}")
             tell_next(next_steps(model, out, report), quiet=quiet, as_json=as_json)

@@ -11,18 +11,16 @@ want it to. Whether the steps are kept is decided on windows that none of them h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lorap.algorithms.step_schedule import Schedule
 from lorap.architectures import Architecture
 from lorap.calibration.backward import walk_back
-from lorap.calibration.offload import IN_MEMORY, Held, Shelf
+from lorap.calibration.context import DecoderContext
+from lorap.calibration.offload import IN_MEMORY, HiddenStateStore, OffloadedTensor
 from lorap.calibration.stream import Batch, CalibrationStream, logits_of
-from lorap.calibration.windows import TokenWindows
 from lorap.checkpoint.paging import in_memory, pages_of
 from lorap.distributed import Processes
 from lorap.errors import CalibrationError
@@ -31,85 +29,69 @@ from lorap.errors import CalibrationError
 EXACT_NUMBERS = 2**22
 
 
-def correct(
-    model: Any,
-    layers: Sequence[nn.Module],
+def distill(
+    context: DecoderContext,
     streams: Iterable[CalibrationStream],
     targets: Sequence[CalibrationStream],
     rates: Sequence[float],
-    architecture: Architecture,
     roles: Sequence[str],
     *,
-    device: torch.device,
     keep: Callable[[int, int, nn.Module], None] = lambda step, index, layer: None,
-    progress: Callable[[int], Any] = lambda step: iter,
-    shelf: Shelf = IN_MEMORY,
 ) -> None:
-    """Move the weights of ``roles`` in all ``layers``, in place: as many steps as there are ``rates``.
+    """Move the weights of ``roles`` in all layers, in place: as many steps as there are ``rates``.
 
     Args:
-        model: compressed, in evaluation mode.
-        layers: its decoder layers.
-        streams: the windows of each step, see :func:`step_windows`, before the first layer.
+        context: the compressed model.
+        streams: the windows of each step, see :func:`lorap.compression.correction.step_windows`, before the first layer.
         targets: the same windows, behind the last layer of the dense model.
         rates: sizes of the steps, as shares of what moves an output by as much as independent weights give.
-        architecture: where the projections are.
         roles: projections that are corrected; of a low-rank one both factors.
-        device: where layers are worked on.
         keep: called with (step, layer index, layer) after each change, before the layer may leave memory.
-        progress: gives what wraps the layer indices of a step.
-        shelf: keeps hidden states.
 
     Raises:
         CalibrationError: a gradient is not finite.
     """
-    exact = _ExactWeights(shelf)
+    exact = _ExactWeights(context.store)
     for step, (stream, target, rate) in enumerate(zip(streams, targets, rates, strict=True)):
         walk = walk_back(
-            model,
-            layers,
+            context,
             stream,
-            lambda layer: _linears(layer, architecture, roles),
+            lambda layer: _linears(layer, context.architecture, roles),
             lambda count=stream.folds: _Gradients(count),  # type: ignore[misc]
-            device=device,
             targets=target,
-            progress=progress(step),
-            shelf=shelf,
+            desc=f"Correcting, step {step + 1} of {len(rates)}",
         )
         for index, linears, gradients in walk:
-            gradients.add_up(linears, device, stream.processes)
+            gradients.add_up(linears, context.device, stream.processes)
             for name, linear in linears.items():
                 votes = gradients.votes(name)
                 if votes is None:
                     raise CalibrationError(
-                        f"the gradients at {name} of layer {index} are not finite in {model.dtype}: try --dtype float32 or "
-                        "bfloat16, or do without them: --correction-steps 0"
+                        f"the gradients at {name} of layer {index} are not finite in {context.model.dtype}: try --dtype float32 "
+                        "or bfloat16, or do without them: --correction-steps 0"
                     )
-                exact.move(index, name, layers[index], linear, votes, rate)
-            keep(step, index, layers[index])
+                exact.move(index, name, context.layers[index], linear, votes, rate)
+            keep(step, index, context.layers[index])
 
 
 @torch.no_grad()
-def divergences(
-    model: Any, layers: Sequence[nn.Module], stream: CalibrationStream, target: CalibrationStream
-) -> tuple[float, ...]:
+def divergences(context: DecoderContext, stream: CalibrationStream, target: CalibrationStream) -> tuple[float, ...]:
     """Kullback-Leibler divergence of the predictions from the dense model's, in nats per token, for each fold of the windows.
 
     It is what the steps minimise. All processes get the same numbers, whatever their number.
 
     Args:
-        model: compressed; its last norm and head are still to come.
-        layers: its decoder layers, which are passed over.
+        context: the compressed model; its last norm and head are still to come.
         stream: windows behind its last layer.
         target: the same windows, behind the last layer of the dense model.
     """
     found = []
-    with in_memory(model.get_output_embeddings()):
+    with in_memory(context.model.get_output_embeddings()):
         for ours, dense in zip(stream.batches, target.batches, strict=True):
-            each = _divergence(model, layers, ours, dense)
+            each = _divergence(context, ours, dense)
             tokens = each.numel() if ours.mask is None else int(ours.mask.sum())
             found.append((ours.fold, float(each.sum(dtype=torch.float64)), tokens))
-    every = [entry for part in stream.processes.gather(found) for entry in part]
+    every = [entry for part in stream.processes.all_gather(found) for entry in part]
     # Exact sums do not depend on who had which batch.
     return tuple(
         math.fsum(total for at, total, _ in every if at == fold) / max(1, sum(n for at, _, n in every if at == fold))
@@ -117,12 +99,10 @@ def divergences(
     )
 
 
-def _divergence(model: Any, layers: Sequence[nn.Module], ours: Batch, dense: Batch) -> Tensor:
+def _divergence(context: DecoderContext, ours: Batch, dense: Batch) -> Tensor:
     """(windows, seq_len) float32, 0 on padding."""
-    home = model.get_output_embeddings().weight.device
-    q, p = (
-        logits_of(model, layers, batch.hidden.to(home)).log_softmax(-1, dtype=torch.float32) for batch in (ours, dense)
-    )
+    home = context.model.get_output_embeddings().weight.device
+    q, p = (logits_of(context, batch.hidden.to(home)).log_softmax(-1, dtype=torch.float32) for batch in (ours, dense))
     each = q.sub_(p).neg_().mul_(p.exp_()).sum(-1)
     return each if ours.mask is None else each.masked_fill(~ours.mask.to(home), 0.0)
 
@@ -169,7 +149,7 @@ class _Gradients:
     def add_up(self, linears: Mapping[str, nn.Linear], device: torch.device, processes: Processes) -> None:
         """Sums over all processes, of which some may have seen nothing."""
         for name, linear in linears.items():
-            processes.sum(*self._sums(name, linear.out_features, linear.in_features, device))
+            processes.all_reduce(*self._sums(name, linear.out_features, linear.in_features, device))
 
     def votes(self, name: str) -> Tensor | None:
         """(out_features, in_features) float32: 1 or -1 where the folds agree on the sign, 0 elsewhere; None if not finite."""
@@ -185,10 +165,10 @@ class _Gradients:
 class _ExactWeights:
     """16 bits are too coarse for small steps, so float32 copies of such weights are moved, and the weights rounded from them."""
 
-    def __init__(self, shelf: Shelf) -> None:
+    def __init__(self, store: HiddenStateStore) -> None:
         # Beside a model that is paged because it is large, copies go to files.
-        self.files = Shelf(budget_bytes=0, folder=None if shelf.folder is None else shelf.folder / "weights")
-        self.copies: dict[tuple[int, str], Held] = {}
+        self.files = HiddenStateStore(budget_bytes=0, folder=None if store.folder is None else store.folder / "weights")
+        self.copies: dict[tuple[int, str], OffloadedTensor] = {}
 
     def move(self, index: int, name: str, layer: nn.Module, linear: nn.Linear, votes: Tensor, rate: float) -> None:
         weight = linear.weight.data
@@ -199,28 +179,5 @@ class _ExactWeights:
         exact.add_(votes.to(exact.device), alpha=-size)
         if rounded:
             weight.copy_(exact)
-            shelf = IN_MEMORY if pages_of(layer) is None else self.files
-            self.copies[index, name] = shelf.put(exact)
-
-
-def step_windows(windows: TokenWindows, folds: Tensor, plan: Schedule) -> Iterator[tuple[TokenWindows, Tensor | None]]:
-    """Windows of each step, none of them twice, and which of them form a second fold, if any do.
-
-    Args:
-        windows: those that are not needed are left out.
-        folds: (windows,) bool, see :func:`lorap.calibration.windows.fold_of`.
-        plan: for as many windows.
-    """
-    for step in range(plan.steps):
-        yield _part(windows, folds, step * plan.parts // plan.steps, plan.parts)
-
-
-def held_out_windows(windows: TokenWindows, folds: Tensor, plan: Schedule) -> tuple[TokenWindows, Tensor | None]:
-    """The part that no step has; arguments and result as of :func:`step_windows`."""
-    return _part(windows, folds, plan.parts - 1, plan.parts)
-
-
-def _part(windows: TokenWindows, folds: Tensor, first: int, parts: int) -> tuple[TokenWindows, Tensor | None]:
-    # Every so many-th window: each part has some of all sources, and of both folds where it can.
-    rows = torch.argsort(folds.int(), stable=True)[first::parts]
-    return windows.rows(rows), folds[rows] if len(folds[rows].unique()) == 2 else None
+            store = IN_MEMORY if pages_of(layer) is None else self.files
+            self.copies[index, name] = store.put(exact)

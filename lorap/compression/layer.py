@@ -17,9 +17,10 @@ from lorap.algorithms.factorization import Factorization, factorize_batch
 from lorap.algorithms.pivoting import pivot, storage_error
 from lorap.algorithms.pruning import channel_importance, keep_inputs, keep_outputs, new_linear, removed_shares
 from lorap.algorithms.refit import fluctuation_scores, keep_best, output_scores, removed_share, repair_down
-from lorap.architectures import MLP, PROJECTIONS, SHARED_INPUTS, Architecture
+from lorap.architectures import MLP, PROJECTIONS, SHARED_INPUTS
+from lorap.calibration.context import DecoderContext
 from lorap.calibration.statistics import ActivationStats, merged
-from lorap.calibration.stream import CalibrationStream, Probe, on_device
+from lorap.calibration.stream import CalibrationStream, Probe
 from lorap.compression.allocation import LayerPlan
 from lorap.compression.shrinkage import choose_ridge, choose_shrinkage, shrunk
 from lorap.config import CompressionConfig
@@ -39,17 +40,15 @@ class LayerCompressor:
     """Everything that the compression of all layers has in common.
 
     Args:
+        context: the model.
         config: what to do.
-        architecture: where the projections are.
         stream: the calibration windows.
-        device: where layers are worked on.
         watch: takes the time by stage.
     """
 
+    context: DecoderContext
     config: CompressionConfig
-    architecture: Architecture
     stream: CalibrationStream
-    device: torch.device
     watch: Stopwatch = field(default_factory=Stopwatch)
 
     def compress(
@@ -67,9 +66,9 @@ class LayerCompressor:
             CalibrationError: an activation is NaN or infinite.
             FactorizationError: a weight is.
         """
-        dense = self.architecture.linears(layer)
+        dense = self.context.architecture.linears(layer)
         work = _Layer(self.config, index, plan, dense, output_metrics, self.stream.processes)
-        with on_device(layer, self.device):
+        with self.context.on_device(index):
             for inputs in self._steps(plan, dense):
                 self._compress_part(index, layer, work, inputs)
         return [work.report(role) for role in PROJECTIONS]
@@ -87,17 +86,17 @@ class LayerCompressor:
         with self.watch("prune"):
             if "mlp_inner" in inputs and plan.intermediate_size < dense["gate_proj"].out_features:
                 work.prune(folds["mlp_input"], folds.pop("mlp_inner"))
-                layer.get_submodule(self.architecture.mlp).intermediate_size = plan.intermediate_size  # type: ignore[assignment]
+                layer.get_submodule(self.context.architecture.mlp).intermediate_size = plan.intermediate_size  # type: ignore[assignment]
                 release_freed_memory(dense["down_proj"].weight.numel())
         with self.watch("factorize"):
             for name in inputs:
                 roles = [role for role in SHARED_INPUTS[name] if role in plan.ranks]
                 if roles:
                     work.factorize(
-                        {role: self.architecture.module_name(index, role) for role in roles}, folds.pop(name)
+                        {role: self.context.architecture.module_name(index, role) for role in roles}, folds.pop(name)
                     )
         for role, module in work.replaced.items():
-            layer.set_submodule(self.architecture.projections[role], module)
+            layer.set_submodule(self.context.architecture.projections[role], module)
 
     def _steps(self, plan: LayerPlan, dense: Mapping[str, nn.Linear]) -> list[tuple[str, ...]]:
         """Which inputs are observed together, in order; those that nothing depends on are left out."""
@@ -158,7 +157,7 @@ class _Layer:
         """Low-rank stand-ins for projections that read one input, given by role and full name; processes share them."""
         if not names:
             return
-        mine = self.processes.share(list(names))
+        mine = self.processes.shard(list(names))
         metric = self._metric(folds) if mine else None
         # A GPU solves matrices of one size faster together; a CPU does not, and one at a time takes a third of the memory.
         together = [mine] if self.dense[next(iter(names))].weight.is_cuda else [[role] for role in mine]
@@ -177,7 +176,7 @@ class _Layer:
             release_freed_memory(max(self.dense[role].weight.numel() for role in roles))
         if self.processes.count == 1:
             return
-        for sent in self.processes.gather({role: self._pack(role) for role in mine}):
+        for sent in self.processes.all_gather({role: self._pack(role) for role in mine}):
             for role, packed in sent.items():
                 self._unpack(role, packed)
 
@@ -214,11 +213,11 @@ class _Layer:
 
     def prune(self, input_folds: Folds, inner_folds: Folds) -> None:
         """Narrower gate, up and down, by the first process for all."""
-        if self.processes.is_first:
+        if self.processes.is_main_process:
             self._prune(input_folds, inner_folds)
         if self.processes.count == 1:
             return
-        packed = self.processes.from_first({role: self._pack(role) for role in MLP if role in self.replaced})
+        packed = self.processes.broadcast({role: self._pack(role) for role in MLP if role in self.replaced})
         for role, one in packed.items():
             self._unpack(role, one)
 

@@ -20,9 +20,9 @@ from lorap.algorithms.factorization import spectrum, suffix_sums
 from lorap.algorithms.moments import Moment
 from lorap.algorithms.refit import fluctuation_scores, output_scores, repaired_tail
 from lorap.architectures import ATTENTION, MLP, PROJECTIONS, Architecture
-from lorap.calibration.offload import IN_MEMORY, Shelf
+from lorap.calibration.context import DecoderContext
 from lorap.calibration.sensitivity import Sensitivity, layer_sensitivities
-from lorap.calibration.stream import CalibrationStream, Probe, on_device
+from lorap.calibration.stream import CalibrationStream, Probe
 from lorap.calibration.windows import TokenWindows
 from lorap.compression.allocation import LayerPlan, Shape, plan_layer, stock_width
 from lorap.compression.budget import (
@@ -37,7 +37,7 @@ from lorap.compression.budget import (
 )
 from lorap.compression.shrinkage import output_metric, shrunk
 from lorap.config import CompressionConfig
-from lorap.distributed import ALONE, Processes
+from lorap.distributed import Processes
 from lorap.errors import CalibrationError, ConfigError
 from lorap.requirements import compressed_roles, roles_needing_gradients, roles_with_output_metric
 from lorap.system import release_freed_memory
@@ -84,30 +84,28 @@ class _OneLayer(Mapping[str, Tensor]):
 
 
 def make_plan(
-    model: Any,
-    layers: Sequence[nn.Module],
+    context: DecoderContext,
     windows: TokenWindows,
     config: CompressionConfig,
-    architecture: Architecture,
     *,
-    device: torch.device,
-    progress: Any = iter,
     output_metrics: MutableMapping[Key, Tensor] | None = None,
-    shelf: Shelf = IN_MEMORY,
-    processes: Processes = ALONE,
 ) -> Plan:
     """Ranks and widths for ``config``; reads the model and changes nothing.
 
-    ``output_metrics`` is what takes the metrics of the outputs, ``shelf`` the hidden states; the windows are shared among
-    ``processes``, and so are the prices of a layer's matrices.
+    Args:
+        context: the dense model; its processes share the windows, and the prices of a layer's matrices.
+        windows: to calibrate on.
+        config: what to do.
+        output_metrics: takes the metrics of the outputs; a dictionary by default.
 
     Raises:
         ConfigError: the sparsity leaves too little.
         CalibrationError: the gradients or activations are not finite.
     """
+    model, layers, architecture, processes = context.model, context.layers, context.architecture, context.processes
     shapes = shapes_of(layers, architecture)
     if config.allocation == "flap" and config.sparsity > 0:
-        return Plan(_flap_widths(model, layers, windows, config, architecture, shapes, device, shelf, processes))
+        return Plan(_flap_widths(context, windows, config, shapes))
     by_shape, roles = plan_by_shape(model, shapes, config), roles_needing_gradients(config)
     weighed = roles_with_output_metric(config)
     if not roles:
@@ -119,12 +117,10 @@ def make_plan(
     def projections(layer: nn.Module) -> dict[str, nn.Linear]:
         return {role: linear for role, linear in architecture.linears(layer).items() if role in roles}
 
-    walk = layer_sensitivities(
-        model, layers, sampled, projections, device=device, progress=progress, shelf=shelf, processes=processes
-    )
+    walk = layer_sensitivities(context, sampled, projections)
     with closing(walk):
         for index, found in walk:
-            linears, mine = architecture.linears(layers[index]), processes.share(list(found))
+            linears, mine = architecture.linears(layers[index]), processes.shard(list(found))
             release_freed_memory(max(linear.weight.numel() for linear in linears.values()))
             for role, sensitivity in found.items():
                 _check_gradients(sensitivity, architecture.module_name(index, role), model.dtype)
@@ -240,7 +236,7 @@ class _Prices:
 
     def buy(self, processes: Processes) -> list[LayerPlan]:
         offered: dict[Key, list[Offer]] = {}
-        for curves in processes.gather(self.curves):
+        for curves in processes.all_gather(self.curves):
             offered |= curves
         # In one order, whoever made them: it breaks ties.
         self.curves = {
@@ -277,22 +273,14 @@ def _multiple(role: str, shape: Shape, config: CompressionConfig, *, total: int,
 
 
 def _flap_widths(
-    model: Any,
-    layers: Sequence[nn.Module],
-    windows: TokenWindows,
-    config: CompressionConfig,
-    architecture: Architecture,
-    shapes: Sequence[Mapping[str, Shape]],
-    device: torch.device,
-    shelf: Shelf,
-    processes: Processes,
+    context: DecoderContext, windows: TokenWindows, config: CompressionConfig, shapes: Sequence[Mapping[str, Shape]]
 ) -> list[LayerPlan]:
     """One threshold on the scores of all FFN channels, standardised within each layer (FLAP, section 4.2)."""
-    stream = CalibrationStream.from_model(model, layers, windows, device=device, shelf=shelf, processes=processes)
+    stream = CalibrationStream.from_windows(context, windows)
     standardised = []
-    for index, layer in enumerate(layers):
-        down = architecture.linears(layer)["down_proj"]
-        with on_device(layer, device):
+    for index, layer in enumerate(context.layers):
+        down = context.architecture.linears(layer)["down_proj"]
+        with context.on_device(index):
             (stats,) = stream.observe(index, layer, {"mlp_inner": Probe(down, mean=True)})["mlp_inner"]
             scores = fluctuation_scores(down.weight.data, stats.variance)
             stream.advance(index, layer)

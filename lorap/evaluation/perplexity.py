@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 from tqdm import tqdm
 
+from lorap.calibration.context import DecoderContext
+from lorap.calibration.losses import IGNORED, next_token_loss, next_tokens
 from lorap.calibration.stream import CalibrationStream, summed_loss
 from lorap.calibration.windows import TokenWindows
 from lorap.checkpoint.paging import in_memory
@@ -81,14 +81,10 @@ def evaluate_windows(
     for first in tqdm(range(0, len(ids), size), desc=f"Evaluating {windows.name}", unit="batch", disable=not progress):
         batch = ids[first : first + size].to(device)
         batch_mask = None if mask is None else mask[first : first + size].to(device)
-        logits = model(input_ids=batch, attention_mask=batch_mask, use_cache=False).logits[:, :-1]
-        targets = batch[:, 1:]
-        if batch_mask is not None:
-            # Padding is neither predicted nor predicted from.
-            targets = targets.masked_fill((batch_mask[:, 1:] & batch_mask[:, :-1]) == 0, -100)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-        losses.append(loss.view(targets.shape).double().sum(1).cpu())
-        predicted.append((targets != -100).sum(1).cpu())
+        logits = model(input_ids=batch, attention_mask=batch_mask, use_cache=False).logits
+        targets = next_tokens(batch, batch_mask)
+        losses.append(next_token_loss(logits, targets, reduction="none").double().sum(1).cpu())
+        predicted.append((targets != IGNORED).sum(1).cpu())
     by_window = WindowLosses(torch.cat(losses), torch.cat(predicted), windows.sha256)
     total, count = float(by_window.losses.sum()), int(by_window.predicted.sum())
     return _evaluation(windows, total, count, time.perf_counter() - start, model.dtype), by_window
@@ -117,26 +113,23 @@ def paired_difference(ours: WindowLosses, theirs: WindowLosses) -> LossDifferenc
 
 
 @torch.no_grad()
-def evaluate_stream(
-    model: Any, layers: Sequence[nn.Module], stream: CalibrationStream, windows: TokenWindows
-) -> Evaluation:
-    """The same for windows that have walked through the decoder layers already, such as those of a model larger than memory.
+def evaluate_stream(context: DecoderContext, stream: CalibrationStream, windows: TokenWindows) -> Evaluation:
+    """The same for windows that went through the decoder layers already, such as those of a model larger than memory.
 
     Args:
-        model: whose last norm and head are still to come.
-        layers: its decoder layers, which are passed over.
+        context: the model, whose last norm and head are still to come.
         stream: all windows behind the last layer.
         windows: the same windows, as tokens.
 
     Raises:
         CalibrationError: as :func:`evaluate`.
     """
-    start = time.perf_counter()
+    start, model = time.perf_counter(), context.model
     loss, predicted = 0.0, 0
     with in_memory(model.get_output_embeddings()):
         home = model.get_output_embeddings().weight.device
         for batch in stream.batches:
-            found, count = summed_loss(model, layers, batch, batch.hidden.to(home))
+            found, count = summed_loss(context, batch, batch.hidden.to(home))
             loss += float(found.double())
             predicted += count
     loss = stream.processes.sum_number(loss, home)

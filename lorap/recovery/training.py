@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from lorap.calibration.losses import IGNORED, next_tokens
 from lorap.calibration.windows import TokenWindows
 from lorap.errors import CalibrationError, ConfigError
 from lorap.recovery.state import Progress, read_state, write_state
@@ -221,8 +222,7 @@ def _accumulate(model: Any, windows: TokenWindows, rows: Tensor, device: torch.d
     """Gradients of the mean loss over the windows ``rows``, piece by piece; returns that loss."""
     ids = windows.input_ids[rows].to(device)
     mask = None if windows.attention_mask is None else windows.attention_mask[rows].to(device)
-    # Padding is neither predicted nor predicted from.
-    counted = torch.ones_like(ids[:, 1:], dtype=torch.bool) if mask is None else (mask[:, 1:] & mask[:, :-1]).bool()
+    counted = next_tokens(ids, mask) != IGNORED
     total = torch.zeros((), device=device)
     for piece in _pieces(len(ids), max(1, PIECE_TOKENS // ids.shape[1])):
         piece_mask = None if mask is None else mask[piece]

@@ -8,8 +8,8 @@ from lorap.algorithms.step_schedule import schedule
 from lorap.calibration.mixtures import Sources, split_by_weight, weighted_sources
 from lorap.calibration.self_text import BATCH_WINDOWS
 from lorap.calibration.sources import OWN_SAMPLES
-from lorap.compression.pipeline import EVALUATION_TOKENS
 from lorap.compression.planning import SENSITIVITY_TOKENS
+from lorap.compression.windows import EVALUATION_TOKENS
 from lorap.config import CompressionConfig
 
 

@@ -110,7 +110,7 @@ def check_weights(journal: Journal, source: ModelSource, model: Any, *, progress
     ) as bar:
         for path in files:
             hashes[path.name] = _look_through(path, dtypes, bar)
-    if before is not None and before["hashes"] != hashes and not journal.processes.from_first(journal.has_layers()):
+    if before is not None and before["hashes"] != hashes and not journal.processes.broadcast(journal.has_layers()):
         journal.begin_anew()
     elif before is not None and before["hashes"] != hashes:
         other = sorted({*hashes.items()} ^ {*before["hashes"].items()})[0][0]

@@ -28,7 +28,7 @@ from typing import Any
 from lorap.checkpoint.folders import read_json
 from lorap.checkpoint.stored_tensors import StoredTensor, stored_tensors
 from lorap.checkpoint.write import Writable, write_tensors
-from lorap.distributed import ALONE, Processes
+from lorap.distributed import SINGLE_PROCESS, Processes
 from lorap.errors import CheckpointError, JournalError, LoRAPError, ProcessError
 from lorap.files import reason, remove, replacing
 from lorap.outputs import LOCK, WorkFolder, work_folder, work_path
@@ -55,14 +55,16 @@ class Journal:
         work: what puts the stage in place; of the first process.
     """
 
-    def __init__(self, folder: Path | None, processes: Processes = ALONE, work: WorkFolder | None = None) -> None:
+    def __init__(
+        self, folder: Path | None, processes: Processes = SINGLE_PROCESS, work: WorkFolder | None = None
+    ) -> None:
         self.folder = folder
         self.processes = processes
         self.work = work
 
     def has(self, step: str) -> bool:
         """Whether a step is done; for all processes what the first one finds."""
-        return self.processes.from_first(self.folder is not None and self._path(step, "json").is_file())
+        return self.processes.broadcast(self.folder is not None and self._path(step, "json").is_file())
 
     def has_alone(self, step: str) -> bool:
         """The same for this process alone."""
@@ -86,9 +88,9 @@ class Journal:
         Raises:
             CheckpointError: the disk is full or broken; steps before this one are still there.
         """
-        if self.processes.is_first:
+        if self.processes.is_main_process:
             self.keep_alone(step, value, tensors)
-        self.processes.wait()
+        self.processes.barrier()
 
     def keep_alone(self, step: str, value: Mapping[str, Any], tensors: Mapping[str, Writable] | None = None) -> None:
         """The same by the first process, while others do something else; errors as :meth:`keep`."""
@@ -101,14 +103,18 @@ class Journal:
 
     def keep_tensors(self, step: str, tensors: Mapping[str, Writable]) -> None:
         """Write tensors of a step that is not done yet; errors as :meth:`keep`."""
-        if self.folder is not None and self.processes.is_first:
+        if self.folder is not None and self.processes.is_main_process:
             with self._writing(step, "safetensors") as path:
                 write_tensors(path, tensors)
 
     def forget_tensors(self, step: str) -> None:
         """Remove tensors that nothing will need again."""
-        if self.folder is not None and self.processes.is_first:
+        if self.folder is not None and self.processes.is_main_process:
             self._path(step, "safetensors").unlink(missing_ok=True)
+
+    def tensor_steps(self, prefix: str) -> list[str]:
+        """Steps of this ``prefix`` that tensors were written of."""
+        return [] if self.folder is None else sorted(path.stem for path in self.folder.glob(f"{prefix}*.safetensors"))
 
     def has_layers(self) -> bool:
         """Whether there is work that would be lost: a finished layer."""
@@ -116,14 +122,14 @@ class Journal:
 
     def forget(self, step: str) -> None:
         """A step is not done any more."""
-        if self.processes.is_first:
+        if self.processes.is_main_process:
             self._path(step, "json").unlink(missing_ok=True)
 
     def begin_anew(self) -> None:
         """Forget all steps; what the run depends on stays."""
-        if self.processes.is_first:
+        if self.processes.is_main_process:
             _begin(self, self.read(IDENTITY))
-        self.processes.wait()
+        self.processes.barrier()
 
     def _path(self, step: str, suffix: str) -> Path:
         assert self.folder is not None
@@ -142,11 +148,8 @@ class Journal:
             ) from error
 
 
-NO_JOURNAL = Journal(None)
-
-
 @contextmanager
-def open_journal(out: Path, *, restart: bool = False, processes: Processes = ALONE) -> Iterator[Journal]:
+def open_journal(out: Path, *, restart: bool = False, processes: Processes = SINGLE_PROCESS) -> Iterator[Journal]:
     """The journal of the run that writes ``out``; no other process can open it meanwhile.
 
     What was not begun in earnest (no step done) leaves nothing behind, and neither does a run that was refused before its first
@@ -156,7 +159,7 @@ def open_journal(out: Path, *, restart: bool = False, processes: Processes = ALO
         JournalError: another process is at work on ``out``.
         CheckpointError: the folder cannot be made.
     """
-    if not processes.is_first:
+    if not processes.is_main_process:
         yield Journal(work_path(out), processes)
         return
     with work_folder(out) as work:

@@ -16,8 +16,9 @@ import torch
 from safetensors import SafetensorError
 
 from lorap.architectures import find_architecture
+from lorap.calibration.context import DecoderContext
 from lorap.calibration.mixtures import Sources, check_sources
-from lorap.calibration.offload import Shelf
+from lorap.calibration.offload import HiddenStateStore
 from lorap.calibration.sources import DEFAULT_CALIBRATION, Source
 from lorap.checkpoint import host_keys
 from lorap.checkpoint.folders import stored_parameters
@@ -28,8 +29,9 @@ from lorap.compression.pipeline import Run
 from lorap.compression.planning import check_sizes, shapes_of
 from lorap.compression.runs.fingerprints import check_weights, identity_of
 from lorap.compression.runs.journal import COMPLETE, STAGE, Journal, check_identity, finish, is_complete, open_journal
+from lorap.compression.runs.steps import JournalStore
 from lorap.config import CompressionConfig
-from lorap.distributed import is_first_process, joined, local_rank
+from lorap.distributed import is_main_process, joined, local_rank
 from lorap.errors import CheckpointError
 from lorap.files import reason, sync_tree
 from lorap.nn.linear import count_parameters
@@ -86,7 +88,7 @@ def compress_to_folder(
     check_sources(options.calibration, *options.evaluation)
     parse_bytes(options.max_shard_size)
     source = find_model(model)
-    if is_first_process() and (options.restart or not is_complete(out)):
+    if is_main_process() and (options.restart or not is_complete(out)):
         check_output(out, source=source.folder, overwrite=options.overwrite)
     with joined() as processes, open_journal(out, restart=options.restart, processes=processes) as journal:
         return _FolderRun(source, out, config, options, journal).run()
@@ -114,32 +116,30 @@ class _FolderRun:
             self._check(model, tokenizer, device)
         report = self._finished()
         if report is None:
-            walk = Run(
+            context = DecoderContext.of(
                 model,
-                self.source.name,
-                tokenizer,
-                self.config,
-                device,
-                watch,
+                device=device,
+                store=self._hidden_states(),
+                processes=processes,
                 progress=self.options.progress,
-                journal=self.journal,
-                shelf=self._shelf(),
             )
-            report = walk.compress(self.options.calibration, self.options.evaluation)
+            store = JournalStore(self.journal, context.architecture)
+            run = Run(context, self.source.name, tokenizer, self.config, watch, store)
+            report = run.compress(self.options.calibration, self.options.evaluation)
             report.command = self.options.command
-            if processes.is_first:
+            if processes.is_main_process:
                 self._write(model, tokenizer, report, watch)
-        if processes.is_first:
+        if processes.is_main_process:
             finish(self.journal)
-        processes.wait()
+        processes.barrier()
         return report
 
     def _finished(self) -> CompressionReport | None:
         """What an earlier process has completed, if it is packed as this command wants it."""
         journal = self.journal
         assert journal.folder is not None
-        kept = journal.processes.from_first(journal.read(COMPLETE) if journal.has_alone(COMPLETE) else None)
-        staged = journal.processes.from_first((journal.folder / STAGE).is_dir())
+        kept = journal.processes.broadcast(journal.read(COMPLETE) if journal.has_alone(COMPLETE) else None)
+        staged = journal.processes.broadcast((journal.folder / STAGE).is_dir())
         if kept is not None and staged and kept[PACKAGING] != self._packaging():
             journal.forget(COMPLETE)
             return None
@@ -153,7 +153,7 @@ class _FolderRun:
         """The run is the one that was begun, its end can be written, and every weight is looked at once, before any work."""
         options, architecture = self.options, find_architecture(model)
         check_sizes(model, shapes_of(architecture.decoder_layers(model), architecture), self.config)
-        if self.journal.processes.is_first:
+        if self.journal.processes.is_main_process:
             self._try_writing(model, tokenizer)
             identity = identity_of(
                 self.source,
@@ -164,8 +164,10 @@ class _FolderRun:
                 dtype=str(model.dtype),
             )
             check_identity(self.journal, identity, threads=torch.get_num_threads())
-        self.journal.processes.wait()
-        check_weights(self.journal, self.source, model, progress=options.progress and self.journal.processes.is_first)
+        self.journal.processes.barrier()
+        check_weights(
+            self.journal, self.source, model, progress=options.progress and self.journal.processes.is_main_process
+        )
 
     def _try_writing(self, model: Any, tokenizer: Any) -> None:
         assert self.journal.folder is not None
@@ -178,10 +180,10 @@ class _FolderRun:
             nbytes = (1 - self.config.sparsity) * count_parameters(model) * model.dtype.itemsize
             check_room(self.journal.folder, int(nbytes), shown=self.out)
 
-    def _shelf(self) -> Shelf:
+    def _hidden_states(self) -> HiddenStateStore:
         assert self.journal.folder is not None
         folder = self.journal.folder / "hidden" / str(self.journal.processes.rank)
-        return Shelf(budget_bytes=self.options.max_memory_bytes, folder=folder)
+        return HiddenStateStore(budget_bytes=self.options.max_memory_bytes, folder=folder)
 
     def _write(self, model: Any, tokenizer: Any, report: CompressionReport, watch: Stopwatch) -> None:
         """The output, complete, in the journal's folder."""

@@ -1,9 +1,9 @@
-"""The steps of a run as they are kept in its journal, and brought back from there: windows, losses, the plan, finished layers."""
+"""The steps of a run as they are written into its journal, and brought back from there."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -11,51 +11,163 @@ from torch import Tensor, nn
 
 from lorap.architectures import Architecture
 from lorap.calibration.windows import TokenWindows
-from lorap.checkpoint.paging import put_tensor
+from lorap.checkpoint.paging import is_in_memory, pages_of, put_tensor
 from lorap.checkpoint.stored_tensors import StoredTensor
 from lorap.compression.allocation import LayerPlan
-from lorap.compression.planning import Key
+from lorap.compression.planning import Key, Plan
 from lorap.compression.runs.journal import Journal
-from lorap.jsonio import read_as
+from lorap.compression.store import Finished, RunStore
 from lorap.nn.linear import LowRankLinear
-from lorap.reports.records import Share
-from lorap.reports.run import ProjectionReport
+from lorap.reports.records import Evaluation, Share
+from lorap.reports.run import CorrectionReport, ProjectionReport
+from lorap.jsonio import read_as
+
+WINDOWS, LOSSES, PLAN, CORRECTED = "windows", "before", "plan", "corrected"
 
 
-def keep_windows(journal: Journal, step: str, windows: Sequence[TokenWindows], **more: Any) -> None:
-    """Token windows: those to calibrate on and those of each text to judge by."""
-    tensors, described = {}, []
-    for index, each in enumerate(windows):
-        for name in ("input_ids", "attention_mask", "groups"):
-            if (tensor := getattr(each, name)) is not None:
-                tensors[f"{index}.{name}"] = tensor
-        names = {"name": each.name, "sha256": each.sha256, "group_names": each.group_names}
-        described.append({**names, "shares": [asdict(share) for share in each.shares]})
-    journal.keep(step, {"windows": described, **more}, tensors)
+class JournalStore(RunStore):
+    """Finished steps in the files of a journal.
+
+    Args:
+        journal: of the run.
+        architecture: of its model.
+    """
+
+    def __init__(self, journal: Journal, architecture: Architecture) -> None:
+        super().__init__()
+        self.journal, self.architecture = journal, architecture
+
+    def load_windows(self) -> Finished[list[TokenWindows]] | None:
+        if not self.journal.has(WINDOWS):
+            return None
+        step, stored = self.journal.read(WINDOWS), self.journal.tensors(WINDOWS)
+
+        def tensor(index: int, name: str) -> Any:
+            found = stored.get(f"{index}.{name}")
+            return None if found is None else found.read()
+
+        windows = [
+            TokenWindows(
+                tensor(index, "input_ids"),
+                each["name"],
+                each["sha256"],
+                tensor(index, "attention_mask"),
+                tensor(index, "groups"),
+                tuple(each["group_names"]),
+                tuple(Share(**share) for share in each["shares"]),
+            )
+            for index, each in enumerate(step["windows"])
+        ]
+        return windows, step["seconds"]
+
+    def save_windows(self, windows: Sequence[TokenWindows], seconds: Mapping[str, float]) -> None:
+        tensors, described = {}, []
+        for index, each in enumerate(windows):
+            for name in ("input_ids", "attention_mask", "groups"):
+                if (tensor := getattr(each, name)) is not None:
+                    tensors[f"{index}.{name}"] = tensor
+            names = {"name": each.name, "sha256": each.sha256, "group_names": each.group_names}
+            described.append({**names, "shares": [asdict(share) for share in each.shares]})
+        self.journal.keep(WINDOWS, {"windows": described, "seconds": seconds}, tensors)
+
+    def load_losses(self) -> Finished[list[Evaluation]] | None:
+        if not self.journal.has(LOSSES):
+            return None
+        step = self.journal.read(LOSSES)
+        return read_as(list[Evaluation], step["losses"], LOSSES), step["seconds"]
+
+    def save_losses(self, losses: Sequence[Evaluation], seconds: Mapping[str, float]) -> None:
+        self.journal.keep(LOSSES, {"losses": [asdict(loss) for loss in losses], "seconds": seconds})
+
+    def output_metrics(self) -> MutableMapping[Key, Tensor]:
+        return _StoredMetrics(self.journal)
+
+    def load_plan(self, metrics: MutableMapping[Key, Tensor]) -> Finished[Plan] | None:
+        if not self.journal.has(PLAN):
+            return None
+        step = self.journal.read(PLAN)
+        assert isinstance(metrics, _StoredMetrics)
+        metrics.restore([(index, role) for index, role in step["metrics"]])
+        return Plan([LayerPlan(**layer) for layer in step["layers"]], metrics), step["seconds"]
+
+    def save_plan(self, plan: Plan, seconds: Mapping[str, float]) -> None:
+        layers = [asdict(layer) for layer in plan.layers]
+        self.journal.keep(PLAN, {"layers": layers, "metrics": list(plan.output_metrics), "seconds": seconds})
+
+    def load_layer(self, index: int, layer: nn.Module) -> Finished[list[ProjectionReport]] | None:
+        name = _layer(index)
+        if not self.journal.has(name):
+            return None
+        home = next(layer.parameters()).device
+        put_projections(layer, self.journal.tensors(name), self.architecture)
+        self._reload(name, layer, home)
+        step = self.journal.read(name)
+        return read_as(list[ProjectionReport], step.get("projections"), name), step["seconds"]
+
+    def save_layer(
+        self, index: int, layer: nn.Module, projections: Sequence[ProjectionReport], seconds: Mapping[str, float]
+    ) -> None:
+        reports = [asdict(report) for report in projections]
+        self.journal.keep(_layer(index), {"projections": reports, "seconds": seconds}, layer.state_dict())
+        self._offload_from(_layer(index), layer)
+
+    @property
+    def is_corrected(self) -> bool:
+        return self.journal.has(CORRECTED)
+
+    def load_correction(self, layers: Sequence[nn.Module]) -> Finished[CorrectionReport] | None:
+        if not self.is_corrected:
+            return None
+        step = self.journal.read(CORRECTED)
+        report: CorrectionReport = read_as(CorrectionReport, step.get("correction"), CORRECTED)
+        for index, layer in enumerate(layers if report.taken else ()):
+            self._reload(_corrected(index), layer)
+        return report, step["seconds"]
+
+    def save_correction(self, correction: CorrectionReport, seconds: Mapping[str, float]) -> None:
+        self.journal.keep(CORRECTED, {"correction": asdict(correction), "seconds": seconds})
+        if not correction.taken:
+            for name in self.journal.tensor_steps(f"{CORRECTED}-"):
+                self.journal.forget_tensors(name)
+
+    def save_corrected(self, index: int, layer: nn.Module, *, is_last_step: bool) -> None:
+        if pages_of(layer) is not None or is_last_step:
+            self.journal.keep_tensors(_corrected(index), layer.state_dict())
+            self.journal.processes.barrier()
+            self._offload_from(_corrected(index), layer)
+
+    def snapshot(self, layers: Sequence[nn.Module]) -> None:
+        """The journal has them."""
+
+    def restore(self, layers: Sequence[nn.Module]) -> None:
+        for index, layer in enumerate(layers):
+            self._reload(_layer(index), layer)
+
+    def _reload(self, name: str, layer: nn.Module, home: torch.device | None = None) -> None:
+        """The stored weights, where the layer is in memory; an offloaded one finds them when it is used, unless it stays."""
+        self._offload_from(name, layer)
+        if (pages := pages_of(layer)) is None:
+            device = home or next(layer.parameters()).device
+            for tensor_name, tensor in self.journal.tensors(name).items():
+                put_tensor(layer, tensor_name, tensor.read().to(device))
+        elif is_in_memory(layer):
+            pages.load(layer, next(layer.parameters()).device)
+
+    def _offload_from(self, name: str, layer: nn.Module) -> None:
+        """From now on an offloaded layer comes from what the journal has of it."""
+        if (pages := pages_of(layer)) is not None:
+            layer.pages = replace(pages, tensors=self.journal.tensors(name), dtype=None)  # type: ignore[assignment]
 
 
-def kept_windows(journal: Journal, step: str) -> list[TokenWindows]:
-    stored = journal.tensors(step)
-
-    def tensor(index: int, name: str) -> Any:
-        found = stored.get(f"{index}.{name}")
-        return None if found is None else found.read()
-
-    return [
-        TokenWindows(
-            tensor(index, "input_ids"),
-            each["name"],
-            each["sha256"],
-            tensor(index, "attention_mask"),
-            tensor(index, "groups"),
-            tuple(each["group_names"]),
-            tuple(Share(**share) for share in each["shares"]),
-        )
-        for index, each in enumerate(journal.read(step)["windows"])
-    ]
+def _layer(index: int) -> str:
+    return f"layer-{index:05}"
 
 
-class KeptMetrics(MutableMapping[Key, Tensor]):
+def _corrected(index: int) -> str:
+    return f"{CORRECTED}-{index:05}"
+
+
+class _StoredMetrics(MutableMapping[Key, Tensor]):
     """How errors of outputs are weighed, by layer and role: in files, because those of all layers are larger than the model."""
 
     def __init__(self, journal: Journal) -> None:
@@ -93,29 +205,7 @@ class KeptMetrics(MutableMapping[Key, Tensor]):
         return f"metric-{key[0]:05}-{key[1]}"
 
 
-def keep_plan(
-    journal: Journal, step: str, layers: Sequence[LayerPlan], metrics: MutableMapping[Key, Tensor], **more: Any
-) -> None:
-    journal.keep(step, {"layers": [asdict(layer) for layer in layers], "metrics": list(metrics), **more})
-
-
-def kept_plan(journal: Journal, step: str, metrics: KeptMetrics) -> list[LayerPlan]:
-    found = journal.read(step)
-    metrics.restore([(index, role) for index, role in found["metrics"]])
-    return [LayerPlan(**layer) for layer in found["layers"]]
-
-
-def keep_layer(journal: Journal, step: str, layer: nn.Module, reports: Sequence[ProjectionReport], **more: Any) -> None:
-    journal.keep(step, {"projections": [asdict(report) for report in reports], **more}, layer.state_dict())
-
-
-def kept_reports(found: dict[str, Any], step: str) -> list[ProjectionReport]:
-    """The projections of a kept layer."""
-    reports: list[ProjectionReport] = read_as(list[ProjectionReport], found.get("projections"), step)
-    return reports
-
-
-def adopt(layer: nn.Module, stored: dict[str, StoredTensor], architecture: Architecture) -> None:
+def put_projections(layer: nn.Module, stored: dict[str, StoredTensor], architecture: Architecture) -> None:
     """Give a dense layer the projections that a file has in its place, still without weights (on the meta device)."""
     for path in architecture.projections.values():
         inner = {
@@ -141,9 +231,3 @@ def _empty(tensors: dict[str, StoredTensor]) -> nn.Module:
     bias = "output_bias" in tensors or "left.bias" in tensors
     dtype = tensors["right.weight"].dtype
     return LowRankLinear(in_features, out_features, rank, bias, "meta", dtype, pivoted).eval()
-
-
-def load_kept(layer: nn.Module, stored: dict[str, StoredTensor], device: torch.device) -> None:
-    """Fill an adopted layer that stays in memory."""
-    for name, tensor in stored.items():
-        put_tensor(layer, name, tensor.read().to(device))

@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from lorap.algorithms.factorization import spectrum
 from lorap.algorithms.pruning import channel_importance
-from lorap.architectures import MLP, SHARED_INPUTS, Architecture, find_architecture
+from lorap.architectures import MLP, SHARED_INPUTS, Architecture
+from lorap.calibration.context import DecoderContext
 from lorap.calibration.mixtures import Sources
 from lorap.calibration.sources import DEFAULT_CALIBRATION
-from lorap.calibration.stream import CalibrationStream, Probe, on_device
+from lorap.calibration.stream import CalibrationStream, Probe
 from lorap.calibration.windows import draw_windows
 from lorap.checkpoint.finite import check_finite
 from lorap.checkpoint.load import resolve_device
@@ -67,10 +68,9 @@ def inspect_model(
         ConfigError: there is no such layer.
         CheckpointError: a weight is NaN or infinite.
     """
-    architecture = find_architecture(model)
-    every = list(architecture.decoder_layers(model))
+    context = DecoderContext.of(model, device=_home(model) if device == "auto" else resolve_device(device))
+    architecture, every = context.architecture, context.layers
     chosen = _chosen(layers, len(every))
-    where = _home(model) if device == "auto" else resolve_device(device)
     windows = stream = None
     if calibration is not None:
         windows = draw_windows(
@@ -81,12 +81,12 @@ def inspect_model(
             seed=seed,
             vocab_size=model.get_input_embeddings().weight.shape[0],
         )
-        stream = CalibrationStream.from_model(model, every, windows, device=where)
+        stream = CalibrationStream.from_windows(context, windows)
     projections: list[ProjectionSpectra] = []
     channels: dict[int, dict[str, Importance]] = {}
     passed = range(chosen[-1] + 1) if stream else chosen
     for index in tqdm(passed, desc="Inspecting", unit="layer", disable=not progress):
-        with on_device(every[index], where):
+        with context.on_device(index):
             if index in chosen:
                 norms = _sq_norms(stream, index, every[index], architecture) if stream else None
                 weights = _weights(index, every[index], architecture)

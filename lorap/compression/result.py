@@ -1,0 +1,57 @@
+"""What a compressed model says of itself in its config, so that it saves as a checkpoint that opens again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lorap.calibration.context import DecoderContext
+from lorap.checkpoint.format import LoRAPConfig
+from lorap.checkpoint.hf_quantizer import attach_quantization_config
+from lorap.compression.allocation import LayerPlan
+from lorap.config import CompressionConfig
+from lorap.version import __version__
+
+
+def describe_in_config(context: DecoderContext, plans: Sequence[LayerPlan], config: CompressionConfig) -> None:
+    """Write the new shapes into the model's config: of a lorap checkpoint, or of a stock one.
+
+    Args:
+        context: the compressed model.
+        plans: one per decoder layer.
+        config: what was done.
+    """
+    model, architecture = context.model, context.architecture
+    ranks = {
+        architecture.module_name(index, role): rank
+        for index, plan in enumerate(plans)
+        for role, rank in plan.ranks.items()
+    }
+    widths = [plan.intermediate_size for plan in plans]
+    dense_width = model.config.intermediate_size
+    biases = _new_biases(context, config)
+    # A host without lorap would leave the added biases out and only warn; at widths unlike the config's it refuses.
+    uniform = len(set(widths)) == 1 and not biases
+    if uniform:
+        model.config.intermediate_size = widths[0]
+    sizes = {f"{architecture.layers}.{index}.{architecture.mlp}": width for index, width in enumerate(widths)}
+    if config.target != "stock" and (ranks or widths != [dense_width] * len(widths)):
+        shapes = LoRAPConfig(
+            ranks=ranks,
+            intermediate_sizes={} if uniform else sizes,
+            dense_intermediate_size=dense_width,
+            storage=config.storage if ranks else "factors",
+            biases=biases,
+            sparsity=config.sparsity,
+            recipe=config.recipe,
+            lorap_version=__version__,
+        )
+        attach_quantization_config(model, shapes)
+
+
+def _new_biases(context: DecoderContext, config: CompressionConfig) -> list[str]:
+    """Down projections that gained a bias which the model's own config does not know."""
+    model = context.model
+    if not config.bias_compensation or getattr(model.config, "mlp_bias", False):
+        return []
+    names = [context.architecture.module_name(index, "down_proj") for index in range(len(context.layers))]
+    return [name for name in names if model.get_submodule(name).bias is not None]

@@ -1,0 +1,88 @@
+"""Where the finished steps of a run are kept, as the pipeline sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import TypeAlias, TypeVar
+
+from torch import Tensor, nn
+
+from lorap.calibration.windows import TokenWindows
+from lorap.compression.planning import Key, Plan
+from lorap.reports.records import Evaluation
+from lorap.reports.run import CorrectionReport, ProjectionReport
+
+T = TypeVar("T")
+
+# A step's result, and the seconds that its stages took.
+Finished: TypeAlias = tuple[T, Mapping[str, float]]
+
+
+class RunStore:
+    """The steps of a run that are done. This one keeps none of them: that is ``compress()``, all in memory.
+
+    What ``load_*`` returns, None where a step is not done yet, was once handed to ``save_*``. The one that keeps them in files is
+    :class:`lorap.compression.runs.steps.JournalStore`.
+    """
+
+    def __init__(self) -> None:
+        self._snapshot: list[dict[str, Tensor]] = []
+
+    def load_windows(self) -> Finished[list[TokenWindows]] | None:
+        """Windows to calibrate on, and those of each text to judge by."""
+        return None
+
+    def save_windows(self, windows: Sequence[TokenWindows], seconds: Mapping[str, float]) -> None: ...
+
+    def load_losses(self) -> Finished[list[Evaluation]] | None:
+        """Of the dense model, on each text to judge by."""
+        return None
+
+    def save_losses(self, losses: Sequence[Evaluation], seconds: Mapping[str, float]) -> None: ...
+
+    def output_metrics(self) -> MutableMapping[Key, Tensor]:
+        """What takes the metrics of the outputs, which of all layers together are larger than the model."""
+        return {}
+
+    def load_plan(self, metrics: MutableMapping[Key, Tensor]) -> Finished[Plan] | None:
+        """The plan, with the ``metrics`` that it came with."""
+        return None
+
+    def save_plan(self, plan: Plan, seconds: Mapping[str, float]) -> None: ...
+
+    def load_layer(self, index: int, layer: nn.Module) -> Finished[list[ProjectionReport]] | None:
+        """Put the compressed projections into a dense ``layer``."""
+        return None
+
+    def save_layer(
+        self, index: int, layer: nn.Module, projections: Sequence[ProjectionReport], seconds: Mapping[str, float]
+    ) -> None: ...
+
+    @property
+    def is_corrected(self) -> bool:
+        """Whether the correction steps are over, taken or not."""
+        return False
+
+    def load_correction(self, layers: Sequence[nn.Module]) -> Finished[CorrectionReport] | None:
+        """Give the compressed ``layers`` the weights that the steps made of them."""
+        return None
+
+    def save_correction(self, correction: CorrectionReport, seconds: Mapping[str, float]) -> None: ...
+
+    def save_corrected(self, index: int, layer: nn.Module, *, is_last_step: bool) -> None:
+        """Called after each step, before an offloaded layer may leave memory."""
+
+    def snapshot(self, layers: Sequence[nn.Module]) -> None:
+        """Remember the compressed layers as they are before the first correction step."""
+        self._snapshot = [
+            {name: tensor.to("cpu", copy=True) for name, tensor in layer.state_dict().items()} for layer in layers
+        ]
+
+    def restore(self, layers: Sequence[nn.Module]) -> None:
+        """To the bit what they were."""
+        for layer, tensors in zip(layers, self._snapshot, strict=True):
+            layer.load_state_dict(tensors)
+        self.drop_snapshot()
+
+    def drop_snapshot(self) -> None:
+        self._snapshot = []

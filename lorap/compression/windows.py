@@ -1,0 +1,66 @@
+"""From texts to the windows of a run: those to calibrate on, and those to judge by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lorap.calibration.context import DecoderContext
+from lorap.calibration.mixtures import Sources
+from lorap.calibration.self_text import sample_windows
+from lorap.calibration.sources import Source
+from lorap.calibration.windows import TokenWindows, consecutive_windows, draw_windows
+from lorap.checkpoint.paging import in_memory_throughout
+from lorap.config import CompressionConfig
+from lorap.system import Stopwatch
+
+# Tokens of each evaluation text when compress() measures before and after; `lorap eval` has no such limit.
+EVALUATION_TOKENS = 4096
+
+
+def read_windows(
+    context: DecoderContext,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: CompressionConfig,
+    calibration: Sources,
+    evaluation: Sequence[Source],
+    watch: Stopwatch,
+) -> list[TokenWindows]:
+    """Windows to calibrate on, and after them those of each text to judge by; all processes get those of the main one.
+
+    Args:
+        context: the dense model, which writes the samples of the source ``self``.
+        tokenizer: for texts.
+        config: how many windows, how long, and the seed.
+        calibration: as for :func:`lorap.compress`.
+        evaluation: as for :func:`lorap.compress`.
+        watch: takes the time of ``tokenize`` and ``sample``.
+
+    Raises:
+        CalibrationError: a source cannot be used.
+    """
+    model, seq_len = context.model, config.calibration_seq_len
+    vocab_size = context.vocab_size
+
+    def sampler(count: int, seq_len: int, seed: int) -> Tensor:
+        shows = context.progress and context.processes.is_main_process
+        with watch("sample"), in_memory_throughout(model, context.layers):
+            return sample_windows(model, tokenizer, count, seq_len, seed=seed, progress=shows)
+
+    with watch("tokenize"):
+        drawn = draw_windows(
+            calibration,
+            tokenizer,
+            num_samples=config.num_calibration_samples,
+            seq_len=seq_len,
+            seed=config.seed,
+            vocab_size=vocab_size,
+            sampler=sampler,
+        )
+        texts = [
+            consecutive_windows(text, tokenizer, seq_len=seq_len, max_tokens=EVALUATION_TOKENS, vocab_size=vocab_size)
+            for text in evaluation
+        ]
+    return context.processes.broadcast([drawn, *texts])
