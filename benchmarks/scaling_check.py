@@ -33,7 +33,7 @@ from streaming import llama_7b, make_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorap.checkpoint.load import find_model, load_tokenizer
-from lorap.compression.estimate.ledger import duration, quantity
+from lorap.compression.estimate.cost_terms import duration, quantity
 
 BEGIN, END = "<!-- begin: benchmarks/scaling_check.py -->", "<!-- end: benchmarks/scaling_check.py -->"
 RESULTS = Path(__file__).resolve().parent / "results" / "scaling.json"

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorap.checkpoint.folders import TensorInfo
 from lorap.compression.estimate import Estimate, Machine, ModelShape, estimate, find_gpu, this_machine
-from lorap.compression.estimate.ledger import duration, quantity
+from lorap.compression.estimate.cost_terms import duration, quantity
 from lorap.config import CompressionConfig
 
 BEGIN, END = "<!-- begin: benchmarks/scaling_table.py -->", "<!-- end: benchmarks/scaling_table.py -->"

@@ -9,24 +9,24 @@ from hypothesis import strategies as st
 
 from lorap.algorithms.factorization import suffix_sums
 from lorap.compression.budget import (
-    Offer,
+    Candidate,
     affordable_multiple,
+    allocate_budget,
     lower_hull,
-    rank_offers,
-    spend,
+    rank_candidates,
+    shared_across_layers,
     stock_multiple,
-    tied,
-    width_offers,
+    width_candidates,
 )
 from lorap.errors import ConfigError
 
 
-def offers(*rows: tuple[int, int, float]) -> list[Offer]:
-    return [Offer(*row) for row in rows]
+def candidates(*rows: tuple[int, int, float]) -> list[Candidate]:
+    return [Candidate(*row) for row in rows]
 
 
 def totals(taken: dict) -> tuple[int, float]:
-    return sum(offer.params for offer in taken.values()), sum(offer.cost for offer in taken.values())
+    return sum(candidate.params for candidate in taken.values()), sum(candidate.cost for candidate in taken.values())
 
 
 def brute_force(curves: dict, budget: float) -> float:
@@ -36,14 +36,14 @@ def brute_force(curves: dict, budget: float) -> float:
 
 
 @st.composite
-def curve(draw, largest: int = 5) -> list[Offer]:
+def curve(draw, largest: int = 5) -> list[Candidate]:
     """Ascending sizes and prices, descending costs, of no particular curvature; the last one costs nothing."""
     steps = draw(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 50)), min_size=1, max_size=largest))
     params, cost = draw(st.integers(1, 20)), sum(drop for _, drop in steps)
-    found = [Offer(1, params, float(cost))]
+    found = [Candidate(1, params, float(cost))]
     for size, (price, drop) in enumerate(steps, 2):
         params, cost = params + price, cost - drop
-        found.append(Offer(size, params, float(cost)))
+        found.append(Candidate(size, params, float(cost)))
     return found
 
 
@@ -55,7 +55,7 @@ curve_sets = st.lists(curve(), min_size=1, max_size=4).map(lambda found: dict(en
 def test_within_budget_and_optimal_up_to_the_last_step(curves: dict, share: float) -> None:
     least = sum(found[0].params for found in curves.values())
     budget = least + share * (sum(found[-1].params for found in curves.values()) - least)
-    taken = spend(curves, budget)
+    taken = allocate_budget(curves, budget)
     params, cost = totals(taken)
     assert set(taken) == set(curves)
     assert all(taken[key] in curves[key] for key in curves)
@@ -66,9 +66,9 @@ def test_within_budget_and_optimal_up_to_the_last_step(curves: dict, share: floa
     assert best - 1e-9 <= cost <= best + largest_step + 1e-9
     # Nothing that would still help fits into what is left.
     assert not any(
-        offer.cost < taken[key].cost and 0 < offer.params - taken[key].params <= budget - params
+        candidate.cost < taken[key].cost and 0 < candidate.params - taken[key].params <= budget - params
         for key, found in curves.items()
-        for offer in found
+        for candidate in found
     )
 
 
@@ -84,9 +84,9 @@ def test_strictly_convex_curves_of_equal_steps_are_solved_exactly(
     curves = {}
     for key, each in enumerate(drops):
         falling = sorted(each, reverse=True)
-        curves[key] = [Offer(size + 1, step * (size + 1), float(sum(falling[size:]))) for size in range(5)]
+        curves[key] = [Candidate(size + 1, step * (size + 1), float(sum(falling[size:]))) for size in range(5)]
     budget = step * (len(curves) + affordable)
-    params, cost = totals(spend(curves, budget))
+    params, cost = totals(allocate_budget(curves, budget))
     assert params <= budget
     assert cost == brute_force(curves, budget)
     for uniform in range(5):
@@ -98,16 +98,19 @@ def test_strictly_convex_curves_of_equal_steps_are_solved_exactly(
 @given(curves=curve_sets, first=st.integers(0, 60), more=st.integers(0, 60))
 def test_more_budget_never_costs_more(curves: dict, first: int, more: int) -> None:
     least = sum(found[0].params for found in curves.values())
-    tight, loose = spend(curves, least + first), spend(curves, least + first + more)
+    tight, loose = allocate_budget(curves, least + first), allocate_budget(curves, least + first + more)
     assert totals(loose)[1] <= totals(tight)[1] + 1e-9
 
 
 def test_by_hand() -> None:
     curves = {
-        "steep": offers((1, 10, 100.0), (2, 20, 40.0), (3, 30, 0.0)),  # 6, then 4 a parameter
-        "flat": offers((1, 10, 10.0), (2, 20, 5.0), (3, 30, 0.0)),  # 0.5 a parameter
+        "steep": candidates((1, 10, 100.0), (2, 20, 40.0), (3, 30, 0.0)),  # 6, then 4 a parameter
+        "flat": candidates((1, 10, 10.0), (2, 20, 5.0), (3, 30, 0.0)),  # 0.5 a parameter
     }
-    sizes = {budget: [o.size for o in spend(curves, budget).values()] for budget in (20, 29, 30, 39, 40, 50, 60, 1e9)}
+    sizes = {
+        budget: [o.size for o in allocate_budget(curves, budget).values()]
+        for budget in (20, 29, 30, 39, 40, 50, 60, 1e9)
+    }
     assert sizes == {
         20: [1, 1],
         29: [1, 1],
@@ -121,41 +124,41 @@ def test_by_hand() -> None:
 
 
 def test_what_is_left_buys_offers_between_the_steps_of_a_hull() -> None:
-    # The offer of size 2 lies above the line from 1 to 3, but 3 does not fit.
-    curves = {"only": offers((1, 10, 10.0), (2, 20, 9.0), (3, 30, 0.0))}
+    # The candidate of size 2 lies above the line from 1 to 3, but 3 does not fit.
+    curves = {"only": candidates((1, 10, 10.0), (2, 20, 9.0), (3, 30, 0.0))}
     assert [o.size for o in lower_hull(curves["only"])] == [1, 3]
-    assert spend(curves, 29)["only"].size == 2
-    assert spend(curves, 30)["only"].size == 3
+    assert allocate_budget(curves, 29)["only"].size == 2
+    assert allocate_budget(curves, 30)["only"].size == 3
 
 
 def test_a_step_that_does_not_fit_is_not_passed_over_for_a_flatter_one() -> None:
     curves = {
-        "straight": offers((1, 1, 3.0), (4, 5, 1.0), (5, 7, 0.0)),  # 0.5 a parameter, in one step of 6
-        "bent": offers((1, 1, 4.0), (4, 5, 1.0), (5, 10, 0.0)),  # 0.75, then 0.2
+        "straight": candidates((1, 1, 3.0), (4, 5, 1.0), (5, 7, 0.0)),  # 0.5 a parameter, in one step of 6
+        "bent": candidates((1, 1, 4.0), (4, 5, 1.0), (5, 10, 0.0)),  # 0.75, then 0.2
     }
-    assert [o.size for o in spend(curves, 10).values()] == [4, 4]
-    assert [o.size for o in spend(curves, 11).values()] == [4, 4]  # not [1, 5]
-    assert [o.size for o in spend(curves, 12).values()] == [5, 4]
+    assert [o.size for o in allocate_budget(curves, 10).values()] == [4, 4]
+    assert [o.size for o in allocate_budget(curves, 11).values()] == [4, 4]  # not [1, 5]
+    assert [o.size for o in allocate_budget(curves, 12).values()] == [5, 4]
 
 
 def test_too_little_is_refused() -> None:
-    curves = {0: offers((8, 1000, 1.0), (16, 2000, 0.0)), 1: offers((8, 500, 1.0))}
-    assert totals(spend(curves, 1500)) == (1500, 2.0)
+    curves = {0: candidates((8, 1000, 1.0), (16, 2000, 0.0)), 1: candidates((8, 500, 1.0))}
+    assert totals(allocate_budget(curves, 1500)) == (1500, 2.0)
     with pytest.raises(ConfigError) as error:
-        spend(curves, 1499)
+        allocate_budget(curves, 1499)
     for words in ("1,500", "1,499", "lower the sparsity", "rank_multiple"):
         assert words in str(error.value)
 
 
 def test_ties_go_by_order() -> None:
-    curves = {key: offers((1, 10, 5.0), (2, 20, 0.0)) for key in ("b", "a", "c")}
-    assert [o.size for o in spend(curves, 40).values()] == [2, 1, 1]
-    assert [o.size for o in spend(curves, 50).values()] == [2, 2, 1]
+    curves = {key: candidates((1, 10, 5.0), (2, 20, 0.0)) for key in ("b", "a", "c")}
+    assert [o.size for o in allocate_budget(curves, 40).values()] == [2, 1, 1]
+    assert [o.size for o in allocate_budget(curves, 50).values()] == [2, 2, 1]
 
 
 @settings(max_examples=200, deadline=None)
 @given(curve=curve(largest=9), seed=st.integers(0, 99))
-def test_lower_hull_is_convex_and_below_everything(curve: list[Offer], seed: int) -> None:
+def test_lower_hull_is_convex_and_below_everything(curve: list[Candidate], seed: int) -> None:
     order = torch.randperm(len(curve), generator=torch.Generator().manual_seed(seed)).tolist()
     hull = lower_hull([curve[index] for index in order])
     assert hull == lower_hull(curve)
@@ -164,25 +167,25 @@ def test_lower_hull_is_convex_and_below_everything(curve: list[Offer], seed: int
     assert all(a < b for a, b in itertools.pairwise(slopes))
     assert hull[0].params == min(o.params for o in curve)
     assert hull[-1].cost == min(o.cost for o in curve)
-    for offer in curve:
+    for candidate in curve:
         for a, b in itertools.pairwise(hull):
-            if a.params <= offer.params <= b.params:
-                line = a.cost + (b.cost - a.cost) * (offer.params - a.params) / (b.params - a.params)
-                assert offer.cost >= line - 1e-9
+            if a.params <= candidate.params <= b.params:
+                line = a.cost + (b.cost - a.cost) * (candidate.params - a.params) / (b.params - a.params)
+                assert candidate.cost >= line - 1e-9
 
 
 def test_lower_hull_of_equal_prices_and_of_a_rising_curve() -> None:
-    assert lower_hull(offers((1, 10, 5.0), (2, 10, 3.0), (3, 10, 4.0))) == offers((2, 10, 3.0))
-    assert lower_hull(offers((1, 10, 5.0), (2, 20, 5.0), (3, 30, 7.0))) == offers((1, 10, 5.0))
+    assert lower_hull(candidates((1, 10, 5.0), (2, 10, 3.0), (3, 10, 4.0))) == candidates((2, 10, 3.0))
+    assert lower_hull(candidates((1, 10, 5.0), (2, 20, 5.0), (3, 30, 7.0))) == candidates((1, 10, 5.0))
     # Three on one line: the one between is no corner.
-    assert lower_hull(offers((1, 10, 2.0), (2, 20, 1.0), (3, 30, 0.0))) == offers((1, 10, 2.0), (3, 30, 0.0))
+    assert lower_hull(candidates((1, 10, 2.0), (2, 20, 1.0), (3, 30, 0.0))) == candidates((1, 10, 2.0), (3, 30, 0.0))
 
 
 def test_tied_adds_up() -> None:
-    both = tied([offers((1, 10, 5.0), (2, 20, 0.0)), offers((1, 10, 3.0), (2, 20, 1.0))])
-    assert both == offers((1, 20, 8.0), (2, 40, 1.0))
+    both = shared_across_layers([candidates((1, 10, 5.0), (2, 20, 0.0)), candidates((1, 10, 3.0), (2, 20, 1.0))])
+    assert both == candidates((1, 20, 8.0), (2, 40, 1.0))
     with pytest.raises(ValueError, match=r"shorter|longer"):
-        tied([offers((1, 10, 5.0)), offers((1, 10, 3.0), (2, 20, 1.0))])
+        shared_across_layers([candidates((1, 10, 5.0)), candidates((1, 10, 3.0), (2, 20, 1.0))])
 
 
 @pytest.mark.parametrize("multiple", [1, 7, 8])
@@ -191,20 +194,20 @@ def test_rank_offers(shape: tuple[int, int], multiple: int) -> None:
     full, dense = min(shape), shape[0] * shape[1]
     tail = torch.arange(full, -1, -1.0) + 0.5
     for pivoted in (True, False):
-        found = rank_offers(shape, tail, pivoted=pivoted, multiple=multiple)
-        assert found[-1] == Offer(full, dense, 0.0)
+        found = rank_candidates(shape, tail, pivoted=pivoted, multiple=multiple)
+        assert found[-1] == Candidate(full, dense, 0.0)
         price = (lambda r: r * (sum(shape) - r)) if pivoted else (lambda r: r * sum(shape))
         every = [rank for rank in range(1, full) if rank % multiple == 0 and price(rank) < dense]
         assert [o.size for o in found[:-1]] == every
-        for offer in found[:-1]:
-            assert offer.params == price(offer.size) < dense
-            assert offer.cost == full - offer.size + 0.5
+        for candidate in found[:-1]:
+            assert candidate.params == price(candidate.size) < dense
+            assert candidate.cost == full - candidate.size + 0.5
 
 
 @pytest.mark.parametrize(("width", "multiple"), [(1, 1), (63, 1), (63, 8), (100, 32), (64, 64), (64, 16)])
 def test_width_offers(width: int, multiple: int) -> None:
     tail = torch.arange(width, -1, -1.0) + 0.5
-    found = width_offers(7, tail, multiple=multiple)
+    found = width_candidates(7, tail, multiple=multiple)
     assert [o.size for o in found] == [*(size for size in range(1, width) if size % multiple == 0), width]
     assert [o.params for o in found] == [3 * 7 * o.size for o in found]
     assert [o.cost for o in found] == [width - o.size + 0.5 for o in found[:-1]] + [0.0]

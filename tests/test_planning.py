@@ -264,14 +264,14 @@ def test_a_price_is_half_the_mean_square_of_what_moves_along_the_gradient(make_m
     weight = model.model.layers[0].self_attn.q_proj.weight.data
     metric = output_metric(sensitivity.output)
     prices.add(0, "q_proj", weight, sensitivity, metric)
-    offers = prices.curves[0, "q_proj"]
-    assert [offer.size for offer in offers] == [*range(5, 64, 5), 64]
+    candidates = prices.curves[0, "q_proj"]
+    assert [candidate.size for candidate in candidates] == [*range(5, 64, 5), 64]
     a, c = metric.double(), shrunk(sensitivity.input, PRICE_SHRINKAGE)
-    for offer in offers:
-        factors = factorize(weight.double(), offer.size, c, output_metric=a)
+    for candidate in candidates:
+        factors = factorize(weight.double(), candidate.size, c, output_metric=a)
         change = weight.double() - factors.left @ factors.right
         expected = float((a @ change @ c * change).sum()) / 2
-        assert offer.cost == pytest.approx(expected, rel=1e-6, abs=1e-9)
+        assert candidate.cost == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
 def test_same_plan_twice(make_model, tokens) -> None:

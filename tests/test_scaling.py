@@ -33,7 +33,7 @@ from lorap.cli import app
 from lorap.cli.compress import compress_command
 from lorap.cli.plan import LEFT_OUT
 from lorap.compression.estimate import GPUS, Estimate, Machine, ModelShape, estimate, find_gpu, this_machine, work
-from lorap.compression.estimate.ledger import Ledger, duration, quantity
+from lorap.compression.estimate.cost_terms import CostTerms, duration, quantity
 from lorap.compression.estimate.sizes import planned_sizes
 from lorap.compression.shrinkage import JUDGED_OUTPUTS, choose_ridge
 from lorap.config import CompressionConfig
@@ -345,11 +345,11 @@ def test_a_factorization_takes_what_torch_counts(shape_of, unit_machine: Machine
 
     config = CompressionConfig(output_weighting="loss" if weighed else "none")
     shape = replace(shape_of("llama-gqa"), projections={"o_proj": (out, inner)})
-    ledger = Ledger(unit_machine)
+    terms = CostTerms(unit_machine)
     layer = planned_sizes(shape_of("llama-gqa"), CompressionConfig(recipe="lorap")).layer
-    work.factorize(ledger, shape, config, replace(layer, ranks={"o_proj": rank}), "o_proj")
-    products = {part.what: 0.0 for part in ledger.parts}
-    for part in ledger.parts:
+    work.factorize(terms, shape, config, replace(layer, ranks={"o_proj": rank}), "o_proj")
+    products = {part.what: 0.0 for part in terms.parts}
+    for part in terms.parts:
         products[part.what] += part.amount if "Cholesky" not in part.rate and part.unit == "FLOP" else 0
     # Pivoting is LU, QR and solves but for right = rows of left times right; an inverse of L is no product either.
     products["pivot rows"] = 2 * rank**2 * inner
@@ -375,9 +375,9 @@ def test_a_refit_takes_what_torch_counts(unit_machine: Machine, shape_of) -> Non
 
     shape = replace(shape_of("llama-gqa"), projections={"down_proj": (hidden, width)})
     layer = planned_sizes(shape_of("llama-gqa"), CompressionConfig(recipe="lorap")).layer
-    ledger = Ledger(unit_machine)
-    work.prune(ledger, shape, CompressionConfig(channel_score="output"), replace(layer, intermediate_size=kept))
-    products = sum(part.amount for part in ledger.parts if part.unit == "FLOP" and "Cholesky" not in part.rate)
+    terms = CostTerms(unit_machine)
+    work.prune(terms, shape, CompressionConfig(channel_score="output"), replace(layer, intermediate_size=kept))
+    products = sum(part.amount for part in terms.parts if part.unit == "FLOP" and "Cholesky" not in part.rate)
     # choose_ridge judges every second row of so narrow a model, which is more than it aims at; solves are no products.
     rows = len(down[:: hidden // JUDGED_OUTPUTS])
     assert rows == 80

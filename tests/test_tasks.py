@@ -37,7 +37,7 @@ from lorap.evaluation.tasks import harness as lorap_harness
 from lorap.evaluation.tasks.requests import MEMBER, Document, RequestFile, find_requests, spread
 from lorap.evaluation.tasks.results import average, estimate, is_correct, paired
 from lorap.evaluation.tasks.scoring import _cross_entropy, _logits, encode, encode_pair, fit, score, takes_masks
-from lorap.evaluation.tasks.trees import Encoded, apart, batches, plant
+from lorap.evaluation.tasks.trees import Encoded, batches, build_prefix_tree, build_separate_sequences
 
 CHOICES = [
     (("The sky is", " blue"), ("The sky is", " made of very old and heavy stones")),
@@ -205,7 +205,7 @@ def test_scores_that_are_not_finite_are_refused(bigram):
 
 
 def test_a_tree_holds_each_beginning_once():
-    tree = plant(Encoded(((5, 6, 7, 8), (5, 6, 7, 9), (5, 6, 4, 8, 8)), (2, 2, 1)))
+    tree = build_prefix_tree(Encoded(((5, 6, 7, 8), (5, 6, 7, 9), (5, 6, 4, 8, 8)), (2, 2, 1)))
     # 5, 6, 7 from the first choice, then 4, 8 of the third; last tokens predict nothing.
     assert (tree.tokens, tree.parents, tree.depths) == ((5, 6, 7, 4, 8), (-1, 0, 1, 1, 3), (0, 1, 2, 2, 3))
     assert tree.edges == ((1, 7), (2, 8), (2, 9), (0, 6), (1, 4), (3, 8), (4, 8))
@@ -220,14 +220,14 @@ def test_a_tree_holds_each_beginning_once():
 
 
 def test_trees_without_a_common_beginning():
-    tree = plant(Encoded(((1, 2), (3, 2)), (1, 1)))
+    tree = build_prefix_tree(Encoded(((1, 2), (3, 2)), (1, 1)))
     assert (tree.tokens, tree.parents, tree.edges) == ((1, 3), (-1, -1), ((0, 2), (1, 2)))
-    assert [len(one.tokens) for one in apart(Encoded(((1, 2, 3), (1, 2)), (1, 1)))] == [2, 1]
+    assert [len(one.tokens) for one in build_separate_sequences(Encoded(((1, 2, 3), (1, 2)), (1, 1)))] == [2, 1]
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 50, 300, 10_000])
 def test_batches_hold_every_tree_once_and_little_padding(tokenizer, batch_tokens):
-    trees = [plant(encode(document, tokenizer)) for document in DOCUMENTS * 7]
+    trees = [build_prefix_tree(encode(document, tokenizer)) for document in DOCUMENTS * 7]
     found = batches(trees, batch_tokens)
     assert sorted(itertools.chain(*found)) == list(range(len(trees)))
     sizes = [[len(trees[index].tokens) for index in batch] for batch in found]

@@ -20,7 +20,7 @@ def quantize_int8(model: Model) -> Model:
 
     Weight-only, symmetric, one scale for each row, by torchao. Embeddings and the output head stay as they are.
     ``save_pretrained`` writes a checkpoint that ``from_pretrained`` opens again with identical weights. It saves memory
-    and disk; lorap's kernels step back for int8 weights, so on a CPU it does not make a model faster.
+    and disk; lorap's kernels leave int8 to torch weights, so on a CPU it does not make a model faster.
 
     Raises:
         ArchitectureError: the family is unknown, or the weights are int8 already.

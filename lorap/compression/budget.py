@@ -1,9 +1,9 @@
 """One parameter budget for all matrices of a model: each gets the size at which another parameter helps no less elsewhere.
 
-Every matrix, or FFN, offers sizes with a price in parameters and a cost in expected loss. Minimising the sum of the costs under a
-budget is a knapsack problem; on the lower convex hulls of the offers the greedy choice by steepest descent solves it up to
-the last step (it is the Lagrangian solution at the multiplier where the budget is reached), and what is left over then
-buys the steps that still fit.
+Every matrix, or FFN, has candidate sizes with a price in parameters and a cost in expected loss. Minimising the sum of the
+costs under a budget is a knapsack problem; on the lower convex hulls of the candidates the greedy choice by steepest descent
+solves it up to the last step (it is the Lagrangian solution at the multiplier where the budget is reached), and what is left
+over then takes the steps that still fit.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ BUDGET_SHARE = 1 / 500
 
 
 @dataclass(frozen=True)
-class Offer:
+class Candidate:
     """One size that a matrix or an FFN could have.
 
     Args:
         size: rank or width; for a matrix the smaller side means that it stays dense.
         params: that it would hold.
-        cost: expected increase of the loss, in nats per token, or any other unit that all offers share.
+        cost: expected increase of the loss, in nats per token, or any other unit that all candidates share.
     """
 
     size: int
@@ -49,7 +49,7 @@ class Offer:
     cost: float
 
 
-def rank_offers(shape: Shape, tail: Tensor, *, pivoted: bool, multiple: int) -> list[Offer]:
+def rank_candidates(shape: Shape, tail: Tensor, *, pivoted: bool, multiple: int) -> list[Candidate]:
     """Ranks of a matrix that are smaller than the dense matrix, and dense as the last.
 
     Args:
@@ -62,38 +62,42 @@ def rank_offers(shape: Shape, tail: Tensor, *, pivoted: bool, multiple: int) -> 
     full = min(shape)
     limit = full if pivoted else break_even_rank(shape)
     costs = tail.tolist()
-    offers = [
-        Offer(rank, pivoted_parameters(shape, rank) if pivoted else rank * sum(shape), costs[rank])
+    candidates = [
+        Candidate(rank, pivoted_parameters(shape, rank) if pivoted else rank * sum(shape), costs[rank])
         for rank in range(multiple, full, multiple)
         if rank < limit
     ]
-    return [*offers, Offer(full, out_features * in_features, 0.0)]
+    return [*candidates, Candidate(full, out_features * in_features, 0.0)]
 
 
-def width_offers(hidden_size: int, tail: Tensor, *, matrices: int = 3, multiple: int) -> list[Offer]:
+def width_candidates(hidden_size: int, tail: Tensor, *, matrices: int = 3, multiple: int) -> list[Candidate]:
     """Widths of a gated FFN, the dense one as the last; ``tail`` (width + 1,) is the cost at each width, from 0 on."""
     width, costs = len(tail) - 1, tail.tolist()
     sizes = [*range(multiple, width, multiple), width]
-    return [Offer(size, matrices * hidden_size * size, 0.0 if size == width else costs[size]) for size in sizes]
+    return [Candidate(size, matrices * hidden_size * size, 0.0 if size == width else costs[size]) for size in sizes]
 
 
-def tied(curves: Sequence[Sequence[Offer]]) -> list[Offer]:
-    """The same size in every layer, as one curve; all must offer the same sizes."""
+def shared_across_layers(curves: Sequence[Sequence[Candidate]]) -> list[Candidate]:
+    """The same size in every layer, as one curve; all must have candidates of the same sizes."""
     return [
-        Offer(offers[0].size, sum(offer.params for offer in offers), sum(offer.cost for offer in offers))
-        for offers in zip(*curves, strict=True)
+        Candidate(
+            candidates[0].size,
+            sum(candidate.params for candidate in candidates),
+            sum(candidate.cost for candidate in candidates),
+        )
+        for candidates in zip(*curves, strict=True)
     ]
 
 
-def spend(curves: Mapping[Key, Sequence[Offer]], budget: float) -> dict[Key, Offer]:
-    """The offer that each key takes, so that parameters stay within ``budget`` and the sum of costs is least.
+def allocate_budget(curves: Mapping[Key, Sequence[Candidate]], budget: float) -> dict[Key, Candidate]:
+    """The candidate that each key takes, so that parameters stay within ``budget`` and the sum of costs is least.
 
     Raises:
-        ConfigError: not even the smallest offers fit.
+        ConfigError: not even the smallest candidates fit.
     """
-    hulls = {key: lower_hull(offers) for key, offers in curves.items()}
+    hulls = {key: lower_hull(candidates) for key, candidates in curves.items()}
     taken = {key: hull[0] for key, hull in hulls.items()}
-    used = sum(offer.params for offer in taken.values())
+    used = sum(candidate.params for candidate in taken.values())
     if used > budget:
         raise ConfigError(
             f"the smallest ranks and widths need {used:,} parameters and the sparsity leaves {budget:,.0f}; lower the sparsity, "
@@ -107,42 +111,44 @@ def spend(curves: Mapping[Key, Sequence[Offer]], budget: float) -> dict[Key, Off
     for _, _, _, key, after in sorted(steps, key=lambda step: step[:3]):
         extra = after.params - taken[key].params
         if used + extra > budget:
-            break  # flatter steps would still fit, but offers between the corners of this one may help more
+            break  # flatter steps would still fit, but candidates between the corners of this one may help more
         taken[key] = after
         used += extra
     return _top_up(curves, taken, budget - used)
 
 
-def _top_up(curves: Mapping[Key, Sequence[Offer]], taken: dict[Key, Offer], left: float) -> dict[Key, Offer]:
-    """Spend what the hulls' steps were too large for, on the offers between them."""
+def _top_up(
+    curves: Mapping[Key, Sequence[Candidate]], taken: dict[Key, Candidate], left: float
+) -> dict[Key, Candidate]:
+    """Spend what the hulls' steps were too large for, on the candidates between them."""
     while True:
-        best: tuple[float, Key, Offer] | None = None
-        for key, offers in curves.items():
-            for offer in offers:
-                extra = offer.params - taken[key].params
-                gain = taken[key].cost - offer.cost
+        best: tuple[float, Key, Candidate] | None = None
+        for key, candidates in curves.items():
+            for candidate in candidates:
+                extra = candidate.params - taken[key].params
+                gain = taken[key].cost - candidate.cost
                 if 0 < extra <= left and gain > 0 and (best is None or gain / extra > best[0]):
-                    best = (gain / extra, key, offer)
+                    best = (gain / extra, key, candidate)
         if best is None:
             return taken
-        _, key, offer = best
-        left -= offer.params - taken[key].params
-        taken[key] = offer
+        _, key, candidate = best
+        left -= candidate.params - taken[key].params
+        taken[key] = candidate
 
 
-def lower_hull(offers: Sequence[Offer]) -> list[Offer]:
-    """The offers that no mixture of two others beats, by ascending parameters and descending cost."""
-    hull: list[Offer] = []
-    for offer in sorted(offers, key=lambda offer: (offer.params, offer.cost)):
-        if hull and offer.cost >= hull[-1].cost:
+def lower_hull(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates that no mixture of two others beats, by ascending parameters and descending cost."""
+    hull: list[Candidate] = []
+    for candidate in sorted(candidates, key=lambda candidate: (candidate.params, candidate.cost)):
+        if hull and candidate.cost >= hull[-1].cost:
             continue
-        while len(hull) >= 2 and _is_above(hull[-2], hull[-1], offer):
+        while len(hull) >= 2 and _is_above(hull[-2], hull[-1], candidate):
             hull.pop()
-        hull.append(offer)
+        hull.append(candidate)
     return hull
 
 
-def _is_above(first: Offer, middle: Offer, last: Offer) -> bool:
+def _is_above(first: Candidate, middle: Candidate, last: Candidate) -> bool:
     """Whether ``middle`` lies on or above the line from ``first`` to ``last``."""
     return (middle.cost - first.cost) * (last.params - first.params) >= (last.cost - first.cost) * (
         middle.params - first.params

@@ -27,13 +27,13 @@ from lorap.calibration.windows import TokenWindows
 from lorap.compression.allocation import LayerPlan, Shape, plan_layer, stock_width
 from lorap.compression.budget import (
     SMALLEST_RANK_MULTIPLE,
-    Offer,
+    Candidate,
     affordable_multiple,
-    rank_offers,
-    spend,
+    allocate_budget,
+    rank_candidates,
+    shared_across_layers,
     stock_multiple,
-    tied,
-    width_offers,
+    width_candidates,
 )
 from lorap.compression.shrinkage import output_metric, shrunk
 from lorap.config import CompressionConfig
@@ -133,7 +133,7 @@ def make_plan(
                     metrics[index, role] = metric
                 del sensitivity, metric
                 release_freed_memory(linears[role].weight.numel())
-    return Plan(by_shape or prices.buy(processes), metrics)
+    return Plan(by_shape or prices.allocate(processes), metrics)
 
 
 def shapes_of(layers: Iterable[nn.Module], architecture: Architecture) -> list[dict[str, Shape]]:
@@ -188,12 +188,12 @@ def plan_by_shape(
 
 
 class _Prices:
-    """Offers of all matrices, gathered layer by layer."""
+    """Candidates of all matrices, gathered layer by layer."""
 
     def __init__(self, config: CompressionConfig, shapes: Sequence[Mapping[str, Shape]]) -> None:
         self.config = config
         self.shapes = shapes
-        self.curves: dict[Key, list[Offer]] = {}
+        self.curves: dict[Key, list[Candidate]] = {}
         self.total = sum(_size(shape[role]) for shape in shapes for role in compressed_roles(config))
         together = len(shapes) if config.shapes == "uniform" else 1
         self.multiples = {
@@ -207,35 +207,35 @@ class _Prices:
             moment = Moment(sensitivity.input.to(weight.device), shrinkage=PRICE_SHRINKAGE)
             order = output_scores(weight, moment.diagonal, metric).argsort(descending=True, stable=True)
             tail = repaired_tail(weight, moment, order, ridge=PRICE_RIDGE, output_metric=metric)
-            offers = width_offers(weight.shape[0], tail / 2, multiple=self.multiples[role])
+            candidates = width_candidates(weight.shape[0], tail / 2, multiple=self.multiples[role])
         else:
             tail = suffix_sums(spectrum(weight, shrunk(sensitivity.input.to(weight.device), PRICE_SHRINKAGE), metric))
-            offers = rank_offers(
+            candidates = rank_candidates(
                 (weight.shape[0], weight.shape[1]),
                 tail / 2,
                 pivoted=self.config.storage == "pivoted",
                 multiple=self.multiples[role],
             )
-        self.curves[index, role] = offers
+        self.curves[index, role] = candidates
 
     def check_budget(self) -> None:
-        """Refuse a budget below the smallest offers of all matrices, which no weight has a say in."""
-        smallest: dict[Key, list[Offer]] = {}
+        """Refuse a budget below the smallest candidates of all matrices, which no weight has a say in."""
+        smallest: dict[Key, list[Candidate]] = {}
         for index, shapes in enumerate(self.shapes):
             for role in roles_needing_gradients(self.config):
                 out_features, in_features = shapes[role]
                 multiple = self.multiples[role]
                 if role == "down_proj":
-                    offers = width_offers(out_features, torch.zeros(in_features + 1), multiple=multiple)
+                    candidates = width_candidates(out_features, torch.zeros(in_features + 1), multiple=multiple)
                 else:
                     pivoted = self.config.storage == "pivoted"
                     tail = torch.zeros(min(shapes[role]) + 1)
-                    offers = rank_offers(shapes[role], tail, pivoted=pivoted, multiple=multiple)
-                smallest[index, role] = [min(offers, key=lambda offer: offer.params)]
-        spend(smallest, (1 - self.config.sparsity) * self.total)
+                    candidates = rank_candidates(shapes[role], tail, pivoted=pivoted, multiple=multiple)
+                smallest[index, role] = [min(candidates, key=lambda candidate: candidate.params)]
+        allocate_budget(smallest, (1 - self.config.sparsity) * self.total)
 
-    def buy(self, processes: Processes) -> list[LayerPlan]:
-        offered: dict[Key, list[Offer]] = {}
+    def allocate(self, processes: Processes) -> list[LayerPlan]:
+        offered: dict[Key, list[Candidate]] = {}
         for curves in processes.all_gather(self.curves):
             offered |= curves
         # In one order, whoever made them: it breaks ties.
@@ -246,10 +246,12 @@ class _Prices:
         if self.config.shapes == "uniform":
             roles = dict.fromkeys(role for _, role in self.curves)  # a set would break ties by the hash seed
             layers = range(len(self.shapes))
-            shared = spend({role: tied([self.curves[index, role] for index in layers]) for role in roles}, budget)
+            shared = allocate_budget(
+                {role: shared_across_layers([self.curves[index, role] for index in layers]) for role in roles}, budget
+            )
             taken = {(index, role): shared[role].size for index in layers for role in roles}
         else:
-            taken = {key: offer.size for key, offer in spend(self.curves, budget).items()}
+            taken = {key: candidate.size for key, candidate in allocate_budget(self.curves, budget).items()}
         plans = []
         for index, shapes in enumerate(self.shapes):
             ranks = {role: taken[index, role] for role in ATTENTION if (index, role) in taken}

@@ -10,7 +10,7 @@ from lorap.architectures import MLP, PROJECTIONS, SHARED_INPUTS
 from lorap.calibration.backward import BATCH_TOKENS as BACKWARD_TOKENS
 from lorap.calibration.stream import BATCH_TOKENS
 from lorap.compression.estimate import work
-from lorap.compression.estimate.ledger import Ledger, Part
+from lorap.compression.estimate.cost_terms import CostTerm, CostTerms
 from lorap.compression.estimate.passes import LOSS_PASSES, Passes
 from lorap.evaluation.perplexity import BATCH_TOKENS as EVALUATION_BATCH
 from lorap.requirements import (
@@ -36,7 +36,7 @@ class Stage:
     """One stage of a run: its parts, and the bytes that are held at its fullest moment."""
 
     name: str
-    parts: Sequence[Part]
+    parts: Sequence[CostTerm]
     memory_bytes: int
 
     @property
@@ -47,7 +47,7 @@ class Stage:
 def stages(run: Passes) -> Iterator[Stage]:
     """In the order of the run; those that nothing is done in are left out. Stages from calibrate to keep alternate, by layer."""
     memory = run.memory
-    found: list[tuple[str, Ledger, int]] = [
+    found: list[tuple[str, CostTerms, int]] = [
         ("read and check", _read(run), memory.read()),
         ("sample", _sample(run), memory.sample(run.texts, whole=run.fits)),
         ("evaluate before", _evaluate(run, run.before, paged=True), memory.evaluate(run.texts.evaluation_tokens)),
@@ -60,72 +60,72 @@ def stages(run: Passes) -> Iterator[Stage]:
         ("evaluate after", _evaluate(run, run.after, paged=False), memory.evaluate(run.texts.evaluation_tokens)),
         ("write", _write(run), memory.held),
     ]
-    return (Stage(name, ledger.parts, peak) for name, ledger, peak in found if ledger.parts)
+    return (Stage(name, terms.parts, peak) for name, terms, peak in found if terms.parts)
 
 
-def _read(run: Passes) -> Ledger:
-    ledger, shape = run.ledger(), run.shape
+def _read(run: Passes) -> CostTerms:
+    terms, shape = run.terms(), run.shape
     stored = sum(shape.stored_bytes.values())
-    ledger.fixed("tokenizer, texts", SETUP if shape.paged else GGUF_SETUP, "whatever the size")
-    ledger.read_once("weights", stored, f"{stored:,} B in the files")
+    terms.fixed("tokenizer, texts", SETUP if shape.paged else GGUF_SETUP, "whatever the size")
+    terms.read_once("weights", stored, f"{stored:,} B in the files")
     if not shape.paged:
         count = sum(shape.params.values())
-        ledger.fixed("dequantize", count / GGUF_RATE, f"{count:,} parameters at {GGUF_RATE:,.0f} a second")
-    ledger.moved("look for NaN", 2 * shape.computed_bytes, f"2 x {shape.computed_bytes:,} B")
-    return ledger
+        terms.fixed("dequantize", count / GGUF_RATE, f"{count:,} parameters at {GGUF_RATE:,.0f} a second")
+    terms.moved("look for NaN", 2 * shape.computed_bytes, f"2 x {shape.computed_bytes:,} B")
+    return terms
 
 
-def _sample(run: Passes) -> Ledger:
+def _sample(run: Passes) -> CostTerms:
     """Every process writes the same words, so that nothing is shared."""
-    texts, shape, ledger = run.texts, run.shape, run.ledger()
+    texts, shape, terms = run.texts, run.shape, run.terms()
     if not texts.own_windows:
-        return ledger
+        return terms
     rounds = -(-texts.own_windows // texts.sample_windows)
     steps, tokens = rounds * texts.seq_len, texts.own_windows * texts.seq_len
     params = shape.num_layers * shape.layer_params + shape.head_params
-    ledger.products("words", 2 * params * tokens, shape.dtype, f"2 x {params:,} parameters x {tokens:,} tokens")
+    terms.products("words", 2 * params * tokens, shape.dtype, f"2 x {params:,} parameters x {tokens:,} tokens")
     weights = params * shape.itemsize
-    ledger.moved("every weight at every step", steps * weights, f"{steps:,} steps x {weights:,} B")
+    terms.moved("every weight at every step", steps * weights, f"{steps:,} steps x {weights:,} B")
     keys = shape.num_layers * 2 * shape.projections["k_proj"][0] * shape.itemsize
     formula = f"3 x {tokens:,} tokens x {texts.seq_len / 2:g} before each x {keys:,} B"
-    ledger.moved("keys and values", 3 * tokens * texts.seq_len / 2 * keys, formula)
+    terms.moved("keys and values", 3 * tokens * texts.seq_len / 2 * keys, formula)
     drawn = DRAW_PASSES * tokens * shape.vocab_size * 4
-    ledger.moved("drawing", drawn, f"{DRAW_PASSES} x {tokens:,} tokens x {shape.vocab_size:,} words x 4 B")
+    terms.moved("drawing", drawn, f"{DRAW_PASSES} x {tokens:,} tokens x {shape.vocab_size:,} words x 4 B")
     words = tokens * shape.vocab_size
-    ledger.drawn("random numbers", words, f"{tokens:,} tokens x {shape.vocab_size:,} words")
-    ledger.calls("calls", steps * shape.num_layers, f"{steps:,} steps x {shape.num_layers} layers")
-    run.page(ledger, run.before, passes=1 if run.fits else steps)
-    return ledger
+    terms.drawn("random numbers", words, f"{tokens:,} tokens x {shape.vocab_size:,} words")
+    terms.calls("calls", steps * shape.num_layers, f"{steps:,} steps x {shape.num_layers} layers")
+    run.page(terms, run.before, passes=1 if run.fits else steps)
+    return terms
 
 
-def _evaluate(run: Passes, params: dict[str, int], *, paged: bool) -> Ledger:
+def _evaluate(run: Passes, params: dict[str, int], *, paged: bool) -> CostTerms:
     """Afterwards each layer is in memory anyway."""
-    ledger, tokens = run.ledger(shared=True), run.texts.evaluation_tokens
+    terms, tokens = run.terms(shared=True), run.texts.evaluation_tokens
     if not tokens:
-        return ledger
+        return terms
     if paged:
-        alone = run.ledger()
+        alone = run.terms()
         run.page(alone, params)
-        ledger.include(alone)
-    layers = run.ledger(shared=True, each_layer=True)
+        terms.include(alone)
+    layers = run.terms(shared=True, each_layer=True)
     run.run(layers, tokens, sum(params.values()), batch=EVALUATION_BATCH, what="decoder layers")
-    ledger.include(layers)
-    run.loss(ledger, tokens)
-    return ledger
+    terms.include(layers)
+    run.loss(terms, tokens)
+    return terms
 
 
-def _plan(run: Passes) -> Ledger:
-    config, shape, ledger = run.config, run.shape, run.ledger(shared=True)
-    paging, layers = run.ledger(), run.ledger(shared=True, each_layer=True)
+def _plan(run: Passes) -> CostTerms:
+    config, shape, terms = run.config, run.shape, run.terms(shared=True)
+    paging, layers = run.terms(), run.terms(shared=True, each_layer=True)
     dense = sum(run.before.values())
     if config.allocation == "flap" and config.sparsity > 0:
         run.page(paging, run.before)
         run.run(layers, run.texts.tokens, 2 * dense, batch=BATCH_TOKENS, what="observe and advance")
-        ledger.include(paging)
-        ledger.include(layers)
-        return ledger
+        terms.include(paging)
+        terms.include(layers)
+        return terms
     if not (roles := roles_needing_gradients(config)):
-        return ledger
+        return terms
     run.page(paging, run.before, passes=2)
     tokens = run.texts.planning_tokens
     what = "forward, forward again, backward"
@@ -133,20 +133,20 @@ def _plan(run: Passes) -> Ledger:
     for role in roles:
         for side, size in zip(("outputs", "inputs"), shape.projections[role], strict=True):
             run.second_moment(layers, tokens, size, f"{role} {side}", batch=BACKWARD_TOKENS, prices=True)
-    ledger.include(paging)
-    ledger.include(layers)
-    run.loss(ledger, tokens, heads=2, passes=2 * LOSS_PASSES)
+    terms.include(paging)
+    terms.include(layers)
+    run.loss(terms, tokens, heads=2, passes=2 * LOSS_PASSES)
     if allocates_by_loss(config):
-        run.deal(ledger, [partial(_price, run, role) for role in roles])
+        run.deal(terms, [partial(_price, run, role) for role in roles])
     if nbytes := metric_bytes(run):
-        kept = run.ledger()
-        kept.carried("metrics of outputs", nbytes, "written", f"{nbytes:,} B")
-        ledger.include(kept)
-    return ledger
+        kept = run.terms()
+        kept.transferred("metrics of outputs", nbytes, "written", f"{nbytes:,} B")
+        terms.include(kept)
+    return terms
 
 
-def _price(run: Passes, role: str, ledger: Ledger) -> None:
-    work.price(ledger, run.shape, role)
+def _price(run: Passes, role: str, terms: CostTerms) -> None:
+    work.price(terms, run.shape, role)
 
 
 def metric_bytes(run: Passes) -> int:
@@ -156,11 +156,11 @@ def metric_bytes(run: Passes) -> int:
     )
 
 
-def _calibrate(run: Passes) -> Ledger:
+def _calibrate(run: Passes) -> CostTerms:
     shape, tokens = run.shape, run.texts.tokens
-    ledger, layers = run.ledger(), run.ledger(shared=True, each_layer=True)
-    run.page(ledger, run.before, what="dense weights")
-    run.page(ledger, run.after, what="compressed weights")
+    terms, layers = run.terms(), run.terms(shared=True, each_layer=True)
+    run.page(terms, run.before, what="dense weights")
+    run.page(terms, run.after, what="compressed weights")
     for inputs, params in observations(run):
         if params:
             run.run(layers, tokens, params, batch=BATCH_TOKENS, what=f"observe {inputs[-1].replace('_', ' ')}")
@@ -170,15 +170,15 @@ def _calibrate(run: Passes) -> Ledger:
                 size, told = shape.projections[SHARED_INPUTS[name][0]][1], name.replace("_", " ")
                 run.second_moment(layers, tokens, size, told, batch=BATCH_TOKENS, mean=mean)
     run.run(layers, tokens, sum(run.after.values()), batch=BATCH_TOKENS, what="advance")
-    ledger.include(layers)
+    terms.include(layers)
     hidden = run.memory.hidden_bytes
     spilled = (hidden - run.memory.in_memory(hidden)) * shape.num_layers
     passes = 1 + sum(1 for _ in observations(run))
-    ledger.carried("hidden states", spilled, "written", f"{shape.num_layers} x what is over the budget")
-    ledger.carried(
+    terms.transferred("hidden states", spilled, "written", f"{shape.num_layers} x what is over the budget")
+    terms.transferred(
         "hidden states", passes * spilled, "cache", f"{passes} x {shape.num_layers} x what is over the budget"
     )
-    return ledger
+    return terms
 
 
 def observations(run: Passes) -> Iterator[tuple[tuple[str, ...], int]]:
@@ -203,45 +203,45 @@ def observations(run: Passes) -> Iterator[tuple[tuple[str, ...], int]]:
         yield step, sum((run.before if role in MLP and prunes else behind)[role] for role in passed)
 
 
-def _factorize(run: Passes) -> Ledger:
-    ledger = run.ledger()
+def _factorize(run: Passes) -> CostTerms:
+    terms = run.terms()
     for group in SHARED_INPUTS.values() if run.config.sequential == "sublayer" else (PROJECTIONS,):
-        jobs: list[Callable[[Ledger], None]] = [
+        jobs: list[Callable[[CostTerms], None]] = [
             partial(_factorize_one, run, role) for role in group if role in run.layer.ranks
         ]
-        run.deal(ledger, jobs)
-    return ledger
+        run.deal(terms, jobs)
+    return terms
 
 
-def _factorize_one(run: Passes, role: str, ledger: Ledger) -> None:
-    work.factorize(ledger, run.shape, run.config, run.layer, role)
+def _factorize_one(run: Passes, role: str, terms: CostTerms) -> None:
+    work.factorize(terms, run.shape, run.config, run.layer, role)
 
 
-def _prune(run: Passes) -> Ledger:
-    ledger = run.ledger(each_layer=True)
+def _prune(run: Passes) -> CostTerms:
+    terms = run.terms(each_layer=True)
     if run.prunes and run.config.mlp_method == "prune":
-        work.prune(ledger, run.shape, run.config, run.layer)
-    return ledger
+        work.prune(terms, run.shape, run.config, run.layer)
+    return terms
 
 
-def _keep(run: Passes) -> Ledger:
+def _keep(run: Passes) -> CostTerms:
     """Each finished layer, so that an interrupted run goes on behind it."""
-    ledger = run.ledger()
+    terms = run.terms()
     nbytes = sum(run.sizes.nbytes[role] for role in PROJECTIONS)
-    ledger.carried("finished layers", nbytes, "written", f"{nbytes:,} B")
-    return ledger
+    terms.transferred("finished layers", nbytes, "written", f"{nbytes:,} B")
+    return terms
 
 
-def _correct(run: Passes) -> Ledger:
+def _correct(run: Passes) -> CostTerms:
     """Forward through the dense layers; later forward, forward again, and backward to inputs and weights.
 
     What judges goes forward through the dense layers, and through the compressed ones before and after.
     """
-    ledger = run.ledger(shared=True)
+    terms = run.terms(shared=True)
     steps, step_tokens = run.texts.step_tokens(run.config.correction_steps)
     if not run.config.corrects or not steps:
-        return ledger
-    paging, layers = run.ledger(), run.ledger(shared=True, each_layer=True)
+        return terms
+    paging, layers = run.terms(), run.terms(shared=True, each_layer=True)
     run.page(paging, run.before, what="dense weights")
     run.page(paging, run.after, passes=2 * steps + 1)
     tokens, judging, params = steps * step_tokens, step_tokens, sum(run.after.values())
@@ -249,15 +249,15 @@ def _correct(run: Passes) -> Ledger:
     what = "forward, forward again, backward, weights"
     run.run(layers, tokens, 4 * params, batch=BACKWARD_TOKENS, what=what, attention=4)
     run.run(layers, judging, 2 * params, batch=BACKWARD_TOKENS, what="forward, to judge by", attention=2)
-    ledger.include(paging)
-    ledger.include(layers)
-    run.loss(ledger, tokens, heads=3)
-    run.loss(ledger, judging, heads=4)
-    kept = run.ledger()
+    terms.include(paging)
+    terms.include(layers)
+    run.loss(terms, tokens, heads=3)
+    run.loss(terms, judging, heads=4)
+    kept = run.terms()
     nbytes, times = corrected_bytes(run), 1 if run.memory.resident else steps
-    kept.carried("corrected layers", times * nbytes, "written", f"{times:,} x {nbytes:,} B")
-    ledger.include(kept)
-    return ledger
+    kept.transferred("corrected layers", times * nbytes, "written", f"{times:,} x {nbytes:,} B")
+    terms.include(kept)
+    return terms
 
 
 def corrected_bytes(run: Passes) -> int:
@@ -265,7 +265,7 @@ def corrected_bytes(run: Passes) -> int:
     return sum(run.sizes.nbytes[role] for role in PROJECTIONS) if run.config.corrects and run.memory.steps else 0
 
 
-def _write(run: Passes) -> Ledger:
-    ledger, nbytes = run.ledger(), sum(run.sizes.nbytes.values())
-    ledger.carried("the folder", nbytes, "written", f"{nbytes:,} B")
-    return ledger
+def _write(run: Passes) -> CostTerms:
+    terms, nbytes = run.terms(), sum(run.sizes.nbytes.values())
+    terms.transferred("the folder", nbytes, "written", f"{nbytes:,} B")
+    return terms

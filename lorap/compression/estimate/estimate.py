@@ -11,7 +11,7 @@ from lorap.architectures import PROJECTIONS
 from lorap.calibration.mixtures import Sources
 from lorap.calibration.sources import DEFAULT_CALIBRATION
 from lorap.compression.estimate.cost import Stage, corrected_bytes, metric_bytes, stages
-from lorap.compression.estimate.ledger import duration, quantity
+from lorap.compression.estimate.cost_terms import duration, quantity
 from lorap.compression.estimate.memory import Memory
 from lorap.compression.estimate.passes import Passes
 from lorap.compression.estimate.rates import Machine

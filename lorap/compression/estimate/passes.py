@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from lorap.algorithms.symmetric import LOWER
 from lorap.architectures import PROJECTIONS
 from lorap.compression.allocation import LayerPlan
-from lorap.compression.estimate.ledger import Ledger
+from lorap.compression.estimate.cost_terms import CostTerms
 from lorap.compression.estimate.memory import Memory
 from lorap.compression.estimate.rates import Machine
 from lorap.compression.estimate.shapes import ModelShape
@@ -70,56 +70,64 @@ class Passes:
         """Whether the whole model can be in memory while it writes."""
         return self.memory.resident or self.shape.computed_bytes <= MODEL_ROOM * self.machine.memory_bytes
 
-    def ledger(self, *, shared: bool = False, each_layer: bool = False) -> Ledger:
+    def terms(self, *, shared: bool = False, each_layer: bool = False) -> CostTerms:
         """An empty one: for the whole model or once for each layer, alone or with the windows shared among processes."""
         times = self.shape.num_layers if each_layer else 1
-        return Ledger(self.machine, times=times, processes=self.speedup if shared else 1)
+        return CostTerms(self.machine, times=times, processes=self.speedup if shared else 1)
 
-    def page(self, ledger: Ledger, params: dict[str, int], *, passes: int = 1, what: str = "weights") -> None:
+    def page(self, terms: CostTerms, params: dict[str, int], *, passes: int = 1, what: str = "weights") -> None:
         """Layers come from their files into memory, every process on its own."""
         if self.memory.resident:
             return
         nbytes = self.shape.num_layers * sum(params.values()) * self.shape.itemsize
         source = "cache" if nbytes <= FILE_ROOM * self.machine.host_bytes else "disk"
-        ledger.carried(what, passes * nbytes, source, f"{passes:,} x {nbytes:,} B")
+        terms.transferred(what, passes * nbytes, source, f"{passes:,} x {nbytes:,} B")
 
-    def run(self, ledger: Ledger, tokens: int, params: int, *, batch: int, what: str, attention: int = 1) -> None:
+    def run(self, terms: CostTerms, tokens: int, params: int, *, batch: int, what: str, attention: int = 1) -> None:
         """Tokens through matrices of one layer, and through so many attentions; backward is two."""
         dtype, seq_len = self.shape.dtype, self.texts.seq_len
         across = 4 * attention * seq_len * self.shape.projections["q_proj"][0]
         told = f"{tokens:,} tokens x (2 x {params:,} parameters + {across:,} of attention)"
-        ledger.products(what, tokens * (2 * params + across), dtype, told)
+        terms.products(what, tokens * (2 * params + across), dtype, told)
         wide = HIDDEN_PASSES * self.shape.hidden_size + INNER_PASSES * self.shape.width
         nbytes = tokens * wide * self.shape.itemsize
-        ledger.moved(f"{what}, between products", nbytes, f"{tokens:,} tokens x {wide:,} x {self.shape.itemsize} B")
+        terms.moved(f"{what}, between products", nbytes, f"{tokens:,} tokens x {wide:,} x {self.shape.itemsize} B")
         batches = -(-tokens // batch)
-        ledger.calls(f"{what}, calls", batches, f"{batches:,} batches of {batch:,} tokens")
+        terms.calls(f"{what}, calls", batches, f"{batches:,} batches of {batch:,} tokens")
 
-    def loss(self, ledger: Ledger, tokens: int, *, heads: int = 1, passes: int = LOSS_PASSES) -> None:
+    def loss(self, terms: CostTerms, tokens: int, *, heads: int = 1, passes: int = LOSS_PASSES) -> None:
         """The head, backward as often again, and so many passes over logits: by default those of cross entropy."""
         head = self.shape.head_params
-        ledger.products(
+        terms.products(
             "head", 2 * heads * head * tokens, self.shape.dtype, f"{2 * heads} x {head:,} x {tokens:,} tokens"
         )
         nbytes = passes * tokens * self.shape.vocab_size * 4
-        ledger.moved("loss", nbytes, f"{passes} x {tokens:,} tokens x {self.shape.vocab_size:,} words x 4 B")
+        terms.moved("loss", nbytes, f"{passes} x {tokens:,} tokens x {self.shape.vocab_size:,} words x 4 B")
 
     def second_moment(
-        self, ledger: Ledger, tokens: int, size: int, told: str, *, batch: int, prices: bool = False, mean: bool = False
+        self,
+        terms: CostTerms,
+        tokens: int,
+        size: int,
+        told: str,
+        *,
+        batch: int,
+        prices: bool = False,
+        mean: bool = False,
     ) -> None:
         """Sums of outer products of one input; the products are exact where a mean will be subtracted."""
         sums = sums_dtype(size, prices=prices)
         told = f"second moment of {told}"
         formula = f"{2 * LOWER:.3g} x {tokens:,} tokens x {size:,}^2"
-        ledger.products(told, 2 * LOWER * tokens * size**2, sums if mean else "float32", formula)
+        terms.products(told, 2 * LOWER * tokens * size**2, sums if mean else "float32", formula)
         passes, width = (8, 8) if sums == "float64" else (4, 4)
         batches = -(-tokens // batch)
         passed = f"{batches:,} batches x {passes} passes over {size:,}^2 x {width} B"
-        ledger.moved(told + ", sums", batches * passes * width * size**2, passed)
+        terms.moved(told + ", sums", batches * passes * width * size**2, passed)
 
-    def deal(self, ledger: Ledger, jobs: Sequence[Callable[[Ledger], None]]) -> None:
+    def deal(self, terms: CostTerms, jobs: Sequence[Callable[[CostTerms], None]]) -> None:
         """Work of one layer that is dealt out whole: as many jobs at once as there are processes and evenly large pieces."""
-        alone = [self.ledger() for _ in jobs]
+        alone = [self.terms() for _ in jobs]
         for part, job in zip(alone, jobs, strict=True):
             job(part)
         seconds = sorted((part.seconds for part in alone), reverse=True)
@@ -128,6 +136,6 @@ class Passes:
             loads[loads.index(min(loads))] += each
         at_once = sum(seconds) / max(loads) if sum(seconds) else 1.0
         for job in jobs:
-            part = Ledger(self.machine, times=self.shape.num_layers, processes=at_once)
+            part = CostTerms(self.machine, times=self.shape.num_layers, processes=at_once)
             job(part)
-            ledger.include(part)
+            terms.include(part)

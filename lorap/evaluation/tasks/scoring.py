@@ -20,7 +20,7 @@ from tqdm import tqdm
 from lorap.architectures import ARCHITECTURES
 from lorap.errors import TaskError
 from lorap.evaluation.tasks.requests import Document
-from lorap.evaluation.tasks.trees import Encoded, Tree, apart, batches, plant
+from lorap.evaluation.tasks.trees import Encoded, Tree, batches, build_prefix_tree, build_separate_sequences
 from lorap.nn.linear import is_plain
 
 # Tokens of one forward pass. A CPU is no faster with more; a GPU is.
@@ -113,7 +113,7 @@ def score(
         TaskError: a score is not finite.
     """
     share = share and takes_masks(model)
-    groups = [[plant(question)] if share else apart(question) for question in questions]
+    groups = [[build_prefix_tree(question)] if share else build_separate_sequences(question) for question in questions]
     trees = list(itertools.chain.from_iterable(groups))
     device = model.get_input_embeddings().weight.device
     found: list[list[Score]] = [[] for _ in trees]

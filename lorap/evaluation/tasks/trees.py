@@ -56,7 +56,7 @@ class Tree:
         return found
 
 
-def plant(encoded: Encoded) -> Tree:
+def build_prefix_tree(encoded: Encoded) -> Tree:
     """One tree of all choices."""
     nodes: dict[tuple[int, int], int] = {}
     depths: list[int] = []
@@ -76,9 +76,11 @@ def plant(encoded: Encoded) -> Tree:
     return Tree(tokens, parents, tuple(depths), tuple(edges), tuple(paths))
 
 
-def apart(encoded: Encoded) -> list[Tree]:
+def build_separate_sequences(encoded: Encoded) -> list[Tree]:
     """A tree for each choice: nothing is shared, and a tree is a plain text."""
-    return [plant(Encoded((ids,), (start,))) for ids, start in zip(encoded.ids, encoded.starts, strict=True)]
+    return [
+        build_prefix_tree(Encoded((ids,), (start,))) for ids, start in zip(encoded.ids, encoded.starts, strict=True)
+    ]
 
 
 def batches(trees: Sequence[Tree], batch_tokens: int) -> list[list[int]]:

@@ -9,7 +9,7 @@ from lorap.compression.estimate.rates import Machine
 
 
 @dataclass(frozen=True)
-class Part:
+class CostTerm:
     """One kind of work in a stage.
 
     Args:
@@ -29,7 +29,7 @@ class Part:
     seconds: float
 
 
-class Ledger:
+class CostTerms:
     """Collects parts at the rates of one machine.
 
     Args:
@@ -40,7 +40,7 @@ class Ledger:
 
     def __init__(self, machine: Machine, *, times: int = 1, processes: float = 1.0) -> None:
         self.machine, self.times, self.processes = machine, times, processes
-        self.parts: list[Part] = []
+        self.parts: list[CostTerm] = []
 
     @property
     def seconds(self) -> float:
@@ -67,7 +67,7 @@ class Ledger:
         rate = self.machine.moved
         self._add(what, formula, nbytes, "B", f"{quantity(rate, 'B/s')} in memory", nbytes / rate)
 
-    def carried(self, what: str, nbytes: float, source: str, formula: str) -> None:
+    def transferred(self, what: str, nbytes: float, source: str, formula: str) -> None:
         """Bytes from a ``disk`` or from the system's ``cache`` of it, and over the link to a GPU; or ``written`` to the disk."""
         machine = self.machine
         rates = {"disk": machine.disk_read, "cache": machine.cached_read, "written": machine.disk_write}
@@ -101,8 +101,8 @@ class Ledger:
         each = self.machine.layer_call
         self._add(what, formula, count, "calls", f"{duration(each)} each", count * each)
 
-    def include(self, other: Ledger) -> None:
-        """Everything of another ledger, once for each of its times; parts of the same kind become one."""
+    def include(self, other: CostTerms) -> None:
+        """Everything of another terms, once for each of its times; parts of the same kind become one."""
         self.parts = merged([*self.parts, *other.parts])
 
     def _add(self, what: str, formula: str, amount: float, unit: str, rate: str, seconds: float) -> None:
@@ -111,17 +111,19 @@ class Ledger:
         formula = f"{self.times} x ({formula})" if self.times > 1 else formula
         if self.processes > 1:
             rate += f", {self.processes:.3g} at once"
-        self.parts.append(Part(what, formula, self.times * amount, unit, rate, self.times * seconds / self.processes))
+        self.parts.append(
+            CostTerm(what, formula, self.times * amount, unit, rate, self.times * seconds / self.processes)
+        )
 
 
-def merged(parts: Sequence[Part]) -> list[Part]:
+def merged(parts: Sequence[CostTerm]) -> list[CostTerm]:
     """Parts of one kind and formula, such as equal factorizations, as one."""
-    found: dict[tuple[str, str, str, str], Part] = {}
+    found: dict[tuple[str, str, str, str], CostTerm] = {}
     for part in parts:
         key = (part.what, part.formula, part.unit, part.rate)
         if key in found:
             before = found[key]
-            part = Part(*key[:2], before.amount + part.amount, *key[2:], before.seconds + part.seconds)
+            part = CostTerm(*key[:2], before.amount + part.amount, *key[2:], before.seconds + part.seconds)
         found[key] = part
     return list(found.values())
 
