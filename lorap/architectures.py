@@ -45,12 +45,14 @@ class Architecture:
     Args:
         families: what people call the models, for messages.
         layers: path from the model to its list of decoder layers.
+        attention: path from a decoder layer to its attention.
         mlp: path from a decoder layer to its FFN.
         projections: path from a decoder layer to each of the seven linear layers.
     """
 
     families: str
     layers: str = "model.layers"
+    attention: str = "self_attn"
     mlp: str = "mlp"
     projections: Mapping[str, str] = field(default_factory=_llama_projections)
 
@@ -79,6 +81,22 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "smollm3": Architecture("SmolLM3"),
     }
 )
+
+
+def known_architecture(model: nn.Module, *, to: str) -> Architecture:
+    """The table entry for a model, dense or compressed.
+
+    Args:
+        model: of transformers.
+        to: what it is wanted for, for the message.
+
+    Raises:
+        ArchitectureError: the family is unknown.
+    """
+    model_type = getattr(model.config, "model_type", "")
+    if model_type not in ARCHITECTURES:
+        raise ArchitectureError(f"cannot {to} model type {model_type!r}; known: {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[model_type]
 
 
 def find_architecture(model: nn.Module) -> Architecture:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import lorap
 from lorap import ArchitectureError, LowRankLinear, merge_shared_inputs, optimize_for_inference
-from lorap.nn import native, ops
+from lorap.nn import dispatch, implementations, native, ops
 from lorap.nn.fused import GatedMLP, SharedInput
 from lorap.nn.linear import Linear
 
@@ -158,8 +158,11 @@ def test_a_decode_step_runs_one_op_for_q_k_v_and_one_for_gate_up(
         calls[name] += 1
         return run(*arguments)
 
-    for name in ops.SCHEMAS:
-        monkeypatch.setattr(ops, name, functools.partial(counted, name, getattr(ops, name)))
+    kernels, choices = implementations.IMPLEMENTATIONS["cpu"], []
+    for name in implementations.LINEAR_OPS:
+        monkeypatch.setitem(kernels, name, functools.partial(counted, name, kernels[name]))
+    choose = dispatch.choose
+    monkeypatch.setattr(dispatch, "choose", lambda op, *rest: choices.append(op) or choose(op, *rest))
     model = optimize_for_inference(build("llama-gqa", kind))
     with torch.no_grad():
         model(tokens[:1, :1])
@@ -172,12 +175,13 @@ def test_a_decode_step_runs_one_op_for_q_k_v_and_one_for_gate_up(
         "low_rank_linear": 2 * down_and_o[1],
     }
     assert {name: count for name, count in calls.items() if count} == {name: n for name, n in expected.items() if n}
+    assert len(choices) == sum(calls.values())  # each call is dispatched once
 
 
 @needs_cpu_kernels
 def test_long_inputs_run_each_projection_by_itself(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = merge_shared_inputs(build())
-    monkeypatch.setattr(SharedInput, "_run", lambda *_: pytest.fail("merged"))
+    monkeypatch.setattr(SharedInput, "_factors", lambda *_: pytest.fail("merged"))
     with torch.no_grad():
         attention(model).q_proj(attention_input(model, 33))
 

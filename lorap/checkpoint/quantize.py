@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from lorap.architectures import ARCHITECTURES
+from lorap.architectures import known_architecture
 from lorap.checkpoint.format import LoRAPConfig
 from lorap.checkpoint.hf_quantizer import attach_quantization_config, get_quantization_config
 from lorap.errors import ArchitectureError
@@ -20,15 +20,13 @@ def quantize_int8(model: Model) -> Model:
 
     Weight-only, symmetric, one scale for each row, by torchao. Embeddings and the output head stay as they are.
     ``save_pretrained`` writes a checkpoint that ``from_pretrained`` opens again with identical weights. It saves memory
-    and disk; lorap's kernels leave int8 to torch weights, so on a CPU it does not make a model faster.
+    and disk; lorap's kernels leave int8 weights to torch, so on a CPU it does not make a model faster.
 
     Raises:
         ArchitectureError: the family is unknown, or the weights are int8 already.
         BackendError: torchao is not installed.
     """
-    model_type = getattr(model.config, "model_type", "")
-    if model_type not in ARCHITECTURES:
-        raise ArchitectureError(f"cannot quantize model type {model_type!r}; known: {', '.join(ARCHITECTURES)}")
+    known_architecture(model, to="quantize")
     compression = get_quantization_config(model) or LoRAPConfig()
     if compression.weights == "int8":
         raise ArchitectureError("the weights of this model are int8 already")

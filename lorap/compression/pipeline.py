@@ -22,6 +22,7 @@ from lorap.calibration.mixtures import Sources, check_sources
 from lorap.calibration.sources import DEFAULT_CALIBRATION, Source
 from lorap.calibration.stream import CalibrationStream
 from lorap.calibration.windows import TokenWindows, fold_of
+from lorap.checkpoint.finite import check_finite
 from lorap.checkpoint.load import check_tokenizer, find_model, load_model, load_tokenizer, model_name, resolve_device
 from lorap.checkpoint.paging import pages_of
 from lorap.checkpoint.validate import believe_own_head
@@ -35,7 +36,6 @@ from lorap.config import CompressionConfig
 from lorap.errors import ConfigError
 from lorap.evaluation.perplexity import BATCH_TOKENS as EVALUATION_BATCH
 from lorap.evaluation.perplexity import evaluate_stream
-from lorap.checkpoint.finite import check_finite
 from lorap.nn.linear import count_parameters
 from lorap.reports.records import Evaluation
 from lorap.reports.run import CompressionReport, CorrectionReport

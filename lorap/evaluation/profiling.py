@@ -28,8 +28,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from lorap.architectures import ARCHITECTURES, cache_argument
-from lorap.errors import ArchitectureError
+from lorap.architectures import Architecture, cache_argument, known_architecture
 from lorap.evaluation.profile_results import PHASES, KernelTime, PhaseTime, Profile
 from lorap.nn.int8 import flat_state_dict
 
@@ -63,7 +62,7 @@ def run_ranges(model: Any, *, tokens: int = 128, new_tokens: int = 16) -> dict[s
         _run(model, tokens, 2, None)
         with ranges:
             _run(model, tokens, new_tokens, ranges)
-    return ranges.phases(len(_decoder_layers(model)))
+    return ranges.phases(len(_architecture(model).decoder_layers(model)))
 
 
 def deeper(command: Sequence[str]) -> str:
@@ -124,10 +123,13 @@ class _Ranges:
         self._found: list[tuple[str, str, Any, Any]] = []  # phase, stage, start, end
         self._hooks = ExitStack()
         self._modules: dict[str, nn.Module] = {"head": model.get_output_embeddings()}
-        layers: Any = _decoder_layers(model)
-        for index, layer in enumerate(layers):
-            self._modules |= {f"layer.{index}": layer}
-            self._modules |= {f"layer.{index}.attention": layer.self_attn, f"layer.{index}.mlp": layer.mlp}
+        architecture = _architecture(model)
+        for index, layer in enumerate(architecture.decoder_layers(model)):
+            self._modules |= {
+                f"layer.{index}": layer,
+                f"layer.{index}.attention": layer.get_submodule(architecture.attention),
+                f"layer.{index}.mlp": layer.get_submodule(architecture.mlp),
+            }
 
     def __enter__(self) -> _Ranges:
         for name, module in self._modules.items():
@@ -193,12 +195,8 @@ class _Ranges:
         return {phase: times(phase) for phase in PHASES}
 
 
-def _decoder_layers(model: Any) -> nn.ModuleList:
-    architecture = ARCHITECTURES.get(getattr(model.config, "model_type", ""))
-    if architecture is None:
-        known = ", ".join(ARCHITECTURES)
-        raise ArchitectureError(f"cannot find the layers of model type {model.config.model_type!r}; known: {known}")
-    return architecture.decoder_layers(model)
+def _architecture(model: Any) -> Architecture:
+    return known_architecture(model, to="find the layers of")
 
 
 def _kernels(events: Any, device: str, new_tokens: int) -> dict[str, list[KernelTime]]:
@@ -234,10 +232,11 @@ def _weight_bytes(model: Any) -> dict[str, int]:
         tensors = (tensor for module in modules for tensor in flat_state_dict(module).values())
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
-    layers: Any = _decoder_layers(model)
+    architecture = _architecture(model)
+    layers = architecture.decoder_layers(model)
     return {
         "layers": read(*layers),
-        "attention": read(*(layer.self_attn for layer in layers)),
-        "mlp": read(*(layer.mlp for layer in layers)),
+        "attention": read(*(layer.get_submodule(architecture.attention) for layer in layers)),
+        "mlp": read(*(layer.get_submodule(architecture.mlp) for layer in layers)),
         "head": read(model.get_output_embeddings()),
     }

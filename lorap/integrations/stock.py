@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorap.algorithms.pruning import new_linear
-from lorap.architectures import ARCHITECTURES, ATTENTION, MLP, PROJECTIONS, STOCK_MULTIPLES, Architecture
+from lorap.architectures import ATTENTION, MLP, PROJECTIONS, STOCK_MULTIPLES, Architecture, known_architecture
 from lorap.checkpoint import host_keys
 from lorap.checkpoint.folders import read_tensors
 from lorap.checkpoint.gguf import FILE_TYPES, check_gguf, write_gguf
@@ -112,7 +112,7 @@ def width_cost(model: Any) -> str:
 
     Sources: llama.cpp's src/llama-quant.cpp (which types take over, and that rows of no whole block stay in 16 bits).
     """
-    architecture = ARCHITECTURES[model.config.model_type]
+    architecture = known_architecture(model, to="export")
     down = [architecture.linears(layer)["down_proj"] for layer in architecture.decoder_layers(model)]
     width, numel = down[0].in_features, sum(linear.weight.numel() for linear in down)
     large, small = STOCK_MULTIPLES
@@ -156,10 +156,7 @@ def make_stock(model: Any, *, pad_widths: bool = False) -> Any:
         ArchitectureError: the family is unknown, FFN widths differ, or the class has no place for a bias; the model may be
             changed then.
     """
-    architecture = ARCHITECTURES.get(getattr(model.config, "model_type", ""))
-    if architecture is None:
-        known = ", ".join(ARCHITECTURES)
-        raise ArchitectureError(f"cannot export model type {model.config.model_type!r}; known: {known}")
+    architecture = known_architecture(model, to="export")
     widest = _widest(model, architecture, pad_widths)
     reconstruct(model)
     for index, layer in enumerate(architecture.decoder_layers(model)):

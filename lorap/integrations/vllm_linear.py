@@ -106,9 +106,9 @@ class LoRAPLinearMethod(LinearMethodBase):
         right, left, pivot_rows = self.factors
         if len(right) == 1:
             return ops.low_rank_linear(x, right[0], left[0], bias, pivot_rows[0] if pivot_rows else None)
-        if ops.serves("low_rank_linear_group", x):
+        if (run := ops.served("low_rank_linear_group", x)) is not None:
             biases = [] if bias is None else list(bias.split([part.rows.length for part in layer.projections]))
-            return ops.low_rank_linear_group(x, right, left, biases, pivot_rows)
+            return run(x, right, left, biases, pivot_rows)
         y = torch.cat([part(x) for part in layer.projections], dim=-1)
         return y if bias is None else y + bias
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from lorap.architectures import ARCHITECTURES, SHARED_INPUTS
-from lorap.errors import ArchitectureError, ConfigError
+from lorap.architectures import MLP, SHARED_INPUTS, Architecture, known_architecture
+from lorap.errors import ConfigError
 from lorap.nn import ops
 from lorap.nn.linear import Linear, LowRankLinear, has_plain_factors, is_autocast, is_plain, is_untouched
 
@@ -45,9 +45,10 @@ class SharedInput:
             if all(part is None for part in waiting[2]):
                 self._waiting = None
             return y
-        if not self._can_merge(x):
+        if not self._can_merge(x) or (run := ops.served("low_rank_linear_group", x)) is None:
             return None
-        parts: list[Tensor | None] = list(self._run(x).split([member.out_features for member in self.members], dim=-1))
+        outputs: Tensor = run(x, *self._factors())
+        parts: list[Tensor | None] = list(outputs.split([member.out_features for member in self.members], dim=-1))
         y, parts[index] = parts[index], None
         self._waiting = (x, version, parts)
         return y
@@ -55,16 +56,18 @@ class SharedInput:
     def _can_merge(self, x: Tensor) -> bool:
         if torch.is_grad_enabled() or is_autocast(x):
             return False
-        plain = all(
+        return all(
             has_plain_factors(member)
             if isinstance(member, LowRankLinear)
             else is_untouched(member) and type(member.weight) is nn.Parameter
             for member in self.members
         )
-        return plain and ops.serves("low_rank_linear_group", x)
 
     def _factors(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-        """right, left, bias and pivot_rows of each member; a dense one is a pivoted layer whose every row is a pivot."""
+        """right, left, bias and pivot_rows of each member, the last two empty where none has them.
+
+        A dense member is a pivoted layer whose every row is a pivot.
+        """
         right, left, bias, pivots = [], [], [], []
         for member in self.members:
             if isinstance(member, LowRankLinear):
@@ -76,19 +79,14 @@ class SharedInput:
                 left.append(member.weight.new_empty(0, member.out_features))
                 pivots.append(self._all_rows(member))
             bias.append(_or_empty(member.bias, right[-1]))
-        return right, left, bias, pivots
+        some_bias = bias if any(b.numel() for b in bias) else []
+        return right, left, some_bias, pivots if any(p.numel() for p in pivots) else []
 
     def _all_rows(self, member: Linear) -> Tensor:
         key = (member.out_features, member.weight.device)
         if key not in self._rows:
             self._rows[key] = torch.arange(member.out_features, device=member.weight.device)
         return self._rows[key]
-
-    def _run(self, x: Tensor) -> Tensor:
-        right, left, bias, pivots = self._factors()
-        some_bias = bias if any(b.numel() for b in bias) else []
-        some_pivots = pivots if any(p.numel() for p in pivots) else []
-        return ops.low_rank_linear_group(x, right, left, some_bias, some_pivots)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"members": self.members, "_waiting": None, "_rows": {}}  # a copy of a model takes no activations along
@@ -123,16 +121,17 @@ class GatedMLP(nn.Module):
         up: Any = self.up_proj
         if is_autocast(x) or torch.is_grad_enabled():
             return None
-        if is_plain(gate) and is_plain(up) and ops.serves("silu_gated_linear", x):
-            return ops.silu_gated_linear(x, gate.weight, up.weight, gate.bias, up.bias)
+        if is_plain(gate) and is_plain(up):
+            run = ops.served("silu_gated_linear", x)
+            return None if run is None else run(x, gate.weight, up.weight, gate.bias, up.bias)
         if not all(isinstance(one, LowRankLinear) and has_plain_factors(one) for one in (gate, up)):
             return None
         pivoted = gate.pivot_rows is not None or up.pivot_rows is not None
-        if not pivoted and ops.serves("low_rank_silu_gated_linear", x):
-            bias = [] if gate.bias is None and up.bias is None else [_bias_or_zeros(gate), _bias_or_zeros(up)]
-            right, left = [gate.right.weight, up.right.weight], [gate.left.weight, up.left.weight]
-            return ops.low_rank_silu_gated_linear(x, right, left, bias)
-        return None
+        if pivoted or (run := ops.served("low_rank_silu_gated_linear", x)) is None:
+            return None
+        bias = [] if gate.bias is None and up.bias is None else [_bias_or_zeros(gate), _bias_or_zeros(up)]
+        right, left = [gate.right.weight, up.right.weight], [gate.left.weight, up.left.weight]
+        return run(x, right, left, bias)
 
 
 def merge_shared_inputs(model: Model) -> Model:
@@ -144,11 +143,13 @@ def merge_shared_inputs(model: Model) -> Model:
     Raises:
         ArchitectureError: the model's family is unknown.
     """
-    for layer in _decoder_layers(model):
-        _merge_attention(layer)
-        mlp: Any = layer.mlp
+    architecture = known_architecture(model, to="merge the projections of")
+    for layer in architecture.decoder_layers(model):
+        _merge_attention(layer, architecture)
+        mlp = layer.get_submodule(architecture.mlp)
         if not isinstance(mlp, GatedMLP) and is_untouched(mlp) and _is_silu(getattr(mlp, "act_fn", None)):
-            layer.mlp = GatedMLP(mlp.gate_proj, mlp.up_proj, mlp.down_proj).train(mlp.training)
+            parts = [layer.get_submodule(architecture.projections[role]) for role in MLP]
+            layer.set_submodule(architecture.mlp, GatedMLP(*parts).train(mlp.training))
     return model
 
 
@@ -170,9 +171,10 @@ def optimize_for_inference(model: Model, *, dtype: torch.dtype | None = None) ->
     if dtype is not None:
         _cast(model, dtype)
     merge_shared_inputs(model)
-    for layer in _decoder_layers(model):
-        for parent, name in ((layer.self_attn, "o_proj"), (layer.mlp, "down_proj")):
-            _swap_linear(parent, name)
+    architecture = known_architecture(model, to="merge the projections of")
+    for layer in architecture.decoder_layers(model):
+        for role in ("o_proj", "down_proj"):
+            _swap_linear(layer, architecture.projections[role])
     if isinstance(getattr(model, "lm_head", None), nn.Linear):
         _swap_linear(model, "lm_head")
     return model
@@ -193,19 +195,8 @@ def _cast(model: Any, dtype: torch.dtype) -> None:
     model.config.dtype = dtype
 
 
-def _decoder_layers(model: nn.Module) -> nn.ModuleList:
-    config: Any = model.config
-    architecture = ARCHITECTURES.get(getattr(config, "model_type", ""))
-    if architecture is None:
-        known = ", ".join(ARCHITECTURES)
-        raise ArchitectureError(f"cannot merge the projections of model type {config.model_type!r}; known: {known}")
-    return architecture.decoder_layers(model)
-
-
-def _merge_attention(layer: nn.Module) -> None:
-    attention: Any = layer.self_attn
-    names = SHARED_INPUTS["attention_input"]
-    members = [_swap_linear(attention, name) for name in names]
+def _merge_attention(layer: nn.Module, architecture: Architecture) -> None:
+    members = [_swap_linear(layer, architecture.projections[role]) for role in SHARED_INPUTS["attention_input"]]
     ours = all(isinstance(member, (LowRankLinear, Linear)) for member in members)
     if ours and any(member.group is None for member in members):
         SharedInput(members)
@@ -216,11 +207,11 @@ def _is_silu(activation: Any) -> bool:
     return (type(activation) in SILU and is_untouched(activation)) or activation is F.silu
 
 
-def _swap_linear(parent: Any, name: str) -> Any:
-    old = getattr(parent, name)
+def _swap_linear(parent: nn.Module, path: str) -> Any:
+    old: Any = parent.get_submodule(path)
     if is_plain(old):
-        setattr(parent, name, Linear.from_linear(old))
-    return getattr(parent, name)
+        parent.set_submodule(path, Linear.from_linear(old))
+    return parent.get_submodule(path)
 
 
 def _version(x: Tensor) -> int | None:

@@ -22,7 +22,8 @@ The functions here are the ops, minus the cost of torch's Python dispatch where 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,30 +108,34 @@ def second_moment(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor
     return _call("second_moment", x, mask)
 
 
-def serves(op: str, x: Tensor) -> bool:
-    """True where ``op`` on this input has a kernel of ours; False where torch does the work.
+def served(op: str, x: Tensor) -> Callable[..., Any] | None:
+    """What runs ``op`` on x where a kernel of ours does, to be called with x and all other arguments; None where torch would.
 
-    A compiled graph is made for many sizes, so there the op itself decides when it runs.
+    For who has another way then, such as one projection after the other: the choice is made here, once. A compiled graph is made
+    for many sizes, so there the op itself decides when it runs.
     """
-    return torch.compiler.is_compiling() or dispatch.choose(op, x, tokens_of(x)) != "reference"
+    if torch.compiler.is_compiling():
+        return partial(_call, op)
+    backend = dispatch.choose(op, x, tokens_of(x))
+    return None if backend == "reference" else partial(_call, op, backend=backend)
 
 
-def _call(op: str, x: Tensor, *rest: Any) -> Any:
+def _call(op: str, x: Tensor, *rest: Any, backend: str | None = None) -> Any:
     if type(x) is not Tensor or torch.compiler.is_compiling():
         return getattr(torch.ops.lorap, op)(x, *rest)
     if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and _needs_grad(x, rest)):
         # Training: torch's own matmuls keep the intermediate for the backward pass and have derivatives of every kind.
         shape_checks.CHECKS[op](x, *rest)
         return getattr(reference, op)(x, *rest)
-    return _run(op, x, *rest)
+    return _run(op, x, *rest, backend=backend)
 
 
 def _needs_grad(x: Tensor, rest: tuple[Any, ...]) -> bool:
     return x.requires_grad or any(isinstance(t, Tensor) and t.requires_grad for t in tree_flatten(rest)[0])
 
 
-def _run(op: str, x: Tensor, *rest: Any) -> Any:
-    backend = dispatch.choose(op, x, tokens_of(x))
+def _run(op: str, x: Tensor, *rest: Any, backend: str | None = None) -> Any:
+    backend = backend or dispatch.choose(op, x, tokens_of(x))
     if backend == "triton" and x.is_cuda:
         sizes = tuple(t.shape for t in tree_flatten(rest)[0] if isinstance(t, Tensor))
         backend = "reference" if dispatch.better_in_graph(op, x, sizes) else backend

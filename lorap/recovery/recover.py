@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lorap.architectures import ARCHITECTURES, ATTENTION, MLP, PROJECTIONS
+from lorap.architectures import ATTENTION, MLP, PROJECTIONS, known_architecture
 from lorap.calibration.mixtures import Sources, check_sources
 from lorap.calibration.self_text import sample_windows
 from lorap.calibration.sources import DEFAULT_CALIBRATION, Source
@@ -34,7 +34,7 @@ from lorap.checkpoint.load import (
 )
 from lorap.checkpoint.save import REPORT, SPARE_BYTES
 from lorap.checkpoint.validate import CONFIG, lorap_config
-from lorap.errors import ArchitectureError, CheckpointError, ConfigError
+from lorap.errors import CheckpointError, ConfigError
 from lorap.evaluation.perplexity import evaluate
 from lorap.nn.linear import LowRankLinear
 from lorap.outputs import WorkFolder, check_output, work_folder
@@ -148,10 +148,7 @@ def target_names(model: Any, modules: str = "all") -> list[str]:
     Raises:
         ArchitectureError: the family is unknown.
     """
-    model_type = str(getattr(model.config, "model_type", None))
-    if model_type not in ARCHITECTURES:
-        raise ArchitectureError(f"cannot tune model type {model_type!r}; known: {', '.join(ARCHITECTURES)}")
-    architecture, names = ARCHITECTURES[model_type], []
+    architecture, names = known_architecture(model, to="tune"), []
     for index in range(len(architecture.decoder_layers(model))):
         for role in MODULES[modules]:
             name = architecture.module_name(index, role)

@@ -17,10 +17,10 @@ from lorap.compression.allocation import LayerPlan
 from lorap.compression.planning import Key, Plan
 from lorap.compression.runs.journal import Journal
 from lorap.compression.store import Finished, RunStore
+from lorap.jsonio import read_as
 from lorap.nn.linear import LowRankLinear
 from lorap.reports.records import Evaluation, Share
 from lorap.reports.run import CorrectionReport, ProjectionReport
-from lorap.jsonio import read_as
 
 WINDOWS, LOSSES, PLAN, CORRECTED = "windows", "before", "plan", "corrected"
 
