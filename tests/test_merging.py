@@ -152,6 +152,7 @@ def test_a_cast_to_anything_else_is_refused(build: Any) -> None:
 def test_a_decode_step_runs_one_op_for_q_k_v_and_one_for_gate_up(
     kind: str, build: Any, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    model = optimize_for_inference(build("llama-gqa", kind))
     calls = dict.fromkeys(ops.SCHEMAS, 0)
 
     def counted(name: str, run: Callable[..., Any], *arguments: Any) -> Any:
@@ -163,7 +164,6 @@ def test_a_decode_step_runs_one_op_for_q_k_v_and_one_for_gate_up(
         monkeypatch.setitem(kernels, name, functools.partial(counted, name, kernels[name]))
     choose = dispatch.choose
     monkeypatch.setattr(dispatch, "choose", lambda op, *rest: choices.append(op) or choose(op, *rest))
-    model = optimize_for_inference(build("llama-gqa", kind))
     with torch.no_grad():
         model(tokens[:1, :1])
     gated = "low_rank_silu_gated_linear" if kind == "factorized-ffn" else "silu_gated_linear"
