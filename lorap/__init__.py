@@ -1,19 +1,16 @@
 """lorap: compress LLaMA-family language models with LoRAP, and run them afterwards.
 
-Importing it teaches transformers to open compressed checkpoints.
+Importing it teaches transformers to open compressed checkpoints. It imports neither torch nor transformers: a public name is
+imported from where it lives when it is first asked for.
 """
 
 import lorap.integrations.preparation  # noqa: F401 (first of all)
 
 # isort: split
-from lorap.algorithms.factorization import Factorization, factorize, factorize_batch
-from lorap.checkpoint.hf_quantizer import register as _register
-from lorap.checkpoint.quantize import quantize_int8
-from lorap.checkpoint.reconstruct import reconstruct
-from lorap.checkpoint.save import save
-from lorap.compression.pipeline import compress
-from lorap.compression.runs.run import RunOptions, compress_to_folder
-from lorap.config import CompressionConfig
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
 from lorap.errors import (
     ArchitectureError,
     BackendError,
@@ -27,18 +24,25 @@ from lorap.errors import (
     ShapeError,
     TaskError,
 )
-from lorap.evaluation.inspection.inspect import inspect_model
-from lorap.evaluation.perplexity import evaluate
-from lorap.integrations.stock import export_gguf, export_stock
-from lorap.nn.fused import merge_shared_inputs, optimize_for_inference
-from lorap.nn.linear import LowRankLinear
-from lorap.recovery.recover import Recovery, recover
-from lorap.recovery.training import TuningConfig
-from lorap.reports.records import Evaluation
-from lorap.reports.run import CompressionReport
 from lorap.version import __version__
 
-_register()
+if TYPE_CHECKING:
+    from lorap.algorithms.factorization import Factorization, factorize, factorize_batch
+    from lorap.checkpoint.quantize import quantize_int8
+    from lorap.checkpoint.reconstruct import reconstruct
+    from lorap.checkpoint.save import save
+    from lorap.compression.pipeline import compress
+    from lorap.compression.runs.run import RunOptions, compress_to_folder
+    from lorap.config import CompressionConfig
+    from lorap.evaluation.inspection.inspect import inspect_model
+    from lorap.evaluation.perplexity import evaluate
+    from lorap.integrations.stock import export_gguf, export_stock
+    from lorap.nn.fused import merge_shared_inputs, optimize_for_inference
+    from lorap.nn.linear import LowRankLinear
+    from lorap.recovery.recover import Recovery, recover
+    from lorap.recovery.training import TuningConfig
+    from lorap.reports.records import Evaluation
+    from lorap.reports.run import CompressionReport
 
 __all__ = [
     "ArchitectureError",
@@ -76,3 +80,40 @@ __all__ = [
     "recover",
     "save",
 ]
+
+# Where the names above live; the same as under TYPE_CHECKING, which is for those who read types.
+_HOMES = {
+    "lorap.algorithms.factorization": ("Factorization", "factorize", "factorize_batch"),
+    "lorap.checkpoint.quantize": ("quantize_int8",),
+    "lorap.checkpoint.reconstruct": ("reconstruct",),
+    "lorap.checkpoint.save": ("save",),
+    "lorap.compression.pipeline": ("compress",),
+    "lorap.compression.runs.run": ("RunOptions", "compress_to_folder"),
+    "lorap.config": ("CompressionConfig",),
+    "lorap.evaluation.inspection.inspect": ("inspect_model",),
+    "lorap.evaluation.perplexity": ("evaluate",),
+    "lorap.integrations.stock": ("export_gguf", "export_stock"),
+    "lorap.nn.fused": ("merge_shared_inputs", "optimize_for_inference"),
+    "lorap.nn.linear": ("LowRankLinear",),
+    "lorap.recovery.recover": ("Recovery", "recover"),
+    "lorap.recovery.training": ("TuningConfig",),
+    "lorap.reports.records": ("Evaluation",),
+    "lorap.reports.run": ("CompressionReport",),
+}
+_MODULES = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name or a module of lorap, when it is first asked for (PEP 562)."""
+    if name in _MODULES:
+        value = getattr(importlib.import_module(_MODULES[name]), name)
+    elif not name.startswith("_") and importlib.util.find_spec(f"lorap.{name}") is not None:
+        value = importlib.import_module(f"lorap.{name}")
+    else:
+        raise AttributeError(f"module 'lorap' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,17 +8,21 @@ device map.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+# This module is imported while transformers imports its quantizers (lorap/integrations/preparation.py): of those that come
+# after them there is nothing yet.
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 
 from lorap.checkpoint.build import check_pivot_rows, check_stored, keep_whole, put_layers
 from lorap.checkpoint.format import QUANT_METHOD, LoRAPConfig
 from lorap.checkpoint.guards import put_guards, register_activations
 from lorap.nn import int8
 from lorap.nn.linear import LowRankLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class LoRAPHfQuantizer(HfQuantizer):
@@ -91,3 +95,6 @@ def register() -> None:
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(QUANT_METHOD)(LoRAPConfig)
         register_quantizer(QUANT_METHOD)(LoRAPHfQuantizer)
+
+
+register()

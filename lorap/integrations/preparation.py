@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import os
@@ -12,8 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lorap.integrations.after_import import after_import
+
 PACKAGE = Path(__file__).resolve().parents[1]
 KERNELS = "lorap.kernels"
+PLUG_IN = "lorap.checkpoint.hf_quantizer"
 
 
 def end_quietly() -> None:
@@ -54,14 +58,18 @@ def find_kernels(package: Path = PACKAGE) -> None:
     sys.modules["lorap"].kernels = module  # type: ignore[attr-defined]
 
 
-def import_quantizers() -> None:
-    """transformers' quantizers import torchao wherever it is installed, and it warns of GPU libraries that this machine lacks.
+def prepare_transformers() -> None:
+    """Have compressed checkpoints known as soon as transformers' quantizers are imported, which every ``from_pretrained`` does.
 
-    Who asks for int8 weights hears of what matters; the others should not begin every command with four lines of it. torchao
-    has no option for that: with TORCHAO_FORCE_SKIP_LOADING_SO_FILES=1 it warns that it skips them (torchao 0.18, __init__.py).
+    They import torchao wherever it is installed, and it warns of GPU libraries that this machine lacks. Who asks for int8
+    weights hears of what matters; the others should not begin with four lines of it. torchao has no option for that: with
+    TORCHAO_FORCE_SKIP_LOADING_SO_FILES=1 it warns that it skips them (torchao 0.18, __init__.py).
     """
-    with _warnings_dropped("torchao", "torch.utils._pytree"):
-        import transformers.quantizers.auto  # noqa: F401
+    after_import(
+        "transformers.quantizers.auto",
+        lambda: importlib.import_module(PLUG_IN),  # whose last line registers it
+        within=lambda: _warnings_dropped("torchao", "torch.utils._pytree"),
+    )
 
 
 @contextmanager
@@ -80,4 +88,4 @@ def _warnings_dropped(*loggers: str) -> Iterator[None]:
 
 end_quietly()
 find_kernels()
-import_quantizers()
+prepare_transformers()
