@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from lorap.integrations.stock import export_gguf, export_stock
     from lorap.nn.fused import merge_shared_inputs, optimize_for_inference
     from lorap.nn.linear import LowRankLinear
+    from lorap.recovery.config import TuningConfig
     from lorap.recovery.recover import Recovery, recover
-    from lorap.recovery.training import TuningConfig
     from lorap.reports.records import Evaluation
     from lorap.reports.run import CompressionReport
 
@@ -96,7 +96,7 @@ _HOMES = {
     "lorap.nn.fused": ("merge_shared_inputs", "optimize_for_inference"),
     "lorap.nn.linear": ("LowRankLinear",),
     "lorap.recovery.recover": ("Recovery", "recover"),
-    "lorap.recovery.training": ("TuningConfig",),
+    "lorap.recovery.config": ("TuningConfig",),
     "lorap.reports.records": ("Evaluation",),
     "lorap.reports.run": ("CompressionReport",),
 }

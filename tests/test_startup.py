@@ -14,8 +14,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 import lorap
+from lorap.cli import COMMANDS, app
 from lorap.integrations.after_import import after_import
 
 ROOT = Path(lorap.__file__).parent
@@ -142,3 +144,34 @@ def test_every_public_name_is_where_types_say_and_none_is_a_module():
 
 def test_torch_is_imported_for_a_name_that_needs_it_and_the_plug_in_registers_itself():
     assert python(NAMES) == ""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Commands
+
+# Runs the command line in this process, and tells what it imported.
+IMPORTED = """
+import sys
+from lorap.cli import app
+for words in {runs!r}:
+    try:
+        app(words)
+    except SystemExit as end:
+        assert not end.code, words
+heavy = sorted({{"torch", "transformers"}} & set(sys.modules))
+assert not heavy, heavy
+"""
+
+
+def test_help_imports_no_command():
+    help_text = python(IMPORTED.format(runs=[["--help"], ["--version"], ["-h"]]))
+    assert help_text.count("Commands:") == 2
+    for name in COMMANDS:
+        assert f"\n  {name} " in help_text
+
+
+def test_help_says_of_each_command_what_the_command_says():
+    commands = typer.main.get_command(app).commands
+    assert {name: summary for name, (_, summary) in COMMANDS.items()} == {
+        name: command.help.split("\n\n")[0] for name, command in commands.items()
+    }

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from transformers.utils import logging as transformers_logging
 
-from lorap.checkpoint.load import ModelSource, check_tokenizer, find_model, load_model, load_tokenizer, resolve_device
-from lorap.distributed import is_main_process
+from lorap.config import CHOICES, CompressionConfig
 from lorap.errors import LoRAPError
+from lorap.integrations.after_import import after_import
+from lorap.recovery.config import TuningConfig
 
+# Not imported here: what only prints help or reads headers does without transformers.
+TRANSFORMERS_LOGGING = "transformers.utils.logging"
 # A source of text, in the help of every option that takes one.
 SOURCE_HELP = (
     "FILE (text; JSONL, JSON, CSV, TSV, Parquet or Arrow with a field `text`, or chats in `messages` and the like; .gz, .xz, "
@@ -40,27 +42,19 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars, no hints.")]
 
 
-def open_model(model: str | ModelSource, device: str, dtype: str) -> tuple[Any, Any, ModelSource]:
-    """The model, its tokenizer (None where it has none), and where they came from; what was found is not looked for again."""
-    source = model if isinstance(model, ModelSource) else find_model(model)
-    tokenizer = load_tokenizer(source)
-    loaded = load_model(source, dtype=dtype, device=resolve_device(device))
-    check_tokenizer(tokenizer, loaded.get_input_embeddings().weight.shape[0])
-    return loaded, tokenizer, source
-
-
 def be_quiet(quiet: bool) -> None:
     """With ``--quiet``, no progress bars of transformers either, and nothing of what was read."""
     if quiet:
-        transformers_logging.disable_progress_bar()
+        after_import(TRANSFORMERS_LOGGING, lambda: sys.modules[TRANSFORMERS_LOGGING].disable_progress_bar())
         logging.getLogger("lorap").setLevel(logging.WARNING)
 
 
 def tell_what_is_read() -> None:
-    """What the library logs goes to stderr, each line once, from one process of a run."""
+    """What the library logs goes to stderr, each line once, from one process of a run; transformers logs errors only."""
     logger = logging.getLogger("lorap")
-    logger.setLevel(logging.INFO if is_main_process() else logging.WARNING)
+    logger.setLevel(logging.INFO)
     logger.handlers = [_Teller()]
+    after_import(TRANSFORMERS_LOGGING, lambda: sys.modules[TRANSFORMERS_LOGGING].set_verbosity_error())
 
 
 class _Teller(logging.Handler):
@@ -69,6 +63,10 @@ class _Teller(logging.Handler):
         self.told: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
+        from lorap.distributed import is_main_process  # imports torch, as whoever logs something has done
+
+        if record.levelno < logging.WARNING and not is_main_process():
+            return
         line = record.getMessage()
         if line not in self.told:
             self.told.add(line)
@@ -137,9 +135,6 @@ def as_options(message: str) -> str:
 
     width_multiple becomes --width-multiple, and target stock --target stock. What is quoted or part of a path stays.
     """
-    from lorap.config import CHOICES, CompressionConfig
-    from lorap.recovery.training import TuningConfig
-
     names = {field.name for config in (CompressionConfig, TuningConfig) for field in fields(config)}
     words = [name for name in sorted(names, reverse=True) if "_" in name]
     words += [f"{name}(?= (?:{'|'.join(values)})\\b)" for name, values in CHOICES.items() if "_" not in name]

@@ -21,9 +21,9 @@ from lorap.cli.common import (
     Model,
     Quiet,
     be_quiet,
-    open_model,
     user_errors,
 )
+from lorap.cli.models import open_model
 from lorap.cli.tasks import TaskOptions, evaluate_tasks
 from lorap.errors import ConfigError
 from lorap.evaluation.info import report_beside

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from lorap.checkpoint.load import find_model
-from lorap.cli.common import AsJson, Debug, Dtype, Model, Quiet, be_quiet, open_model, tell_next, user_errors
+from lorap.cli.common import AsJson, Debug, Dtype, Model, Quiet, be_quiet, tell_next, user_errors
+from lorap.cli.models import open_model
 from lorap.errors import ConfigError
 from lorap.evaluation.info import describe_model, report_beside
 from lorap.integrations.stock import export_gguf, export_stock, overflow_warning, width_cost

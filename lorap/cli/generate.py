@@ -10,7 +10,8 @@ from typing import Annotated, Any, Optional
 import typer
 
 from lorap.architectures import ARCHITECTURES
-from lorap.cli.common import AsJson, Debug, Device, Dtype, Model, Quiet, be_quiet, open_model, user_errors
+from lorap.cli.common import AsJson, Debug, Device, Dtype, Model, Quiet, be_quiet, user_errors
+from lorap.cli.models import open_model
 from lorap.errors import ConfigError
 from lorap.evaluation.generation import Continuation, continue_prompt, use_settings
 from lorap.nn.fused import optimize_for_inference

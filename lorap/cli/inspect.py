@@ -21,9 +21,9 @@ from lorap.cli.common import (
     Model,
     Quiet,
     be_quiet,
-    open_model,
     user_errors,
 )
+from lorap.cli.models import open_model
 from lorap.errors import ConfigError
 from lorap.evaluation.inspection.inspect import inspect_model
 from lorap.outputs import check_output, staged_folder

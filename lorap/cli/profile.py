@@ -7,7 +7,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from lorap.cli.common import AsJson, Debug, Device, Dtype, Model, Quiet, be_quiet, open_model, user_errors
+from lorap.cli.common import AsJson, Debug, Device, Dtype, Model, Quiet, be_quiet, user_errors
+from lorap.cli.models import open_model
 from lorap.errors import ConfigError
 from lorap.evaluation.profiling import deeper, profile_model, run_ranges
 from lorap.nn.fused import optimize_for_inference

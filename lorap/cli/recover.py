@@ -12,9 +12,9 @@ from lorap.calibration.mixtures import parse_source
 from lorap.calibration.sources import DEFAULT_CALIBRATION, DEFAULT_EVALUATION
 from lorap.cli.common import SOURCE_HELP, AsJson, Debug, Device, Quiet, be_quiet, tell_next, user_errors
 from lorap.outputs import work_path
+from lorap.recovery.config import PRECISIONS, TuningConfig
 from lorap.recovery.files import RECOVERY
 from lorap.recovery.recover import MODULES, Recovery, recover
-from lorap.recovery.training import PRECISIONS, TuningConfig
 
 _DEFAULT = TuningConfig()
 

@@ -11,7 +11,8 @@ from typing import Any
 import typer
 
 from lorap.checkpoint.load import ModelSource, find_model
-from lorap.cli.common import open_model, tell_unless
+from lorap.cli.common import tell_unless
+from lorap.cli.models import open_model
 from lorap.errors import ConfigError
 from lorap.evaluation.tasks import Estimate, HarnessSource, RequestSource, TaskResult, difference, open_source
 from lorap.evaluation.tasks.results import Difference, average, number

@@ -21,7 +21,7 @@ PLUG_IN = "lorap.checkpoint.hf_quantizer"
 
 
 def end_quietly() -> None:
-    """Ctrl-C while the command imports ends it with nothing but the exit code; ``lorap.cli.main`` takes over from there.
+    """Ctrl-C while the command imports ends it with nothing but the exit code; ``lorap.cli.root`` takes over from there.
 
     Importing takes seconds, nothing has been begun that must be cleaned up, and a traceback through torch helps nobody. A program
     that imports lorap as a library keeps its handler, and so does a job whose shell had it ignore the signal.

@@ -1,0 +1,54 @@
+"""How adapters are trained, as one frozen object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lorap.errors import ConfigError
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class TuningConfig:
+    """How adapters are trained.
+
+    Args:
+        steps: most steps of the optimizer.
+        minutes: most minutes of training, in all runs together; None for no limit. Results then depend on the machine's speed.
+        batch_size: token windows in each step.
+        seq_len: tokens in each window.
+        learning_rate: the highest of AdamW.
+        rank: of the adapters; what is merged has the shapes of the model, whatever the rank.
+        seed: of the adapters' first values, and the order of the windows.
+        precision: of the matmuls: float32, or bfloat16 under autocast; auto: bfloat16 where the processor multiplies it.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    steps: int = 90
+    minutes: float | None = None
+    batch_size: int = 4
+    seq_len: int = 128
+    learning_rate: float = 2e-3
+    rank: int = 32
+    seed: int = 0
+    precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        smallest = {"steps": 1, "batch_size": 1, "seq_len": 2, "rank": 1}
+        for name, least in smallest.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if not 0 < self.learning_rate < 1:
+            raise ConfigError(f"learning_rate is {self.learning_rate}; it must be above 0 and below 1")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ConfigError(f"minutes is {self.minutes}; it must be above 0; leave it out for no limit")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"precision is {self.precision!r}; choose from {', '.join(PRECISIONS)}")
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Padding included."""
+        return self.batch_size * self.seq_len
