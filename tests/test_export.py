@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import lorap
-from lorap.algorithms.pruning import new_linear
 from lorap.checkpoint import shards
 from lorap.checkpoint.folders import read_tensors
 from lorap.checkpoint.format import LoRAPConfig
@@ -31,6 +30,7 @@ from lorap.cli import app
 from lorap.cli.export import savings
 from lorap.evaluation.info import describe_model, format_info
 from lorap.integrations.stock import make_stock, overflow_warning, width_cost
+from lorap.nn.linear import new_linear
 
 # One process for all tests: starting it takes longer than they do. It is given a folder a line, and says what it made of it.
 STOCK_HOST = """

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from lorap.algorithms import pruning
-from lorap.algorithms.pruning import channel_importance, keep_inputs, keep_outputs, new_linear, removed_shares
+from lorap.algorithms.pruning import channel_importance, removed_shares
 from lorap.algorithms.refit import keep_best
 from lorap.compression.allocation import pruned_positions
+from lorap.nn.linear import keep_inputs, keep_outputs, new_linear
 
 
 def ffn(width: int, hidden: int = 7, seed: int = 0) -> tuple[torch.Tensor, ...]:

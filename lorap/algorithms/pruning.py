@@ -7,7 +7,7 @@ the three, and it goes as a whole, so the pruned FFN is an ordinary dense FFN th
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 # Channels that are looked at at once in float64: a whole matrix of LLaMA-7B's FFN takes 0.4 GB there.
 CHANNELS = 1024
@@ -58,25 +58,3 @@ def _weighted_norms(
 
     columns = torch.cat([part.double().norm(dim=0) for part in down.split(CHANNELS, dim=1)])
     return {"gate_proj": by_rows(gate), "up_proj": by_rows(up), "down_proj": columns * inner_sq_norm.sqrt()}
-
-
-def keep_outputs(linear: nn.Linear, channels: Tensor) -> nn.Linear:
-    """``linear`` with only the given output channels."""
-    bias = None if linear.bias is None else linear.bias.data[channels]
-    return new_linear(linear.weight.data[channels], bias)
-
-
-def keep_inputs(linear: nn.Linear, channels: Tensor) -> nn.Linear:
-    """``linear`` with only the given input channels."""
-    bias = None if linear.bias is None else linear.bias.data
-    return new_linear(linear.weight.data[:, channels].contiguous(), bias)
-
-
-def new_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A linear layer around the given tensors, which are used, not copied."""
-    out_features, in_features = weight.shape
-    linear = nn.Linear(in_features, out_features, bias=bias is not None, device="meta", dtype=weight.dtype)
-    linear.weight = nn.Parameter(weight)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias)
-    return linear

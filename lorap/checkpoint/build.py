@@ -16,10 +16,8 @@ from lorap.checkpoint.format import LoRAPConfig
 from lorap.errors import CheckpointError
 from lorap.jsonio import named
 from lorap.nn import int8
-from lorap.nn.linear import NAMED_GUARD, LowRankLinear
-
-# Endings of tensors that only a low-rank layer has (lorap/nn/linear.py).
-LOW_RANK_TENSORS = (".right.weight", ".left.weight", ".left.bias", ".pivot_rows", ".output_bias", f".{NAMED_GUARD}")
+from lorap.nn.linear import LowRankLinear
+from lorap.nn.low_rank_tensors import LOW_RANK_ONLY, LowRankTensors
 
 
 def put_layers(model: Any, config: LoRAPConfig) -> dict[str, tuple[int, ...]]:
@@ -31,28 +29,7 @@ def put_layers(model: Any, config: LoRAPConfig) -> dict[str, tuple[int, ...]]:
         CheckpointError: a name is no linear layer or FFN of the dense model, or a rank does not fit.
     """
     bare = bare_prefix(model)
-    # All of them first: a factor that is a linear layer itself was not one of the dense model.
-    low_rank = {
-        name.removeprefix(bare): (_linear(model, name.removeprefix(bare)), rank) for name, rank in config.ranks.items()
-    }
-    wanted: list[str] = []
-    for name, (dense, rank) in low_rank.items():
-        if rank >= min(dense.in_features, dense.out_features):
-            raise CheckpointError(
-                f"rank {rank} of {name} does not fit its shape ({dense.out_features}, {dense.in_features})"
-            )
-        new = LowRankLinear(
-            dense.in_features,
-            dense.out_features,
-            rank,
-            bias=dense.bias is not None,
-            device=dense.weight.device,
-            dtype=dense.weight.dtype,
-            pivoted=config.storage == "pivoted",
-        )
-        new.put_named_guard(config.is_guarded)
-        model.set_submodule(name, new)
-        wanted += [f"{name}.{key}" for key in new.state_dict()]
+    wanted = _put_low_rank(model, config, bare)
     for full_name, width in config.intermediate_sizes.items():
         name = full_name.removeprefix(bare)
         resize_mlp(model, name, width)
@@ -73,6 +50,22 @@ def put_layers(model: Any, config: LoRAPConfig) -> dict[str, tuple[int, ...]]:
         wanted += int8.put_slots(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return {bare + name: shapes[name] for name in wanted}
+
+
+def _put_low_rank(model: Any, config: LoRAPConfig, bare: str) -> list[str]:
+    """The low-rank layers among them; returns the names of their tensors in ``model``."""
+    # All of them first: a factor that is a linear layer itself was not one of the dense model.
+    ranks = {name.removeprefix(bare): rank for name, rank in config.ranks.items()}
+    dense = {name: _linear(model, name) for name in ranks}
+    wanted: list[str] = []
+    for name, old in dense.items():
+        bias, pivoted = old.bias is not None, config.storage == "pivoted"
+        tensors = LowRankTensors(old.out_features, old.in_features, ranks[name], bias, pivoted, config.is_guarded)
+        tensors.check_rank(name)
+        new = LowRankLinear.empty(tensors, device=old.weight.device, dtype=old.weight.dtype)
+        model.set_submodule(name, new)
+        wanted += [f"{name}.{key}" for key in tensors.names()]
+    return wanted
 
 
 def bare_prefix(model: Any) -> str:
@@ -120,7 +113,8 @@ def check_stored(files: Sequence[str], wanted: Mapping[str, tuple[int, ...]]) ->
     for name, shape in wanted.items():
         if stored[name] != shape:
             raise CheckpointError(f"{name} has the shape {stored[name]}, but config.json makes it {shape}")
-    unnamed = [name for name in stored if name.endswith(LOW_RANK_TENSORS) and name not in wanted]
+    endings = tuple(f".{key}" for key in LOW_RANK_ONLY)
+    unnamed = [name for name in stored if name.endswith(endings) and name not in wanted]
     if unnamed:
         raise CheckpointError(f"{folder} holds {unnamed[0]}, but its quantization_config names no such layer")
 

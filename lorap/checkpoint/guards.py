@@ -3,7 +3,7 @@
 Three things, each where such a host cannot help but look:
 
 - the activation that config.json names, ``silu_needs_import_lorap``: unknown until lorap is imported, so no layer can be built;
-- ``q_proj.weight`` of shape (1,), which cannot be the weight that the host looks for (lorap/nn/linear.py);
+- ``q_proj.weight`` of shape (1,), which cannot be the weight that the host looks for (lorap/nn/low_rank_tensors.py);
 - a tensor ``q_proj.needs_import_lorap`` beside it, for whoever lists what was not expected.
 
 transformers lets go of the second when told ``ignore_mismatched_sizes=True``, which its own message suggests; not of the first.

@@ -49,7 +49,7 @@ class TensorInfo:
 
     @property
     def is_guard(self) -> bool:
-        """The one-element tensor that keeps hosts without lorap from loading a low-rank layer (lorap/nn/linear.py)."""
+        """The one-element tensor that keeps hosts without lorap from loading a low-rank layer (lorap/nn/low_rank_tensors.py)."""
         return self.shape == (1,)
 
     @property

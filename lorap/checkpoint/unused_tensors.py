@@ -17,6 +17,7 @@ from lorap.checkpoint.headers import TensorInfo
 from lorap.checkpoint.stored_tensors import StoredTensor
 from lorap.errors import CheckpointError
 from lorap.jsonio import named
+from lorap.nn.low_rank_tensors import FACTORS, NAMED_GUARD, OUTPUT_BIAS, PIVOT_ROWS
 
 INV_FREQ = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 # Masks and positions that older versions of transformers computed and saved along.
@@ -40,7 +41,7 @@ ORIGINS = (
     ),
     (r"\.bias$", "is not zero; if the model has such biases, say so in config.json (attention_bias, mlp_bias)"),
     (
-        r"\.(right|left)\.|pivot_rows|output_bias|needs_import_lorap",
+        rf"\.({'|'.join(FACTORS)})\.|{PIVOT_ROWS}|{OUTPUT_BIAS}|{NAMED_GUARD}",
         "belongs to a low-rank layer, but quantization_config names no such layer",
     ),
     (r"", "changes the model; use the config.json that the weights were saved with, or take it out of the files"),

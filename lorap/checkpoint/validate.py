@@ -28,6 +28,8 @@ from lorap.checkpoint.stored_tensors import STORED_DTYPES, Stamp, StoredTensor, 
 from lorap.checkpoint.unused_tensors import check_unused, origin_of, unused_names
 from lorap.errors import CheckpointError
 from lorap.jsonio import INFINITY, named, read_json, shown
+from lorap.nn import int8
+from lorap.nn.low_rank_tensors import PIVOT_ROWS
 
 CONFIG, GENERATION, ADAPTER = "config.json", "generation_config.json", "adapter_config.json"
 TOKENIZER = "tokenizer_config.json"
@@ -154,7 +156,7 @@ def check_folder(folder: Path) -> CheckedFolder:
     if known and settings.get("quantization_config") and not compression:
         _refuse_quantized(settings["quantization_config"], headers, unused)
     if known:
-        integers = [name for name in wanted if name.endswith((".pivot_rows", "_weight_qdata"))]
+        integers = [name for name in wanted if name.endswith((f".{PIVOT_ROWS}", f".{int8.DATA}"))]
         _check_shapes(model, headers, integers, unused)
     if compression:
         check_stored([str(path) for path in weight_files(folder)], wanted)

@@ -15,10 +15,10 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from lorap.algorithms.pivoting import pivoted_parameters
 from lorap.architectures import STOCK_MULTIPLES
 from lorap.compression.allocation import Shape, break_even_rank
 from lorap.errors import ConfigError
+from lorap.nn.low_rank_tensors import LowRankTensors
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -63,7 +63,7 @@ def rank_candidates(shape: Shape, tail: Tensor, *, pivoted: bool, multiple: int)
     limit = full if pivoted else break_even_rank(shape)
     costs = tail.tolist()
     candidates = [
-        Candidate(rank, pivoted_parameters(shape, rank) if pivoted else rank * sum(shape), costs[rank])
+        Candidate(rank, LowRankTensors(*shape, rank, pivoted=pivoted).factor_params, costs[rank])
         for rank in range(multiple, full, multiple)
         if rank < limit
     ]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorap.algorithms.factorization import Factorization, factorize_batch
 from lorap.algorithms.pivoting import pivot, storage_error
-from lorap.algorithms.pruning import channel_importance, keep_inputs, keep_outputs, new_linear, removed_shares
+from lorap.algorithms.pruning import channel_importance, removed_shares
 from lorap.algorithms.refit import fluctuation_scores, keep_best, output_scores, removed_share, repair_down
 from lorap.architectures import MLP, PROJECTIONS, SHARED_INPUTS
 from lorap.calibration.context import DecoderContext
@@ -26,7 +26,7 @@ from lorap.compression.shrinkage import choose_ridge, choose_shrinkage, shrunk
 from lorap.config import CompressionConfig
 from lorap.distributed import Processes
 from lorap.errors import CalibrationError
-from lorap.nn.linear import LowRankLinear, count_parameters
+from lorap.nn.linear import LowRankLinear, count_parameters, keep_inputs, keep_outputs, new_linear
 from lorap.reports.run import ProjectionReport
 from lorap.reports.spectra import Spectrum, sampled_spectrum
 from lorap.requirements import sums_of

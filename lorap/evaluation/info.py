@@ -16,6 +16,7 @@ from lorap.checkpoint.load import ModelSource
 from lorap.checkpoint.save import REPORT
 from lorap.errors import CheckpointError
 from lorap.jsonio import named, read_json
+from lorap.nn.low_rank_tensors import LEFT, LOW_RANK_ONLY, RIGHT, LowRankTensors
 from lorap.reports.run import RECOVERY_REPORT, CompressionReport, format_table
 
 # llama.cpp's names for what Hugging Face calls otherwise.
@@ -226,18 +227,12 @@ def _count(
             continue
         kind = kind_of(name)
         after[kind] += tensor.numel
-        if name.endswith(".right.weight"):
-            layer = name.removesuffix("right.weight")
-            pivots = tensor.shape[0] if layer + "pivot_rows" in tensors else 0
-            left = tensors.get(layer + "left.weight")
-            if left is None:
-                raise CheckpointError(f"the model is damaged: it has {name} but no {layer}left.weight; copy it again")
-            if not len(left.shape) == len(tensor.shape) == 2:
-                raise CheckpointError(
-                    f"the model is damaged: {name} has shape {tensor.shape}, {layer}left.weight {left.shape}"
-                )
-            before[kind] += (left.shape[0] + pivots) * tensor.shape[1]
-        elif name.endswith(".left.weight"):
+        if name.endswith(f".{RIGHT}"):
+            layer = name.removesuffix(f".{RIGHT}")
+            inner = {key: tensors[f"{layer}.{key}"].shape for key in LOW_RANK_ONLY if f"{layer}.{key}" in tensors}
+            low_rank = LowRankTensors.of_stored(inner, layer)
+            before[kind] += low_rank.out_features * low_rank.in_features
+        elif name.endswith(f".{LEFT}"):
             pass  # counted with its right factor
         elif name.endswith("bias") and name.rpartition(".")[0] in added_biases:
             pass  # it was not there before

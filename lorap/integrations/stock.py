@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorap.algorithms.pruning import new_linear
 from lorap.architectures import ATTENTION, MLP, PROJECTIONS, STOCK_MULTIPLES, Architecture, known_architecture
 from lorap.checkpoint import host_keys
 from lorap.checkpoint.folders import read_tensors
@@ -24,7 +23,7 @@ from lorap.checkpoint.reconstruct import reconstruct
 from lorap.checkpoint.save import SPARE_BYTES
 from lorap.checkpoint.write import write_model
 from lorap.errors import ArchitectureError, CheckpointError
-from lorap.nn.linear import count_parameters
+from lorap.nn.linear import count_parameters, new_linear
 from lorap.outputs import staged_folder
 from lorap.reports.model_card import stock_card
 from lorap.reports.run import CompressionReport

@@ -19,6 +19,7 @@ from lorap.checkpoint.format import LoRAPConfig
 from lorap.errors import CheckpointError
 from lorap.integrations.vllm_projection import Projection, Share, frozen
 from lorap.nn import ops
+from lorap.nn.low_rank_tensors import LowRankTensors
 
 # vLLM's names of the parts of a fused attention layer; those of a fused FFN are numbers already.
 SHARD_NUMBERS = {"q": 0, "k": 1, "v": 2}
@@ -59,8 +60,8 @@ class LoRAPLinearMethod(LinearMethodBase):
                 self._columns(layer, name, input_size),
             )
             rank = self.checkpoint.ranks.get(name)
-            if rank is not None and rank >= min(rows.size, columns.size):
-                raise CheckpointError(f"rank {rank} of {name} does not fit its shape ({rows.size}, {columns.size})")
+            if rank is not None:
+                LowRankTensors(rows.size, columns.size, rank).check_rank(name)
             bias = layer.has_bias or name in self.checkpoint.biases
             layer.projections.append(Projection(name, rank, pivoted, rows, columns, bias, params_dtype))
         layer.load_weights = partial(self._load, layer)  # vLLM asks a module for it before it looks for parameters

@@ -17,7 +17,7 @@ from lorap.checkpoint.build import check_pivot_rows
 from lorap.errors import CheckpointError
 from lorap.kernels import reference
 from lorap.nn import ops
-from lorap.nn.linear import NAMED_GUARD
+from lorap.nn.low_rank_tensors import GUARD, LEFT, NAMED_GUARD, PIVOT_ROWS, RIGHT, LowRankTensors
 
 
 @dataclass(frozen=True)
@@ -70,16 +70,21 @@ class Projection(nn.Module):
         part, inputs, all_of = slice(rows.start, rows.stop), slice(columns.start, columns.stop), slice(None)
         if rank is None:
             self._expect("weight", "right", (rows.size, columns.size), (part, inputs), dtype)
-        elif pivoted:  # the rows of an output that is shared out are picked once all is there, see finish()
-            self._expect("right.weight", "right", (rank, columns.size), (all_of, inputs), dtype)
-            self._expect("left.weight", "left", (rows.size - rank, rank), (all_of, all_of), dtype)
-            self._expect("pivot_rows", "pivot_rows", (rank,), (all_of,), torch.int64)
-        else:
-            self._expect("right.weight", "right", (rank, columns.size), (all_of, inputs), dtype)
-            self._expect("left.weight", "left", (rows.size, rank), (part, all_of), dtype)
-        if bias:
-            key = "bias" if rank is None else "output_bias" if pivoted else "left.bias"
-            self._expect(key, "bias", (rows.size,), (part,), dtype)
+            if bias:
+                self._expect("bias", "bias", (rows.size,), (part,), dtype)
+            return
+        stored = LowRankTensors(rows.size, columns.size, rank, bias, pivoted)
+        # The rows of an output that is shared out are picked once all is there where they are pivoted, see finish().
+        parts = {
+            RIGHT: ("right", (all_of, inputs)),
+            LEFT: ("left", (all_of if pivoted else part, all_of)),
+            PIVOT_ROWS: ("pivot_rows", (all_of,)),
+            stored.bias_name: ("bias", (part,)),
+        }
+        for key, shape in stored.shapes().items():
+            if key in parts:  # no guard
+                target, pieces = parts[key]
+                self._expect(key, target, shape, pieces, torch.int64 if key == PIVOT_ROWS else dtype)
 
     def load(self, key: str, tensor: Tensor) -> str:
         """Take over one tensor of the checkpoint; the name of the parameter that it filled.
@@ -89,7 +94,7 @@ class Projection(nn.Module):
         """
         if key == NAMED_GUARD and self.rank is not None:
             return "right"
-        if key == "weight" and self.rank is not None:
+        if key == GUARD and self.rank is not None:
             if tuple(tensor.shape) != (1,):
                 raise CheckpointError(
                     f"{self.name} is low-rank in config.json, but the checkpoint holds its dense weight"

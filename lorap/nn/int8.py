@@ -5,7 +5,7 @@ A quantized layer ``down_proj`` is stored as::
     down_proj._weight_qdata   (out_features, in_features) int8
     down_proj._weight_scale   (out_features, 1)
     down_proj.bias            as before
-    down_proj.weight          (1,), the guard of lorap/nn/linear.py: without it other hosts would fill in random numbers
+    down_proj.weight          (1,), the guard of lorap/nn/low_rank_tensors.py: without it other hosts would fill in random numbers
 
 While a checkpoint is read, each layer is an :class:`Int8Slot` with just these tensors; afterwards it is an ``nn.Linear`` again
 whose weight is a ``torchao.quantization.Int8Tensor``.

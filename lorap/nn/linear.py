@@ -1,20 +1,7 @@
 """``LowRankLinear``: what a compressed ``nn.Linear`` becomes.
 
-Checkpoint keys of a projection ``q_proj``::
-
-    q_proj.right.weight   (rank, in_features)      shrink: x to rank
-    q_proj.left.weight    (out_features, rank)     expand: rank to out
-    q_proj.left.bias      (out_features,)          where the dense layer had one
-    q_proj.pivot_rows     (rank,) int64            only in pivoted storage, where left.weight is (out_features - rank, rank)
-    q_proj.output_bias    (out_features,)          instead of left.bias in pivoted storage, whose bias covers more than left
-    q_proj.weight         (1,)                     guard, see below
-    q_proj.needs_import_lorap  (1,)                its name in plain words; not in checkpoints before format version 4
-
 The two factors are ordinary ``nn.Linear`` children, so that adapters and quantizers find them by name and type.
-
-The guard makes a host that does not know lorap fail: it looks for a ``q_proj.weight`` of shape (out, in), finds one of shape
-(1,), and stops. Without it, transformers would start with random projections and only print a warning. What else keeps such
-hosts out is in lorap/checkpoint/guards.py.
+What a checkpoint holds of it is in :mod:`lorap.nn.low_rank_tensors`.
 """
 
 from __future__ import annotations
@@ -28,10 +15,10 @@ from lorap.algorithms.factorization import factorize
 from lorap.algorithms.pivoting import pivot
 from lorap.kernels import reference
 from lorap.nn import ops, shape_checks
+from lorap.nn.low_rank_tensors import LEFT, LEFT_BIAS, NAMED_GUARD, OUTPUT_BIAS, LowRankTensors
 
 # Value of the guard; the format's version is in config.json.
 GUARD_VALUE = 1.0
-NAMED_GUARD = "needs_import_lorap"
 
 
 class LowRankLinear(nn.Module):
@@ -65,18 +52,26 @@ class LowRankLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank
-        rows = out_features - rank if pivoted else out_features
+        shapes = LowRankTensors(out_features, in_features, rank, bias, pivoted).shapes()
         self.right = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.left = nn.Linear(rank, rows, bias=bias and not pivoted, device=device, dtype=dtype)
-        own = torch.zeros(out_features, device=device, dtype=dtype) if bias and pivoted else None
+        self.left = nn.Linear(rank, shapes[LEFT][0], bias=LEFT_BIAS in shapes, device=device, dtype=dtype)
+        own = torch.zeros(out_features, device=device, dtype=dtype) if OUTPUT_BIAS in shapes else None
         self.output_bias: nn.Parameter | None
-        self.register_parameter("output_bias", None if own is None else nn.Parameter(own))
+        self.register_parameter(OUTPUT_BIAS, None if own is None else nn.Parameter(own))
         self.weight: Tensor
         self.register_buffer("weight", torch.full((1,), GUARD_VALUE, device=device, dtype=dtype))
         self.register_buffer(NAMED_GUARD, self.weight.clone())
         self.pivot_rows: Tensor | None
         self.register_buffer("pivot_rows", torch.arange(rank, device=device) if pivoted else None)
         self.group: Any = None  # a lorap.nn.fused.SharedInput, when q, k and v run as one
+
+    @classmethod
+    def empty(cls, tensors: LowRankTensors, *, device: torch.device | str, dtype: torch.dtype) -> LowRankLinear:
+        """A layer that has room for ``tensors``."""
+        sizes = (tensors.in_features, tensors.out_features, tensors.rank)
+        module = cls(*sizes, bias=tensors.bias, device=device, dtype=dtype, pivoted=tensors.pivoted)
+        module.put_named_guard(tensors.guarded)
+        return module
 
     @property
     def bias(self) -> Tensor | None:
@@ -205,6 +200,28 @@ class Linear(nn.Linear):
         if is_autocast(x) or type(weight) is not nn.Parameter:
             return super().forward(x)
         return ops.linear(x, weight, self._parameters["bias"])
+
+
+def keep_outputs(linear: nn.Linear, channels: Tensor) -> nn.Linear:
+    """``linear`` with only the given output channels."""
+    bias = None if linear.bias is None else linear.bias.data[channels]
+    return new_linear(linear.weight.data[channels], bias)
+
+
+def keep_inputs(linear: nn.Linear, channels: Tensor) -> nn.Linear:
+    """``linear`` with only the given input channels."""
+    bias = None if linear.bias is None else linear.bias.data
+    return new_linear(linear.weight.data[:, channels].contiguous(), bias)
+
+
+def new_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer around the given tensors, which are used, not copied."""
+    out_features, in_features = weight.shape
+    linear = nn.Linear(in_features, out_features, bias=bias is not None, device="meta", dtype=weight.dtype)
+    linear.weight = nn.Parameter(weight)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias)
+    return linear
 
 
 def is_plain(linear: Any) -> bool:

@@ -37,6 +37,7 @@ from lorap.checkpoint.validate import CONFIG, lorap_config
 from lorap.errors import CheckpointError, ConfigError
 from lorap.evaluation.perplexity import evaluate
 from lorap.nn.linear import LowRankLinear
+from lorap.nn.low_rank_tensors import FACTORS
 from lorap.outputs import WorkFolder, check_output, work_folder
 from lorap.recovery.files import STATE, merge_into_copy, sha256_of_weights, state_folder
 from lorap.recovery.report import RecoveryReport, dense_evaluation, tuned_card
@@ -153,7 +154,7 @@ def target_names(model: Any, modules: str = "all") -> list[str]:
         for role in MODULES[modules]:
             name = architecture.module_name(index, role)
             factors = isinstance(model.get_submodule(name), LowRankLinear)
-            names += [f"{name}.right", f"{name}.left"] if factors else [name]
+            names += [f"{name}.{factor}" for factor in FACTORS] if factors else [name]
     return names
 
 

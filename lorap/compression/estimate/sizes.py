@@ -7,19 +7,13 @@ from dataclasses import dataclass, replace
 from math import prod
 from types import SimpleNamespace
 
-from lorap.algorithms.pivoting import pivoted_parameters
 from lorap.architectures import MLP
 from lorap.compression.allocation import LayerPlan, plan_layer
 from lorap.compression.estimate.shapes import ModelShape
 from lorap.compression.planning import channels_to_drop, check_sizes, plan_by_shape
 from lorap.config import CompressionConfig
+from lorap.nn.low_rank_tensors import LowRankTensors
 from lorap.requirements import compressed_roles
-
-INDEX_BYTES = 8  # a row number of pivoted storage is int64
-
-
-# One-element tensors of a low-rank layer (docs/checkpoint-format.md).
-GUARDS = 2
 
 
 @dataclass(frozen=True)
@@ -65,9 +59,10 @@ def planned_sizes(shape: ModelShape, config: CompressionConfig) -> Sizes:
         params[role] = shape.num_layers * (count + bias)
         nbytes[role] = params[role] * shape.itemsize
         if role in layer.ranks:
-            index = INDEX_BYTES * layer.ranks[role] if config.storage == "pivoted" else 0
+            stored = _stored(shape, config, layer, role)
+            index = stored.index_bytes
             index_bytes += shape.num_layers * index
-            guards = GUARDS * shape.itemsize
+            guards = len(stored.guards) * shape.itemsize
             guard_bytes += shape.num_layers * guards
             nbytes[role] += shape.num_layers * (index + guards)
     roles = compressed_roles(config)
@@ -85,14 +80,15 @@ def planned_sizes(shape: ModelShape, config: CompressionConfig) -> Sizes:
 
 def matrix_params(shape: ModelShape, config: CompressionConfig, layer: LayerPlan, role: str) -> int:
     """Parameters of one projection of one layer once it is compressed, without its bias."""
-    out_features, in_features = shape.projections[role]
     if role in layer.ranks:
-        rank = layer.ranks[role]
-        pivoted = config.storage == "pivoted"
-        return pivoted_parameters((out_features, in_features), rank) if pivoted else rank * (out_features + in_features)
+        return _stored(shape, config, layer, role).factor_params
     if role in MLP:
         return layer.intermediate_size * shape.hidden_size
-    return out_features * in_features
+    return prod(shape.projections[role])
+
+
+def _stored(shape: ModelShape, config: CompressionConfig, layer: LayerPlan, role: str) -> LowRankTensors:
+    return LowRankTensors(*shape.projections[role], layer.ranks[role], pivoted=config.storage == "pivoted")
 
 
 def _planned_layer(shape: ModelShape, config: CompressionConfig) -> tuple[LayerPlan, str]:

@@ -19,6 +19,7 @@ from lorap.compression.runs.journal import Journal
 from lorap.compression.store import Finished, RunStore
 from lorap.jsonio import read_as
 from lorap.nn.linear import LowRankLinear
+from lorap.nn.low_rank_tensors import RIGHT, LowRankTensors
 from lorap.reports.records import Evaluation, Share
 from lorap.reports.run import CorrectionReport, ProjectionReport
 
@@ -211,23 +212,18 @@ def put_projections(layer: nn.Module, stored: dict[str, StoredTensor], architect
         inner = {
             name.removeprefix(path + "."): tensor for name, tensor in stored.items() if name.startswith(path + ".")
         }
-        layer.set_submodule(path, _empty(inner))
+        layer.set_submodule(path, _empty(inner, path))
     layer.get_submodule(architecture.mlp).intermediate_size = int(  # type: ignore[assignment]
         layer.get_submodule(architecture.projections["down_proj"]).in_features  # type: ignore[arg-type]
     )
 
 
-def _empty(tensors: dict[str, StoredTensor]) -> nn.Module:
-    """The module that these tensors belong to, on the meta device."""
-    if "right.weight" not in tensors:
-        out_features, in_features = tensors["weight"].shape
-        linear = nn.Linear(
-            in_features, out_features, bias="bias" in tensors, device="meta", dtype=tensors["weight"].dtype
-        )
-        return linear.eval()
-    rank, in_features = tensors["right.weight"].shape
-    pivoted = "pivot_rows" in tensors
-    out_features = tensors["left.weight"].shape[0] + (rank if pivoted else 0)
-    bias = "output_bias" in tensors or "left.bias" in tensors
-    dtype = tensors["right.weight"].dtype
-    return LowRankLinear(in_features, out_features, rank, bias, "meta", dtype, pivoted).eval()
+def _empty(tensors: dict[str, StoredTensor], name: str) -> nn.Module:
+    """The module that these tensors of the projection ``name`` belong to, on the meta device."""
+    shapes = {key: tensor.shape for key, tensor in tensors.items()}
+    if RIGHT in shapes:
+        dtype = tensors[RIGHT].dtype
+        return LowRankLinear.empty(LowRankTensors.of_stored(shapes, name), device="meta", dtype=dtype).eval()
+    out_features, in_features = shapes["weight"]
+    dtype = tensors["weight"].dtype
+    return nn.Linear(in_features, out_features, bias="bias" in shapes, device="meta", dtype=dtype).eval()
