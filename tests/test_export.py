@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import lorap
-from lorap.checkpoint import shards
+from lorap.checkpoint import write
 from lorap.checkpoint.folders import read_tensors
 from lorap.checkpoint.format import LoRAPConfig
 from lorap.checkpoint.hf_quantizer import attach_quantization_config
@@ -242,7 +242,7 @@ def test_a_failed_export_leaves_nothing(small_folder, tmp_path, monkeypatch) -> 
     def fail(*_arguments: Any, **_options: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(shards, "write_tensors", fail)
+    monkeypatch.setattr(write, "write_tensors", fail)
     result = run("export", small_folder, tmp_path / "plain", "--quiet")
     assert result.exit_code == 2
     assert "the disk is full or a quota is reached" in result.stderr
