@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import stat
@@ -52,6 +53,23 @@ def sync_tree(path: Path) -> None:
     for inner in path.iterdir() if path.is_dir() else ():
         sync_tree(inner)
     sync(path)
+
+
+def hash_files(*paths: Path) -> str:
+    """sha256 of what the files hold, one after the other, in hexadecimal.
+
+    Raises:
+        CheckpointError: one cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                while piece := file.read(2**24):
+                    digest.update(piece)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    return digest.hexdigest()
 
 
 def share(folder: Path) -> None:

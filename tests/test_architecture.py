@@ -93,6 +93,18 @@ def test_kernels_import_nothing_of_lorap_but_themselves(imports):
     assert not outside
 
 
+def test_files_and_folders_are_renamed_in_two_modules():
+    """What appears whole or not at all: a file by ``files``, a folder by ``outputs``."""
+    renaming = {
+        str(path.relative_to(ROOT))
+        for path in ROOT.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Attribute)
+        if node.attr in ("rename", "renames") or (node.attr == "replace" and ast.unparse(node.value) == "os")
+    }
+    assert renaming == {"files.py", "outputs.py"}
+
+
 def test_few_modules_at_the_top():
     assert len(list(ROOT.glob("*.py"))) <= 12
 

@@ -7,6 +7,7 @@ folder is no model; whatever kills a command, the next one finds the old folder 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import stat
@@ -22,6 +23,7 @@ import lorap
 from lorap import outputs
 from lorap.compression.runs.journal import COMPLETE, STAGE, finish, is_complete, open_journal
 from lorap.errors import CheckpointError, JournalError
+from lorap.files import hash_files
 from lorap.outputs import check_output, staged_folder, work_folder, work_path
 
 OLD = {"config.json": "old", "old.txt": "old", "sub/old.txt": "old", "z.txt": "old"}
@@ -338,3 +340,13 @@ def test_an_output_that_was_removed_before_the_run_had_ended_is_not_taken_for_do
         journal.keep_alone(COMPLETE, {})
     with open_journal(tmp_path / "out") as journal:
         assert not journal.has(COMPLETE)
+
+
+def test_files_are_hashed_one_after_the_other(tmp_path):
+    whole = os.urandom(2**24 + 7)  # more than is read at once
+    for name, part in {"a": whole[:-3], "b": whole[-3:], "c": b""}.items():
+        (tmp_path / name).write_bytes(part)
+    assert hash_files(*(tmp_path / name for name in "acb")) == hashlib.sha256(whole).hexdigest()
+    assert hash_files(tmp_path / "b", tmp_path / "a") != hashlib.sha256(whole).hexdigest()
+    with pytest.raises(CheckpointError, match=re.escape(f"cannot read {tmp_path / 'd'}")):
+        hash_files(tmp_path / "a", tmp_path / "d")

@@ -236,8 +236,12 @@ def _gather(
     shares = tuple(
         Share(stream.name, weight, count) for stream, weight, count in zip(streams, weights, counts, strict=True)
     )
-    sha256 = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-    return TokenWindows(ids, name, sha256, mask, groups, names, shares)
+    return TokenWindows(ids, name, hash_ids(ids), mask, groups, names, shares)
+
+
+def hash_ids(ids: Tensor) -> str:
+    """sha256 of token ids, in hexadecimal; of their order too, not of their shape."""
+    return hashlib.sha256(ids.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def _stretches(stream: _Stream, positions: Tensor) -> tuple[Tensor, tuple[str, ...]]:

@@ -55,6 +55,17 @@ class ModelSource:
     folder: Path | None = None
     checked: CheckedFolder | None = field(default=None, repr=False, compare=False)
 
+    @property
+    def weight_files(self) -> list[Path]:
+        """The files that the weights are read from; none of a hub name that was not fetched.
+
+        Raises:
+            CheckpointError: as :func:`lorap.checkpoint.folders.weight_files`.
+        """
+        if self.folder is None:
+            return []
+        return [self.folder / self.gguf_file] if self.gguf_file else weight_files(self.folder)
+
 
 def find_model(model: str | Path, *, fetch: bool = True) -> ModelSource:
     """Tell a folder, a GGUF file and a hub name apart, and refuse a folder that cannot be opened rightly.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lorap.checkpoint.folders import read_json, read_tensors, weight_files
-from lorap.checkpoint.load import ModelSource
 from lorap.errors import CheckpointError, ConfigError
 from lorap.files import replacing
 from lorap.outputs import WorkFolder
@@ -96,16 +94,6 @@ def merge_into_copy(tuned: Any, names: Sequence[str], origin: Path, stage: Path)
             f"{changed[0]} was {before.get(changed[0])} and would be written as {after.get(changed[0])}"
         )
     return model
-
-
-def sha256_of_weights(source: ModelSource) -> str:
-    """Of all weight files of a model, whatever they are."""
-    folder, digest = Path(source.location), hashlib.sha256()
-    for path in [folder / source.gguf_file] if source.gguf_file else weight_files(folder):
-        with path.open("rb") as file:
-            while block := file.read(2**22):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def _delta(tuned: Any, name: str) -> Any:

@@ -36,10 +36,11 @@ from lorap.checkpoint.save import REPORT, SPARE_BYTES
 from lorap.checkpoint.validate import CONFIG, lorap_config
 from lorap.errors import CheckpointError, ConfigError
 from lorap.evaluation.perplexity import evaluate
+from lorap.files import hash_files
 from lorap.nn.linear import LowRankLinear
 from lorap.nn.low_rank_tensors import FACTORS
 from lorap.outputs import WorkFolder, check_output, work_folder
-from lorap.recovery.files import STATE, merge_into_copy, sha256_of_weights, state_folder
+from lorap.recovery.files import STATE, merge_into_copy, state_folder
 from lorap.recovery.report import RecoveryReport, dense_evaluation, tuned_card
 from lorap.recovery.text import training_windows
 from lorap.recovery.training import (
@@ -307,8 +308,8 @@ def _settings(recovery: Recovery, teacher: ModelSource | None) -> dict[str, Any]
 def _made_from(source: ModelSource, teacher: ModelSource | None, windows: TokenWindows) -> dict[str, str | None]:
     """Hashes of the weights and tokens that go into a run."""
     return {
-        "model_weights": sha256_of_weights(source),
-        "teacher_weights": sha256_of_weights(teacher) if teacher else None,
+        "model_weights": hash_files(*source.weight_files),
+        "teacher_weights": hash_files(*teacher.weight_files) if teacher else None,
         "tokens": windows.sha256,
     }
 

@@ -6,7 +6,6 @@ so a short text is read several times, each time in another order, and a long on
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from lorap.calibration.mixtures import Sources, mixture_name, split_by_weight, weighted_sources
 from lorap.calibration.sources import OWN_SAMPLES, Source
-from lorap.calibration.windows import Sampler, TokenWindows, consecutive_windows
+from lorap.calibration.windows import Sampler, TokenWindows, consecutive_windows, hash_ids
 from lorap.errors import CalibrationError
 from lorap.reports.records import Share
 
@@ -76,5 +75,4 @@ def _shuffled(
     joined, mask = torch.cat(list(ids)), torch.cat(list(masks))
     order = torch.randperm(len(joined), generator=generator)
     ordered, mask = joined[order], mask[order]
-    sha256 = hashlib.sha256(ordered.numpy().tobytes()).hexdigest()
-    return TokenWindows(ordered, name, sha256, None if bool(mask.all()) else mask, shares=tuple(given))
+    return TokenWindows(ordered, name, hash_ids(ordered), None if bool(mask.all()) else mask, shares=tuple(given))

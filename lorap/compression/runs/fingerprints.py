@@ -14,13 +14,14 @@ from tqdm import tqdm
 from lorap.calibration.mixtures import Sources, weighted_sources
 from lorap.calibration.places import located
 from lorap.calibration.sources import Source, is_packaged, source_name
+from lorap.calibration.windows import hash_ids
 from lorap.checkpoint.finite import count_not_finite, refuse_not_finite
-from lorap.checkpoint.folders import weight_files
 from lorap.checkpoint.load import ModelSource
 from lorap.checkpoint.paging import pages_of
 from lorap.checkpoint.stored_tensors import Stamp, StoredTensor, read_pieces, stored_tensors
 from lorap.compression.runs.journal import Journal
-from lorap.errors import CheckpointError, JournalError
+from lorap.errors import JournalError
+from lorap.files import hash_files
 from lorap.version import __version__
 
 WEIGHTS_STEP = "weights"
@@ -55,32 +56,16 @@ def _by_name(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
 def digest(source: Source) -> str:
     """A hash of a text's file or of tokens; of a name where there is no file. What was read from a pipe counts, not its name."""
     if isinstance(source, Tensor):
-        return hashlib.sha256(source.cpu().contiguous().numpy().tobytes()).hexdigest()
+        return hash_ids(source)
     if isinstance(source, Mapping):
         return " ".join(digest(source[name]) for name in sorted(source))
     if not is_packaged(str(source)) and (place := located(source)) is not None:
         if not place.path.is_dir():
-            return f"{hash_file(place.path)} {place.field}".strip()
+            return f"{hash_files(place.path)} {place.field}".strip()
         inside = {path.relative_to(place.path): path for path in sorted(place.path.rglob("*")) if path.is_file()}
-        parts = [f"{name}: {hash_file(path)}" for name, path in inside.items()]
+        parts = [f"{name}: {hash_files(path)}" for name, path in inside.items()]
         return " ".join([*parts, place.config, place.split, place.field]).strip()
     return hashlib.sha256(str(source).encode()).hexdigest()
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    try:
-        sha = hashlib.sha256()
-        with path.open("rb") as file:
-            while piece := file.read(2**24):
-                sha.update(piece)
-        return sha.hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
 
 
 def check_weights(journal: Journal, source: ModelSource, model: Any, *, progress: bool) -> None:
@@ -99,7 +84,7 @@ def check_weights(journal: Journal, source: ModelSource, model: Any, *, progress
         CheckpointError: a file cannot be read, or a tensor in it has NaN or infinity, in the dtype that it is read in.
     """
     dtypes = _paged_dtypes(model)
-    files = _weight_files(source)
+    files = source.weight_files
     stamps = {path.name: [Stamp.of(path).size, Stamp.of(path).mtime_ns] for path in files}
     before = journal.read(WEIGHTS_STEP) if journal.has(WEIGHTS_STEP) else None
     if before is not None and before["stamps"] == stamps:
@@ -120,12 +105,6 @@ def check_weights(journal: Journal, source: ModelSource, model: Any, *, progress
     journal.keep(WEIGHTS_STEP, {"stamps": stamps, "hashes": hashes})
 
 
-def _weight_files(source: ModelSource) -> list[Path]:
-    if source.folder is None:
-        return []
-    return [source.folder / source.gguf_file] if source.gguf_file else weight_files(source.folder)
-
-
 def _paged_dtypes(model: Any) -> dict[str, torch.dtype]:
     """By name, the dtype in which each weight comes from the files when it is used; nothing for a model that is in memory."""
     pages = pages_of(model.get_input_embeddings())
@@ -142,7 +121,7 @@ def _look_through(path: Path, dtypes: Mapping[str, torch.dtype], bar: Any) -> st
             if stored.name in dtypes:
                 bad = sum(_not_finite(piece, stored, dtypes) for _, piece in read_pieces(stored))
                 refuse_not_finite(stored.name, bad, dtypes[stored.name])
-        return hash_file(path)
+        return hash_files(path)
     tensors = sorted(stored_tensors(path).values(), key=lambda stored: stored.info.offset)
     first = min((stored.info.offset for stored in tensors), default=path.stat().st_size)
     with path.open("rb") as file:
@@ -169,4 +148,4 @@ def _small_files(source: ModelSource) -> dict[str, str]:
     if source.folder is None or source.gguf_file:
         return {}
     found = {path for pattern in SMALL_FILES for path in source.folder.glob(pattern) if path.is_file()}
-    return {path.name: hash_file(path) for path in sorted(found)}
+    return {path.name: hash_files(path) for path in sorted(found)}
