@@ -14,7 +14,7 @@ from lorap.architectures import ARCHITECTURES, PROJECTIONS
 from lorap.checkpoint.build import check_stored, put_layers
 from lorap.checkpoint.format import LoRAPConfig
 from lorap.checkpoint.headers import read_header
-from lorap.checkpoint.paging import Pages
+from lorap.checkpoint.paging import OffloadedTensors
 from lorap.checkpoint.stored_tensors import Stamp, StoredTensor
 from lorap.checkpoint.write import write_tensors
 from lorap.compression.runs.steps import put_projections
@@ -100,7 +100,7 @@ def test_every_role_is_built_stored_and_kept_alike(tmp_path, bias, pivoted, vers
     again = model(bias=bias).model.layers[0]
     stored = store(decoder.state_dict(), tmp_path / "layer.safetensors")
     put_projections(again, stored, ARCHITECTURE)
-    Pages(stored, torch.device("cpu")).load(again, torch.device("cpu"))
+    OffloadedTensors(stored, torch.device("cpu")).load(again, torch.device("cpu"))
     assert list(again.state_dict()) == list(decoder.state_dict())
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in decoder.state_dict().items())
 

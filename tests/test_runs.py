@@ -24,7 +24,7 @@ from lorap import CheckpointError, CompressionConfig, ConfigError, JournalError
 from lorap.calibration.offload import HiddenStateStore
 from lorap.checkpoint.folders import read_tensors
 from lorap.checkpoint.load import find_model, load_model
-from lorap.checkpoint.paging import in_memory, in_memory_throughout, paged_model, pages_of
+from lorap.checkpoint.paging import in_memory, in_memory_throughout, offloaded_tensors, paged_model
 from lorap.compression.runs.journal import Journal, open_journal
 from lorap.compression.runs.run import RunOptions, compress_to_folder
 from lorap.outputs import work_path
@@ -161,13 +161,13 @@ def test_a_paged_model_runs_as_a_whole(limit: int | None, source: Path, tokens: 
         assert layers[0].self_attn.q_proj.weight.is_meta == (limit == 0)
         assert torch.equal(paged(input_ids=ids).logits, dense(input_ids=ids).logits)
     assert all(parameter.is_meta for parameter in layers[1].parameters())
-    assert pages_of(paged.model.norm) is None
+    assert offloaded_tensors(paged.model.norm) is None
     assert not paged.model.norm.weight.is_meta
 
 
 def test_what_is_to_stay_stays(source: Path, monkeypatch: Any) -> None:
     """As on a GPU with room for all."""
-    monkeypatch.setattr("lorap.checkpoint.paging._fits_for_good", lambda device, nbytes: True)
+    monkeypatch.setattr("lorap.checkpoint.paging._fits_as_resident", lambda device, nbytes: True)
     paged = load_model(find_model(source), paged=True)
     layer = paged.model.layers[1]
     for _ in range(2):
@@ -265,7 +265,7 @@ def test_a_judgement_that_was_interrupted_comes_out_the_same(
 ) -> None:
     """Before it was written down, and right behind that."""
     monkeypatch.setattr("lorap.algorithms.step_schedule.RATE", rate)
-    monkeypatch.setattr("lorap.checkpoint.paging._fits_for_good", lambda device, nbytes: held == "stays")
+    monkeypatch.setattr("lorap.checkpoint.paging._fits_as_resident", lambda device, nbytes: held == "stays")
     if held == "in memory":
         monkeypatch.setattr("lorap.checkpoint.load.paged_model", lambda *args, **kwargs: None)
     config = small(correction_steps=2)

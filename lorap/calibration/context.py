@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lorap.architectures import Architecture, find_architecture
 from lorap.calibration.offload import IN_MEMORY, HiddenStateStore
-from lorap.checkpoint.paging import in_memory, pages_of
+from lorap.checkpoint.paging import in_memory, offloaded_tensors
 from lorap.distributed import SINGLE_PROCESS, Processes
 
 T = TypeVar("T")
@@ -89,13 +89,13 @@ class DecoderContext:
 @contextmanager
 def on_device(layer: nn.Module, device: torch.device) -> Iterator[None]:
     """``layer`` is in memory on ``device`` while this is active, and afterwards where it was."""
-    if pages_of(layer) is not None:
+    if offloaded_tensors(layer) is not None:
         with in_memory(layer, device):
             yield
         return
-    home = next(layer.parameters()).device
+    source_device = next(layer.parameters()).device
     layer.to(device)
     try:
         yield
     finally:
-        layer.to(home)
+        layer.to(source_device)

@@ -1,7 +1,7 @@
-"""A model whose decoder layers, embedding and head stay in their files until they are used, and go again afterwards.
+"""A model whose decoder layers, embedding and head are offloaded: they stay in their files and are in memory only while used.
 
-``paged_model`` builds the model on the meta device and gives each such module ``pages``: where its tensors lie. Whoever needs the
-weights enters :func:`in_memory` (or ``on_device`` of the calibration stream), so that at most one decoder layer is in memory.
+``paged_model`` builds the model on the meta device and gives each such module ``offloaded``: where its tensors lie. Whoever needs
+the weights enters :func:`in_memory` (or ``on_device`` of the calibration stream), so that at most one decoder layer is in memory.
 It is a way of holding weights: what may be opened at all is decided before (lorap/checkpoint/validate.py).
 """
 
@@ -25,20 +25,20 @@ from lorap.system import available_memory_bytes, release_freed_memory
 
 
 @dataclass
-class Pages:
+class OffloadedTensors:
     """Where the tensors of one module lie.
 
     Args:
         tensors: by the name that the module gives them.
         device: where the module comes into memory, unless it is asked for elsewhere.
         dtype: of its floating-point parameters there; None for the files' own.
-        stay: never leave memory once there, as on a GPU that has room for all.
+        resident: never leave memory once there, as on a GPU that has room for all.
     """
 
     tensors: Mapping[str, StoredTensor]
     device: torch.device
     dtype: torch.dtype | None = None
-    stay: bool = False
+    resident: bool = False
 
     def load(self, module: nn.Module, device: torch.device) -> None:
         """Put all tensors into ``module``, on ``device``."""
@@ -69,9 +69,9 @@ def put_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
         owner._buffers[leaf] = tensor
 
 
-def pages_of(module: nn.Module) -> Pages | None:
+def offloaded_tensors(module: nn.Module) -> OffloadedTensors | None:
     """Where a module's tensors lie; None for one that simply is in memory."""
-    return getattr(module, "pages", None)
+    return getattr(module, "offloaded", None)
 
 
 def is_in_memory(module: nn.Module) -> bool:
@@ -81,34 +81,34 @@ def is_in_memory(module: nn.Module) -> bool:
 @contextmanager
 def in_memory(module: nn.Module, device: torch.device | None = None) -> Iterator[None]:
     """The weights of a paged module are there while this is active; a module that is in memory anyway is left alone."""
-    pages = pages_of(module)
-    if pages is None or is_in_memory(module):
+    offloaded = offloaded_tensors(module)
+    if offloaded is None or is_in_memory(module):
         yield
         return
-    pages.load(module, device or pages.device)
+    offloaded.load(module, device or offloaded.device)
     try:
         yield
     finally:
-        # What became of the module meanwhile goes as well, and pages may be others by now.
-        now = pages_of(module)
-        if now is not None and not now.stay:
+        # What became of the module meanwhile goes as well, and its stored tensors may be others by now.
+        now = offloaded_tensors(module)
+        if now is not None and not now.resident:
             module.to("meta")
-            release_freed_memory(max((stored.info.numel for stored in pages.tensors.values()), default=0))
+            release_freed_memory(max((stored.info.numel for stored in offloaded.tensors.values()), default=0))
 
 
 @contextmanager
 def in_memory_throughout(model: Any, layers: Sequence[nn.Module], *, limit_bytes: int | None = None) -> Iterator[None]:
-    """A paged model can be run as a whole while this is active: it is in memory where it fits; else each layer comes and goes.
+    """A paged model can be run as a whole while this is active: in memory where it fits, else each layer loads on forward.
 
     The latter reads the model once for every call, and a warning says so. ``limit_bytes`` is what may be held; by default half
     of the memory that is free.
     """
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    paged = [unit for unit in (*ends, *layers) if pages_of(unit) is not None]
-    size = sum(stored.info.nbytes for unit in paged for stored in unit.pages.tensors.values())  # type: ignore[union-attr]
+    paged = [unit for unit in (*ends, *layers) if offloaded_tensors(unit) is not None]
+    size = sum(stored.info.nbytes for unit in paged for stored in unit.offloaded.tensors.values())  # type: ignore[union-attr]
     if limit_bytes is None:
-        on_gpu = bool(paged) and paged[0].pages.device.type == "cuda"  # type: ignore[union-attr]
-        free = torch.cuda.mem_get_info(paged[0].pages.device)[0] if on_gpu else available_memory_bytes()  # type: ignore[union-attr]
+        on_gpu = bool(paged) and paged[0].offloaded.device.type == "cuda"  # type: ignore[union-attr]
+        free = torch.cuda.mem_get_info(paged[0].offloaded.device)[0] if on_gpu else available_memory_bytes()  # type: ignore[union-attr]
         limit_bytes = free // 2
     fits = size <= limit_bytes
     if not fits:
@@ -123,20 +123,20 @@ def in_memory_throughout(model: Any, layers: Sequence[nn.Module], *, limit_bytes
             if fits or unit not in layers:
                 stack.enter_context(in_memory(unit))
             else:
-                stack.enter_context(_comes_and_goes(unit))
+                stack.enter_context(_load_on_forward(unit))
         yield
 
 
 @contextmanager
-def _comes_and_goes(layer: nn.Module) -> Iterator[None]:
+def _load_on_forward(layer: nn.Module) -> Iterator[None]:
     """Each call of the layer brings its weights in, and lets them go."""
     own = layer.forward
 
-    def paged_forward(*args: Any, **kwargs: Any) -> Any:
+    def load_and_forward(*args: Any, **kwargs: Any) -> Any:
         with in_memory(layer):
             return own(*args, **kwargs)
 
-    layer.forward = paged_forward  # type: ignore[method-assign]
+    layer.forward = load_and_forward  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -162,13 +162,13 @@ def paged_model(checked: CheckedFolder, *, dtype: torch.dtype | None, device: to
     if (checked.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(checked.folder))
     renew_buffers(model, device)
-    return model if _give_pages(model, architecture, checked.tensors, wanted, device) else None
+    return model if _offload_layers(model, architecture, checked.tensors, wanted, device) else None
 
 
-def _give_pages(
+def _offload_layers(
     model: Any, architecture: Architecture, files: Mapping[str, StoredTensor], dtype: torch.dtype, device: torch.device
 ) -> bool:
-    """Pages for the layers, the embedding and the head; what else there is comes into memory. False where tensors are missing."""
+    """Offload the layers, the embedding and the head; the rest comes into memory. False where tensors are missing."""
     head = f"{module_name(model, model.get_output_embeddings())}.weight"
     embedding = f"{module_name(model, model.get_input_embeddings())}.weight"
     wanted = {name: stored for name, stored in files.items() if name in model.state_dict()}
@@ -176,14 +176,14 @@ def _give_pages(
         wanted[head] = wanted[embedding]
     if any(name not in wanted for name in model.state_dict()):
         return False
-    stay = _fits_for_good(device, sum(nbytes_of(stored, dtype) for stored in wanted.values()))
+    resident = _fits_as_resident(device, sum(nbytes_of(stored, dtype) for stored in wanted.values()))
     units = [f"{architecture.layers}.{index}" for index in range(len(architecture.decoder_layers(model)))]
     for unit in [*units, embedding.removesuffix(".weight"), head.removesuffix(".weight")]:
         prefix = unit + "."
         tensors = {name.removeprefix(prefix): stored for name, stored in wanted.items() if name.startswith(prefix)}
-        model.get_submodule(unit).pages = Pages(tensors, device, dtype, stay)
-    rest = {name: s for name, s in wanted.items() if not any(pages_of(part) for part in _owners(model, name))}
-    Pages(rest, device, dtype).load(model, device)
+        model.get_submodule(unit).offloaded = OffloadedTensors(tensors, device, dtype, resident)
+    rest = {name: s for name, s in wanted.items() if not any(offloaded_tensors(part) for part in _owners(model, name))}
+    OffloadedTensors(rest, device, dtype).load(model, device)
     return True
 
 
@@ -192,7 +192,7 @@ def nbytes_of(stored: StoredTensor, dtype: torch.dtype) -> int:
     return torch.Size(stored.shape).numel() * dtype.itemsize
 
 
-def _fits_for_good(device: torch.device, nbytes: int) -> bool:
+def _fits_as_resident(device: torch.device, nbytes: int) -> bool:
     """Whether a GPU has room for the whole model and as much again to work in; a CPU reads a layer again from the page cache."""
     return device.type == "cuda" and nbytes <= torch.cuda.mem_get_info(device)[0] // 2
 

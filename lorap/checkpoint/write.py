@@ -14,7 +14,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from lorap.checkpoint.folders import INDEX
-from lorap.checkpoint.paging import Pages, pages_of
+from lorap.checkpoint.paging import OffloadedTensors, offloaded_tensors
 from lorap.checkpoint.stored_tensors import STORED_DTYPES, StoredTensor, read_pieces
 from lorap.system import parse_bytes
 
@@ -37,7 +37,7 @@ def write_model(model: Any, folder: Path, *, max_shard_size: str | int) -> None:
     """Config, generation config and safetensors, as ``save_pretrained`` would write them.
 
     Args:
-        model: whose modules are in memory, or have pages.
+        model: whose modules are in memory, or offloaded.
         folder: an existing one.
         max_shard_size: largest safetensors file.
 
@@ -81,10 +81,10 @@ def model_tensors(model: Any) -> Iterator[tuple[str, Writable]]:
     tied = model.config.tie_word_embeddings
     head = model.get_output_embeddings()
     paged = {
-        f"{path}.{name}": _as_loaded(stored, pages)
+        f"{path}.{name}": _as_loaded(stored, offloaded)
         for path, module in model.named_modules()
-        if (pages := pages_of(module)) is not None
-        for name, stored in pages.tensors.items()
+        if (offloaded := offloaded_tensors(module)) is not None
+        for name, stored in offloaded.tensors.items()
     }
     skipped = {f"{path}.weight" for path, module in model.named_modules() if module is head} if tied else set()
     for name, tensor in model.state_dict().items():
@@ -133,11 +133,11 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return flat
 
 
-def _as_loaded(stored: StoredTensor, pages: Pages) -> Writable:
+def _as_loaded(stored: StoredTensor, offloaded: OffloadedTensors) -> Writable:
     """A stored tensor in the dtype that it has in the model."""
-    if pages.dtype is None or stored.dtype == pages.dtype or not stored.dtype.is_floating_point:
+    if offloaded.dtype is None or stored.dtype == offloaded.dtype or not stored.dtype.is_floating_point:
         return stored
-    return Cast(stored, pages.dtype)
+    return Cast(stored, offloaded.dtype)
 
 
 def _pieces(tensor: Writable) -> Iterator[memoryview]:

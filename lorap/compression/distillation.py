@@ -21,7 +21,7 @@ from lorap.calibration.backward import walk_back
 from lorap.calibration.context import DecoderContext
 from lorap.calibration.offload import IN_MEMORY, HiddenStateStore, OffloadedTensor
 from lorap.calibration.stream import Batch, CalibrationStream, logits_of
-from lorap.checkpoint.paging import in_memory, pages_of
+from lorap.checkpoint.paging import in_memory, offloaded_tensors
 from lorap.distributed import Processes
 from lorap.errors import CalibrationError
 
@@ -179,5 +179,5 @@ class _ExactWeights:
         exact.add_(votes.to(exact.device), alpha=-size)
         if rounded:
             weight.copy_(exact)
-            store = IN_MEMORY if pages_of(layer) is None else self.files
+            store = IN_MEMORY if offloaded_tensors(layer) is None else self.files
             self.copies[index, name] = store.put(exact)

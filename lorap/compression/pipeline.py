@@ -24,7 +24,7 @@ from lorap.calibration.stream import CalibrationStream
 from lorap.calibration.windows import TokenWindows, fold_of
 from lorap.checkpoint.finite import check_finite
 from lorap.checkpoint.load import check_tokenizer, find_model, load_model, load_tokenizer, model_name, resolve_device
-from lorap.checkpoint.paging import pages_of
+from lorap.checkpoint.paging import offloaded_tensors
 from lorap.checkpoint.validate import believe_own_head
 from lorap.compression.correction import Correction
 from lorap.compression.layer import LayerCompressor
@@ -205,7 +205,10 @@ class Run:
         context, watch = self.context, self.watch
         compressor = LayerCompressor(context, self.config, stream, watch)
         for index, layer in enumerate(context.bar(context.layers, desc="Compressing")):
-            if index + 1 < len(context.layers) and (following := pages_of(context.layers[index + 1])) is not None:
+            if (
+                index + 1 < len(context.layers)
+                and (following := offloaded_tensors(context.layers[index + 1])) is not None
+            ):
                 following.prefetch()
             self._advance_all(targets, index, "correct")
             if (finished := self.store.load_layer(index, layer)) is not None:

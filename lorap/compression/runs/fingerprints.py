@@ -17,7 +17,7 @@ from lorap.calibration.sources import Source, is_packaged, source_name
 from lorap.calibration.windows import hash_ids
 from lorap.checkpoint.finite import count_not_finite, refuse_not_finite
 from lorap.checkpoint.load import ModelSource
-from lorap.checkpoint.paging import pages_of
+from lorap.checkpoint.paging import offloaded_tensors
 from lorap.checkpoint.stored_tensors import Stamp, StoredTensor, read_pieces, stored_tensors
 from lorap.compression.runs.journal import Journal
 from lorap.errors import JournalError
@@ -107,10 +107,10 @@ def check_weights(journal: Journal, source: ModelSource, model: Any, *, progress
 
 def _paged_dtypes(model: Any) -> dict[str, torch.dtype]:
     """By name, the dtype in which each weight comes from the files when it is used; nothing for a model that is in memory."""
-    pages = pages_of(model.get_input_embeddings())
-    if pages is None:
+    offloaded = offloaded_tensors(model.get_input_embeddings())
+    if offloaded is None:
         return {}
-    return {name: pages.dtype or weight.dtype for name, weight in model.named_parameters(remove_duplicate=False)}
+    return {name: offloaded.dtype or weight.dtype for name, weight in model.named_parameters(remove_duplicate=False)}
 
 
 def _look_through(path: Path, dtypes: Mapping[str, torch.dtype], bar: Any) -> str:

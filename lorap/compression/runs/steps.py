@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lorap.architectures import Architecture
 from lorap.calibration.windows import TokenWindows
-from lorap.checkpoint.paging import is_in_memory, pages_of, put_tensor
+from lorap.checkpoint.paging import is_in_memory, offloaded_tensors, put_tensor
 from lorap.checkpoint.stored_tensors import StoredTensor
 from lorap.compression.allocation import LayerPlan
 from lorap.compression.planning import Key, Plan
@@ -99,9 +99,9 @@ class JournalStore(RunStore):
         name = _layer(index)
         if not self.journal.has(name):
             return None
-        home = next(layer.parameters()).device
+        source_device = next(layer.parameters()).device
         put_projections(layer, self.journal.tensors(name), self.architecture)
-        self._reload(name, layer, home)
+        self._reload(name, layer, source_device)
         step = self.journal.read(name)
         return read_as(list[ProjectionReport], step.get("projections"), name), step["seconds"]
 
@@ -132,7 +132,7 @@ class JournalStore(RunStore):
                 self.journal.forget_tensors(name)
 
     def save_corrected(self, index: int, layer: nn.Module, *, is_last_step: bool) -> None:
-        if pages_of(layer) is not None or is_last_step:
+        if offloaded_tensors(layer) is not None or is_last_step:
             self.journal.keep_tensors(_corrected(index), layer.state_dict())
             self.journal.processes.barrier()
             self._offload_from(_corrected(index), layer)
@@ -144,20 +144,20 @@ class JournalStore(RunStore):
         for index, layer in enumerate(layers):
             self._reload(_layer(index), layer)
 
-    def _reload(self, name: str, layer: nn.Module, home: torch.device | None = None) -> None:
+    def _reload(self, name: str, layer: nn.Module, source_device: torch.device | None = None) -> None:
         """The stored weights, where the layer is in memory; an offloaded one finds them when it is used, unless it stays."""
         self._offload_from(name, layer)
-        if (pages := pages_of(layer)) is None:
-            device = home or next(layer.parameters()).device
+        if (offloaded := offloaded_tensors(layer)) is None:
+            device = source_device or next(layer.parameters()).device
             for tensor_name, tensor in self.journal.tensors(name).items():
                 put_tensor(layer, tensor_name, tensor.read().to(device))
         elif is_in_memory(layer):
-            pages.load(layer, next(layer.parameters()).device)
+            offloaded.load(layer, next(layer.parameters()).device)
 
     def _offload_from(self, name: str, layer: nn.Module) -> None:
         """From now on an offloaded layer comes from what the journal has of it."""
-        if (pages := pages_of(layer)) is not None:
-            layer.pages = replace(pages, tensors=self.journal.tensors(name), dtype=None)  # type: ignore[assignment]
+        if (offloaded := offloaded_tensors(layer)) is not None:
+            layer.offloaded = replace(offloaded, tensors=self.journal.tensors(name), dtype=None)  # type: ignore[assignment]
 
 
 def _layer(index: int) -> str:
