@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from lorap.architectures import Architecture, find_architecture
 from lorap.calibration.offload import IN_MEMORY, HiddenStateStore
 from lorap.checkpoint.paging import in_memory, offloaded_tensors
 from lorap.distributed import SINGLE_PROCESS, Processes
+from lorap.nn.linear import embedding_weight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 T = TypeVar("T")
 
@@ -72,9 +75,7 @@ class DecoderContext:
 
     @property
     def _embedding(self) -> Tensor:
-        weight = self.model.get_input_embeddings().weight
-        assert isinstance(weight, Tensor)
-        return weight
+        return embedding_weight(self.model)
 
     def on_device(self, index: int) -> AbstractContextManager[None]:
         """Layer ``index`` is in memory on :attr:`device` while this is active, and afterwards where it was."""

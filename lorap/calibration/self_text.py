@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from lorap.errors import CalibrationError
+from lorap.nn.linear import embedding_weight
 
 # Windows that are written at once: each step reads every weight, so many together cost little more than one.
 BATCH_WINDOWS = 64
@@ -41,7 +42,7 @@ def sample_windows(
     Raises:
         CalibrationError: the model's predictions are not finite.
     """
-    device = model.get_input_embeddings().weight.device
+    device = embedding_weight(model).device
     start = start_token(model, tokenizer)
     sampling = GenerationConfig(
         do_sample=True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,8 +19,11 @@ from lorap.nn import int8
 from lorap.nn.linear import LowRankLinear
 from lorap.nn.low_rank_tensors import LOW_RANK_ONLY, LowRankTensors
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def put_layers(model: Any, config: LoRAPConfig) -> dict[str, tuple[int, ...]]:
+
+def put_layers(model: PreTrainedModel, config: LoRAPConfig) -> dict[str, tuple[int, ...]]:
     """Swap empty layers as ``config`` describes them into an empty dense model.
 
     Returns the name and shape of each tensor that the checkpoint must hold for them.
@@ -52,7 +55,7 @@ def put_layers(model: Any, config: LoRAPConfig) -> dict[str, tuple[int, ...]]:
     return {bare + name: shapes[name] for name in wanted}
 
 
-def _put_low_rank(model: Any, config: LoRAPConfig, bare: str) -> list[str]:
+def _put_low_rank(model: PreTrainedModel, config: LoRAPConfig, bare: str) -> list[str]:
     """The low-rank layers among them; returns the names of their tensors in ``model``."""
     # All of them first: a factor that is a linear layer itself was not one of the dense model.
     ranks = {name.removeprefix(bare): rank for name, rank in config.ranks.items()}
@@ -68,13 +71,13 @@ def _put_low_rank(model: Any, config: LoRAPConfig, bare: str) -> list[str]:
     return wanted
 
 
-def bare_prefix(model: Any) -> str:
+def bare_prefix(model: PreTrainedModel) -> str:
     """What the names in a checkpoint have before those of ``model``: "model." where it is a base model (``AutoModel``), or ""."""
     prefix = str(model.base_model_prefix)
     return f"{prefix}." if prefix and prefix not in model._modules else ""
 
 
-def keep_whole(model: Any, config: LoRAPConfig) -> None:
+def keep_whole(model: PreTrainedModel, config: LoRAPConfig) -> None:
     """Take out of the plan of tensor parallelism what it would cut wrongly; every worker then holds and computes all of that.
 
     transformers cuts by the name of a dense projection. A low-rank one has its factors below that name, so only its guard would

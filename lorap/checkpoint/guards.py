@@ -11,11 +11,14 @@ transformers lets go of the second when told ``ignore_mismatched_sizes=True``, w
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.activations import ACT2CLS, ACT2FN
 
 from lorap.nn.linear import LowRankLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SUFFIX = "_needs_import_lorap"
 # config field of the activation, in all families of lorap.architectures.
@@ -27,7 +30,7 @@ def register_activations() -> None:
     ACT2FN.update({name + SUFFIX: found for name, found in ACT2CLS.items()})
 
 
-def put_guards(model: Any, on: bool) -> None:
+def put_guards(model: PreTrainedModel, on: bool) -> None:
     """Give a model all guards in words, or take them away; what it computes stays."""
     unguard_config(model.config)
     if on and (name := activation_of(model.config)):

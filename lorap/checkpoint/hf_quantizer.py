@@ -66,16 +66,20 @@ class LoRAPHfQuantizer(HfQuantizer):
         return True
 
 
-def attach_quantization_config(model: Any, config: LoRAPConfig) -> None:
+def attach_quantization_config(model: PreTrainedModel, config: LoRAPConfig) -> None:
     """Make ``model.save_pretrained`` write a checkpoint that the plug-in opens again."""
     model.config.quantization_config = config
-    model.hf_quantizer = LoRAPHfQuantizer(config, pre_quantized=True)
-    model.quantization_method = QUANT_METHOD
-    model.is_quantized = not model.hf_quantizer.is_trainable
+    quantizer = LoRAPHfQuantizer(config, pre_quantized=True)
+    for name, value in (
+        ("hf_quantizer", quantizer),
+        ("quantization_method", QUANT_METHOD),
+        ("is_quantized", not quantizer.is_trainable),
+    ):
+        setattr(model, name, value)
     put_guards(model, config.is_guarded)
 
 
-def get_quantization_config(model: Any) -> LoRAPConfig | None:
+def get_quantization_config(model: PreTrainedModel) -> LoRAPConfig | None:
     """What :func:`attach_quantization_config` or loading put there; None where lorap has not changed the model."""
     found = getattr(model.config, "quantization_config", None)
     if isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD:
@@ -83,7 +87,7 @@ def get_quantization_config(model: Any) -> LoRAPConfig | None:
     return found if isinstance(found, LoRAPConfig) else None
 
 
-def detach_quantization_config(model: Any) -> None:
+def detach_quantization_config(model: PreTrainedModel) -> None:
     """Make ``model.save_pretrained`` write an ordinary checkpoint again; only for what opens without the plug-in."""
     LoRAPHfQuantizer(LoRAPConfig(), pre_quantized=True).remove_quantization_config(model)
     put_guards(model, False)

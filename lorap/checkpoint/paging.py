@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from lorap.architectures import Architecture, find_architecture
 from lorap.checkpoint.stored_tensors import STORED_DTYPES, StoredTensor
 from lorap.checkpoint.validate import CheckedFolder, empty_model, module_name
 from lorap.system import available_memory_bytes, release_freed_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -97,7 +100,9 @@ def in_memory(module: nn.Module, device: torch.device | None = None) -> Iterator
 
 
 @contextmanager
-def in_memory_throughout(model: Any, layers: Sequence[nn.Module], *, limit_bytes: int | None = None) -> Iterator[None]:
+def in_memory_throughout(
+    model: PreTrainedModel, layers: Sequence[nn.Module], *, limit_bytes: int | None = None
+) -> Iterator[None]:
     """A paged model can be run as a whole while this is active: in memory where it fits, else each layer loads on forward.
 
     The latter reads the model once for every call, and a warning says so. ``limit_bytes`` is what may be held; by default half
@@ -166,7 +171,11 @@ def paged_model(checked: CheckedFolder, *, dtype: torch.dtype | None, device: to
 
 
 def _offload_layers(
-    model: Any, architecture: Architecture, files: Mapping[str, StoredTensor], dtype: torch.dtype, device: torch.device
+    model: PreTrainedModel,
+    architecture: Architecture,
+    files: Mapping[str, StoredTensor],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> bool:
     """Offload the layers, the embedding and the head; the rest comes into memory. False where tensors are missing."""
     head = f"{module_name(model, model.get_output_embeddings())}.weight"
@@ -181,7 +190,7 @@ def _offload_layers(
     for unit in [*units, embedding.removesuffix(".weight"), head.removesuffix(".weight")]:
         prefix = unit + "."
         tensors = {name.removeprefix(prefix): stored for name, stored in wanted.items() if name.startswith(prefix)}
-        model.get_submodule(unit).offloaded = OffloadedTensors(tensors, device, dtype, resident)
+        model.get_submodule(unit).offloaded = OffloadedTensors(tensors, device, dtype, resident)  # type: ignore[assignment]
     rest = {name: s for name, s in wanted.items() if not any(offloaded_tensors(part) for part in _owners(model, name))}
     OffloadedTensors(rest, device, dtype).load(model, device)
     return True

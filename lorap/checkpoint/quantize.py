@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
-from torch import nn
+from typing import TYPE_CHECKING, TypeVar
 
 from lorap.architectures import known_architecture
 from lorap.checkpoint.format import LoRAPConfig
@@ -12,7 +10,10 @@ from lorap.checkpoint.hf_quantizer import attach_quantization_config, get_quanti
 from lorap.errors import ArchitectureError
 from lorap.nn.int8 import quantize_weights
 
-Model = TypeVar("Model", bound=nn.Module)
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Model = TypeVar("Model", bound="PreTrainedModel")
 
 
 def quantize_int8(model: Model) -> Model:

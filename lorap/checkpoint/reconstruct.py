@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
@@ -16,7 +16,10 @@ from lorap.checkpoint.hf_quantizer import (
 from lorap.errors import ArchitectureError
 from lorap.nn.linear import LowRankLinear, has_plain_factors
 
-Model = TypeVar("Model", bound=nn.Module)
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Model = TypeVar("Model", bound="PreTrainedModel")
 
 
 def reconstruct(model: Model) -> Model:
@@ -71,7 +74,7 @@ def _check(pair: LowRankLinear, name: str) -> None:
         raise ArchitectureError(f"the factors of {name} are not in memory; load the model without offloading")
 
 
-def _reduce_quantization_config(model: Any, compression: LoRAPConfig) -> None:
+def _reduce_quantization_config(model: PreTrainedModel, compression: LoRAPConfig) -> None:
     """Only what a dense model of this class cannot say by itself stays in the config."""
     if compression.intermediate_sizes or compression.biases:
         fields = compression.to_dict() | {"ranks": {}, "storage": "factors", "format_version": None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorap.checkpoint import host_keys
 from lorap.checkpoint.folders import stored_parameters
@@ -17,13 +17,16 @@ from lorap.reports.html.page import write_page
 from lorap.reports.model_card import model_card
 from lorap.reports.run import CompressionReport
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 REPORT = "lorap_report.json"
 # Room for config, tokenizer, card and report beside the weights.
 SPARE_BYTES = 32 * 2**20
 
 
 def save(
-    model: Any,
+    model: PreTrainedModel,
     out: str | Path,
     *,
     report: CompressionReport,
@@ -58,7 +61,7 @@ def save(
     return out
 
 
-def try_settings(model: Any, tokenizer: Any, folder: Path) -> None:
+def try_settings(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     """Write what stands beside the weights into a new folder, for nothing, so that it does not fail after hours of work.
 
     Raises:

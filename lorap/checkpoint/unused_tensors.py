@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from lorap.checkpoint.stored_tensors import StoredTensor
 from lorap.errors import CheckpointError
 from lorap.jsonio import named
 from lorap.nn.low_rank_tensors import FACTORS, NAMED_GUARD, OUTPUT_BIAS, PIVOT_ROWS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 INV_FREQ = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 # Masks and positions that older versions of transformers computed and saved along.
@@ -48,7 +51,7 @@ ORIGINS = (
 )
 
 
-def check_unused(model: Any, tensors: Mapping[str, StoredTensor], unused: Iterable[str]) -> None:
+def check_unused(model: PreTrainedModel, tensors: Mapping[str, StoredTensor], unused: Iterable[str]) -> None:
     """Refuse ``unused`` tensors of a model's files, but for those that mean nothing.
 
     Args:
@@ -72,7 +75,7 @@ def origin_of(name: str) -> str:
     return next(text for pattern, text in ORIGINS if re.search(pattern, name))
 
 
-def unused_names(model: Any, tensors: Mapping[str, TensorInfo] | Mapping[str, StoredTensor]) -> list[str]:
+def unused_names(model: PreTrainedModel, tensors: Mapping[str, TensorInfo] | Mapping[str, StoredTensor]) -> list[str]:
     """Stored names that are none of ``model``'s, also where it was saved without its head; not those its class passes over."""
     prefix = model.base_model_prefix + "."
     own = set(model.state_dict())
@@ -82,7 +85,7 @@ def unused_names(model: Any, tensors: Mapping[str, TensorInfo] | Mapping[str, St
     return [name for name in tensors if name not in own and not any(one.search(name) for one in declared)]
 
 
-def _means_nothing(model: Any, name: str, stored: StoredTensor | None) -> bool:
+def _means_nothing(model: PreTrainedModel, name: str, stored: StoredTensor | None) -> bool:
     if stored is None:
         return False
     shape = stored.shape
@@ -94,7 +97,7 @@ def _means_nothing(model: Any, name: str, stored: StoredTensor | None) -> bool:
     return name.endswith(".bias") and stored.info.numel <= MAX_BIAS and not bool(stored.read().any())
 
 
-def _check_frequencies(model: Any, stored: StoredTensor) -> None:
+def _check_frequencies(model: PreTrainedModel, stored: StoredTensor) -> None:
     """Stored frequencies of rotary embeddings are those that config.json gives, before or after scaling.
 
     Older versions saved them along; they scaled positions instead of frequencies.

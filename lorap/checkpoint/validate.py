@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -29,7 +29,11 @@ from lorap.checkpoint.unused_tensors import check_unused, origin_of, unused_name
 from lorap.errors import CheckpointError
 from lorap.jsonio import INFINITY, named, read_json, shown
 from lorap.nn import int8
+from lorap.nn.linear import embedding_weight
 from lorap.nn.low_rank_tensors import PIVOT_ROWS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONFIG, GENERATION, ADAPTER = "config.json", "generation_config.json", "adapter_config.json"
 TOKENIZER = "tokenizer_config.json"
@@ -251,7 +255,7 @@ def empty_model(config: Any, dtype: torch.dtype | None = None) -> Any:
 
 
 def _check_shapes(
-    model: Any, tensors: Mapping[str, TensorInfo], integers: Sequence[str], unused: Sequence[str]
+    model: PreTrainedModel, tensors: Mapping[str, TensorInfo], integers: Sequence[str], unused: Sequence[str]
 ) -> None:
     """Every tensor of ``model`` is stored, in its shape; all but ``integers`` as floating point."""
     stored = dict(tensors)
@@ -308,7 +312,7 @@ def _refuse_quantized(quantization: Mapping[str, Any], tensors: Mapping[str, Ten
     raise CheckpointError(f"the model is quantized ({method}); start from the one in floating point")
 
 
-def believe_stored_head(model: Any, config: Any, tensors: Mapping[str, StoredTensor]) -> None:
+def believe_stored_head(model: PreTrainedModel, config: Any, tensors: Mapping[str, StoredTensor]) -> None:
     """Where config.json says that the head is the embedding, and the files hold another head: ``config`` says so no more."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or not getattr(config, "tie_word_embeddings", False):
@@ -319,12 +323,12 @@ def believe_stored_head(model: Any, config: Any, tensors: Mapping[str, StoredTen
         config.tie_word_embeddings = False
 
 
-def believe_own_head(model: Any) -> None:
+def believe_own_head(model: PreTrainedModel) -> None:
     """The same for a model in memory: transformers opens such files rightly, but leaves the config as it is."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or not getattr(model.config, "tie_word_embeddings", False) or head.weight is embedding.weight:
+    head, embedding = model.get_output_embeddings(), embedding_weight(model)
+    if head is None or not getattr(model.config, "tie_word_embeddings", False) or head.weight is embedding:
         return
-    if not head.weight.is_meta and not torch.equal(head.weight.to(embedding.weight), embedding.weight):
+    if not head.weight.is_meta and not torch.equal(head.weight.to(embedding), embedding):
         model.config.tie_word_embeddings = False
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union
+from typing import TYPE_CHECKING, Union
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -17,6 +17,9 @@ from lorap.checkpoint.folders import INDEX
 from lorap.checkpoint.paging import OffloadedTensors, offloaded_tensors
 from lorap.checkpoint.stored_tensors import STORED_DTYPES, StoredTensor, read_pieces
 from lorap.system import parse_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 GENERATION_CONFIG = "generation_config.json"
@@ -33,7 +36,7 @@ class Cast:
 Writable = Union[Tensor, StoredTensor, Cast]
 
 
-def write_model(model: Any, folder: Path, *, max_shard_size: str | int) -> None:
+def write_model(model: PreTrainedModel, folder: Path, *, max_shard_size: str | int) -> None:
     """Config, generation config and safetensors, as ``save_pretrained`` would write them.
 
     Args:
@@ -63,7 +66,7 @@ def write_model(model: Any, folder: Path, *, max_shard_size: str | int) -> None:
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
-def write_settings(model: Any, folder: Path) -> None:
+def write_settings(model: PreTrainedModel, folder: Path) -> None:
     """Config and generation config.
 
     The latter is what its author published, whatever transformers thinks of it: ``save_pretrained`` refuses a temperature without
@@ -76,7 +79,7 @@ def write_settings(model: Any, folder: Path) -> None:
         model.generation_config.to_json_file(folder / GENERATION_CONFIG, use_diff=True)
 
 
-def model_tensors(model: Any) -> Iterator[tuple[str, Writable]]:
+def model_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Writable]]:
     """What a checkpoint of ``model`` holds, by name: a tied head is not in it."""
     tied = model.config.tie_word_embeddings
     head = model.get_output_embeddings()

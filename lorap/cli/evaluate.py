@@ -29,6 +29,7 @@ from lorap.errors import ConfigError
 from lorap.evaluation.info import report_beside
 from lorap.evaluation.perplexity import WindowLosses, evaluate_windows, paired_difference
 from lorap.evaluation.tasks import TASKS, Estimate
+from lorap.nn.linear import embedding_weight
 from lorap.reports.records import Evaluation
 
 
@@ -135,7 +136,7 @@ def evaluate_texts(model: str, baseline: str | None, options: TextOptions) -> di
 def _read(source: ModelSource, options: TextOptions) -> list[tuple[Evaluation, WindowLosses]]:
     """One model at a time is in memory."""
     loaded, tokenizer, _ = open_model(source, options.device, options.dtype)
-    vocab_size = loaded.get_input_embeddings().weight.shape[0]
+    vocab_size = len(embedding_weight(loaded))
     texts = [
         consecutive_windows(
             name, tokenizer, seq_len=options.seq_len, max_tokens=options.max_tokens, vocab_size=vocab_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -15,6 +15,9 @@ from lorap.cli.models import open_model
 from lorap.errors import ConfigError
 from lorap.evaluation.generation import Continuation, continue_prompt, use_settings
 from lorap.nn.fused import optimize_for_inference
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 STDIN = "-"
 
@@ -108,7 +111,7 @@ def render(result: Continuation) -> str:
     return f"{heads[0]}:\n{result.prompt}\n\n{heads[1]}:\n{result.continuation}\n\n{rate}\n"
 
 
-def warn_of_length(result: Continuation, model: Any) -> None:
+def warn_of_length(result: Continuation, model: PreTrainedModel) -> None:
     """One sentence where prompt and answer are longer than what the model was made for."""
     longest = getattr(model.config, "max_position_embeddings", None)
     read = result.prompt_tokens + result.new_tokens

@@ -36,7 +36,7 @@ from lorap.config import CompressionConfig
 from lorap.errors import ConfigError
 from lorap.evaluation.perplexity import BATCH_TOKENS as EVALUATION_BATCH
 from lorap.evaluation.perplexity import evaluate_stream
-from lorap.nn.linear import count_parameters
+from lorap.nn.linear import count_parameters, embedding_weight
 from lorap.reports.records import Evaluation
 from lorap.reports.run import CompressionReport, CorrectionReport
 from lorap.requirements import needs_folds
@@ -123,7 +123,7 @@ class Run:
         context, config = self.context, self.config
         model = context.model
         model.tie_weights()
-        check_sizes(model, shapes_of(context.layers, context.architecture), config)
+        check_sizes(model.config, shapes_of(context.layers, context.architecture), config)
         report = CompressionReport(model=self.name, config=config, calibration={})
         report.params_total_before = count_parameters(model)
         windows, *texts = self._windows(calibration, evaluation)
@@ -298,7 +298,7 @@ def _open(model_or_path: Any, tokenizer: Any, device: str, dtype: str) -> tuple[
             raise ConfigError(
                 "the model is spread over several devices; load it without device_map and pass device instead"
             )
-    check_tokenizer(tokenizer, int(model.get_input_embeddings().weight.shape[0]))
+    check_tokenizer(tokenizer, len(embedding_weight(model)))
     return model, tokenizer, name
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,9 @@ from lorap.distributed import Processes
 from lorap.errors import CalibrationError, ConfigError
 from lorap.requirements import compressed_roles, roles_needing_gradients, roles_with_output_metric
 from lorap.system import release_freed_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 Key = tuple[int, str]  # (layer index, role); the FFN of a layer goes by the name of its down projection
 
@@ -106,7 +109,7 @@ def make_plan(
     shapes = shapes_of(layers, architecture)
     if config.allocation == "flap" and config.sparsity > 0:
         return Plan(_flap_widths(context, windows, config, shapes))
-    by_shape, roles = plan_by_shape(model, shapes, config), roles_needing_gradients(config)
+    by_shape, roles = plan_by_shape(model.config, shapes, config), roles_needing_gradients(config)
     weighed = roles_with_output_metric(config)
     if not roles:
         return Plan(by_shape or [LayerPlan(ranks={}, intermediate_size=shape["gate_proj"][0]) for shape in shapes])
@@ -144,13 +147,15 @@ def shapes_of(layers: Iterable[nn.Module], architecture: Architecture) -> list[d
     ]
 
 
-def check_sizes(model: Any, shapes: Sequence[Mapping[str, Shape]], config: CompressionConfig) -> None:
+def check_sizes(
+    model_config: PreTrainedConfig, shapes: Sequence[Mapping[str, Shape]], config: CompressionConfig
+) -> None:
     """Refuse, before a weight or a text is read, a sparsity that no choice of ranks and widths can reach.
 
     Raises:
         ConfigError: the sparsity leaves too little.
     """
-    if config.sparsity == 0 or plan_by_shape(model, shapes, config) is not None:
+    if config.sparsity == 0 or plan_by_shape(model_config, shapes, config) is not None:
         return
     if config.allocation == "flap":
         _check_drop(channels_to_drop(config, shapes), [shape["gate_proj"][0] for shape in shapes])
@@ -167,13 +172,13 @@ def _check_gradients(sensitivity: Sensitivity, name: str, dtype: torch.dtype) ->
 
 
 def plan_by_shape(
-    model: Any, shapes: Sequence[Mapping[str, Shape]], config: CompressionConfig
+    model_config: PreTrainedConfig, shapes: Sequence[Mapping[str, Shape]], config: CompressionConfig
 ) -> list[LayerPlan] | None:
     """What follows from shapes alone; None where the loss decides."""
     if config.sparsity > 0 and config.target == "stock":
-        if config.bias_compensation and not getattr(model.config, "mlp_bias", False):
+        if config.bias_compensation and not getattr(model_config, "mlp_bias", False):
             raise ConfigError(
-                f"bias_compensation gives down_proj a bias, and a stock {model.config.model_type} has biases in all three FFN "
+                f"bias_compensation gives down_proj a bias, and a stock {model_config.model_type} has biases in all three FFN "
                 "projections or in none; leave it out for target stock"
             )
         total = sum(_size(shapes[0][role]) for role in compressed_roles(config))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from lorap.calibration.context import DecoderContext
 from lorap.calibration.mixtures import Sources
@@ -15,6 +15,9 @@ from lorap.calibration.windows import TokenWindows, consecutive_windows, draw_wi
 from lorap.checkpoint.paging import in_memory_throughout
 from lorap.config import CompressionConfig
 from lorap.system import Stopwatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Tokens of each evaluation text when compress() measures before and after; `lorap eval` has no such limit.
 EVALUATION_TOKENS = 4096

@@ -16,6 +16,7 @@ import torch
 from transformers import GenerationConfig
 
 from lorap.errors import ConfigError, LoRAPError
+from lorap.nn.linear import embedding_weight
 
 DEFAULT_TEMPLATE = "default"
 # Which tokens are wanted, by sampling or without.
@@ -217,7 +218,7 @@ def _encode(model: Any, tokenizer: Any, text: str, *, name: str, special: bool) 
 def _first_token(model: Any, tokenizer: Any, name: str) -> int:
     """BOS, as the tokenizer has it, or the configs."""
     known = (tokenizer.bos_token_id, model.generation_config.bos_token_id, getattr(model.config, "bos_token_id", None))
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = len(embedding_weight(model))
     for token in known:
         if isinstance(token, int) and 0 <= token < vocabulary:
             return token

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,7 +17,11 @@ from lorap.calibration.stream import CalibrationStream, summed_loss
 from lorap.calibration.windows import TokenWindows
 from lorap.checkpoint.paging import in_memory
 from lorap.errors import CalibrationError, ConfigError
+from lorap.nn.linear import embedding_weight
 from lorap.reports.records import Evaluation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Tokens per forward pass. The logits of 512 tokens and 150,000 words take 300 MB in float32; more does not run faster on a CPU.
 BATCH_TOKENS = 512
@@ -56,7 +60,7 @@ class LossDifference:
 
 
 def evaluate(
-    model: Any, windows: TokenWindows, *, progress: bool = False, batch_tokens: int = BATCH_TOKENS
+    model: PreTrainedModel, windows: TokenWindows, *, progress: bool = False, batch_tokens: int = BATCH_TOKENS
 ) -> Evaluation:
     """Mean loss of ``model`` over token windows; the first token of each is context only.
 
@@ -68,7 +72,7 @@ def evaluate(
 
 @torch.no_grad()
 def evaluate_windows(
-    model: Any, windows: TokenWindows, *, progress: bool = False, batch_tokens: int = BATCH_TOKENS
+    model: PreTrainedModel, windows: TokenWindows, *, progress: bool = False, batch_tokens: int = BATCH_TOKENS
 ) -> tuple[Evaluation, WindowLosses]:
     """As :func:`evaluate`, with the loss of each window beside it."""
     start = time.perf_counter()
@@ -76,7 +80,7 @@ def evaluate_windows(
     if ids.shape[1] < 2:
         raise CalibrationError(f"windows of {ids.shape[1]} token predict nothing; use at least 2")
     size = max(1, batch_tokens // ids.shape[1])
-    device = model.get_input_embeddings().weight.device
+    device = embedding_weight(model).device
     losses, predicted = [], []
     for first in tqdm(range(0, len(ids), size), desc=f"Evaluating {windows.name}", unit="batch", disable=not progress):
         batch = ids[first : first + size].to(device)

@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -31,9 +31,15 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from lorap.architectures import Architecture, cache_argument, known_architecture
 from lorap.evaluation.profile_results import PHASES, KernelTime, PhaseTime, Profile
 from lorap.nn.int8 import flat_state_dict
+from lorap.nn.linear import embedding_weight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
-def profile_model(model: Any, *, tokens: int = 128, new_tokens: int = 16, trace: Path | None = None) -> Profile:
+def profile_model(
+    model: PreTrainedModel, *, tokens: int = 128, new_tokens: int = 16, trace: Path | None = None
+) -> Profile:
     """Profile a prefill of ``tokens`` and ``new_tokens`` decode steps, after a warm-up; ``trace`` is a Chrome trace to write.
 
     Raises:
@@ -55,7 +61,7 @@ def profile_model(model: Any, *, tokens: int = 128, new_tokens: int = 16, trace:
     return Profile(device, tokens, new_tokens, phases, kernels, _weight_bytes(model))
 
 
-def run_ranges(model: Any, *, tokens: int = 128, new_tokens: int = 16) -> dict[str, PhaseTime]:
+def run_ranges(model: PreTrainedModel, *, tokens: int = 128, new_tokens: int = 16) -> dict[str, PhaseTime]:
     """The times of the stages, without torch.profiler; what to run under ``nsys`` or ``ncu``."""
     ranges = _Ranges(model)
     with torch.inference_mode():
@@ -75,9 +81,9 @@ def deeper(command: Sequence[str]) -> str:
     )
 
 
-def _run(model: Any, tokens: int, new_tokens: int, ranges: _Ranges | None) -> None:
+def _run(model: PreTrainedModel, tokens: int, new_tokens: int, ranges: _Ranges | None) -> None:
     """Prefill and greedy decoding. The time does not depend on which tokens, so they are drawn."""
-    vocab_size = model.get_input_embeddings().weight.shape[0]
+    vocab_size = len(embedding_weight(model))
     ids = torch.randint(vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0)).to(model.device)
     cache, name = None, cache_argument(model)
     for step in range(1 + new_tokens):
@@ -117,7 +123,7 @@ def _without_marks() -> Iterator[None]:
 class _Ranges:
     """Marks and times the stages by hooks, which are there inside the ``with`` block only."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.device = model.device
         self._current = ""
         self._found: list[tuple[str, str, Any, Any]] = []  # phase, stage, start, end
@@ -195,7 +201,7 @@ class _Ranges:
         return {phase: times(phase) for phase in PHASES}
 
 
-def _architecture(model: Any) -> Architecture:
+def _architecture(model: PreTrainedModel) -> Architecture:
     return known_architecture(model, to="find the layers of")
 
 
@@ -225,7 +231,7 @@ def _by_time(passed: dict[str, list[float]], forwards: int) -> list[KernelTime]:
     return sorted(kernels, key=lambda kernel: -kernel.seconds)
 
 
-def _weight_bytes(model: Any) -> dict[str, int]:
+def _weight_bytes(model: PreTrainedModel) -> dict[str, int]:
     """Bytes of the tensors that each stage reads, each counted once; of int8 weights the integers and their scales."""
 
     def read(*modules: nn.Module) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from lorap.outputs import staged_folder
 from lorap.reports.model_card import stock_card
 from lorap.reports.run import CompressionReport
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # Other texts than the calibration's reach higher.
 NEAR_OVERFLOW = torch.finfo(torch.float16).max / 2
 # config fields by which a class gives all projections of a sub-layer a bias, where it has such a field.
@@ -35,7 +38,7 @@ _BIAS_FIELDS = {"attention_bias": ATTENTION, "mlp_bias": MLP}
 
 
 def export_stock(
-    model: Any,
+    model: PreTrainedModel,
     out: str | Path,
     *,
     tokenizer: Any = None,
@@ -75,7 +78,7 @@ def export_stock(
 
 
 def export_gguf(
-    model: Any,
+    model: PreTrainedModel,
     out: str | Path,
     *,
     tokenizer: Any,
@@ -106,7 +109,7 @@ def export_gguf(
     return out
 
 
-def width_cost(model: Any) -> str:
+def width_cost(model: PreTrainedModel) -> str:
     """One sentence on what the FFN width means for quantized formats, whose blocks of 32 or 256 numbers lie along a row.
 
     Sources: llama.cpp's src/llama-quant.cpp (which types take over, and that rows of no whole block stay in 16 bits).
@@ -145,7 +148,7 @@ def overflow_warning(report: CompressionReport | None, dtype: torch.dtype) -> st
     )
 
 
-def make_stock(model: Any, *, pad_widths: bool = False) -> Any:
+def make_stock(model: PreTrainedModel, *, pad_widths: bool = False) -> Any:
     """Everything that the model's own class cannot hold becomes what it can; changes ``model`` and returns it.
 
     Low-rank layers are reconstructed. Added biases switch on the class's own biases, which are zero where none was added.
@@ -167,7 +170,7 @@ def make_stock(model: Any, *, pad_widths: bool = False) -> Any:
     return model
 
 
-def _widest(model: Any, architecture: Architecture, pad_widths: bool) -> int:
+def _widest(model: PreTrainedModel, architecture: Architecture, pad_widths: bool) -> int:
     down = [architecture.linears(layer)["down_proj"] for layer in architecture.decoder_layers(model)]
     widths = [linear.in_features for linear in down]
     if min(widths) < max(widths) and not pad_widths:
@@ -180,7 +183,9 @@ def _widest(model: Any, architecture: Architecture, pad_widths: bool) -> int:
     return max(widths)
 
 
-def _pad(model: Any, index: int, linears: Mapping[str, nn.Linear], architecture: Architecture, width: int) -> None:
+def _pad(
+    model: PreTrainedModel, index: int, linears: Mapping[str, nn.Linear], architecture: Architecture, width: int
+) -> None:
     missing = width - linears["down_proj"].in_features
     if not missing:
         return
@@ -195,7 +200,7 @@ def _pad(model: Any, index: int, linears: Mapping[str, nn.Linear], architecture:
         mlp.intermediate_size = width  # type: ignore[assignment]
 
 
-def _fit_biases(model: Any, architecture: Architecture) -> None:
+def _fit_biases(model: PreTrainedModel, architecture: Architecture) -> None:
     """Biases that the class has only if its config says so; zeros where a projection has none of its own."""
     has = _roles_with_bias(model, architecture)
     for field, roles in _BIAS_FIELDS.items():
@@ -215,18 +220,18 @@ def _fit_biases(model: Any, architecture: Architecture) -> None:
                 linear.bias = nn.Parameter(linear.weight.data.new_zeros(linear.out_features))
 
 
-def _roles_with_bias(model: Any, architecture: Architecture) -> set[str]:
+def _roles_with_bias(model: PreTrainedModel, architecture: Architecture) -> set[str]:
     layers = architecture.decoder_layers(model)
     return {role for layer in layers for role, linear in architecture.linears(layer).items() if linear.bias is not None}
 
 
-def _stock_twin(model: Any) -> Any:
+def _stock_twin(model: PreTrainedModel) -> Any:
     """What the model's class makes of its config, without weights."""
     with torch.device("meta"):
         return type(model)(copy.deepcopy(model.config))
 
 
-def _check_class(model: Any) -> None:
+def _check_class(model: PreTrainedModel) -> None:
     def shapes(state: dict[str, Tensor]) -> set[tuple[str, tuple[int, ...]]]:
         return {(name, tuple(tensor.shape)) for name, tensor in state.items()}
 

@@ -8,7 +8,7 @@ others collect their share.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,10 @@ from lorap.errors import ConfigError
 from lorap.nn import ops
 from lorap.nn.linear import Linear, LowRankLinear, has_plain_factors, is_autocast, is_plain, is_untouched
 
-Model = TypeVar("Model", bound=nn.Module)
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Model = TypeVar("Model", bound="PreTrainedModel")
 # What transformers makes of "silu" and of "swish".
 SILU = (type(ACT2FN["silu"]), nn.SiLU)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -180,7 +183,7 @@ def optimize_for_inference(model: Model, *, dtype: torch.dtype | None = None) ->
     return model
 
 
-def _cast(model: Any, dtype: torch.dtype) -> None:
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Weights and stored buffers to ``dtype``; buffers that are computed and not stored, and quantized weights, stay."""
     if dtype not in DTYPES:
         raise ConfigError(f"cannot cast a model to {dtype}; choose from {', '.join(map(str, DTYPES))}, or quantize it")

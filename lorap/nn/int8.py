@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from torch import Tensor, nn
 from lorap.architectures import ARCHITECTURES
 from lorap.errors import BackendError
 from lorap.nn.linear import GUARD_VALUE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DATA, SCALE = "_weight_qdata", "_weight_scale"
 
@@ -48,7 +51,7 @@ class Int8Slot(nn.Module):
         return linear.train(self.training)
 
 
-def decoder_linears(model: Any) -> Iterator[tuple[str, nn.Linear]]:
+def decoder_linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
     """What is quantized: every linear layer in the decoder layers, factors included; not the embeddings, not the head."""
     path = ARCHITECTURES[model.config.model_type].layers
     for name, module in model.get_submodule(path).named_modules():
@@ -56,7 +59,7 @@ def decoder_linears(model: Any) -> Iterator[tuple[str, nn.Linear]]:
             yield f"{path}.{name}", module
 
 
-def quantize_weights(model: Any) -> None:
+def quantize_weights(model: PreTrainedModel) -> None:
     """Round the weights of :func:`decoder_linears` to int8, symmetric, one scale a row; biases stay.
 
     Raises:
@@ -74,7 +77,7 @@ def quantize_weights(model: Any) -> None:
         linear.weight = nn.Parameter(_int8_tensor(weight.qdata, scale), requires_grad=False)
 
 
-def put_slots(model: Any) -> list[str]:
+def put_slots(model: PreTrainedModel) -> list[str]:
     """Make room for the tensors of a quantized checkpoint in an empty model; returns their names.
 
     Raises:
@@ -88,7 +91,7 @@ def put_slots(model: Any) -> list[str]:
     return names
 
 
-def fill_slots(model: Any) -> None:
+def fill_slots(model: PreTrainedModel) -> None:
     """Every :class:`Int8Slot` becomes the linear layer that it holds."""
     for name, slot in [(name, module) for name, module in model.named_modules() if isinstance(module, Int8Slot)]:
         model.set_submodule(name, slot.to_linear())

@@ -6,7 +6,7 @@ What a checkpoint holds of it is in :mod:`lorap.nn.low_rank_tensors`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from lorap.algorithms.pivoting import pivot
 from lorap.kernels import reference
 from lorap.nn import ops, shape_checks
 from lorap.nn.low_rank_tensors import LEFT, LEFT_BIAS, NAMED_GUARD, OUTPUT_BIAS, LowRankTensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Value of the guard; the format's version is in config.json.
 GUARD_VALUE = 1.0
@@ -242,6 +245,13 @@ def is_untouched(module: nn.Module) -> bool:
 def is_autocast(x: Tensor) -> bool:
     """True where torch would choose another dtype for a linear layer on x."""
     return torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
+
+
+def embedding_weight(model: PreTrainedModel) -> Tensor:
+    """(vocabulary, hidden_size): what token ids are looked up in. It may have more rows than the tokenizer has tokens."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from lorap.checkpoint.folders import read_json, read_tensors, weight_files
 from lorap.errors import CheckpointError, ConfigError
 from lorap.files import replacing
+from lorap.nn.linear import embedding_weight
 from lorap.outputs import WorkFolder
 
 RECOVERY = "recovery"  # in the work folder of the output
@@ -71,7 +72,7 @@ def merge_into_copy(tuned: Any, names: Sequence[str], origin: Path, stage: Path)
     """
     deltas = {f"{name}.weight": _delta(tuned, name) for name in names}
     model = tuned.unload()
-    parameters, like = dict(model.named_parameters()), model.get_input_embeddings().weight
+    parameters, like = dict(model.named_parameters()), embedding_weight(model)
     files = weight_files(origin)
     _copy_others(origin, stage, {file.name for file in files})
     for file in files:

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -37,7 +37,7 @@ from lorap.checkpoint.validate import CONFIG, lorap_config
 from lorap.errors import CheckpointError, ConfigError
 from lorap.evaluation.perplexity import evaluate
 from lorap.files import hash_files
-from lorap.nn.linear import LowRankLinear
+from lorap.nn.linear import LowRankLinear, embedding_weight
 from lorap.nn.low_rank_tensors import FACTORS
 from lorap.outputs import WorkFolder, check_output, work_folder
 from lorap.recovery.files import STATE, merge_into_copy, state_folder
@@ -55,6 +55,9 @@ from lorap.recovery.training import (
 from lorap.reports.html.page import write_page
 from lorap.reports.run import PAGE, RECOVERY_REPORT, CompressionReport
 from lorap.system import Stopwatch, describe_environment, peak_memory_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Of each evaluation text, as when a model is compressed.
 EVALUATION_TOKENS = 4096
@@ -144,7 +147,7 @@ def recover(
     return report
 
 
-def target_names(model: Any, modules: str = "all") -> list[str]:
+def target_names(model: PreTrainedModel, modules: str = "all") -> list[str]:
     """Full names of the linear layers to tune: both factors of a low-rank projection, a dense one itself.
 
     Raises:
@@ -192,7 +195,7 @@ class _Run:
     """What a run works with; ``origin`` is the model's folder, ``names`` are the layers to tune, ``texts`` those to judge by."""
 
     origin: Path
-    model: Any
+    model: PreTrainedModel
     teacher: Any
     names: list[str]
     windows: TokenWindows
@@ -261,7 +264,7 @@ def _tune(
     return tuned
 
 
-def _open_teacher(source: ModelSource | None, recovery: Recovery, model: Any, device: torch.device) -> Any:
+def _open_teacher(source: ModelSource | None, recovery: Recovery, model: PreTrainedModel, device: torch.device) -> Any:
     if source is None:
         return None
     teacher = load_model(source, dtype=recovery.dtype, device=device).requires_grad_(False)
@@ -273,7 +276,9 @@ def _open_teacher(source: ModelSource | None, recovery: Recovery, model: Any, de
     return teacher
 
 
-def _training_windows(recovery: Recovery, tokenizer: Any, model: Any, teacher: Any, progress: bool) -> TokenWindows:
+def _training_windows(
+    recovery: Recovery, tokenizer: Any, model: PreTrainedModel, teacher: Any, progress: bool
+) -> TokenWindows:
     tuning = recovery.tuning
 
     def write(count: int, seq_len: int, seed: int) -> torch.Tensor:
@@ -290,7 +295,7 @@ def _training_windows(recovery: Recovery, tokenizer: Any, model: Any, teacher: A
     )
 
 
-def _evaluation_windows(text: Source, tokenizer: Any, model: Any) -> TokenWindows:
+def _evaluation_windows(text: Source, tokenizer: Any, model: PreTrainedModel) -> TokenWindows:
     size, most = EVALUATION_SEQ_LEN, EVALUATION_TOKENS
     return consecutive_windows(text, tokenizer, seq_len=size, max_tokens=most, vocab_size=_vocab_size(model))
 
@@ -341,5 +346,5 @@ def _write_report(stage: Path, report: RecoveryReport) -> None:
     card.write_text(tuned_card(card.read_text("utf-8") if card.exists() else "", report), "utf-8")
 
 
-def _vocab_size(model: Any) -> int:
-    return int(model.get_input_embeddings().weight.shape[0])
+def _vocab_size(model: PreTrainedModel) -> int:
+    return len(embedding_weight(model))

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from lorap.calibration.windows import TokenWindows
 from lorap.errors import CalibrationError, ConfigError
 from lorap.recovery.config import TuningConfig
 from lorap.recovery.state import Progress, read_state, write_state
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Tokens that run through the model at once; larger batches are summed up from such pieces.
 PIECE_TOKENS = 1024
@@ -75,7 +78,7 @@ def require_peft() -> None:
 
 
 def train(
-    model: Any,
+    model: PreTrainedModel,
     windows: TokenWindows,
     config: TuningConfig,
     *,
@@ -172,7 +175,9 @@ def _rows(config: TuningConfig, step: int, available: int) -> Tensor:
     return torch.arange(step * config.batch_size, (step + 1) * config.batch_size) % available
 
 
-def _accumulate(model: Any, windows: TokenWindows, rows: Tensor, device: torch.device, teacher: Any) -> Tensor:
+def _accumulate(
+    model: PreTrainedModel, windows: TokenWindows, rows: Tensor, device: torch.device, teacher: Any
+) -> Tensor:
     """Gradients of the mean loss over the windows ``rows``, piece by piece; returns that loss."""
     ids = windows.input_ids[rows].to(device)
     mask = None if windows.attention_mask is None else windows.attention_mask[rows].to(device)
@@ -191,7 +196,7 @@ def _pieces(count: int, size: int) -> Iterator[slice]:
         yield slice(first, first + size)
 
 
-def _summed_loss(model: Any, ids: Tensor, mask: Tensor | None, counted: Tensor, teacher: Any) -> Tensor:
+def _summed_loss(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, counted: Tensor, teacher: Any) -> Tensor:
     log_p = _log_probabilities(model, ids, mask, counted)
     if teacher is None:
         return F.nll_loss(log_p, ids[:, 1:][counted], reduction="sum")
@@ -200,7 +205,7 @@ def _summed_loss(model: Any, ids: Tensor, mask: Tensor | None, counted: Tensor, 
     return F.kl_div(log_p, wanted, log_target=True, reduction="sum")
 
 
-def _log_probabilities(model: Any, ids: Tensor, mask: Tensor | None, counted: Tensor) -> Tensor:
+def _log_probabilities(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, counted: Tensor) -> Tensor:
     """(predictions that count, vocabulary) float32."""
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
     # Where all count, without the copy that a mask makes.

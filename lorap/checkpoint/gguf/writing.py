@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,7 +22,11 @@ from lorap.checkpoint.gguf.rope import FREQUENCIES, rope_to_gguf
 from lorap.checkpoint.gguf.tokenizer import LLAMA3_SPLIT, QWEN2_SPLIT, TEKKEN_SPLIT
 from lorap.checkpoint.guards import activation_of
 from lorap.errors import ArchitectureError, ConfigError
+from lorap.nn.linear import embedding_weight
 from lorap.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FILE_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 # How a byte-level tokenizer splits text before merging, and llama.cpp's name for it.
@@ -31,7 +35,7 @@ PRE_TOKENIZERS = {LLAMA3_SPLIT: "llama-bpe", QWEN2_SPLIT: "qwen2", TEKKEN_SPLIT:
 NORMALIZERS = ("NFC", "Prepend", "Replace")
 
 
-def check_gguf(model: Any) -> None:
+def check_gguf(model: PreTrainedModel) -> None:
     """Refuse what GGUF or llama.cpp cannot hold, before anything is reconstructed.
 
     Raises:
@@ -59,7 +63,7 @@ def check_gguf(model: Any) -> None:
         raise ConfigError("GGUF needs the package gguf: pip install 'lorap[eval]'") from None
 
 
-def write_gguf(model: Any, file: Path, *, tokenizer: Any, name: str) -> None:
+def write_gguf(model: PreTrainedModel, file: Path, *, tokenizer: Any, name: str) -> None:
     """Write a stock model and its tokenizer into one file.
 
     Raises:
@@ -71,7 +75,7 @@ def write_gguf(model: Any, file: Path, *, tokenizer: Any, name: str) -> None:
     writer = GGUFWriter(file, WRITTEN[model.config.model_type])
     try:
         _add_sizes(writer, model, name)
-        _add_tokenizer(writer, tokenizer, model.get_input_embeddings().weight.shape[0])
+        _add_tokenizer(writer, tokenizer, len(embedding_weight(model)))
         for tensor_name, tensor in _tensors(model):
             kind = GGMLQuantizationType[_type_of(tensor)]
             nbytes = tensor.numel() * (4 if kind == GGMLQuantizationType.F32 else 2)
@@ -85,7 +89,7 @@ def write_gguf(model: Any, file: Path, *, tokenizer: Any, name: str) -> None:
         writer.close()
 
 
-def _add_sizes(writer: Any, model: Any, name: str) -> None:
+def _add_sizes(writer: Any, model: PreTrainedModel, name: str) -> None:
     from gguf import LlamaFileType
 
     config = model.config
@@ -93,7 +97,7 @@ def _add_sizes(writer: Any, model: Any, name: str) -> None:
     writer.add_name(name)
     writer.add_description(f"compressed and exported by lorap {__version__}")
     writer.add_file_type(LlamaFileType[{"F32": "ALL_F32"}.get(kind := FILE_TYPES[model.dtype], f"MOSTLY_{kind}")])
-    writer.add_vocab_size(model.get_input_embeddings().weight.shape[0])
+    writer.add_vocab_size(len(embedding_weight(model)))
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -117,7 +121,7 @@ def _rope(config: Any) -> tuple[dict[str, Any], Any]:
     return rope_to_gguf(getattr(config, "rope_parameters", None) or {}, head_dim=_head_dim(config))
 
 
-def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """llama.cpp's name, and the tensor in its order; tied embeddings once."""
     config, state = model.config, model.state_dict()
     architecture = WRITTEN[config.model_type]
@@ -126,7 +130,7 @@ def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
     if factors is not None:
         yield FREQUENCIES, torch.from_numpy(factors)
     for key, name in gguf_names(architecture, config.num_hidden_layers, state).items():
-        if key == "lm_head.weight" and torch.equal(state[key], model.get_input_embeddings().weight):
+        if key == "lm_head.weight" and torch.equal(state[key], embedding_weight(model)):
             continue  # whatever the config says: llama.cpp takes the embedding where there is no head
         if name is None:
             raise ArchitectureError(

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -19,6 +19,9 @@ import transformers
 from lorap.algorithms.factorization.solvers import CPU, Rule
 from lorap.checkpoint.load import DTYPES
 from lorap.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Sizes that are tried. Larger ones follow from their operations.
 PRODUCT = (512, 1024, 1024)  # tokens, in, out
@@ -186,7 +189,7 @@ def _layer_call() -> float:
         num_key_value_heads=2,
     )
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        model: Any = transformers.LlamaForCausalLM(config).eval()
+        model: PreTrainedModel = transformers.LlamaForCausalLM(config).eval()
         ids = torch.zeros(1, 1, dtype=torch.int64)
         return _best(lambda: model(input_ids=ids, use_cache=True)) / config.num_hidden_layers
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from lorap.compression.runs.journal import Journal
 from lorap.errors import JournalError
 from lorap.files import hash_files
 from lorap.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WEIGHTS_STEP = "weights"
 # Files of a model folder, besides weights, that decide on what comes out.
@@ -68,7 +71,7 @@ def digest(source: Source) -> str:
     return hashlib.sha256(str(source).encode()).hexdigest()
 
 
-def check_weights(journal: Journal, source: ModelSource, model: Any, *, progress: bool) -> None:
+def check_weights(journal: Journal, source: ModelSource, model: PreTrainedModel, *, progress: bool) -> None:
     """Read every weight once: refuse NaN and infinity, and files other than those that the run began with.
 
     Files of the size and time that they had then are not read again.
@@ -105,7 +108,7 @@ def check_weights(journal: Journal, source: ModelSource, model: Any, *, progress
     journal.keep(WEIGHTS_STEP, {"stamps": stamps, "hashes": hashes})
 
 
-def _paged_dtypes(model: Any) -> dict[str, torch.dtype]:
+def _paged_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:
     """By name, the dtype in which each weight comes from the files when it is used; nothing for a model that is in memory."""
     offloaded = offloaded_tensors(model.get_input_embeddings())
     if offloaded is None:

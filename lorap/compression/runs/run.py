@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -34,10 +34,13 @@ from lorap.config import CompressionConfig
 from lorap.distributed import is_main_process, joined, local_rank
 from lorap.errors import CheckpointError
 from lorap.files import reason, sync_tree
-from lorap.nn.linear import count_parameters
+from lorap.nn.linear import count_parameters, embedding_weight
 from lorap.outputs import check_output, check_room
 from lorap.reports.run import CompressionReport
 from lorap.system import Stopwatch, parse_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PACKAGING = "packaging"
 
@@ -111,7 +114,7 @@ class _FolderRun:
             device = _own_device(self.options.device)
             tokenizer = load_tokenizer(self.source)
             model = load_model(self.source, dtype=self.options.dtype, device=device, paged=True)
-            check_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0])
+            check_tokenizer(tokenizer, len(embedding_weight(model)))
         with watch("check"):
             self._check(model, tokenizer, device)
         report = self._finished()
@@ -149,10 +152,10 @@ class _FolderRun:
         """What changes nothing but how the result is stored, and so is no part of the identity."""
         return {"shard_bytes": parse_bytes(self.options.max_shard_size)}
 
-    def _check(self, model: Any, tokenizer: Any, device: torch.device) -> None:
+    def _check(self, model: PreTrainedModel, tokenizer: Any, device: torch.device) -> None:
         """The run is the one that was begun, its end can be written, and every weight is looked at once, before any work."""
         options, architecture = self.options, find_architecture(model)
-        check_sizes(model, shapes_of(architecture.decoder_layers(model), architecture), self.config)
+        check_sizes(model.config, shapes_of(architecture.decoder_layers(model), architecture), self.config)
         if self.journal.processes.is_main_process:
             self._try_writing(model, tokenizer)
             identity = identity_of(
@@ -169,7 +172,7 @@ class _FolderRun:
             self.journal, self.source, model, progress=options.progress and self.journal.processes.is_main_process
         )
 
-    def _try_writing(self, model: Any, tokenizer: Any) -> None:
+    def _try_writing(self, model: PreTrainedModel, tokenizer: Any) -> None:
         assert self.journal.folder is not None
         trial = self.journal.folder / "trial"
         try:
@@ -185,7 +188,7 @@ class _FolderRun:
         folder = self.journal.folder / "hidden" / str(self.journal.processes.rank)
         return HiddenStateStore(budget_bytes=self.options.max_memory_bytes, folder=folder)
 
-    def _write(self, model: Any, tokenizer: Any, report: CompressionReport, watch: Stopwatch) -> None:
+    def _write(self, model: PreTrainedModel, tokenizer: Any, report: CompressionReport, watch: Stopwatch) -> None:
         """The output, complete, in the journal's folder."""
         assert self.journal.folder is not None
         stage = self.journal.folder / STAGE

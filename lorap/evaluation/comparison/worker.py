@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -26,7 +26,11 @@ from lorap.evaluation.perplexity import evaluate
 from lorap.evaluation.tasks import open_source
 from lorap.files import replacing
 from lorap.nn.fused import optimize_for_inference
+from lorap.nn.linear import embedding_weight
 from lorap.system import describe_environment, peak_memory_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TEXTS, TASKS, SPEED = "texts", "tasks", "speed"
 
@@ -45,26 +49,26 @@ def measure(part: str, model: str, options: dict[str, Any]) -> dict[str, Any]:
     source = find_model(model)
     tokenizer = load_tokenizer(source)
     loaded = load_model(source, dtype=options["dtype"], device=resolve_device(options["device"]))
-    check_tokenizer(tokenizer, loaded.get_input_embeddings().weight.shape[0])
+    check_tokenizer(tokenizer, len(embedding_weight(loaded)))
     found = {TEXTS: _texts, TASKS: _tasks, SPEED: _speed}[part](loaded, tokenizer, options)
     return found | {"environment": describe_environment(loaded.device, str(loaded.dtype).removeprefix("torch."))}
 
 
-def _texts(model: Any, tokenizer: Any, options: dict[str, Any]) -> dict[str, Any]:
+def _texts(model: PreTrainedModel, tokenizer: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Losses as ``lorap eval`` finds them."""
     sizes = {"seq_len": options["seq_len"], "max_tokens": options["max_tokens"]}
-    vocab_size = model.get_input_embeddings().weight.shape[0]
+    vocab_size = len(embedding_weight(model))
     windows = [consecutive_windows(text, tokenizer, vocab_size=vocab_size, **sizes) for text in options["texts"]]
     return {"texts": [vars(evaluate(model, one)) for one in windows]}
 
 
-def _tasks(model: Any, tokenizer: Any, options: dict[str, Any]) -> dict[str, Any]:
+def _tasks(model: PreTrainedModel, tokenizer: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Answers as ``lorap eval --tasks`` finds them."""
     source = open_source(options["tasks"], data=options["task_data"], limit=options["limit"])
     return {"tasks": {task: result.to_dict() for task, result in source.run(model, tokenizer).items()}}
 
 
-def _speed(model: Any, _tokenizer: Any, options: dict[str, Any]) -> dict[str, Any]:
+def _speed(model: PreTrainedModel, _tokenizer: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Tokens per second, made ready as ``lorap generate`` does, and the most memory that this process has held."""
     if options["optimize"] and getattr(model.config, "model_type", None) in ARCHITECTURES:
         optimize_for_inference(model)
@@ -80,12 +84,12 @@ def _speed(model: Any, _tokenizer: Any, options: dict[str, Any]) -> dict[str, An
 
 
 @torch.inference_mode()
-def time_generation(model: Any, *, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
+def time_generation(model: PreTrainedModel, *, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
     """Seconds of reading a prompt, and of decoding ``new_tokens`` more, greedily, one sequence, with a cache.
 
     The loop is our own: ``generate`` obeys the settings that a checkpoint brings along, which differ between contenders.
     """
-    vocab_size = model.get_input_embeddings().weight.shape[0]
+    vocab_size = len(embedding_weight(model))
     ids = torch.randint(vocab_size, (1, prompt_tokens), generator=torch.Generator().manual_seed(0)).to(model.device)
     cache, name, clock = None, cache_argument(model), [_now(model)]
     for step in range(1 + new_tokens):
@@ -97,7 +101,7 @@ def time_generation(model: Any, *, prompt_tokens: int, new_tokens: int) -> tuple
     return read - start, end - read
 
 
-def _now(model: Any) -> float:
+def _now(model: PreTrainedModel) -> float:
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter()

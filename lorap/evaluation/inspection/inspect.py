@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +31,15 @@ from lorap.checkpoint.load import resolve_device
 from lorap.errors import CalibrationError, ConfigError
 from lorap.evaluation.inspection.report import Inspection, ProjectionSpectra
 from lorap.evaluation.inspection.values import Importance, SingularValues
+from lorap.nn.linear import embedding_weight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @torch.no_grad()
 def inspect_model(
-    model: Any,
+    model: PreTrainedModel,
     *,
     calibration: Sources | None = DEFAULT_CALIBRATION,
     tokenizer: Any = None,
@@ -79,7 +83,7 @@ def inspect_model(
             num_samples=num_calibration_samples,
             seq_len=calibration_seq_len,
             seed=seed,
-            vocab_size=model.get_input_embeddings().weight.shape[0],
+            vocab_size=len(embedding_weight(model)),
         )
         stream = CalibrationStream.from_windows(context, windows)
     projections: list[ProjectionSpectra] = []

@@ -11,13 +11,16 @@ import importlib.util
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorap.errors import TaskError
 from lorap.evaluation.tasks.requests import TASKS
 from lorap.evaluation.tasks.results import METRICS, TaskResult
 from lorap.evaluation.tasks.scoring import encode_pair, fit, score
 from lorap.evaluation.tasks.trees import Encoded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def load(names: Sequence[str], *, manager: Any = None, metrics: dict[str, str] |
 
 
 def run(
-    model: Any,
+    model: PreTrainedModel,
     tokenizer: Any,
     tasks: LoadedTasks,
     *,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,10 @@ from lorap.architectures import ARCHITECTURES
 from lorap.errors import TaskError
 from lorap.evaluation.tasks.requests import Document
 from lorap.evaluation.tasks.trees import Encoded, Tree, batches, build_prefix_tree, build_separate_sequences
-from lorap.nn.linear import is_plain
+from lorap.nn.linear import embedding_weight, is_plain
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Tokens of one forward pass. A CPU is no faster with more; a GPU is.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
@@ -88,7 +91,7 @@ def fit(encoded: Encoded, max_length: int | None, *, name: str = "a question") -
 
 @torch.no_grad()
 def score(
-    model: Any,
+    model: PreTrainedModel,
     questions: Sequence[Encoded],
     *,
     share: bool = True,
@@ -115,7 +118,7 @@ def score(
     share = share and takes_masks(model)
     groups = [[build_prefix_tree(question)] if share else build_separate_sequences(question) for question in questions]
     trees = list(itertools.chain.from_iterable(groups))
-    device = model.get_input_embeddings().weight.device
+    device = embedding_weight(model).device
     found: list[list[Score]] = [[] for _ in trees]
     with tqdm(total=sum(len(tree.tokens) for tree in trees), desc=name, unit="token", disable=not progress) as bar:
         for batch in batches(trees, batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])):
@@ -127,13 +130,15 @@ def score(
     return [list(itertools.chain.from_iterable(itertools.islice(in_order, len(group)))) for group in groups]
 
 
-def takes_masks(model: Any) -> bool:
+def takes_masks(model: PreTrainedModel) -> bool:
     """Whether the model can read a tree: it is of a family whose attention looks at nothing but our mask and positions."""
     config = model.config
     return config.model_type in ARCHITECTURES and getattr(config, "_attn_implementation", None) in MASKABLE
 
 
-def _score(trees: Sequence[Tree], model: Any, device: torch.device, masked: bool, greedy: bool) -> list[list[Score]]:
+def _score(
+    trees: Sequence[Tree], model: PreTrainedModel, device: torch.device, masked: bool, greedy: bool
+) -> list[list[Score]]:
     width = max(len(tree.tokens) for tree in trees)
     ids, depths = np.zeros((2, len(trees), width), dtype=np.int64)
     for row, tree in enumerate(trees):
@@ -162,7 +167,7 @@ def _sum(losses: Sequence[float], likeliest: Sequence[bool], edges: Sequence[int
     return Score(total, all(likeliest[edge] for edge in edges) if likeliest else None)
 
 
-def _masks(trees: Sequence[Tree], depths: np.ndarray, model: Any, device: torch.device) -> Any:
+def _masks(trees: Sequence[Tree], depths: np.ndarray, model: PreTrainedModel, device: torch.device) -> Any:
     """What each node sees, as attention adds it to its scores: (trees, 1, width, width); one for each kind of layer."""
     width = depths.shape[1]
     visible = np.broadcast_to(np.eye(width, dtype=bool), (len(trees), width, width)).copy()
@@ -185,7 +190,7 @@ def _masks(trees: Sequence[Tree], depths: np.ndarray, model: Any, device: torch.
 
 
 def _predictions(
-    model: Any, given: dict[str, Any], places: Sequence[tuple[int, int]], targets: Tensor, greedy: bool
+    model: PreTrainedModel, given: dict[str, Any], places: Sequence[tuple[int, int]], targets: Tensor, greedy: bool
 ) -> tuple[list[float], list[bool]]:
     """Negative log-probability of each target at its (row, node), in nats, and with ``greedy`` whether it was the likeliest."""
     row, node = torch.tensor(places, device=targets.device).T

@@ -6,13 +6,16 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorap.errors import TaskError
 from lorap.evaluation.tasks import harness
 from lorap.evaluation.tasks.requests import HOW_TO_GET, TASKS, Document, RequestFile, check_tasks, find_requests
 from lorap.evaluation.tasks.results import METRICS, TaskResult, is_correct
 from lorap.evaluation.tasks.scoring import encode, score
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class RequestSource:
     files: tuple[RequestFile, ...]
     limit: int | None = None
 
-    def run(self, model: Any, tokenizer: Any, *, progress: bool = False) -> dict[str, TaskResult]:
+    def run(self, model: PreTrainedModel, tokenizer: Any, *, progress: bool = False) -> dict[str, TaskResult]:
         """Answers of a model, by task.
 
         Raises:
@@ -35,7 +38,7 @@ class RequestSource:
         """
         return {file.task: self._answer(file, model, tokenizer, progress) for file in self.files}
 
-    def _answer(self, file: RequestFile, model: Any, tokenizer: Any, progress: bool) -> TaskResult:
+    def _answer(self, file: RequestFile, model: PreTrainedModel, tokenizer: Any, progress: bool) -> TaskResult:
         documents = file.documents(limit=self.limit)
         max_length = getattr(model.config, "max_position_embeddings", None)
         encoded = [encode(document, tokenizer, max_length=max_length) for document in documents]
@@ -64,7 +67,7 @@ class HarnessSource:
     loaded: harness.LoadedTasks
     limit: int | None = None
 
-    def run(self, model: Any, tokenizer: Any, *, progress: bool = False) -> dict[str, TaskResult]:
+    def run(self, model: PreTrainedModel, tokenizer: Any, *, progress: bool = False) -> dict[str, TaskResult]:
         """Answers of a model, by task.
 
         Raises:
