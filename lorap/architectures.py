@@ -11,10 +11,12 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from lorap.errors import ArchitectureError
+
+if TYPE_CHECKING:  # names and shapes alone take no torch
+    from torch import nn
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -58,9 +60,7 @@ class Architecture:
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
         """The decoder layers of ``model``, in order."""
-        layers = model.get_submodule(self.layers)
-        assert isinstance(layers, nn.ModuleList)
-        return layers
+        return model.get_submodule(self.layers)  # type: ignore[return-value]
 
     def linears(self, layer: nn.Module) -> dict[str, nn.Linear]:
         """The seven linear layers of one dense decoder layer, by role."""
@@ -134,6 +134,8 @@ def _quant_method(config: object) -> str:
 
 
 def _check_linear(layer: nn.Module, path: str, name: str) -> None:
+    from torch import nn  # there is a model, so it is imported already
+
     try:
         module = layer.get_submodule(path)
     except AttributeError:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import lorap
 from lorap.calibration import read_source
-from lorap.checkpoint.gguf import pre_tokenizer_name
+from lorap.checkpoint.gguf.writing import pre_tokenizer_name
 from lorap.checkpoint.load import find_model, load_model, load_tokenizer
 from lorap.cli import app
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from lorap.checkpoint.headers import TensorInfo, read_header
-from lorap.checkpoint.pickled import read_pickled_header
 from lorap.errors import CheckpointError
 from lorap.jsonio import read_json
 
 __all__ = [
+    "CONFIG",
     "INDEX",
     "WEIGHTS",
     "TensorInfo",
@@ -23,7 +23,7 @@ __all__ = [
     "weight_files",
 ]
 
-WEIGHTS = "model.safetensors"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # In the order in which transformers looks for them: what is checked must be what is loaded.
 CONTAINERS = ((WEIGHTS, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
@@ -55,7 +55,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 def read_file(path: Path) -> dict[str, TensorInfo]:
     """Every tensor of one weight file, from its header alone; errors as :func:`read_header` and :func:`read_pickled_header`."""
-    return read_pickled_header(path) if path.suffix == ".bin" else read_header(path)
+    if path.suffix != ".bin":
+        return read_header(path)
+    from lorap.checkpoint.pickled import read_pickled_header  # takes torch, which reading JSON does not
+
+    return read_pickled_header(path)
 
 
 def read_files(folder: Path) -> dict[Path, dict[str, TensorInfo]]:

@@ -7,7 +7,7 @@ are used. No other file asks transformers for a model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,55 +16,25 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lorap.checkpoint.find import ModelSource, locate
 from lorap.checkpoint.finite import check_finite
 from lorap.checkpoint.folders import weight_files
-from lorap.checkpoint.gguf import check_gguf_file, find_gguf, load_gguf, load_gguf_tokenizer
+from lorap.checkpoint.gguf.reading import check_gguf_file, load_gguf
+from lorap.checkpoint.gguf.tokenizer import load_gguf_tokenizer
 from lorap.checkpoint.paging import paged_model
 from lorap.checkpoint.unused_tensors import check_unused
-from lorap.checkpoint.validate import CONFIG, CheckedFolder, check_folder
+from lorap.checkpoint.validate import CheckedFolder, check_folder
 from lorap.errors import CheckpointError, ConfigError, LoRAPError
 from lorap.jsonio import named
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What else people call them.
 SPELLINGS = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
-# What goes before a GGUF file that lies beside it.
-WEIGHTS = ("*.safetensors*", "*.bin", "*.pt*")
 # What is fetched from the hub: all but other formats, and weights in folders of their own, which are copies for other hosts.
 FETCHED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 NOT_FETCHED = ("*/*.json", "*/*.safetensors", "*/*.bin", "*/*.model")
 # What may lie in a folder as a tokenizer.
 TOKENIZERS = ("tokenizer*", "tekken.json", "vocab.json", "spiece.model")
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Where a model is.
-
-    Args:
-        location: the folder; a hub name where that was not fetched.
-        name: what to call the model in reports: a hub name, or the folder's own name.
-        gguf_file: name of the GGUF file inside the folder.
-        folder: the local folder; None for a hub name that was not fetched.
-        checked: what the checks found in a folder; None for a GGUF file.
-    """
-
-    location: str
-    name: str
-    gguf_file: str | None = None
-    folder: Path | None = None
-    checked: CheckedFolder | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def weight_files(self) -> list[Path]:
-        """The files that the weights are read from; none of a hub name that was not fetched.
-
-        Raises:
-            CheckpointError: as :func:`lorap.checkpoint.folders.weight_files`.
-        """
-        if self.folder is None:
-            return []
-        return [self.folder / self.gguf_file] if self.gguf_file else weight_files(self.folder)
 
 
 def find_model(model: str | Path, *, fetch: bool = True) -> ModelSource:
@@ -89,24 +59,12 @@ def find_model(model: str | Path, *, fetch: bool = True) -> ModelSource:
 
 
 def _find(model: str, path: Path) -> ModelSource:
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise CheckpointError(f"{path} is a file; give the model's folder, or a .gguf file")
-        return _gguf_source(path)
-    if not path.is_dir():
-        if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
-            raise CheckpointError(f"no model folder {named(model)}")
-        return ModelSource(model, model)
-    if (path / CONFIG).is_file() and (any(any(path.glob(kind)) for kind in WEIGHTS) or not find_gguf(path)):
-        return ModelSource(str(path), model_name(path), folder=path, checked=check_folder(path))
-    if file := find_gguf(path):
-        return _gguf_source(path / file)
-    raise CheckpointError(f"{path} is no model folder: it has neither config.json nor a .gguf file")
-
-
-def _gguf_source(file: Path) -> ModelSource:
-    check_gguf_file(file)
-    return ModelSource(str(file.parent), file.stem, gguf_file=file.name, folder=file.parent)
+    source = locate(model, path)
+    if source.gguf_file:
+        check_gguf_file(path if path.is_file() else path / source.gguf_file)
+    elif source.folder:
+        return replace(source, checked=check_folder(source.folder))
+    return source
 
 
 def _fetched(source: ModelSource) -> ModelSource:
@@ -125,18 +83,6 @@ def _fetched(source: ModelSource) -> ModelSource:
             f"cannot fetch {named(source.location)}, which is no local folder either: {_first_lines(error)}"
         ) from error
     return replace(_find(str(folder), folder), name=source.name)
-
-
-def model_name(folder: Path) -> str:
-    """What people call the model in a folder: the folder's name, or the repository's in the hub's cache.
-
-    The cache has models--OWNER--NAME/snapshots/COMMIT.
-    """
-    folder = folder.resolve()
-    repository = folder.parent.parent.name
-    if folder.parent.name == "snapshots" and repository.startswith("models--"):
-        return repository.removeprefix("models--").replace("--", "/", 1)
-    return folder.name
 
 
 def dtype_name(dtype: str) -> str:

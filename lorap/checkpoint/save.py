@@ -15,12 +15,11 @@ from lorap.files import reason
 from lorap.outputs import staged_folder
 from lorap.reports.html.page import write_page
 from lorap.reports.model_card import model_card
-from lorap.reports.run import CompressionReport
+from lorap.reports.run import REPORT, CompressionReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-REPORT = "lorap_report.json"
 # Room for config, tokenizer, card and report beside the weights.
 SPARE_BYTES = 32 * 2**20
 

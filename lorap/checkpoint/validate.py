@@ -22,7 +22,7 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from lorap.architectures import ARCHITECTURES
 from lorap.checkpoint.build import check_stored, put_layers
-from lorap.checkpoint.folders import CONTAINERS, TensorInfo, read_files, weight_files
+from lorap.checkpoint.folders import CONFIG, CONTAINERS, TensorInfo, read_files, weight_files
 from lorap.checkpoint.format import QUANT_METHOD, LoRAPConfig
 from lorap.checkpoint.stored_tensors import STORED_DTYPES, Stamp, StoredTensor, same_values
 from lorap.checkpoint.unused_tensors import check_unused, origin_of, unused_names
@@ -35,7 +35,7 @@ from lorap.nn.low_rank_tensors import PIVOT_ROWS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CONFIG, GENERATION, ADAPTER = "config.json", "generation_config.json", "adapter_config.json"
+GENERATION, ADAPTER = "generation_config.json", "adapter_config.json"
 TOKENIZER = "tokenizer_config.json"
 # Fields that make transformers read other files than those which were checked.
 OTHER_FILES = ("configuration_files", "transformers_weights")

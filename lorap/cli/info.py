@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from lorap.checkpoint.load import find_model
+from lorap.checkpoint.find import ModelSource
+from lorap.checkpoint.plain import find_plain
 from lorap.cli.common import AsJson, Debug, Model, user_errors
 from lorap.evaluation.info import describe_model, format_info
 
@@ -17,6 +18,13 @@ def info_command(model: Model, as_json: AsJson = False, debug: Debug = False) ->
       lorap info ./small
     """
     with user_errors(debug, as_json) as answer:
-        described = describe_model(find_model(model, fetch=False))
+        described = describe_model(find_plain(model) or _checked(model))
         typer.echo(format_info(described))
         answer(described)
+
+
+def _checked(model: str) -> ModelSource:
+    """A model that is not plain, once it has passed every check there is."""
+    from lorap.checkpoint.load import find_model  # takes torch and transformers, which a plain model does not
+
+    return find_model(model, fetch=False)

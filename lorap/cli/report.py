@@ -7,12 +7,11 @@ from typing import Annotated
 
 import typer
 
-from lorap.checkpoint.save import REPORT
 from lorap.cli.common import AsJson, Debug, user_errors
 from lorap.errors import CheckpointError
 from lorap.jsonio import read_json
 from lorap.reports.html.page import write_page
-from lorap.reports.run import CompressionReport
+from lorap.reports.run import REPORT, CompressionReport
 
 
 def report_command(

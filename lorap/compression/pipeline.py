@@ -22,8 +22,9 @@ from lorap.calibration.mixtures import Sources, check_sources
 from lorap.calibration.sources import DEFAULT_CALIBRATION, Source
 from lorap.calibration.stream import CalibrationStream
 from lorap.calibration.windows import TokenWindows, fold_of
+from lorap.checkpoint.find import model_name
 from lorap.checkpoint.finite import check_finite
-from lorap.checkpoint.load import check_tokenizer, find_model, load_model, load_tokenizer, model_name, resolve_device
+from lorap.checkpoint.load import check_tokenizer, find_model, load_model, load_tokenizer, resolve_device
 from lorap.checkpoint.paging import offloaded_tensors
 from lorap.checkpoint.validate import believe_own_head
 from lorap.compression.correction import Correction

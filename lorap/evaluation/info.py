@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from lorap.architectures import PROJECTIONS
+from lorap.checkpoint.find import ModelSource
 from lorap.checkpoint.folders import TensorInfo
-from lorap.checkpoint.format import LoRAPConfig
-from lorap.checkpoint.gguf import read_gguf
-from lorap.checkpoint.load import ModelSource
-from lorap.checkpoint.save import REPORT
+from lorap.checkpoint.gguf.header import read_gguf
+from lorap.checkpoint.quantization_fields import QuantizationFields
 from lorap.errors import CheckpointError
 from lorap.jsonio import named, read_json
 from lorap.nn.low_rank_tensors import LEFT, LOW_RANK_ONLY, RIGHT, LowRankTensors
-from lorap.reports.run import RECOVERY_REPORT, CompressionReport, format_table
+from lorap.reports.run import RECOVERY_REPORT, REPORT, CompressionReport, format_table
 
 # llama.cpp's names for what Hugging Face calls otherwise.
 GGUF_KINDS = {
@@ -48,7 +47,7 @@ def describe_model(source: ModelSource) -> dict[str, Any]:
     """
     if source.folder is None:
         raise CheckpointError(f"no model folder {source.location}; `info` reads local folders and .gguf files only")
-    checked = source.checked
+    checked = source.checked or source.contents
     tensors = checked.headers if checked else gguf_tensors(source.folder / str(source.gguf_file))
     config: Mapping[str, Any] = checked.settings if checked else {}
     settings = checked.compression if checked else None
@@ -119,7 +118,7 @@ class _Origin:
 
 
 def _origin(
-    source: ModelSource, settings: LoRAPConfig | None, tensors: Mapping[str, TensorInfo]
+    source: ModelSource, settings: QuantizationFields | None, tensors: Mapping[str, TensorInfo]
 ) -> tuple[_Origin, Mapping[str, int]]:
     """Where a model comes from, by its marks, or where these say nothing of sizes by its report; and parameters by kind now."""
     width = settings.dense_intermediate_size if settings else None

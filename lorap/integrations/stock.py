@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lorap.architectures import ATTENTION, MLP, PROJECTIONS, STOCK_MULTIPLES, Architecture, known_architecture
 from lorap.checkpoint import host_keys
 from lorap.checkpoint.folders import read_tensors
-from lorap.checkpoint.gguf import FILE_TYPES, check_gguf, write_gguf
+from lorap.checkpoint.gguf.writing import FILE_TYPES, check_gguf, write_gguf
 from lorap.checkpoint.hf_quantizer import detach_quantization_config
 from lorap.checkpoint.reconstruct import reconstruct
 from lorap.checkpoint.save import SPARE_BYTES

@@ -32,7 +32,7 @@ from lorap.checkpoint.load import (
     load_tokenizer,
     resolve_device,
 )
-from lorap.checkpoint.save import REPORT, SPARE_BYTES
+from lorap.checkpoint.save import SPARE_BYTES
 from lorap.checkpoint.validate import CONFIG, lorap_config
 from lorap.errors import CheckpointError, ConfigError
 from lorap.evaluation.perplexity import evaluate
@@ -53,7 +53,7 @@ from lorap.recovery.training import (
     train,
 )
 from lorap.reports.html.page import write_page
-from lorap.reports.run import PAGE, RECOVERY_REPORT, CompressionReport
+from lorap.reports.run import PAGE, RECOVERY_REPORT, REPORT, CompressionReport
 from lorap.system import Stopwatch, describe_environment, peak_memory_bytes
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from lorap.requirements import compressed_roles
 
 # The report for people, beside the weights (lorap/reports/html/page.py).
 PAGE = "report.html"
-RECOVERY_REPORT = "lorap_recovery.json"
+REPORT, RECOVERY_REPORT = "lorap_report.json", "lorap_recovery.json"
 KIND_HEADER = ("", "parameters before", "after", "kept", "rank", "width", "error min / median / max")
 # Parameters that a rounded width removes on top are told from this share on.
 TOLD_ROUNDING = 5e-4

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lorap.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Significant digits that are kept; a chart shows fewer.
 DIGITS = 4

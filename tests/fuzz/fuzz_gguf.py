@@ -11,7 +11,8 @@ import transformers
 from fuzz_inputs import broken_bytes
 from hypothesis import strategies as st
 
-from lorap.checkpoint.gguf import read_gguf, write_gguf
+from lorap.checkpoint.gguf.header import read_gguf
+from lorap.checkpoint.gguf.writing import write_gguf
 
 # What a size, an offset, a type, a count or a float may be instead.
 NUMBERS = st.sampled_from([0, 1, 2, 3, 7, 8, 9, 10, 12, 30, 32, 33, 256, 2**16, 2**31 - 1, 2**31, 2**32 - 1])

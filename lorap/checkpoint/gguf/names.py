@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # transformers' model_type -> what llama.cpp calls the architecture. Mistral differs from Llama by its window only.
 WRITTEN: Mapping[str, str] = MappingProxyType(

@@ -9,7 +9,8 @@ from typing import Any
 
 from lorap.architectures import ARCHITECTURES, PROJECTIONS
 from lorap.checkpoint.folders import TensorInfo
-from lorap.checkpoint.gguf import gguf_config, read_gguf
+from lorap.checkpoint.gguf.header import read_gguf
+from lorap.checkpoint.gguf.reading import gguf_config
 from lorap.checkpoint.load import DTYPES, ModelSource, dtype_name
 from lorap.compression.allocation import Shape
 from lorap.errors import ArchitectureError, CheckpointError

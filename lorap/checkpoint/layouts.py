@@ -1,0 +1,114 @@
+"""Names and shapes of all tensors of a model, from its config.json alone, for the families of lorap.architectures.
+
+transformers knows the same by building the model, which takes seconds of imports. What is not certain here is left to it: there
+is no answer then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lorap.architectures import ARCHITECTURES, ATTENTION, MLP
+from lorap.checkpoint.quantization_fields import QuantizationFields
+from lorap.nn.low_rank_tensors import LowRankTensors
+
+Shapes = dict[str, tuple[int, ...]]
+# What the classes of the families have beside the seven projections and two norms (transformers/models/*/modeling_*.py).
+ALWAYS_BIASED = {"qwen2": ("q_proj", "k_proj", "v_proj")}
+BIAS_FIELDS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "llama": {"attention_bias": ATTENTION, "mlp_bias": MLP},
+    "qwen3": {"attention_bias": ATTENTION},
+    "smollm3": {"attention_bias": ATTENTION, "mlp_bias": MLP},
+}
+HEAD_NORMS = {"qwen3": ("q_norm", "k_norm")}
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+INTEGERS = (".pivot_rows", "._weight_qdata")
+
+
+def dense_shapes(model_type: str, settings: Mapping[str, Any]) -> Shapes | None:
+    """What a dense model's state dict holds, its head included, whether that is tied or not.
+
+    Args:
+        model_type: one of ``ARCHITECTURES``.
+        settings: config.json, or what a GGUF file says in its words.
+
+    Returns:
+        None where the class would fall back on a default of its own, or refuse the sizes.
+    """
+    sizes: list[Any] = [settings.get(name) for name in (*SIZES, "num_key_value_heads")]
+    if not all(type(size) is int and size > 0 for size in sizes):
+        return None
+    vocabulary, hidden, width, layers, heads, kv_heads = sizes
+    head_dim = settings.get("head_dim")
+    if head_dim is None and model_type not in HEAD_NORMS:  # Qwen3 has a default of its own
+        head_dim = hidden // heads
+    if type(head_dim) is not int or head_dim < 1 or head_dim % 2 or hidden % heads or heads % kv_heads:
+        return None
+    outer, inner = heads * head_dim, kv_heads * head_dim
+    linears = {
+        "q_proj": (outer, hidden),
+        "k_proj": (inner, hidden),
+        "v_proj": (inner, hidden),
+        "o_proj": (hidden, outer),
+    }
+    linears |= {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
+    biased = {*ALWAYS_BIASED.get(model_type, ())}
+    for name, roles in BIAS_FIELDS.get(model_type, {}).items():
+        biased |= {*roles} if settings.get(name) else set()
+    architecture = ARCHITECTURES[model_type]
+    shapes: Shapes = {"model.embed_tokens.weight": (vocabulary, hidden), "lm_head.weight": (vocabulary, hidden)}
+    shapes["model.norm.weight"] = (hidden,)
+    for index in range(layers):
+        for role, shape in linears.items():
+            name = architecture.module_name(index, role)
+            shapes[f"{name}.weight"] = shape
+            if role in biased:
+                shapes[f"{name}.bias"] = shape[:1]
+        layer = f"{architecture.layers}.{index}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"{layer}.{norm}.weight"] = (hidden,)
+        for norm in HEAD_NORMS.get(model_type, ()):
+            shapes[f"{layer}.self_attn.{norm}.weight"] = (head_dim,)
+    return shapes
+
+
+def compressed_shapes(dense: Shapes, fields: QuantizationFields) -> Shapes | None:
+    """The same once the layers are as ``fields`` describes them; None where these do not fit the dense model.
+
+    It says in names and shapes what lorap/checkpoint/build.py does to an empty model.
+    """
+    shapes = dict(dense)
+    for name, rank in fields.ranks.items():
+        if f"{name}.weight" not in dense or not 0 < rank < min(dense[f"{name}.weight"]):
+            return None
+        outputs, inputs = shapes.pop(f"{name}.weight")
+        bias = shapes.pop(f"{name}.bias", None) is not None
+        pivoted, guarded = fields.storage == "pivoted", fields.is_guarded
+        layer = LowRankTensors(outputs, inputs, rank, bias=bias, pivoted=pivoted, guarded=guarded)
+        shapes |= {f"{name}.{key}": shape for key, shape in layer.shapes().items()}
+    for name, width in fields.intermediate_sizes.items():
+        if any(f"{name}.{role}.weight" not in dense or f"{name}.{role}" in fields.ranks for role in MLP):
+            return None
+        for role in MLP:
+            outputs, inputs = shapes[f"{name}.{role}.weight"]
+            shape = (outputs, width) if role == "down_proj" else (width, inputs)
+            shapes[f"{name}.{role}.weight"] = shape
+            if f"{name}.{role}.bias" in shapes:
+                shapes[f"{name}.{role}.bias"] = shape[:1]
+    for name in fields.biases:
+        if len(shapes.get(f"{name}.weight", ())) != 2:
+            return None
+        shapes[f"{name}.bias"] = shapes[f"{name}.weight"][:1]
+    return int8_shapes(shapes) if fields.weights == "int8" else shapes
+
+
+def int8_shapes(shapes: Shapes) -> Shapes:
+    """The same with every matrix in the decoder layers as lorap/nn/int8.py stores it."""
+    stored: Shapes = {}
+    for name, shape in shapes.items():
+        stored[name] = shape
+        if ".layers." in name and len(shape) == 2:
+            layer = name.removesuffix("weight")
+            stored |= {name: (1,), f"{layer}_weight_qdata": shape, f"{layer}_weight_scale": (shape[0], 1)}
+    return stored
