@@ -122,7 +122,7 @@ class CompressionConfig:
             ``afm``: principal components of the outputs.
         metric_shrinkage: share of its diagonal in the second moment, in [0, 1]: 0 fits the calibration text most closely, 1 is
             ``awsvd``. ``auto`` chooses per layer, judged on texts other than those that the statistics come from.
-        output_weighting: ``loss`` weighs errors of a projection's outputs by how much the loss minds them, for factors,
+        output_weighting: ``loss`` weights errors of a projection's outputs by the second moment of their gradients, for factors,
             and for channels with ``channel_score="output"``, from the same backward pass as ``allocation="loss"``; gate and up
             always count plain, and with ``none`` all do.
         token_weighting: ``residual`` weighs each token by the inverse square norm of the hidden state it is added to, because

@@ -152,7 +152,7 @@ def grouped(groups: list[int]) -> TokenWindows:
     ],
     ids=str,
 )
-def test_folds_are_dealt_out_largest_first(sizes: list[int], second: list[int]) -> None:
+def test_folds_get_the_largest_group_first(sizes: list[int], second: list[int]) -> None:
     groups = [group for group, size in enumerate(sizes) for _ in range(size)]
     fold = fold_of(grouped(groups))
     assert fold.dtype == torch.bool

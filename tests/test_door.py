@@ -1,4 +1,4 @@
-"""The one door to models: every command accepts or refuses a folder with the same sentence, and tensors are believed."""
+"""One way to open a model: every command accepts or refuses a folder with the same sentence, and stored tensors decide."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Headers, indexes and JSON are believed in nothing.
+"""Headers, indexes and JSON are untrusted input.
 
 Proved here: tensors fill a file exactly and have sizes that torch can count; names stay in the folder; JSON says each thing once;
 what lorap accepts safetensors accepts. More of the same, by chance: tests/fuzz.

@@ -28,7 +28,7 @@ from lorap.evaluation.comparison.cells import run_worker
 
 @pytest.fixture(autouse=True)
 def no_pipe_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_spooled", "_copies", "_adopted"):
+    for name in ("_spooled", "_copies", "_copies_of_others"):
         monkeypatch.setattr(places, name, {})
 
 
@@ -216,6 +216,6 @@ def test_workers_of_compare_read_the_copy(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(places, "_spooled", {})
     os.close(int(name.rpartition("/")[2]))
-    places.adopt(json.loads(seen[-1])["pipes"])
+    places.use_copies(json.loads(seen[-1])["pipes"])
     assert read_source(name) == "said once"
     assert source_name(name) == "pipe"

@@ -23,12 +23,12 @@ STEP_TOKENS = 1536
 
 @dataclass(frozen=True)
 class Schedule:
-    """How windows are dealt out.
+    """How windows are divided among the steps.
 
     Args:
         asked: steps that are wanted.
-        parts: that the windows are dealt into, each with some of all sources, and of both folds where it can; one for each step,
-            and the last to judge by.
+        parts: of the windows, each with some of all sources, and of both folds where it can; one for each step, and the last to
+            judge by.
         rates: how far each step moves; as many as there are windows for.
         enough: windows that would be enough for all steps.
     """

@@ -15,7 +15,7 @@ from lorap.errors import CheckpointError
 
 
 class OffloadedTensor:
-    """One tensor on a shelf. It goes, and its place or file with it, when nobody holds this any more."""
+    """One tensor of a :class:`HiddenStateStore`, in memory or in a file, which goes when nobody refers to this any more."""
 
     def __init__(self, tensor: Tensor | None = None, path: Path | None = None, like: Tensor | None = None) -> None:
         self._tensor, self._path = tensor, path

@@ -68,7 +68,7 @@ def lines_of(content: Content) -> Iterator[tuple[str, bytes]]:
 
 
 def _spread_lines(content: Content, file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
-    """Whole lines from equal distances; a line that is longer than a piece takes the room of the next ones."""
+    """Whole lines from equal distances; a line that is longer than a piece takes the place of the next ones."""
     taken = end = 0
     size = content.size or 0
     for piece in range(TEXT_PIECES):

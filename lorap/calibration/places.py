@@ -35,7 +35,7 @@ PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".lzma")
 _spooled: dict[object, Path] = {}
 # The same by the names that were given, for worker processes, which have other pipes under these names.
 _copies: dict[str, str] = {}
-_adopted: dict[str, str] = {}
+_copies_of_others: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ class Place:
 
 
 def copies() -> dict[str, str]:
-    """Where the copies of pipes are, by the names of the pipes; for :func:`adopt` in a worker process."""
-    return _copies | _adopted
+    """Where the copies of pipes are, by the names of the pipes; for :func:`use_copies` in a worker process."""
+    return _copies | _copies_of_others
 
 
-def adopt(found: Mapping[str, str]) -> None:
+def use_copies(found: Mapping[str, str]) -> None:
     """Read the copies that another process has made, instead of pipes of these names."""
-    _adopted.update(found)
+    _copies_of_others.update(found)
 
 
 def located(source: str | Path) -> Place | None:
@@ -89,7 +89,7 @@ def located(source: str | Path) -> Place | None:
     for path, wanted in ((text, ""), (base, field)):
         if (
             path == STDIN
-            or path in _adopted
+            or path in _copies_of_others
             or (path and os.path.exists(path) and not (wanted and os.path.isdir(path)))
         ):
             shown = _copied_name(path) + (f":{wanted}" if wanted else "")
@@ -119,7 +119,7 @@ def _copied_name(path: str) -> str:
     """The name of a file; the number of a pipe changes from run to run and says nothing."""
     if path == STDIN:
         return STDIN
-    return "pipe" if path in _adopted or _is_pipe(path) else _last(path)
+    return "pipe" if path in _copies_of_others or _is_pipe(path) else _last(path)
 
 
 def _is_pipe(path: str) -> bool:
@@ -129,8 +129,8 @@ def _is_pipe(path: str) -> bool:
 
 def _readable(path: str) -> Path:
     """The path itself, or a copy of what comes out of a pipe: texts are read more than once, and some from the middle."""
-    if path in _adopted:
-        return Path(_adopted[path])
+    if path in _copies_of_others:
+        return Path(_copies_of_others[path])
     if path != STDIN and not _is_pipe(path):
         return Path(path)
     key: object = STDIN

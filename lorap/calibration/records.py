@@ -181,8 +181,5 @@ def _short(error: Exception) -> str:
 _READERS: dict[str, Callable[[Content], Records]] = {
     files.JSON: _json_values,
     files.JSON_LINES: _json_lines,
-    files.CSV: tables.separated,
-    files.TSV: tables.separated,
-    files.PARQUET: tables.parquet,
-    files.ARROW: tables.arrow,
+    **tables.READERS,
 }

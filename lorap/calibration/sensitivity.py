@@ -1,4 +1,4 @@
-"""How much the loss minds an error at the output of each projection: one backward pass, one decoder layer in memory at a time.
+"""Second moments of the gradients at the output of each projection: one backward pass, one decoder layer in memory at a time.
 
 A projection W is replaced by W' and its output y changes by ``(W' - W) x``. To second order, with the Fisher information in
 place of the Hessian, the loss of a token then rises by ``1/2 E[(g^T (W' - W) x)^2]``, g being the gradient of the loss with

@@ -37,6 +37,12 @@ def separated(content: Content) -> Iterator[tuple[str, Any]]:
 
 
 def parquet(content: Content) -> Iterator[tuple[str, Any]]:
+    """Rows of a Parquet file.
+
+    Raises:
+        CalibrationError: it is damaged, or pyarrow is not installed.
+    """
+
     def batches(library: Any, file: Any) -> Iterator[Any]:
         from pyarrow.parquet import ParquetFile
 
@@ -46,6 +52,8 @@ def parquet(content: Content) -> Iterator[tuple[str, Any]]:
 
 
 def arrow(content: Content) -> Iterator[tuple[str, Any]]:
+    """Rows of an Arrow file or stream; errors as :func:`parquet`."""
+
     def batches(library: Any, file: Any) -> Iterator[Any]:
         start = file.read(6)
         file.seek(0)
@@ -70,7 +78,7 @@ def _arrow_rows(content: Content, batches: Callable[[Any, Any], Iterator[Any]]) 
     with _on_disk(content) as file:
         try:
             for batch in batches(pyarrow, file):
-                batch.validate(full=True)  # pyarrow itself believes the lengths that a damaged file tells
+                batch.validate(full=True)  # pyarrow itself trusts the lengths in a damaged file
                 for row in batch.to_pylist():
                     number += 1
                     yield f"record {number:,}", row
@@ -90,3 +98,11 @@ def _on_disk(content: Content) -> IO[bytes]:
         shutil.copyfileobj(file, copy, 2**20)
     copy.seek(0)
     return cast(IO[bytes], copy)
+
+
+READERS: dict[str, Callable[[Content], Iterator[tuple[str, Any]]]] = {
+    files.CSV: separated,
+    files.TSV: separated,
+    files.PARQUET: parquet,
+    files.ARROW: arrow,
+}

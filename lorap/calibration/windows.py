@@ -142,7 +142,7 @@ def consecutive_windows(
 def fold_of(windows: TokenWindows) -> Tensor:
     """(windows,) bool: which of two folds each window is in. Whole groups go into one fold, and the folds are nearly equal.
 
-    Groups are dealt out by size, the largest first, each to the fold that has fewer windows; ties go to the earlier group and
+    Groups are assigned by size, the largest first, each to the fold that has fewer windows; ties go to the earlier group and
     to the first fold. So the folds differ by no more than the largest group. With one group all is in the first fold (False).
     """
     groups = windows.groups

@@ -1,4 +1,4 @@
-"""The one door to models: a Hugging Face folder, a hub name, or a GGUF file.
+"""The one way to open a model: a Hugging Face folder, a hub name, or a GGUF file.
 
 ``find_model`` finds out what it is given and checks all of it, from headers alone (lorap/checkpoint/validate.py); every
 command and every function that takes a path begins with it. ``load_model`` then reads the weights, all at once or when they

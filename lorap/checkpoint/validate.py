@@ -1,6 +1,6 @@
 """Is a model folder safe to open, and do its config.json and its weight files describe the same model?
 
-transformers believes config.json: it builds whatever model is described there and fills with random numbers what the files do not
+transformers trusts config.json: it builds whatever model is described there and fills with random numbers what the files do not
 hold. So the description is compared with the headers first, on a model without memory.
 """
 
@@ -167,7 +167,7 @@ def check_folder(folder: Path) -> CheckedFolder:
     if known or model.state_dict().keys() <= tensors.keys():  # else transformers has other names for some of them
         check_unused(model, tensors, unused)
     _check_total(model, headers, 1 if known else MAX_PACKED)
-    believe_stored_head(model, config, tensors)
+    untie_stored_head(model, config, tensors)
     return CheckedFolder(folder, settings, config, tensors, compression)
 
 
@@ -302,7 +302,7 @@ def _state(model: nn.Module) -> list[tuple[list[str], torch.Tensor]]:
 
 
 def _refuse_quantized(quantization: Mapping[str, Any], tensors: Mapping[str, TensorInfo], unused: list[str]) -> None:
-    """Weights in another format than floating point: the seam where reading such formats would begin."""
+    """Weights in another format than floating point: reading such formats would begin here."""
     method = named(quantization.get("quant_method"))
     if not unused and all(tensor.dtype in FLOATS for tensor in tensors.values()):
         raise CheckpointError(
@@ -312,7 +312,7 @@ def _refuse_quantized(quantization: Mapping[str, Any], tensors: Mapping[str, Ten
     raise CheckpointError(f"the model is quantized ({method}); start from the one in floating point")
 
 
-def believe_stored_head(model: PreTrainedModel, config: Any, tensors: Mapping[str, StoredTensor]) -> None:
+def untie_stored_head(model: PreTrainedModel, config: Any, tensors: Mapping[str, StoredTensor]) -> None:
     """Where config.json says that the head is the embedding, and the files hold another head: ``config`` says so no more."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or not getattr(config, "tie_word_embeddings", False):
@@ -323,7 +323,7 @@ def believe_stored_head(model: PreTrainedModel, config: Any, tensors: Mapping[st
         config.tie_word_embeddings = False
 
 
-def believe_own_head(model: PreTrainedModel) -> None:
+def untie_own_head(model: PreTrainedModel) -> None:
     """The same for a model in memory: transformers opens such files rightly, but leaves the config as it is."""
     head, embedding = model.get_output_embeddings(), embedding_weight(model)
     if head is None or not getattr(model.config, "tie_word_embeddings", False) or head.weight is embedding:

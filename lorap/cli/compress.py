@@ -102,7 +102,8 @@ def compress_command(
     output_weighting: Annotated[
         Optional[str],
         _option(
-            "output_weighting", "loss: errors of outputs count by how much the loss minds them, by a backward pass."
+            "output_weighting",
+            "loss: errors of outputs are weighted by the second moment of their gradients.",
         ),
     ] = None,
     token_weighting: Annotated[
@@ -142,7 +143,7 @@ def compress_command(
     bias_compensation: Annotated[
         Optional[bool], _option("bias_compensation", "Put the mean output of the channels that went into a bias.")
     ] = None,
-    # The walk, and what is written.
+    # The order of the layers, and what is written.
     sequential: Annotated[
         Optional[str],
         _option(

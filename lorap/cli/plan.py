@@ -63,7 +63,7 @@ def plan_command(
     """What `lorap compress` with the same options would do to MODEL, and how long and how much memory it would take.
 
     Only config.json and the headers of the weight files are read. Ranks and widths are exact where they follow from shapes
-    (allocation paper and even, target stock); else the budget is told, and an even split of it. Seconds are what this machine
+    (allocation paper and even, target stock); else the budget is printed, and an even split of it. Seconds are what this machine
     is seen to do in a few seconds, or what is published of a GPU, times the operations that are listed below the table.
 
     \b

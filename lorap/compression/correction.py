@@ -25,7 +25,7 @@ from lorap.requirements import compressed_roles
 
 @dataclass
 class Correction:
-    """The calibration windows once more, dealt out to the steps; some are kept from all of them, to judge by.
+    """The calibration windows once more, divided among the steps; some are kept from all of them, to judge by.
 
     :attr:`targets` go through the dense layers while these are compressed one by one, and so does the first of :attr:`judges`;
     the second goes behind the compressed ones.

@@ -26,7 +26,7 @@ from lorap.checkpoint.find import model_name
 from lorap.checkpoint.finite import check_finite
 from lorap.checkpoint.load import check_tokenizer, find_model, load_model, load_tokenizer, resolve_device
 from lorap.checkpoint.paging import offloaded_tensors
-from lorap.checkpoint.validate import believe_own_head
+from lorap.checkpoint.validate import untie_own_head
 from lorap.compression.correction import Correction
 from lorap.compression.layer import LayerCompressor
 from lorap.compression.planning import Plan, check_sizes, make_plan, shapes_of
@@ -290,7 +290,7 @@ def _open(model_or_path: Any, tokenizer: Any, device: str, dtype: str) -> tuple[
         model, name = load_model(source, dtype=dtype, device=resolve_device(device)), source.name
     else:
         model = model_or_path.eval()
-        believe_own_head(model)
+        untie_own_head(model)
         check_finite(model.named_parameters())
         name = (
             model_name(Path(model.config._name_or_path or "")) if model.config._name_or_path else type(model).__name__

@@ -1,7 +1,7 @@
 """The header of a GGUF file: its values and where its tensors are. No weight is read.
 
 The ``gguf`` package reads headers too, but it makes an array of every token and merge, which takes seconds a file, and it
-believes every number in a damaged one. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+trusts every number in a damaged one. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations

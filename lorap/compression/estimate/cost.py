@@ -137,7 +137,7 @@ def _plan(run: Passes) -> CostTerms:
     terms.include(layers)
     run.loss(terms, tokens, heads=2, passes=2 * LOSS_PASSES)
     if allocates_by_loss(config):
-        run.deal(terms, [partial(_price, run, role) for role in roles])
+        run.distribute(terms, [partial(_price, run, role) for role in roles])
     if nbytes := metric_bytes(run):
         kept = run.terms()
         kept.transferred("metrics of outputs", nbytes, "written", f"{nbytes:,} B")
@@ -209,7 +209,7 @@ def _factorize(run: Passes) -> CostTerms:
         jobs: list[Callable[[CostTerms], None]] = [
             partial(_factorize_one, run, role) for role in group if role in run.layer.ranks
         ]
-        run.deal(terms, jobs)
+        run.distribute(terms, jobs)
     return terms
 
 

@@ -1,6 +1,6 @@
 """Peak memory by stage, in bytes, from sizes alone: one decoder layer at a time, whatever their number.
 
-GPU and CPU are not told apart: what is counted is the memory in which layers are worked on.
+GPU and CPU are not distinguished: what is counted is the memory in which layers are worked on.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Memory:
         shape, config, layer: the model, and what becomes of its layers.
         machine: gives the memory that is taken before any model is open.
         tokens: of calibration, on one process.
-        evaluation_tokens: that walk beside them, on one process.
+        evaluation_tokens: that go through the layers beside them, on one process.
         planning_tokens: of the backward pass.
         steps, step_tokens: of the correction, on one process.
         folds: halves of the calibration text whose sums are kept apart.
@@ -200,7 +200,7 @@ class Memory:
         largest = shape.hidden_size * max(shape.hidden_size, self.layer.intermediate_size)
         gradients = self.folds * layer_params * (DOUBLE if largest <= EXACT_NUMBERS else 4)
         copies = 4 * shape.num_layers * layer_params if self.resident and shape.itemsize < 4 else 0
-        layer = gradients + backward + 2 * 4 * largest  # a product, or votes, beside an exact weight
+        layer = gradients + backward + 2 * 4 * largest  # a product, or signs, beside an exact weight
         return self.held + copies + self.in_memory(states) + max(layer, loss)
 
     def _head(self, tokens: int, word_bytes: int) -> int:

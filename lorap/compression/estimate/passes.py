@@ -109,7 +109,7 @@ class Passes:
         terms: CostTerms,
         tokens: int,
         size: int,
-        told: str,
+        input_name: str,
         *,
         batch: int,
         prices: bool = False,
@@ -117,16 +117,16 @@ class Passes:
     ) -> None:
         """Sums of outer products of one input; the products are exact where a mean will be subtracted."""
         sums = sums_dtype(size, prices=prices)
-        told = f"second moment of {told}"
+        what = f"second moment of {input_name}"
         formula = f"{2 * LOWER:.3g} x {tokens:,} tokens x {size:,}^2"
-        terms.products(told, 2 * LOWER * tokens * size**2, sums if mean else "float32", formula)
+        terms.products(what, 2 * LOWER * tokens * size**2, sums if mean else "float32", formula)
         passes, width = (8, 8) if sums == "float64" else (4, 4)
         batches = -(-tokens // batch)
         passed = f"{batches:,} batches x {passes} passes over {size:,}^2 x {width} B"
-        terms.moved(told + ", sums", batches * passes * width * size**2, passed)
+        terms.moved(what + ", sums", batches * passes * width * size**2, passed)
 
-    def deal(self, terms: CostTerms, jobs: Sequence[Callable[[CostTerms], None]]) -> None:
-        """Work of one layer that is dealt out whole: as many jobs at once as there are processes and evenly large pieces."""
+    def distribute(self, terms: CostTerms, jobs: Sequence[Callable[[CostTerms], None]]) -> None:
+        """Work of one layer that is distributed whole: as many jobs at once as there are processes and evenly large pieces."""
         alone = [self.terms() for _ in jobs]
         for part, job in zip(alone, jobs, strict=True):
             job(part)

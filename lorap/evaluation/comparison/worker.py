@@ -112,7 +112,7 @@ def main(argument: str) -> None:
     request = json.loads(argument)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    places.adopt(request.get("pipes", {}))
+    places.use_copies(request.get("pipes", {}))
     try:
         found = measure(request["part"], request["model"], request["options"])
     except LoRAPError as error:
