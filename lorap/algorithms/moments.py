@@ -36,6 +36,7 @@ class Moment:
         return given if isinstance(given, Moment) else cls(given)
 
     def shrunk(self, shrinkage: float) -> Moment:
+        """The same sums with another ``shrinkage``; nothing is copied."""
         return replace(self, shrinkage=shrinkage)
 
     @property

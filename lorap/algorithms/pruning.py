@@ -32,9 +32,18 @@ def channel_importance(gate: Tensor, up: Tensor, down: Tensor, input_sq_norm: Te
 def removed_shares(
     gate: Tensor, up: Tensor, down: Tensor, input_sq_norm: Tensor, inner_sq_norm: Tensor, kept: Tensor
 ) -> dict[str, float]:
-    """Activation-weighted norm of what leaves each of the three matrices, relative to the whole; arguments as above.
+    """Activation-weighted norm of what leaves each of the three matrices, relative to the whole.
 
-    ``kept`` (kept,) int64 are the channels that stay.
+    Args:
+        gate: (intermediate_size, hidden_size).
+        up: (intermediate_size, hidden_size).
+        down: (hidden_size, intermediate_size).
+        input_sq_norm: (hidden_size,), as for :func:`channel_importance`.
+        inner_sq_norm: (intermediate_size,), likewise.
+        kept: (kept,) int64, the channels that stay.
+
+    Returns:
+        A share in [0, 1] by role; 0 where the whole is 0.
     """
     keep = torch.zeros(gate.shape[0], dtype=torch.bool, device=gate.device)
     keep[kept] = True

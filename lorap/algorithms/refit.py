@@ -41,7 +41,16 @@ def fluctuation_scores(down: Tensor, variance: Tensor) -> Tensor:
 
 
 def keep_best(scores: Tensor, width: int, *, least_important_kept: float = 0.0) -> Tensor:
-    """(width,) int64 ascending: the channels of highest score, but for the lowest share, which stays (paper, section 3.4)."""
+    """The channels of highest score, but for the lowest share, which stays.
+
+    Args:
+        scores: (intermediate_size,).
+        width: how many channels stay.
+        least_important_kept: share of all channels, of the lowest score, that stays (paper, section 3.4); within ``width``.
+
+    Returns:
+        (width,) int64, ascending.
+    """
     order = torch.argsort(scores, stable=True)
     lowest = min(int(least_important_kept * len(order)), width)
     kept = torch.cat((order[:lowest], order[len(order) - (width - lowest) :]))
@@ -74,7 +83,17 @@ def repair_down(down: Tensor, second_moment: Moment | Tensor, kept: Tensor, *, r
 
 
 def removed_share(down: Tensor, second_moment: Moment | Tensor, kept: Tensor, weight: Tensor) -> float:
-    """Root mean square change of the FFN's output when ``weight`` on the kept channels stands in for ``down``, relative to it."""
+    """Root mean square change of the FFN's output when ``weight`` on the kept channels stands in for ``down``, relative to it.
+
+    Args:
+        down: (hidden_size, intermediate_size).
+        second_moment: (intermediate_size, intermediate_size) of the inner activations.
+        kept: (kept,) int64, the channels that stay.
+        weight: (hidden_size, kept), what reads them instead of ``down``.
+
+    Returns:
+        At least 0; 0 where the output is always 0.
+    """
     c = Moment.of(second_moment)
     change = down.to(c.sums.dtype, copy=True)
     before = c.energy(change)
@@ -85,11 +104,21 @@ def removed_share(down: Tensor, second_moment: Moment | Tensor, kept: Tensor, we
 def repaired_tail(
     down: Tensor, second_moment: Moment | Tensor, order: Tensor, *, ridge: float, output_metric: Tensor | None = None
 ) -> Tensor:
-    """(intermediate_size + 1,) float64: ||A^(1/2) (W x - W' x_S)||^2 after the repair, for every width, from 0 on.
+    """||A^(1/2) (W x - W' x_S)||^2 after the repair, for every width: S are the first ``width`` channels of ``order``.
 
-    S are the first ``width`` channels of ``order``; the mean is over C + r I, so the ridge counts as noise on every channel.
-    With C + r I = L L^T in that order, what the first channels cannot explain of the
-    others is the trailing block of L, whose columns do not depend on where it begins: one Cholesky factor serves all widths.
+    The mean is over C + r I, so the ridge counts as noise on every channel. With C + r I = L L^T in that order, what the
+    first channels cannot explain of the others is the trailing block of L, whose columns do not depend on where it begins:
+    one Cholesky factor serves all widths.
+
+    Args:
+        down: W (hidden_size, intermediate_size).
+        second_moment: C (intermediate_size, intermediate_size) of the inner activations.
+        order: (intermediate_size,) int64, the channels, those that stay longest first.
+        ridge: relative to the mean diagonal of C.
+        output_metric: A (hidden_size, hidden_size); the identity where None.
+
+    Returns:
+        (intermediate_size + 1,) float64, by width from 0 on.
     """
     c = Moment.of(second_moment)
     mean = float(c.diagonal.mean())

@@ -49,6 +49,11 @@ def schedule(windows: int, seq_len: int, asked: int) -> Schedule:
 
     A part has at least two windows where there are enough, so that there may be one of each fold. One window alone leaves nothing
     to judge by, so there is no step.
+
+    Args:
+        windows: of calibration.
+        seq_len: tokens of each.
+        asked: steps that are wanted.
     """
     full = max(2, STEP_TOKENS // seq_len)
     parts = max(2, windows // full) if windows > 1 else 1

@@ -26,7 +26,15 @@ class Gatherer(Protocol):
     """Takes what passes the linear layers of one decoder layer."""
 
     def add(self, role: str, x: Tensor, g: Tensor, mask: Tensor | None, fold: int) -> None:
-        """Inputs (windows, seq_len, in_features) of a linear layer, and the gradients of the summed loss at its outputs."""
+        """Take what passed one linear layer.
+
+        Args:
+            role: of the linear layer.
+            x: (windows, seq_len, in_features), its inputs.
+            g: (windows, seq_len, out_features), gradients of the summed loss at its outputs.
+            mask: (windows, seq_len) bool, False on padding; None where every token is real.
+            fold: which half of the calibration text the windows belong to.
+        """
 
 
 G = TypeVar("G", bound=Gatherer)

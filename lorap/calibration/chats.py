@@ -54,6 +54,14 @@ def size_of(document: Document) -> int:
 def layout_of(record: Any, where: str, field: str = "") -> tuple[str, ...]:
     """The fields that hold the text of a record, and of all records after it.
 
+    Args:
+        record: the first one.
+        where: it is, for messages.
+        field: the only one to read; empty for those that are known.
+
+    Returns:
+        Names of fields; none where the record is a text itself.
+
     Raises:
         CalibrationError: there is no field that is known, or none of the name that was asked for.
     """
@@ -79,6 +87,11 @@ def layout_of(record: Any, where: str, field: str = "") -> tuple[str, ...]:
 
 def document_of(record: Any, layout: Sequence[str], where: str) -> Document | None:
     """The text or chat of a record; None where it is blank.
+
+    Args:
+        record: one like the first.
+        layout: of the first record, from :func:`layout_of`.
+        where: it is, for messages.
 
     Raises:
         CalibrationError: a field is missing, or holds something else.

@@ -57,6 +57,13 @@ class DecoderContext:
     ) -> DecoderContext:
         """The context of a model.
 
+        Args:
+            model: in evaluation mode; in memory, or offloaded.
+            device: where its layers are worked on.
+            store: takes the hidden states between two layers.
+            processes: who share the windows and the work.
+            progress: show progress bars on stderr.
+
         Raises:
             ArchitectureError: lorap does not know its family.
         """
@@ -71,6 +78,7 @@ class DecoderContext:
 
     @property
     def embedding_device(self) -> torch.device:
+        """Where the embedding looks up token ids."""
         return self._embedding.device
 
     @property

@@ -54,6 +54,11 @@ def read_file(content: Content) -> Reading:
 def read_records(records: Records, name: str, field: str = "") -> Reading:
     """The texts or chats of records; of many, some spread over all of them.
 
+    Args:
+        records: (where it is, record), one after the other.
+        name: of the source, for messages.
+        field: the only one to read; empty for those that are known.
+
     Raises:
         CalibrationError: a record is not like the first, or has no text.
     """

@@ -39,7 +39,20 @@ _logger = logging.getLogger(__name__)
 
 
 def read_tokens(source: Source, tokenizer: Any, *, vocab_size: int) -> tuple[Tensor, Tensor | None]:
-    """Token ids of a source: (tokens,) for a text, or (windows, seq_len) and a mask where it holds windows already."""
+    """Token ids of a source.
+
+    Args:
+        source: a name, token ids, or a mapping with ``input_ids`` and ``attention_mask``.
+        tokenizer: reads texts; None where there is none.
+        vocab_size: rows of the embedding, which ids must stay below.
+
+    Returns:
+        int64 (tokens,) and None for a text or a stream of tokens; (windows, seq_len) where the source holds windows
+        already, with their mask (windows, seq_len) bool or None.
+
+    Raises:
+        CalibrationError: the source cannot be read, is empty, holds no token ids, or ids that the model does not have.
+    """
     name = source_name(source)
     mask = None
     if isinstance(source, (str, Path)) and (path := _token_file(source)) is not None:
@@ -175,6 +188,7 @@ def _packaged_text(name: str) -> str:
 
 
 def is_packaged(name: str) -> bool:
+    """Whether a name means a text that ships with lorap, or what the model writes itself."""
     return name in (DEFAULT_CALIBRATION, DEFAULT_EVALUATION, OWN_SAMPLES) or name.startswith(f"{DEFAULT_CALIBRATION}/")
 
 

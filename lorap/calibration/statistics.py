@@ -65,9 +65,12 @@ class ActivationStats:
 
     @torch.no_grad()
     def update(self, x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> None:
-        """Add activations x of shape (..., K); where ``mask`` of shape (...) is False the token does not count.
+        """Add activations.
 
-        With ``weights`` (...) >= 0 each token counts as that many in all sums.
+        Args:
+            x: (..., K).
+            mask: (...), False on tokens that do not count; None where all do.
+            weights: (...) >= 0: each token counts as that many in all sums; None for 1.
         """
         x = x.detach()
         self.largest = torch.maximum(self.largest, _largest(x, mask).to(self.largest))

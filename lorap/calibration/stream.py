@@ -84,6 +84,7 @@ class Batch:
 
     @property
     def hidden(self) -> Tensor:
+        """(windows, seq_len, hidden_size), the inputs of the next layer; read back where they are in a file."""
         return self.held.get()
 
     @hidden.setter
@@ -157,9 +158,15 @@ class CalibrationStream:
     def observe(
         self, index: int, layer: nn.Module, probes: Mapping[str, Probe]
     ) -> dict[str, tuple[ActivationStats, ...]]:
-        """Statistics of the inputs of the given linear layers by the names of ``probes``, one per fold.
+        """Statistics of the inputs of linear layers; the layer runs only as far as it has to.
 
-        The layer runs only as far as it has to.
+        Args:
+            index: of the layer.
+            layer: the decoder layer, in memory.
+            probes: what to gather at which linear layers inside it, by any names.
+
+        Returns:
+            By the names of ``probes``, one per fold, summed over all processes.
         """
         stats = {name: tuple(_empty(probe) for _ in range(self.folds)) for name, probe in probes.items()}
         floor = self._smallest_sq_norm() if any(probe.weighted for probe in probes.values()) else 0.0
@@ -194,7 +201,17 @@ class CalibrationStream:
 
 
 def run_layer(layer: nn.Module, hidden: Tensor, batch: Batch, index: int) -> Tensor:
-    """The outputs of decoder layer ``index`` for ``hidden``, in the surroundings of ``batch``."""
+    """Run one decoder layer on one batch.
+
+    Args:
+        layer: a decoder layer, in memory.
+        hidden: (windows, seq_len, hidden_size), its inputs.
+        batch: gives what the layer is called with besides.
+        index: of the layer.
+
+    Returns:
+        (windows, seq_len, hidden_size).
+    """
     output = layer(hidden, **batch.layer_kwargs[index])
     return output[0] if isinstance(output, tuple) else output
 
@@ -207,9 +224,15 @@ def logits_of(context: DecoderContext, hidden: Tensor) -> Tensor:
 
 
 def summed_loss(context: DecoderContext, batch: Batch, hidden: Tensor) -> tuple[Tensor, int]:
-    """Negative log-likelihood of a batch, in nats, given the outputs of the last layer; and how many tokens were predicted.
+    """Negative log-likelihood of a batch; padding is neither predicted nor predicted from.
 
-    Padding is neither predicted nor predicted from.
+    Args:
+        context: the model.
+        batch: with its token ids.
+        hidden: (windows, seq_len, hidden_size), the outputs of the last layer.
+
+    Returns:
+        The sum in nats, (), and how many tokens were predicted.
     """
     assert batch.ids is not None
     logits = logits_of(context, hidden)

@@ -38,6 +38,11 @@ def encode(documents: Sequence[Document], tokenizer: Any, name: str) -> list[int
 def render(documents: Sequence[Document], tokenizer: Any, name: str) -> str:
     """The same as text.
 
+    Args:
+        documents: texts and chats.
+        tokenizer: whose chat template writes chats; not needed for texts.
+        name: of the source, for messages.
+
     Raises:
         CalibrationError: as :func:`encode`; there are chats and no tokenizer.
     """

@@ -97,6 +97,15 @@ def draw_windows(
     ``attention_mask``, is used as it is where it is the only source; among others its share of windows is drawn. The share of
     ``self`` is written by ``sampler``; without one, ``default`` is its texts alone.
 
+    Args:
+        sources: one source, or several with weights, as for :func:`lorap.compress`.
+        tokenizer: reads texts; None where all sources are tokens.
+        num_samples: windows in all.
+        seq_len: tokens per window.
+        seed: which windows are drawn.
+        vocab_size: rows of the embedding.
+        sampler: writes the windows of ``self``; None where nothing can.
+
     Raises:
         CalibrationError: a source cannot be read, is binary, empty or too short for its share, the tokens do not fit the model,
             a weight is not above 0, or the sources have windows of different lengths.
@@ -126,6 +135,13 @@ def consecutive_windows(
     source: Source, tokenizer: Any, *, seq_len: int, max_tokens: int | None, vocab_size: int
 ) -> TokenWindows:
     """All windows of ``source`` in order, without overlap; the last tokens that do not fill a window are dropped.
+
+    Args:
+        source: a text or tokens.
+        tokenizer: reads texts.
+        seq_len: tokens per window.
+        max_tokens: the first so many tokens only; None for all.
+        vocab_size: rows of the embedding.
 
     Raises:
         CalibrationError: as :func:`draw_windows`.

@@ -150,7 +150,16 @@ def check_pivot_rows(layer: Any, name: str) -> None:
 
 
 def resize_mlp(model: nn.Module, name: str, width: int) -> None:
-    """Give the FFN ``name`` empty linear layers of another width, keeping device, dtype and biases."""
+    """Give the FFN ``name`` empty linear layers of another width, keeping device, dtype and biases.
+
+    Args:
+        model: of transformers, without weights yet.
+        name: full name of the FFN.
+        width: its new number of channels.
+
+    Raises:
+        CheckpointError: ``model`` has no such FFN.
+    """
     for role in MLP:
         old = _linear(model, f"{name}.{role}")
         sizes = (width, old.out_features) if role == "down_proj" else (old.in_features, width)

@@ -38,10 +38,15 @@ def count_not_finite(tensor: Tensor) -> int:
 
 
 def refuse_not_finite(name: str, count: int, dtype: torch.dtype) -> None:
-    """What is said of ``count`` such values in the tensor ``name``, in memory as ``dtype``; nothing where there are none.
+    """Refuse a tensor with values that are not finite; nothing happens where there are none.
+
+    Args:
+        name: of the tensor.
+        count: how many of its values are NaN or infinite.
+        dtype: that it has in memory.
 
     Raises:
-        CheckpointError: there are some.
+        CheckpointError: ``count`` is above 0.
     """
     if count:
         narrow = ", or they are too large for float16: try --dtype float32" if dtype == torch.float16 else ""

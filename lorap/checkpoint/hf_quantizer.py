@@ -46,14 +46,19 @@ class LoRAPHfQuantizer(HfQuantizer):
         model.is_quantized = not self.is_trainable  # type: ignore[assignment]
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any] | None, dict[str, str]]:
+        """What is saved: integers and scales of int8 weights, else None for what transformers saves by itself; and no
+        metadata.
+        """
         is_int8 = self.quantization_config.weights == "int8"
         return (int8.flat_state_dict(model) if is_int8 else None), {}
 
     def is_serializable(self) -> bool:
+        """``save_pretrained`` may write the model."""
         return True
 
     @property
     def is_trainable(self) -> bool:
+        """Whether the weights are floating-point numbers."""
         return self.quantization_config.weights == "float"
 
     @property
@@ -63,6 +68,7 @@ class LoRAPHfQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
+        """``torch.compile`` takes the model."""
         return True
 
 

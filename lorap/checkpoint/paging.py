@@ -63,7 +63,13 @@ class OffloadedTensors:
 
 
 def put_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Replace a parameter or buffer of ``module`` by ``tensor``, in place of whatever it was."""
+    """Replace a parameter or buffer of ``module`` by ``tensor``, in place of whatever it was.
+
+    Args:
+        module: a module.
+        name: of a parameter or buffer in it, with dots.
+        tensor: the new one.
+    """
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     if leaf in owner._parameters:
@@ -78,6 +84,7 @@ def offloaded_tensors(module: nn.Module) -> OffloadedTensors | None:
 
 
 def is_in_memory(module: nn.Module) -> bool:
+    """Whether every parameter has its numbers."""
     return not any(parameter.is_meta for parameter in module.parameters())
 
 
@@ -103,10 +110,15 @@ def in_memory(module: nn.Module, device: torch.device | None = None) -> Iterator
 def in_memory_throughout(
     model: PreTrainedModel, layers: Sequence[nn.Module], *, limit_bytes: int | None = None
 ) -> Iterator[None]:
-    """A paged model can be run as a whole while this is active: in memory where it fits, else each layer loads on forward.
+    """An offloaded model can be run as a whole while this is active: in memory where it fits, else each layer loads on
+    forward.
 
-    The latter reads the model once for every call, and a warning says so. ``limit_bytes`` is what may be held; by default half
-    of the memory that is free.
+    The latter reads the model once for every call, and a warning says so.
+
+    Args:
+        model: of transformers, offloaded or not.
+        layers: its decoder layers.
+        limit_bytes: that may be in memory; None for half of the memory that is free.
     """
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     paged = [unit for unit in (*ends, *layers) if offloaded_tensors(unit) is not None]

@@ -63,6 +63,11 @@ def save(
 def try_settings(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     """Write what stands beside the weights into a new folder, for nothing, so that it does not fail after hours of work.
 
+    Args:
+        model: gives the configs.
+        tokenizer: None where there is none.
+        folder: new, or empty; the caller removes it.
+
     Raises:
         CheckpointError: config, generation config or tokenizer cannot be saved.
     """

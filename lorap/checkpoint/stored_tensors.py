@@ -40,6 +40,7 @@ class Stamp:
 
     @classmethod
     def of(cls, file: Path | int) -> Stamp:
+        """That of a file now, by its path or descriptor."""
         found = os.stat(file)
         return cls(found.st_size, found.st_mtime_ns)
 
@@ -62,6 +63,7 @@ class StoredTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """As its header says."""
         return self.info.shape
 
     @property
@@ -104,7 +106,16 @@ def read_pieces(stored: StoredTensor, *, size: int = 2**26) -> Iterator[tuple[in
 
 
 def read_into(file: int, view: memoryview, offset: int) -> int:
-    """Fill ``view`` from a file: how many bytes there were. A single read may return less than was asked for."""
+    """Fill ``view`` from a file; a single read may return less than was asked for.
+
+    Args:
+        file: descriptor of an open file.
+        view: bytes to fill.
+        offset: where in the file to begin.
+
+    Returns:
+        How many bytes there were.
+    """
     done = 0
     while done < len(view) and (got := os.preadv(file, [view[done:]], offset + done)):
         done += got

@@ -313,7 +313,13 @@ def _refuse_quantized(quantization: Mapping[str, Any], tensors: Mapping[str, Ten
 
 
 def untie_stored_head(model: PreTrainedModel, config: Any, tensors: Mapping[str, StoredTensor]) -> None:
-    """Where config.json says that the head is the embedding, and the files hold another head: ``config`` says so no more."""
+    """Where config.json says that the head is the embedding, and the files hold another head: ``config`` says so no more.
+
+    Args:
+        model: built from ``config``, without weights.
+        config: is changed: ``tie_word_embeddings`` becomes False.
+        tensors: of the weight files, by name.
+    """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or not getattr(config, "tie_word_embeddings", False):
         return

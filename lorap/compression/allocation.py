@@ -86,7 +86,12 @@ def plan_layer(shapes: Mapping[str, Shape], config: CompressionConfig) -> LayerP
 
 
 def stock_width(shapes: Mapping[str, Shape], config: CompressionConfig, *, multiple: int) -> int:
-    """The FFN width at which a layer has lost its whole sparsity while attention is dense; all layers have these ``shapes``.
+    """The FFN width at which a layer has lost its whole sparsity while attention is dense.
+
+    Args:
+        shapes: (out_features, in_features) of the projections of a layer, by role; all layers have these.
+        config: gives sparsity and sub-layers.
+        multiple: that the width is rounded down to.
 
     Raises:
         ConfigError: the FFN does not hold so many parameters, with the highest sparsity that it can give.
@@ -122,6 +127,11 @@ def attention_ranks(shapes: Mapping[str, Shape], kept: float, vo_to_qk_ratio: fl
     """Ranks of q, k, v and o; a projection that is not named stays dense.
 
     For the square matrices of multi-head attention this is the published integer arithmetic, rounding included.
+
+    Args:
+        shapes: (out_features, in_features) of q, k, v and o, by role.
+        kept: share of their parameters that stays.
+        vo_to_qk_ratio: parameters for {v, o} per one for {q, k}.
     """
     size = {role: out_features * in_features for role, (out_features, in_features) in shapes.items()}
     qk, vo = size["q_proj"] + size["k_proj"], size["v_proj"] + size["o_proj"]
@@ -146,7 +156,13 @@ def attention_ranks(shapes: Mapping[str, Shape], kept: float, vo_to_qk_ratio: fl
 
 
 def pruned_positions(width: int, sparsity: float, least_important_kept: float) -> tuple[int, int]:
-    """First and one-past-last position, in ascending order of importance, of the FFN channels to drop (paper, section 3.4)."""
+    """First and one-past-last position, in ascending order of importance, of the FFN channels to drop (paper, section 3.4).
+
+    Args:
+        width: channels of the dense FFN.
+        sparsity: share of them to drop.
+        least_important_kept: share of them, of least importance, that stays.
+    """
     start = int(least_important_kept * width)
     stop = int((sparsity + least_important_kept) * width)
     return start, min(stop, width)

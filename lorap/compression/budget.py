@@ -71,7 +71,14 @@ def rank_candidates(shape: Shape, tail: Tensor, *, pivoted: bool, multiple: int)
 
 
 def width_candidates(hidden_size: int, tail: Tensor, *, matrices: int = 3, multiple: int) -> list[Candidate]:
-    """Widths of a gated FFN, the dense one as the last; ``tail`` (width + 1,) is the cost at each width, from 0 on."""
+    """Widths of a gated FFN, the dense one as the last.
+
+    Args:
+        hidden_size: of the model.
+        tail: (width + 1,), the cost at each width, from 0 on.
+        matrices: that a channel is a row or column of.
+        multiple: widths between the dense one and 0 are multiples of it.
+    """
     width, costs = len(tail) - 1, tail.tolist()
     sizes = [*range(multiple, width, multiple), width]
     return [Candidate(size, matrices * hidden_size * size, 0.0 if size == width else costs[size]) for size in sizes]

@@ -42,6 +42,7 @@ class Correction:
 
     @cached_property
     def plan(self) -> Schedule:
+        """How many steps there are, how large, and how the windows are divided."""
         count, seq_len = self.windows.input_ids.shape
         return schedule(count, seq_len, self.config.correction_steps)
 
@@ -113,7 +114,16 @@ def step_windows(windows: TokenWindows, folds: Tensor, plan: Schedule) -> Iterat
 
 
 def held_out_windows(windows: TokenWindows, folds: Tensor, plan: Schedule) -> tuple[TokenWindows, Tensor | None]:
-    """The part that no step has; arguments and result as of :func:`step_windows`."""
+    """The part that no step has.
+
+    Args:
+        windows: as for :func:`step_windows`.
+        folds: (windows,) bool, likewise.
+        plan: for as many windows.
+
+    Returns:
+        Its windows, and (windows,) bool which of them form a second fold; None where all are of one.
+    """
     return _part(windows, folds, plan.parts - 1, plan.parts)
 
 

@@ -152,6 +152,11 @@ def check_sizes(
 ) -> None:
     """Refuse, before a weight or a text is read, a sparsity that no choice of ranks and widths can reach.
 
+    Args:
+        model_config: of the dense model.
+        shapes: (out_features, in_features) of the projections of each layer, by role.
+        config: what is asked for.
+
     Raises:
         ConfigError: the sparsity leaves too little.
     """
@@ -174,7 +179,19 @@ def _check_gradients(sensitivity: Sensitivity, name: str, dtype: torch.dtype) ->
 def plan_by_shape(
     model_config: PreTrainedConfig, shapes: Sequence[Mapping[str, Shape]], config: CompressionConfig
 ) -> list[LayerPlan] | None:
-    """What follows from shapes alone; None where the loss decides."""
+    """The plan of each layer where it follows from shapes alone.
+
+    Args:
+        model_config: of the dense model.
+        shapes: (out_features, in_features) of the projections of each layer, by role.
+        config: what is asked for.
+
+    Returns:
+        None where activations or the loss decide.
+
+    Raises:
+        ConfigError: the sparsity leaves too little, or a stock model of this family has no place for a bias.
+    """
     if config.sparsity > 0 and config.target == "stock":
         if config.bias_compensation and not getattr(model_config, "mlp_bias", False):
             raise ConfigError(

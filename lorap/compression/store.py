@@ -32,13 +32,15 @@ class RunStore:
         """Windows to calibrate on, and those of each text to judge by."""
         return None
 
-    def save_windows(self, windows: Sequence[TokenWindows], seconds: Mapping[str, float]) -> None: ...
+    def save_windows(self, windows: Sequence[TokenWindows], seconds: Mapping[str, float]) -> None:
+        """Windows of the calibration and of each text to judge by, and the seconds of each stage."""
 
     def load_losses(self) -> Finished[list[Evaluation]] | None:
         """Of the dense model, on each text to judge by."""
         return None
 
-    def save_losses(self, losses: Sequence[Evaluation], seconds: Mapping[str, float]) -> None: ...
+    def save_losses(self, losses: Sequence[Evaluation], seconds: Mapping[str, float]) -> None:
+        """Of the dense model, on each text, and the seconds of each stage."""
 
     def output_metrics(self) -> MutableMapping[Key, Tensor]:
         """What takes the metrics of the outputs, which of all layers together are larger than the model."""
@@ -48,7 +50,8 @@ class RunStore:
         """The plan, with the ``metrics`` that it came with."""
         return None
 
-    def save_plan(self, plan: Plan, seconds: Mapping[str, float]) -> None: ...
+    def save_plan(self, plan: Plan, seconds: Mapping[str, float]) -> None:
+        """The plan, whose metrics are in :meth:`output_metrics`, and the seconds of each stage."""
 
     def load_layer(self, index: int, layer: nn.Module) -> Finished[list[ProjectionReport]] | None:
         """Put the compressed projections into a dense ``layer``."""
@@ -56,7 +59,15 @@ class RunStore:
 
     def save_layer(
         self, index: int, layer: nn.Module, projections: Sequence[ProjectionReport], seconds: Mapping[str, float]
-    ) -> None: ...
+    ) -> None:
+        """One compressed layer.
+
+        Args:
+            index: of the decoder layer.
+            layer: compressed.
+            projections: what its projections became.
+            seconds: of each stage.
+        """
 
     @property
     def is_corrected(self) -> bool:
@@ -67,10 +78,17 @@ class RunStore:
         """Give the compressed ``layers`` the weights that the steps made of them."""
         return None
 
-    def save_correction(self, correction: CorrectionReport, seconds: Mapping[str, float]) -> None: ...
+    def save_correction(self, correction: CorrectionReport, seconds: Mapping[str, float]) -> None:
+        """What the correction steps did, taken or not, and the seconds of each stage."""
 
     def save_corrected(self, index: int, layer: nn.Module, *, is_last_step: bool) -> None:
-        """Called after each step, before an offloaded layer may leave memory."""
+        """Called after each step, before an offloaded layer may leave memory.
+
+        Args:
+            index: of the decoder layer.
+            layer: after the step.
+            is_last_step: whether no other step follows.
+        """
 
     def snapshot(self, layers: Sequence[nn.Module]) -> None:
         """Remember the compressed layers as they are before the first correction step."""
@@ -85,4 +103,5 @@ class RunStore:
         self.drop_snapshot()
 
     def drop_snapshot(self) -> None:
+        """The steps stay; nothing will be restored."""
         self._snapshot = []

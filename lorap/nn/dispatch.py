@@ -114,7 +114,12 @@ def current() -> str:
 
 
 def choose(op: str, x: Tensor, tokens: int) -> str:
-    """Name of the backend that runs ``op`` on ``x``, which holds ``tokens`` tokens.
+    """Name of the backend that runs an op.
+
+    Args:
+        op: one of ``lorap.nn.implementations.OPS``.
+        x: its first argument, for device and dtype.
+        tokens: how many tokens x holds.
 
     Raises:
         BackendError: the forced backend cannot run this call.
@@ -204,9 +209,18 @@ def _trusted(op: str, backend: str, x: Tensor, forced: str) -> bool:
 
 
 def self_check(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Run small examples of an op beside the float64 reference; what is wrong with the results, or None.
+    """Run small examples of an op beside the float64 reference.
 
     One token and several take different kernels, and a long K is split.
+
+    Args:
+        op: one of ``lorap.nn.implementations.OPS``.
+        backend: that has it.
+        device: to run on.
+        dtype: of the arguments.
+
+    Returns:
+        What is wrong with the results, in words, or None.
     """
     limit = 1e-5 if dtype == torch.float32 else 3e-2
     for tokens, k in ((3, 176), (1, 176), (1, 4112)):
@@ -242,6 +256,11 @@ def better_in_graph(op: str, x: Tensor, shapes: tuple[Any, ...]) -> bool:
     Launching a Triton kernel from Python takes 15 us and more, two cuBLAS calls about 10, and these kernels save 1 to 5: they
     win inside a graph only (torch.compile with reduce-overhead, vLLM). The first call of each shape runs them nevertheless, so
     that they are compiled before a capture, which cannot compile; a shape that was never seen is left to torch there.
+
+    Args:
+        op: one of ``lorap.nn.implementations.OPS``.
+        x: its first argument, on a GPU.
+        shapes: of the other arguments.
     """
     if _forced.get() != "auto" or op == "channel_sq_norm":
         return False

@@ -89,7 +89,15 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
 
 
 def example(op: str, device: torch.device, dtype: torch.dtype, tokens: int = 3, k: int = 176) -> tuple[Any, ...]:
-    """Small arguments of ``op`` with sizes that are no powers of two; the same on every device."""
+    """Small arguments of ``op`` with sizes that are no powers of two; the same on every device.
+
+    Args:
+        op: one of ``OPS``.
+        device: for the tensors.
+        dtype: of those that are floating point.
+        tokens: rows of x; statistics have 100.
+        k: size of the last axis of x.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def random(*size: int) -> Tensor:

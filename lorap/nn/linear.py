@@ -70,7 +70,13 @@ class LowRankLinear(nn.Module):
 
     @classmethod
     def empty(cls, tensors: LowRankTensors, *, device: torch.device | str, dtype: torch.dtype) -> LowRankLinear:
-        """A layer that has room for ``tensors``."""
+        """A layer for ``tensors``, whose values are still to come.
+
+        Args:
+            tensors: its sizes, and which tensors it has.
+            device: for its parameters.
+            dtype: of its parameters.
+        """
         sizes = (tensors.in_features, tensors.out_features, tensors.rank)
         module = cls(*sizes, bias=tensors.bias, device=device, dtype=dtype, pivoted=tensors.pivoted)
         module.put_named_guard(tensors.guarded)
@@ -86,9 +92,13 @@ class LowRankLinear(nn.Module):
     def from_factors(
         cls, left: Tensor, right: Tensor, bias: Tensor | None = None, pivot_rows: Tensor | None = None
     ) -> LowRankLinear:
-        """Wrap left (out_features, rank) and right (rank, in_features); the tensors are used, not copied.
+        """Wrap two factors; the tensors are used, not copied.
 
-        With ``pivot_rows`` (rank,), ascending int64, left is (out_features - rank, rank).
+        Args:
+            left: (out_features, rank); with ``pivot_rows`` (out_features - rank, rank).
+            right: (rank, in_features).
+            bias: (out_features,) or None.
+            pivot_rows: (rank,), ascending int64: the output rows that right gives itself; None for plain factors.
 
         Raises:
             ShapeError: the tensors do not fit together.
@@ -111,8 +121,13 @@ class LowRankLinear(nn.Module):
     def from_linear(
         cls, linear: nn.Linear, rank: int, metric: Tensor | None = None, *, pivoted: bool = False
     ) -> LowRankLinear:
-        """Factorize a dense layer; ``metric`` as in :func:`lorap.factorize`, ``pivoted`` as in
-        :func:`lorap.algorithms.pivoting.pivot`.
+        """Factorize a dense layer.
+
+        Args:
+            linear: the dense layer, which stays as it is.
+            rank: of the factors.
+            metric: of the inputs, as in :func:`lorap.factorize`.
+            pivoted: store rows and coefficients, see :func:`lorap.algorithms.pivoting.pivot`.
 
         Raises:
             FactorizationError: the rank is impossible, or an entry is NaN or infinite.
@@ -170,6 +185,7 @@ class LowRankLinear(nn.Module):
         return rows[reference.output_order(self.pivot_rows, self.out_features)]
 
     def extra_repr(self) -> str:
+        """Sizes, and how adapters find the two halves."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
         pivoted = ", pivoted=True" if self.pivot_rows is not None else ""
         # PEFT shows this where it is pointed at the layer and not at its two halves.

@@ -50,16 +50,36 @@ SCHEMAS = {
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., K) and weight (N, K) to (..., N), as ``F.linear``; on a CPU faster for few tokens."""
+    """x weight^T + bias, as ``F.linear``; on a CPU faster for few tokens.
+
+    Args:
+        x: (..., K).
+        weight: (N, K).
+        bias: (N,) or None.
+
+    Returns:
+        (..., N), in the dtype of x.
+
+    Raises:
+        ShapeError: the tensors do not fit together.
+    """
     return _call("linear", x, weight, bias)
 
 
 def low_rank_linear(
     x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None = None, pivot_rows: Tensor | None = None
 ) -> Tensor:
-    """x (..., K) through right (R, K) and left (N, R), plus bias (N,): (..., N), in the dtype of x.
+    """x right^T left^T + bias.
 
-    ``pivot_rows`` (R,), ascending int64: pivoted storage; left is then (N - R, R), see :mod:`lorap.kernels.reference`.
+    Args:
+        x: (..., K).
+        right: (R, K).
+        left: (N, R); with ``pivot_rows`` (N - R, R).
+        bias: (N,) or None.
+        pivot_rows: (R,), ascending int64, for pivoted storage, see :mod:`lorap.kernels.reference`.
+
+    Returns:
+        (..., N), in the dtype of x.
 
     Raises:
         ShapeError: the tensors do not fit together.
@@ -74,9 +94,17 @@ def low_rank_linear_group(
     bias: Sequence[Tensor] = (),
     pivot_rows: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Low-rank layers that read the same x, e.g. q, k and v; their outputs side by side.
+    """Low-rank layers that read the same x, e.g. q, k and v.
 
-    ``bias`` and ``pivot_rows`` are empty, or one tensor per layer, without elements where a layer has none.
+    Args:
+        x: (..., K).
+        right: (R_i, K) of each layer.
+        left: (N_i, R_i) of each, or (N_i - R_i, R_i) where it is pivoted.
+        bias: empty, or (N_i,) of each, without elements where a layer has none.
+        pivot_rows: empty, or (R_i,) int64 of each, without elements where a layer has none.
+
+    Returns:
+        (..., N_1 + N_2 + ...): their outputs side by side, in the dtype of x.
 
     Raises:
         ShapeError: the tensors do not fit together.
@@ -87,14 +115,41 @@ def low_rank_linear_group(
 def silu_gated_linear(
     x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None
 ) -> Tensor:
-    """silu(x gate^T + gate_bias) * (x up^T + up_bias): x (..., K), gate and up (N, K), to (..., N)."""
+    """silu(x gate^T + gate_bias) * (x up^T + up_bias).
+
+    Args:
+        x: (..., K).
+        gate: (N, K).
+        up: (N, K).
+        gate_bias: (N,) or None.
+        up_bias: (N,) or None.
+
+    Returns:
+        (..., N), in the dtype of x.
+
+    Raises:
+        ShapeError: the tensors do not fit together.
+    """
     return _call("silu_gated_linear", x, gate, up, gate_bias, up_bias)
 
 
 def low_rank_silu_gated_linear(
     x: Tensor, right: Sequence[Tensor], left: Sequence[Tensor], bias: Sequence[Tensor] = ()
 ) -> Tensor:
-    """:func:`silu_gated_linear` with low-rank gate (first of each list) and up (second)."""
+    """:func:`silu_gated_linear` with low-rank gate (first of each list) and up (second).
+
+    Args:
+        x: (..., K).
+        right: (R_i, K) of gate and of up.
+        left: (N, R_i) of both.
+        bias: empty, or (N,) of both, without elements where one has none.
+
+    Returns:
+        (..., N), in the dtype of x.
+
+    Raises:
+        ShapeError: the tensors do not fit together.
+    """
     return _call("low_rank_silu_gated_linear", x, list(right), list(left), list(bias))
 
 

@@ -25,6 +25,7 @@ def _check_matrix(name: str, weight: Tensor, columns: int, source: str) -> None:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> int:
+    """Arguments of :func:`lorap.nn.ops.linear`; returns N."""
     _require(x.dim() >= 1, "x is a scalar; its last axis must hold the features")
     _check_matrix("weight", weight, x.shape[-1], "the last axis of x")
     _check_bias(bias, weight.shape[0])
@@ -41,6 +42,7 @@ def _check_bias(bias: Tensor | None, out_features: int) -> None:
 def low_rank_linear(
     x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None = None, pivot_rows: Tensor | None = None
 ) -> int:
+    """Arguments of :func:`lorap.nn.ops.low_rank_linear`; returns N."""
     _require(x.dim() >= 1, "x is a scalar; its last axis must hold the features")
     _check_matrix("right", right, x.shape[-1], "the last axis of x")
     _check_matrix("left", left, right.shape[0], "the rank (rows of right)")
@@ -61,6 +63,7 @@ def low_rank_linear_group(
     bias: Sequence[Tensor] | None = None,
     pivots: Sequence[Tensor] | None = None,
 ) -> int:
+    """Arguments of :func:`lorap.nn.ops.low_rank_linear_group`; returns N_1 + N_2 + ..."""
     count, biases, pivot_lists = len(right), bias or (), pivots or ()
     sizes = f"{count} right, {len(left)} left, {len(biases)} bias, {len(pivot_lists)} pivot_rows"
     fits = count > 0 and len(left) == count and len(biases) in (0, count) and len(pivot_lists) in (0, count)
@@ -75,6 +78,7 @@ def low_rank_linear_group(
 def silu_gated_linear(
     x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None
 ) -> int:
+    """Arguments of :func:`lorap.nn.ops.silu_gated_linear`; returns N."""
     _require(gate.shape == up.shape, f"gate has shape {tuple(gate.shape)}, up has {tuple(up.shape)}")
     return max(linear(x, gate, gate_bias), linear(x, up, up_bias))
 
@@ -82,6 +86,7 @@ def silu_gated_linear(
 def low_rank_silu_gated_linear(
     x: Tensor, right: Sequence[Tensor], left: Sequence[Tensor], bias: Sequence[Tensor] | None = None
 ) -> int:
+    """Arguments of :func:`lorap.nn.ops.low_rank_silu_gated_linear`; returns N."""
     _require(len(right) == 2, f"gate and up are two layers, got {len(right)}")
     low_rank_linear_group(x, right, left, bias)
     _require(left[0].shape[0] == left[1].shape[0], f"gate has width {left[0].shape[0]}, up {left[1].shape[0]}")
@@ -89,6 +94,7 @@ def low_rank_silu_gated_linear(
 
 
 def statistics(x: Tensor, mask: Tensor | None = None) -> int:
+    """Arguments of :func:`lorap.nn.ops.channel_sq_norm` and ``second_moment``; returns K."""
     _require(x.dim() >= 1, "x is a scalar; its last axis must hold the channels")
     if mask is not None:
         fits = mask.numel() == x.numel() // max(x.shape[-1], 1)

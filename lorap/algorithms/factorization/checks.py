@@ -9,7 +9,18 @@ from lorap.errors import FactorizationError
 
 
 def check(weight: Tensor, rank: int, metric: Tensor | None, output_metric: Tensor | None, name: str) -> None:
-    """Raise :class:`FactorizationError`, naming ``name``, the numbers and what would fit."""
+    """Refuse what :func:`lorap.factorize` cannot factorize.
+
+    Args:
+        weight: must be (out_features, in_features), floating point.
+        rank: must lie in [1, min(out_features, in_features)].
+        metric: must be (in_features,), not negative, or (in_features, in_features); None for none.
+        output_metric: must be (out_features, out_features); None for none.
+        name: of the weight, for messages.
+
+    Raises:
+        FactorizationError: a shape, the rank or a number is impossible; it names ``name``, the numbers and what would fit.
+    """
     _check_weight(weight, rank, name)
     _check_metric(weight, metric, name)
     _check_output_metric(weight, output_metric, name)

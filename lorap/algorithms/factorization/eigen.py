@@ -84,9 +84,15 @@ def eigh(gram: Tensor, rank: int) -> Eigen:
 
 
 def mixed(gram: Tensor, rank: int, *, tolerance: float) -> Eigen | None:
-    """The float32 eigensolver and float64 steps; None where ``tolerance`` was not reached.
+    """The float32 eigensolver and float64 steps.
 
-    gram: (n, n) float64, with a trace near n: float32 has a smallest number.
+    Args:
+        gram: (n, n) float64, with a trace near n: float32 has a smallest number.
+        rank: how many eigenvectors are wanted.
+        tolerance: relative distance of the error to the least one that is allowed.
+
+    Returns:
+        None where ``tolerance`` was not reached.
     """
     size, count = len(gram), basis_size(len(gram), rank)
     with full_precision():
@@ -106,9 +112,15 @@ def mixed(gram: Tensor, rank: int, *, tolerance: float) -> Eigen | None:
 
 
 def subspace(grams: Tensor, ranks: Sequence[int], *, tolerance: float) -> list[Eigen | None]:
-    """Block iteration for a batch (b, n, n) of float64 matrices; None for each that did not reach ``tolerance``.
+    """Block iteration for a batch of matrices.
 
-    As in :func:`mixed`, the traces should be near n.
+    Args:
+        grams: (b, n, n) float64, with traces near n as in :func:`mixed`.
+        ranks: how many eigenvectors are wanted of each matrix.
+        tolerance: relative distance of each error to the least one that is allowed.
+
+    Returns:
+        One for each matrix; None for those that did not reach ``tolerance``.
     """
     count = basis_size(grams.shape[-1], max(ranks))
     with full_precision():

@@ -52,7 +52,13 @@ class Problem:
 
     @classmethod
     def of(cls, weight: Tensor, metric: Tensor | None, output_metric: Tensor | None) -> Problem:
-        """Reduce (out, in) to its smaller side; metrics as in :func:`lorap.factorize`."""
+        """Reduce a weight between its metrics to its smaller side, in float64.
+
+        Args:
+            weight: (out, in).
+            metric: (in,) or (in, in), as in :func:`lorap.factorize`; None for the identity.
+            output_metric: (out, out); None for the identity.
+        """
         c, a = (
             None if given is None else given.to(device=weight.device, dtype=torch.float64)
             for given in (metric, output_metric)
@@ -99,9 +105,15 @@ def weigh(seen: Tensor, c: Tensor | None) -> Tensor:
 
 
 def spectrum(weight: Tensor, metric: Tensor | None = None, output_metric: Tensor | None = None) -> Tensor:
-    """(min(out, in),) float64: squared singular values of A^(1/2) W C^(1/2), descending, without a factorization.
+    """Squared singular values of A^(1/2) W C^(1/2), without a factorization.
 
-    What a rank leaves out is the sum of the ones after it.
+    Args:
+        weight: W (out, in).
+        metric: C (in, in), or its diagonal (in,); None for the identity.
+        output_metric: A (out, out); None for the identity.
+
+    Returns:
+        (min(out, in),) float64, descending; what a rank leaves out is the sum of the ones after it.
     """
     problem = Problem.of(weight, metric, output_metric)
     return torch.linalg.eigvalsh(problem.gram).flip(0).clamp(min=0) / problem.scale

@@ -33,6 +33,13 @@ class Rule:
     mixed_share: float
 
     def choose(self, size: int, rank: int, *, spectrum: bool) -> str:
+        """The method that this rule takes: ``eigh``, ``mixed`` or ``subspace``.
+
+        Args:
+            size: of the smaller side.
+            rank: that is wanted.
+            spectrum: whether all eigenvalues are wanted, which the block iteration does not have.
+        """
         if size <= self.eigh_up_to or rank > self.mixed_share * size or eigen.basis_size(size, rank) == size:
             return "eigh"
         return "mixed" if spectrum or rank > self.subspace_share * size else "subspace"
@@ -68,6 +75,13 @@ class Solved:
 
 def choose(method: str, device: torch.device, size: int, rank: int, *, spectrum: bool) -> str:
     """The method itself, or what ``auto`` means here.
+
+    Args:
+        method: one of ``METHODS``.
+        device: where the problem is solved.
+        size: of the smaller side.
+        rank: that is wanted.
+        spectrum: whether all eigenvalues are wanted.
 
     Raises:
         FactorizationError: there is no such method.

@@ -42,6 +42,7 @@ class Task:
 
     @property
     def footprint(self) -> Footprint:
+        """What it takes of memory."""
         out_features, in_features = self.weight.shape
         return Footprint(
             out_features,

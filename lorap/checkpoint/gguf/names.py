@@ -20,7 +20,13 @@ INTERLEAVED = ("llama",)
 
 
 def gguf_names(architecture: str, num_layers: int, keys: Iterable[str]) -> dict[str, str | None]:
-    """llama.cpp's name of each key of a state dict; None where the architecture has no place for it."""
+    """llama.cpp's name of each key of a state dict; None where the architecture has no place for it.
+
+    Args:
+        architecture: llama.cpp's name of it, a value of ``WRITTEN``.
+        num_layers: of the model.
+        keys: names in its state dict.
+    """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)

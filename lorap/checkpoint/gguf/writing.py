@@ -66,6 +66,12 @@ def check_gguf(model: PreTrainedModel) -> None:
 def write_gguf(model: PreTrainedModel, file: Path, *, tokenizer: Any, name: str) -> None:
     """Write a stock model and its tokenizer into one file.
 
+    Args:
+        model: a stock model: attention dense, FFNs of one width.
+        file: to write; replaced where it exists.
+        tokenizer: of the model; None for a file without one.
+        name: of the model, for the file.
+
     Raises:
         ArchitectureError: as :func:`check_gguf`, or the tokenizer is of a kind that llama.cpp has no name for.
     """

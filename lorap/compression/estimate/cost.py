@@ -41,6 +41,7 @@ class Stage:
 
     @property
     def seconds(self) -> float:
+        """Of all parts."""
         return sum(part.seconds for part in self.parts)
 
 

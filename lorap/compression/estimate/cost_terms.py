@@ -44,31 +44,65 @@ class CostTerms:
 
     @property
     def seconds(self) -> float:
+        """Of all parts, once for each time, with what processes share taken into account."""
         return sum(part.seconds for part in self.parts)
 
     def products(self, what: str, flop: float, dtype: str, formula: str) -> None:
-        """Matrix products."""
+        """Matrix products.
+
+        Args:
+            what: is done, in a few words.
+            flop: multiplications and additions.
+            dtype: whose rate counts.
+            formula: how the amount follows from sizes, in words and numbers.
+        """
         rate = self.machine.products[dtype]
         self._add(what, formula, flop, "FLOP", f"{quantity(rate, 'FLOP/s')} in {dtype}", flop / rate)
 
     def cholesky(self, what: str, size: int, dtype: str, *, count: int = 1) -> None:
-        """Cholesky factorizations of (size, size)."""
+        """Cholesky factorizations of (size, size).
+
+        Args:
+            what: is done, in a few words.
+            size: of the matrices.
+            dtype: whose rate counts.
+            count: how many.
+        """
         flop, rate = count * size**3 / 3, self.machine.cholesky[dtype]
         formula = f"{size:,}^3 / 3" if count == 1 else f"{count} x {size:,}^3 / 3"
         self._add(what, formula, flop, "FLOP", f"{quantity(rate, 'FLOP/s')} in {dtype} (Cholesky)", flop / rate)
 
     def eigen(self, what: str, size: int, wanted: str) -> None:
-        """One eigenproblem: ``float64``, ``float32``, or float64 ``values`` alone."""
+        """One eigenproblem.
+
+        Args:
+            what: is done, in a few words.
+            size: of the matrix.
+            wanted: ``float64``, ``float32``, or float64 ``values`` alone.
+        """
         seconds = self.machine.eigen_seconds(size, wanted)
         self._add(what, f"one of {size:,}", seconds, "s", f"{duration(seconds)} each", seconds)
 
     def moved(self, what: str, nbytes: float, formula: str) -> None:
-        """Bytes through working memory."""
+        """Bytes through working memory.
+
+        Args:
+            what: is done, in a few words.
+            nbytes: read or written.
+            formula: how the amount follows from sizes, in words and numbers.
+        """
         rate = self.machine.moved
         self._add(what, formula, nbytes, "B", f"{quantity(rate, 'B/s')} in memory", nbytes / rate)
 
     def transferred(self, what: str, nbytes: float, source: str, formula: str) -> None:
-        """Bytes from a ``disk`` or from the system's ``cache`` of it, and over the link to a GPU; or ``written`` to the disk."""
+        """Bytes from files, and over the link to a GPU, or to the disk.
+
+        Args:
+            what: is done, in a few words.
+            nbytes: read or written.
+            source: ``disk``, the system's ``cache`` of it, or ``written`` to the disk.
+            formula: how the amount follows from sizes, in words and numbers.
+        """
         machine = self.machine
         rates = {"disk": machine.disk_read, "cache": machine.cached_read, "written": machine.disk_write}
         names = {"disk": "from the disk", "cache": "from files in memory", "written": "to the disk"}
@@ -79,7 +113,13 @@ class CostTerms:
         self._add(what, formula, nbytes, "B", told, nbytes * per_byte)
 
     def read_once(self, what: str, nbytes: float, formula: str) -> None:
-        """Bytes from the disk that are hashed on the way, by one thread."""
+        """Bytes from the disk that are hashed on the way, by one thread.
+
+        Args:
+            what: is done, in a few words.
+            nbytes: read.
+            formula: how the amount follows from sizes, in words and numbers.
+        """
         machine = self.machine
         per_byte = 1 / machine.disk_read + 1 / machine.hashed
         told = (
@@ -88,16 +128,34 @@ class CostTerms:
         self._add(what, formula, nbytes, "B", told, nbytes * per_byte)
 
     def fixed(self, what: str, seconds: float, formula: str) -> None:
-        """Seconds that no rate of the machine explains."""
+        """Seconds that no rate of the machine explains.
+
+        Args:
+            what: is done, in a few words.
+            seconds: that it takes.
+            formula: how the amount follows from sizes, in words and numbers.
+        """
         self._add(what, formula, seconds, "s", f"{duration(seconds)} as seen elsewhere", seconds)
 
     def drawn(self, what: str, count: float, formula: str) -> None:
-        """Random numbers."""
+        """Random numbers.
+
+        Args:
+            what: is done, in a few words.
+            count: how many.
+            formula: how the amount follows from sizes, in words and numbers.
+        """
         rate = self.machine.drawn
         self._add(what, formula, count, "numbers", f"{quantity(rate, '/s')}", count / rate)
 
     def calls(self, what: str, count: float, formula: str) -> None:
-        """Calls of a decoder layer, for what each takes besides computing."""
+        """Calls of a decoder layer, for what each takes besides computing.
+
+        Args:
+            what: is done, in a few words.
+            count: how many.
+            formula: how the amount follows from sizes, in words and numbers.
+        """
         each = self.machine.layer_call
         self._add(what, formula, count, "calls", f"{duration(each)} each", count * each)
 

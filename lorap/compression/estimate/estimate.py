@@ -52,6 +52,7 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
+        """Of all stages."""
         return sum(stage.seconds for stage in self.stages)
 
     @property
@@ -183,7 +184,13 @@ def estimate(
 
 
 def size_table(shape: ModelShape, config: CompressionConfig, sizes: Sizes) -> str:
-    """Parameters, bytes, ranks and width by kind."""
+    """Parameters, bytes, ranks and width by kind.
+
+    Args:
+        shape: of the dense model.
+        config: what is asked for.
+        sizes: what will be left.
+    """
     rows = []
     for kind in (kind for kind in KINDS if shape.params.get(kind)):
         before, after = shape.params[kind], sizes.params[kind]

@@ -96,7 +96,13 @@ def find_gpu(text: str, *, processes: int = 1) -> Machine:
 
 
 def machine_of(name: str, gpu: Gpu, *, processes: int = 1) -> Machine:
-    """Rates of one of ``processes`` such GPUs, each with a link of its own."""
+    """Rates of one of ``processes`` such GPUs, each with a link of its own.
+
+    Args:
+        name: of the GPU, for messages.
+        gpu: its published figures.
+        processes: one per GPU.
+    """
     slow = gpu.fp64 < gpu.fp32 / 4
     products = {"bfloat16": gpu.bf16, "float16": gpu.bf16, "float32": gpu.fp32, "float64": gpu.fp64}
     rates = {dtype: PRODUCT_SHARE * tera * 1e12 for dtype, tera in products.items()}

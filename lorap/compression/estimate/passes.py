@@ -59,10 +59,12 @@ class Passes:
 
     @property
     def layer(self) -> LayerPlan:
+        """What becomes of a decoder layer."""
         return self.sizes.layer
 
     @property
     def prunes(self) -> bool:
+        """Whether FFN channels go."""
         return self.layer.intermediate_size < self.shape.width
 
     @property
@@ -76,7 +78,14 @@ class Passes:
         return CostTerms(self.machine, times=times, processes=self.speedup if shared else 1)
 
     def page(self, terms: CostTerms, params: dict[str, int], *, passes: int = 1, what: str = "weights") -> None:
-        """Layers come from their files into memory, every process on its own."""
+        """Layers come from their files into memory, every process on its own.
+
+        Args:
+            terms: take the work.
+            params: of one layer, by role.
+            passes: how often all layers are read.
+            what: is read, in a few words.
+        """
         if self.memory.resident:
             return
         nbytes = self.shape.num_layers * sum(params.values()) * self.shape.itemsize
@@ -84,7 +93,16 @@ class Passes:
         terms.transferred(what, passes * nbytes, source, f"{passes:,} x {nbytes:,} B")
 
     def run(self, terms: CostTerms, tokens: int, params: int, *, batch: int, what: str, attention: int = 1) -> None:
-        """Tokens through matrices of one layer, and through so many attentions; backward is two."""
+        """Tokens through one layer.
+
+        Args:
+            terms: take the work.
+            tokens: of all windows.
+            params: of the matrices of one layer that tokens pass.
+            batch: tokens at once.
+            what: is done, in a few words.
+            attention: how many attentions; a backward pass is two.
+        """
         dtype, seq_len = self.shape.dtype, self.texts.seq_len
         across = 4 * attention * seq_len * self.shape.projections["q_proj"][0]
         told = f"{tokens:,} tokens x (2 x {params:,} parameters + {across:,} of attention)"
@@ -96,7 +114,14 @@ class Passes:
         terms.calls(f"{what}, calls", batches, f"{batches:,} batches of {batch:,} tokens")
 
     def loss(self, terms: CostTerms, tokens: int, *, heads: int = 1, passes: int = LOSS_PASSES) -> None:
-        """The head, backward as often again, and so many passes over logits: by default those of cross entropy."""
+        """The head and the loss.
+
+        Args:
+            terms: take the work.
+            tokens: of all windows.
+            heads: how often the head is computed, a backward pass being as much again.
+            passes: over float32 logits; by default those of cross entropy.
+        """
         head = self.shape.head_params
         terms.products(
             "head", 2 * heads * head * tokens, self.shape.dtype, f"{2 * heads} x {head:,} x {tokens:,} tokens"
@@ -115,7 +140,17 @@ class Passes:
         prices: bool = False,
         mean: bool = False,
     ) -> None:
-        """Sums of outer products of one input; the products are exact where a mean will be subtracted."""
+        """Sums of outer products of one input.
+
+        Args:
+            terms: take the work.
+            tokens: of all windows.
+            size: channels of the input.
+            input_name: what is summed up, in a few words.
+            batch: tokens at once.
+            prices: whether sizes are priced by it, which decides on the dtype of the sums.
+            mean: whether a mean will be subtracted: then the products are exact.
+        """
         sums = sums_dtype(size, prices=prices)
         what = f"second moment of {input_name}"
         formula = f"{2 * LOWER:.3g} x {tokens:,} tokens x {size:,}^2"

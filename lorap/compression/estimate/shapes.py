@@ -84,7 +84,16 @@ class ModelShape:
         layers: str | None = None,
         paged: bool = True,
     ) -> ModelShape:
-        """The same from what a config and headers say; errors as :meth:`read`."""
+        """The same from what a config and headers say; errors as :meth:`read`.
+
+        Args:
+            name: of the model, for messages.
+            config: of the model.
+            tensors: what headers say, by names with the roles of Hugging Face.
+            dtype: to compute in; ``auto`` for the checkpoint's own.
+            layers: path to the decoder layers in these names; None for that of the family.
+            paged: whether layers are read when they are used.
+        """
         _check_family(config)
         prefix = f"{layers or ARCHITECTURES[config['model_type']].layers}."
         numbers = {key.removeprefix(prefix).split(".")[0] for key in tensors if key.startswith(prefix)}
@@ -137,6 +146,7 @@ class ModelShape:
 
     @property
     def head_params(self) -> int:
+        """Of the head, which may be the embedding."""
         return self.hidden_size * self.vocab_size
 
     @property

@@ -44,6 +44,7 @@ class Sizes:
 
     @property
     def total(self) -> int:
+        """Parameters of the whole model."""
         return sum(self.params.values())
 
 
@@ -82,7 +83,14 @@ def planned_sizes(shape: ModelShape, config: CompressionConfig) -> Sizes:
 
 
 def matrix_params(shape: ModelShape, config: CompressionConfig, layer: LayerPlan, role: str) -> int:
-    """Parameters of one projection of one layer once it is compressed, without its bias."""
+    """Parameters of one projection of one layer once it is compressed, without its bias.
+
+    Args:
+        shape: of the dense model.
+        config: what is asked for.
+        layer: what becomes of a decoder layer.
+        role: of the projection.
+    """
     if role in layer.ranks:
         return _stored(shape, config, layer, role).factor_params
     if role in MLP:

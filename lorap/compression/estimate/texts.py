@@ -34,6 +34,11 @@ class Texts:
     def of(cls, config: CompressionConfig, calibration: Sources, *, evaluation_texts: int) -> Texts:
         """What a command line asks for.
 
+        Args:
+            config: how many windows, and how long.
+            calibration: sources, with weights where they have any.
+            evaluation_texts: how many texts there are to judge by.
+
         Raises:
             CalibrationError: the sources or their weights are no mixture.
         """
@@ -55,6 +60,7 @@ class Texts:
 
     @property
     def tokens(self) -> int:
+        """Of calibration."""
         return self.windows * self.seq_len
 
     @property

@@ -35,7 +35,15 @@ def metric_axes(config: CompressionConfig) -> int:
 
 
 def factorize(terms: CostTerms, shape: ModelShape, config: CompressionConfig, layer: LayerPlan, role: str) -> None:
-    """From one weight to what is stored."""
+    """From one weight to what is stored.
+
+    Args:
+        terms: take the work.
+        shape: of the dense model.
+        config: what is asked for.
+        layer: what becomes of a decoder layer.
+        role: of the projection.
+    """
     out, inner = shape.projections[role]
     rank = layer.ranks[role]
     weighed = role in roles_with_output_metric(config)
@@ -54,7 +62,13 @@ def factorize(terms: CostTerms, shape: ModelShape, config: CompressionConfig, la
 
 
 def price(terms: CostTerms, shape: ModelShape, role: str) -> None:
-    """The costs of all sizes of one projection, or of the FFN by the name of its down projection."""
+    """The costs of all sizes of one projection, or of the FFN.
+
+    Args:
+        terms: take the work.
+        shape: of the dense model.
+        role: of the projection; ``down_proj`` for the FFN.
+    """
     out, inner = shape.projections[role]
     if role != "down_proj":
         _reduce(terms, (out, inner), 2, weighed=True)
@@ -67,7 +81,14 @@ def price(terms: CostTerms, shape: ModelShape, role: str) -> None:
 
 
 def prune(terms: CostTerms, shape: ModelShape, config: CompressionConfig, layer: LayerPlan) -> None:
-    """Scores of all channels, and the refit of down_proj."""
+    """Scores of all channels, and the refit of down_proj.
+
+    Args:
+        terms: take the work.
+        shape: of the dense model.
+        config: what is asked for.
+        layer: what becomes of a decoder layer.
+    """
     hidden, width = shape.projections["down_proj"]
     kept = layer.intermediate_size
     dtype = sums_dtype(width)

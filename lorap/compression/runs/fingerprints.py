@@ -35,7 +35,18 @@ SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templat
 def identity_of(
     source: ModelSource, config: Mapping[str, Any], calibration: Sources, evaluation: Iterable[Source], **more: Any
 ) -> dict[str, Any]:
-    """Everything but the weights that a run depends on, for :func:`lorap.compression.runs.journal.check_identity`."""
+    """Everything but the weights that a run depends on, for :func:`lorap.compression.runs.journal.check_identity`.
+
+    Args:
+        source: the model.
+        config: the fields of the config.
+        calibration: sources, with weights where they have any.
+        evaluation: texts to judge by.
+        more: what else the bytes depend on, such as device and dtype.
+
+    Returns:
+        Names and hashes, as JSON holds them.
+    """
     weighted = weighted_sources(calibration, own_samples=True)
     return {
         "lorap": __version__,

@@ -85,6 +85,11 @@ class Journal:
     def keep(self, step: str, value: Mapping[str, Any], tensors: Mapping[str, Writable] | None = None) -> None:
         """Write down that a step is done, and wait for the others.
 
+        Args:
+            step: its name.
+            value: what it left, as JSON holds it.
+            tensors: written before ``value``; None for none.
+
         Raises:
             CheckpointError: the disk is full or broken; steps before this one are still there.
         """
@@ -93,7 +98,13 @@ class Journal:
         self.processes.barrier()
 
     def keep_alone(self, step: str, value: Mapping[str, Any], tensors: Mapping[str, Writable] | None = None) -> None:
-        """The same by the first process, while others do something else; errors as :meth:`keep`."""
+        """The same by the first process, while others do something else; errors as :meth:`keep`.
+
+        Args:
+            step: its name.
+            value: what it left, as JSON holds it.
+            tensors: written before ``value``; None for none.
+        """
         if self.folder is None:
             return
         if tensors is not None:
@@ -155,6 +166,11 @@ def open_journal(out: Path, *, restart: bool = False, processes: Processes = SIN
     What was not begun in earnest (no step done) leaves nothing behind, and neither does a run that was refused before its first
     layer was finished.
 
+    Args:
+        out: the folder that the run will write; the journal is beside it.
+        restart: throw away what an unfinished run has done.
+        processes: who do the run together; the first one writes.
+
     Raises:
         JournalError: another process is at work on ``out``.
         CheckpointError: the folder cannot be made.
@@ -180,8 +196,13 @@ def open_journal(out: Path, *, restart: bool = False, processes: Processes = SIN
 def check_identity(journal: Journal, identity: Mapping[str, Any], *, threads: int) -> None:
     """Begin a run that depends on ``identity``, or go on with one that depends on the same.
 
-    One that has not finished a layer yet holds up nobody: what it has prepared is thrown away. Another number of ``threads``
-    changes the last digits of sums, and so is told, not refused.
+    One that has not finished a layer yet holds up nobody: what it has prepared is thrown away. Another number of
+    ``threads`` changes the last digits of sums, and so gives a warning, not a refusal.
+
+    Args:
+        journal: of the run, in the first process.
+        identity: what the run depends on, from :func:`lorap.compression.runs.fingerprints.identity_of`.
+        threads: of torch.
 
     Raises:
         JournalError: an unfinished run depends on something else, which is named.

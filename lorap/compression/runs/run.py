@@ -77,11 +77,18 @@ class RunOptions:
 def compress_to_folder(
     model: str | Path, out: str | Path, config: CompressionConfig | None = None, options: RunOptions | None = None
 ) -> CompressionReport:
-    """Compress the model in a folder, of a hub name or a GGUF file into the Hugging Face folder ``out``.
+    """Compress a model into a Hugging Face folder.
 
-    A folder of safetensors is never loaded as a whole: the peak memory is that of one decoder layer, its statistics and a batch
-    of windows. Every finished layer is kept beside ``out``; after an interruption of any kind the same call goes on behind the
-    last one, with as many torch threads to the same bytes. Under ``torchrun`` the processes share windows and factorizations.
+    A folder of safetensors is never loaded as a whole: the peak memory is that of one decoder layer, its statistics and a
+    batch of windows. Every finished layer is kept beside ``out``; after an interruption of any kind the same call goes on
+    behind the last one, with as many torch threads to the same bytes. Under ``torchrun`` the processes share windows and
+    factorizations.
+
+    Args:
+        model: a folder, a name on the hub, or a GGUF file.
+        out: the folder to write; it appears complete or not at all.
+        config: what to do; None for the recipe ``best``.
+        options: everything else; None for the defaults.
 
     Raises:
         JournalError: an unfinished run to ``out`` is another one, or still at work.

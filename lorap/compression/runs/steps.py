@@ -39,6 +39,7 @@ class JournalStore(RunStore):
         self.journal, self.architecture = journal, architecture
 
     def load_windows(self) -> Finished[list[TokenWindows]] | None:
+        """Windows to calibrate on, and those of each text to judge by; None where they are not drawn yet."""
         if not self.journal.has(WINDOWS):
             return None
         step, stored = self.journal.read(WINDOWS), self.journal.tensors(WINDOWS)
@@ -62,6 +63,7 @@ class JournalStore(RunStore):
         return windows, step["seconds"]
 
     def save_windows(self, windows: Sequence[TokenWindows], seconds: Mapping[str, float]) -> None:
+        """The tensors of all windows in one file, the rest as JSON."""
         tensors, described = {}, []
         for index, each in enumerate(windows):
             for name in ("input_ids", "attention_mask", "groups"):
@@ -72,18 +74,22 @@ class JournalStore(RunStore):
         self.journal.keep(WINDOWS, {"windows": described, "seconds": seconds}, tensors)
 
     def load_losses(self) -> Finished[list[Evaluation]] | None:
+        """Of the dense model; None where they are not measured yet."""
         if not self.journal.has(LOSSES):
             return None
         step = self.journal.read(LOSSES)
         return read_as(list[Evaluation], step["losses"], LOSSES), step["seconds"]
 
     def save_losses(self, losses: Sequence[Evaluation], seconds: Mapping[str, float]) -> None:
+        """As JSON."""
         self.journal.keep(LOSSES, {"losses": [asdict(loss) for loss in losses], "seconds": seconds})
 
     def output_metrics(self) -> MutableMapping[Key, Tensor]:
+        """Metrics of the outputs, each in a file of its own."""
         return _StoredMetrics(self.journal)
 
     def load_plan(self, metrics: MutableMapping[Key, Tensor]) -> Finished[Plan] | None:
+        """The plan; None where there is none yet. ``metrics`` finds its files again."""
         if not self.journal.has(PLAN):
             return None
         step = self.journal.read(PLAN)
@@ -92,10 +98,12 @@ class JournalStore(RunStore):
         return Plan([LayerPlan(**layer) for layer in step["layers"]], metrics), step["seconds"]
 
     def save_plan(self, plan: Plan, seconds: Mapping[str, float]) -> None:
+        """As JSON; the metrics are in their files already."""
         layers = [asdict(layer) for layer in plan.layers]
         self.journal.keep(PLAN, {"layers": layers, "metrics": list(plan.output_metrics), "seconds": seconds})
 
     def load_layer(self, index: int, layer: nn.Module) -> Finished[list[ProjectionReport]] | None:
+        """Put the compressed projections into a dense ``layer``; None where it is not compressed yet."""
         name = _layer(index)
         if not self.journal.has(name):
             return None
@@ -108,15 +116,25 @@ class JournalStore(RunStore):
     def save_layer(
         self, index: int, layer: nn.Module, projections: Sequence[ProjectionReport], seconds: Mapping[str, float]
     ) -> None:
+        """The weights of a layer in one file, the rest as JSON.
+
+        Args:
+            index: of the decoder layer.
+            layer: compressed; where it is offloaded, its weights come from the journal from now on.
+            projections: what its projections became.
+            seconds: of each stage.
+        """
         reports = [asdict(report) for report in projections]
         self.journal.keep(_layer(index), {"projections": reports, "seconds": seconds}, layer.state_dict())
         self._offload_from(_layer(index), layer)
 
     @property
     def is_corrected(self) -> bool:
+        """Whether the correction steps are over, taken or not."""
         return self.journal.has(CORRECTED)
 
     def load_correction(self, layers: Sequence[nn.Module]) -> Finished[CorrectionReport] | None:
+        """Give the layers the weights that the steps made of them; None where the steps are not over."""
         if not self.is_corrected:
             return None
         step = self.journal.read(CORRECTED)
@@ -126,12 +144,20 @@ class JournalStore(RunStore):
         return report, step["seconds"]
 
     def save_correction(self, correction: CorrectionReport, seconds: Mapping[str, float]) -> None:
+        """As JSON; where the steps were undone, their weights go."""
         self.journal.keep(CORRECTED, {"correction": asdict(correction), "seconds": seconds})
         if not correction.taken:
             for name in self.journal.tensor_steps(f"{CORRECTED}-"):
                 self.journal.forget_tensors(name)
 
     def save_corrected(self, index: int, layer: nn.Module, *, is_last_step: bool) -> None:
+        """The weights of a layer after a step.
+
+        Args:
+            index: of the decoder layer.
+            layer: after the step.
+            is_last_step: a layer that is in memory is written after the last step only.
+        """
         if offloaded_tensors(layer) is not None or is_last_step:
             self.journal.keep_tensors(_corrected(index), layer.state_dict())
             self.journal.processes.barrier()
@@ -141,6 +167,7 @@ class JournalStore(RunStore):
         """The journal has them."""
 
     def restore(self, layers: Sequence[nn.Module]) -> None:
+        """The layers as they were before the first step, from their files."""
         for index, layer in enumerate(layers):
             self._reload(_layer(index), layer)
 
@@ -207,7 +234,13 @@ class _StoredMetrics(MutableMapping[Key, Tensor]):
 
 
 def put_projections(layer: nn.Module, stored: dict[str, StoredTensor], architecture: Architecture) -> None:
-    """Give a dense layer the projections that a file has in its place, still without weights (on the meta device)."""
+    """Give a dense layer the projections that a file has in its place, still without weights (on the meta device).
+
+    Args:
+        layer: a dense decoder layer.
+        stored: its tensors in the file, by their names within the layer.
+        architecture: of the model.
+    """
     for path in architecture.projections.values():
         inner = {
             name.removeprefix(path + "."): tensor for name, tensor in stored.items() if name.startswith(path + ".")
