@@ -69,7 +69,7 @@ def write_gguf(model: PreTrainedModel, file: Path, *, tokenizer: Any, name: str)
     Args:
         model: a stock model: attention dense, FFNs of one width.
         file: to write; replaced where it exists.
-        tokenizer: of the model; None for a file without one.
+        tokenizer: of the model, a fast one.
         name: of the model, for the file.
 
     Raises:
