@@ -5,7 +5,7 @@
 
 Rates of this machine are measured while it runs (some seconds), with as many processes as leave no core idle; those of an H100
 are published figures. All seconds and bytes follow from these by the formulas of `lorap plan`: none of the large models was ever
-here. Use an idle machine; the load that was found is told.
+here. Use an idle machine; the load that was found is reported.
 """
 
 from __future__ import annotations

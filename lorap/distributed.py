@@ -93,7 +93,7 @@ SINGLE_PROCESS = Processes()
 
 @dataclass(frozen=True)
 class Launch:
-    """What torchrun told this process: which it is of ``count``, which on its machine, and where all of them meet."""
+    """What torchrun set for this process: which it is of ``count``, which on its machine, and where all of them meet."""
 
     rank: int
     count: int
@@ -102,7 +102,7 @@ class Launch:
 
 
 def launched() -> Launch | None:
-    """What torchrun told; None where it has not started this process, whatever is left in the environment of others that did.
+    """What torchrun set; None where it has not started this process, whatever is left in the environment of others that did.
 
     Raises:
         ProcessError: what torchrun sets is no number.

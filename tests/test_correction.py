@@ -153,7 +153,7 @@ def test_gradients_that_are_not_finite_are_told(make_model: Callable[..., Any], 
         corrected(model, model, tokens, torch.zeros(8, dtype=torch.bool))
     gradients = _Gradients(1)
     gradients.add("up", torch.full((1, 2, 3), torch.nan), torch.ones(1, 2, 4), None, 0)
-    assert gradients.votes("up") is None
+    assert gradients.agreed_signs("up") is None
 
 
 @pytest.mark.parametrize(

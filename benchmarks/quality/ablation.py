@@ -47,7 +47,7 @@ def cells_of(sparsities: Sequence[float]) -> list[Cell]:
     options = [{}, *(overrides for _, overrides in ABLATIONS)]
     found = [Cell(recipe=RECIPE, sparsity=sparsity, overrides=one) for sparsity in sparsities for one in options]
     for cell in found:
-        cell.config()  # a bad option is told before any work
+        cell.config()  # a bad option is refused before any work
     return found
 
 

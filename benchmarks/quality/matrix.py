@@ -81,7 +81,7 @@ def all_cells(arguments: argparse.Namespace) -> list[Cell]:
                     overrides=overrides,
                     windows=arguments.windows,
                 )
-                found.config()  # a bad option is told before any work
+                found.config()  # a bad option is refused before any work
                 cells.append(found)
     return cells
 

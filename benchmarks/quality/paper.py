@@ -123,7 +123,7 @@ def wanted(arguments: argparse.Namespace) -> dict[str, tuple[Cell, tuple[int, ..
     found = {DENSE: (Cell(recipe=DENSE), max(lengths.values(), key=len))}
     for name, cells in study_cells(arguments).items():
         for cell in cells.values():
-            cell.config()  # a bad option is told before any work
+            cell.config()  # a bad option is refused before any work
             before = found.get(cell.name, (cell, ()))[1]
             found[cell.name] = cell, max(before, lengths[name], key=len)
     return found

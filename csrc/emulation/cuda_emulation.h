@@ -73,7 +73,7 @@ struct Fiber {
 };
 
 struct Machine {
-  int multiprocessors = 3, shared_limit = 64 * 1024;  // what the launcher is told about the device
+  int multiprocessors = 3, shared_limit = 64 * 1024;  // what the launcher finds the device to have
   Barrier grid;
   Fiber* current = nullptr;
   ucontext_t scheduler;

@@ -1,4 +1,4 @@
-"""Calibration: sources to token windows (sources, mixtures, data), one decoder layer at a time (stream), sums (statistics)."""
+"""Calibration: sources to token windows (sources, mixtures, windows), one decoder layer at a time (stream), sums (statistics)."""
 
 from lorap.calibration.sources import read_source
 from lorap.calibration.statistics import ActivationStats

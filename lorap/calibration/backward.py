@@ -40,7 +40,7 @@ class Gatherer(Protocol):
 G = TypeVar("G", bound=Gatherer)
 
 
-def walk_back(
+def backward_pass(
     context: DecoderContext,
     stream: CalibrationStream,
     linears_of: Callable[[nn.Module], Mapping[str, nn.Linear]],

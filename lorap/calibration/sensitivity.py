@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorap.calibration.backward import BATCH_TOKENS, walk_back
+from lorap.calibration.backward import BATCH_TOKENS, backward_pass
 from lorap.calibration.context import DecoderContext
 from lorap.calibration.statistics import ActivationStats
 from lorap.calibration.stream import CalibrationStream
@@ -59,7 +59,7 @@ def layer_sensitivities(
         projections: the linear layers of a decoder layer that are asked for, by role.
     """
     stream = CalibrationStream.from_windows(context, windows, batch_tokens=BATCH_TOKENS)
-    for index, linears, sums in walk_back(context, stream, projections, _Sums, desc="Planning"):
+    for index, linears, sums in backward_pass(context, stream, projections, _Sums, desc="Planning"):
         # Who has no window adds nothing.
         sums.add_up(
             {role: (linear.in_features, linear.out_features) for role, linear in linears.items()},

@@ -90,7 +90,7 @@ def is_in_memory(module: nn.Module) -> bool:
 
 @contextmanager
 def in_memory(module: nn.Module, device: torch.device | None = None) -> Iterator[None]:
-    """The weights of a paged module are there while this is active; a module that is in memory anyway is left alone."""
+    """The weights of an offloaded module are there while this is active; a module that is in memory anyway is left alone."""
     offloaded = offloaded_tensors(module)
     if offloaded is None or is_in_memory(module):
         yield

@@ -38,7 +38,7 @@ def save(
     Args:
         model: what :func:`lorap.compress` returned.
         out: a new or empty folder; with ``overwrite`` an existing one is replaced.
-        report: what :func:`lorap.compress` returned; written to ``lorap_report.json`` and told in the model card.
+        report: what :func:`lorap.compress` returned; written to ``lorap_report.json`` and described in the model card.
         tokenizer: saved beside the model where given.
         overwrite: replace an existing folder, at the end and in one step.
         max_shard_size: largest safetensors file, such as ``5GB``, ``500MiB`` or a number of bytes.

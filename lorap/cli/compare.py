@@ -103,7 +103,7 @@ def _task_names(
         if limit is not None or task_data != "auto":
             raise ConfigError("--limit and --task-data belong to --tasks, which is not given")
         return ()
-    find_contenders(models)  # a model that cannot be opened is told before the hub is asked for questions
+    find_contenders(models)  # a model that cannot be opened is refused before the hub is asked for questions
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
     open_source(names, data=task_data, limit=limit, tell=tell_unless(quiet))
     return names

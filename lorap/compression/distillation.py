@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorap.architectures import Architecture
-from lorap.calibration.backward import walk_back
+from lorap.calibration.backward import backward_pass
 from lorap.calibration.context import DecoderContext
 from lorap.calibration.offload import IN_MEMORY, HiddenStateStore, OffloadedTensor
 from lorap.calibration.stream import Batch, CalibrationStream, logits_of
@@ -53,7 +53,7 @@ def distill(
     """
     exact = _ExactWeights(context.store)
     for step, (stream, target, rate) in enumerate(zip(streams, targets, rates, strict=True)):
-        walk = walk_back(
+        passing = backward_pass(
             context,
             stream,
             lambda layer: _linears(layer, context.architecture, roles),
@@ -61,16 +61,16 @@ def distill(
             targets=target,
             desc=f"Correcting, step {step + 1} of {len(rates)}",
         )
-        for index, linears, gradients in walk:
+        for index, linears, gradients in passing:
             gradients.add_up(linears, context.device, stream.processes)
             for name, linear in linears.items():
-                votes = gradients.votes(name)
-                if votes is None:
+                signs = gradients.agreed_signs(name)
+                if signs is None:
                     raise CalibrationError(
                         f"the gradients at {name} of layer {index} are not finite in {context.model.dtype}: try --dtype float32 "
                         "or bfloat16, or do without them: --correction-steps 0"
                     )
-                exact.move(index, name, context.layers[index], linear, votes, rate)
+                exact.move(index, name, context.layers[index], linear, signs, rate)
             keep(step, index, context.layers[index])
 
 
@@ -151,7 +151,7 @@ class _Gradients:
         for name, linear in linears.items():
             processes.all_reduce(*self._sums(name, linear.out_features, linear.in_features, device))
 
-    def votes(self, name: str) -> Tensor | None:
+    def agreed_signs(self, name: str) -> Tensor | None:
         """(out_features, in_features) float32: 1 or -1 where the folds agree on the sign, 0 elsewhere; None if not finite."""
         sums = self.sums.pop(name)
         if not all(math.isfinite(each.sum()) for each in sums):  # in one pass; what overflows here is of no use either
@@ -170,13 +170,13 @@ class _ExactWeights:
         self.files = HiddenStateStore(budget_bytes=0, folder=None if store.folder is None else store.folder / "weights")
         self.copies: dict[tuple[int, str], OffloadedTensor] = {}
 
-    def move(self, index: int, name: str, layer: nn.Module, linear: nn.Linear, votes: Tensor, rate: float) -> None:
+    def move(self, index: int, name: str, layer: nn.Module, linear: nn.Linear, signs: Tensor, rate: float) -> None:
         weight = linear.weight.data
         rounded = weight.dtype in (torch.float16, torch.bfloat16)
         copy = self.copies.pop((index, name), None)
         exact = copy.get().to(weight.device) if copy else weight.float() if rounded else weight
         size = rate * float(exact.norm()) / math.sqrt(exact.numel() * linear.in_features)
-        exact.add_(votes.to(exact.device), alpha=-size)
+        exact.add_(signs.to(exact.device), alpha=-size)
         if rounded:
             weight.copy_(exact)
             store = IN_MEMORY if offloaded_tensors(layer) is None else self.files

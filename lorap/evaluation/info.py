@@ -89,7 +89,7 @@ def describe_model(source: ModelSource) -> dict[str, Any]:
 
 
 def report_beside(source: ModelSource) -> CompressionReport | None:
-    """What the compression told of itself; None where there is no report, or none that can be read."""
+    """The report of the compression; None where there is no report, or none that can be read."""
     if source.folder is None or not (source.folder / REPORT).is_file():
         return None
     try:

@@ -125,5 +125,5 @@ def _check_same(begun: Mapping[str, Any], settings: Mapping[str, Any], out: Path
 
 
 def _short(value: Any) -> str:
-    """Hashes are told by their beginning."""
+    """Hashes by their beginning."""
     return f"{value[:12]}..." if isinstance(value, str) and len(value) > 40 else str(value)

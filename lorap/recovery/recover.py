@@ -301,7 +301,7 @@ def _evaluation_windows(text: Source, tokenizer: Any, model: PreTrainedModel) ->
 
 
 def _settings(recovery: Recovery, teacher: ModelSource | None) -> dict[str, Any]:
-    """What decides the result, as plain values; the text is told by its tokens."""
+    """What decides the result, as plain values; the text is known by its tokens."""
     return {
         "teacher": teacher.name if teacher else None,
         "modules": recovery.modules,

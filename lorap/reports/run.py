@@ -28,9 +28,9 @@ from lorap.requirements import compressed_roles
 PAGE = "report.html"
 REPORT, RECOVERY_REPORT = "lorap_report.json", "lorap_recovery.json"
 KIND_HEADER = ("", "parameters before", "after", "kept", "rank", "width", "error min / median / max")
-# Parameters that a rounded width removes on top are told from this share on.
+# Parameters that a rounded width removes on top are reported from this share on.
 TOLD_ROUNDING = 5e-4
-# What rounding the factors adds is told from here on; in float32 it stays below.
+# What rounding the factors adds is reported from here on; in float32 it stays below.
 TOLD_STORAGE_ERROR = 1e-6
 
 

@@ -24,8 +24,8 @@ from lorap.evaluation.info import KINDS
 from lorap.reports.run import format_table, shortage
 from lorap.requirements import needs_folds
 
-# Parts of a stage that are told: from this share of its seconds on.
-TOLD_SHARE = 0.03
+# Parts of a stage that are listed: from this share of its seconds on.
+LISTED_SHARE = 0.03
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Estimate:
         lines = ["where the seconds come from (all of it with --json):"]
         for stage in self.stages:
             lines.append(f"  {stage.name}, {duration(stage.seconds)}")
-            told = [part for part in stage.parts if part.seconds >= TOLD_SHARE * stage.seconds]
+            told = [part for part in stage.parts if part.seconds >= LISTED_SHARE * stage.seconds]
             for part in told:
                 amount = "" if part.unit == "s" else f" = {quantity(part.amount, part.unit)}"
                 lines.append(f"    {duration(part.seconds):>7}  {part.what}: {part.formula}{amount} at {part.rate}")

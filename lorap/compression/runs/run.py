@@ -47,7 +47,7 @@ PACKAGING = "packaging"
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What a run to a folder is told besides the config.
+    """Options of a run to a folder besides the config.
 
     Args:
         calibration: as for :func:`lorap.compress`.

@@ -196,7 +196,7 @@ def _corrected(index: int) -> str:
 
 
 class _StoredMetrics(MutableMapping[Key, Tensor]):
-    """How errors of outputs are weighed, by layer and role: in files, because those of all layers are larger than the model."""
+    """Second moments of output gradients, by layer and role: in files, because those of all layers are larger than the model."""
 
     def __init__(self, journal: Journal) -> None:
         self.journal = journal

@@ -2,7 +2,7 @@
 
 A chart is 360 units wide, about as many pixels as a phone, so that its text is as large there as the text around it. Colours
 are classes of the page's style sheet (lorap/reports/html/style.py), so that one drawing serves light and dark. What the lines
-mean is told by a legend of HTML, which wraps where a legend inside the drawing would be cut.
+mean is said by a legend of HTML, which wraps where a legend inside the drawing would be cut.
 """
 
 from __future__ import annotations
