@@ -42,6 +42,7 @@ class Processes:
 
     @property
     def is_main_process(self) -> bool:
+        """Whether this is the one that writes and talks."""
         return self.rank == 0
 
     def shard(self, items: Sequence[T]) -> list[T]:

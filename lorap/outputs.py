@@ -65,6 +65,12 @@ def check_output(
 ) -> None:
     """Refuse an output folder before hours of work go into it. What an interrupted command has half placed is taken back first.
 
+    Args:
+        out: folder to write.
+        source: folder of the model that is read; None for none.
+        overwrite: whether a folder that is not empty may be replaced.
+        needed_bytes: about how much will be written.
+
     Raises:
         CheckpointError: it is not empty, would touch the source model, cannot be written, or the disk is too full.
         JournalError: another process is writing it.
@@ -89,6 +95,11 @@ def check_output(
 
 def check_room(folder: Path, needed_bytes: int, *, shown: str | Path) -> None:
     """Refuse a disk that is too full for what is to be written into ``folder``.
+
+    Args:
+        folder: to write into, whether it exists or not.
+        needed_bytes: about how much will be written.
+        shown: what the message calls it.
 
     Raises:
         CheckpointError: with both numbers.
@@ -242,7 +253,13 @@ def work_folder(out: str | Path) -> Iterator[WorkFolder]:
 
 @contextmanager
 def staged_folder(out: str | Path, *, overwrite: bool = False, needed_bytes: int = 0) -> Iterator[Path]:
-    """An empty folder that becomes ``out`` if the block succeeds and vanishes if it does not; errors as :func:`check_output`."""
+    """An empty folder that becomes ``out`` if the block succeeds and vanishes if it does not; errors as :func:`check_output`.
+
+    Args:
+        out: folder to write.
+        overwrite: whether a folder that is not empty may be replaced.
+        needed_bytes: about how much will be written.
+    """
     check_output(out, overwrite=overwrite, needed_bytes=needed_bytes)
     with work_folder(out) as work, work.staged() as stage:
         yield stage

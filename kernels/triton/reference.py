@@ -18,17 +18,34 @@ CHUNK_TOKENS = 1024
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias: (..., K) to (..., N)."""
+    """x @ weight.T + bias.
+
+    Args:
+        x: (..., K).
+        weight: (N, K).
+        bias: (N,) or None.
+
+    Returns:
+        (..., N).
+    """
     return F.linear(x, weight, bias)
 
 
 def low_rank_linear(
     x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None = None, pivot_rows: Tensor | None = None
 ) -> Tensor:
-    """x @ right.T @ left.T + bias: (..., K) to (..., N).
+    """x @ right.T @ left.T + bias.
 
-    With ``pivot_rows``, (R,) ascending int64, the layer is stored pivoted: output row ``pivot_rows[i]`` is the i-th output of
-    the shrink stage itself, and ``left`` (N - R, R) holds the other rows in their order. ``bias`` is always (N,).
+    Args:
+        x: (..., K).
+        right: (R, K).
+        left: (N, R); with ``pivot_rows`` (N - R, R).
+        bias: (N,) or None.
+        pivot_rows: (R,) ascending int64, for a layer that is stored pivoted: output row ``pivot_rows[i]`` is the i-th
+            output of the shrink stage itself, and ``left`` holds the other rows in their order.
+
+    Returns:
+        (..., N).
     """
     shrunk = F.linear(x, right)
     if pivot_rows is None:
@@ -55,10 +72,19 @@ def low_rank_linear_group(
     bias: Sequence[Tensor] | None = None,
     pivot_rows: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Several low-rank layers on one x, e.g. q, k and v: their outputs side by side, (..., N_1 + N_2 + ...).
+    """Several low-rank layers on one x, e.g. q, k and v.
 
-    ``bias`` and ``pivot_rows`` are None or empty, or hold one tensor per layer, without elements where a layer has none. A dense
-    layer joins a group as the pivoted layer whose every row is a pivot: left (0, N), pivot_rows 0 ... N - 1.
+    A dense layer joins a group as the pivoted layer whose every row is a pivot: left (0, N), pivot_rows 0 ... N - 1.
+
+    Args:
+        x: (..., K).
+        right: (R_i, K) of each layer.
+        left: (N_i, R_i) of each, or (N_i - R_i, R_i) where it is pivoted.
+        bias: None or empty, or (N_i,) of each, without elements where a layer has none.
+        pivot_rows: None or empty, or (R_i,) int64 of each, without elements where a layer has none.
+
+    Returns:
+        (..., N_1 + N_2 + ...): their outputs side by side.
     """
     outputs = [low_rank_linear(x, right[i], left[i], _item(bias, i), _item(pivot_rows, i)) for i in range(len(right))]
     return torch.cat(outputs, dim=-1)
@@ -67,14 +93,35 @@ def low_rank_linear_group(
 def silu_gated_linear(
     x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None
 ) -> Tensor:
-    """silu(x @ gate.T + gate_bias) * (x @ up.T + up_bias): (..., K) to (..., N), the first half of a gated FFN."""
+    """silu(x @ gate.T + gate_bias) * (x @ up.T + up_bias), the first half of a gated FFN.
+
+    Args:
+        x: (..., K).
+        gate: (N, K).
+        up: (N, K).
+        gate_bias: (N,) or None.
+        up_bias: (N,) or None.
+
+    Returns:
+        (..., N).
+    """
     return F.silu(F.linear(x, gate, gate_bias)) * F.linear(x, up, up_bias)
 
 
 def low_rank_silu_gated_linear(
     x: Tensor, right: Sequence[Tensor], left: Sequence[Tensor], bias: Sequence[Tensor] | None = None
 ) -> Tensor:
-    """:func:`silu_gated_linear` where gate (first of each list) and up (second) are low-rank."""
+    """:func:`silu_gated_linear` where gate and up are low-rank; neither is pivoted.
+
+    Args:
+        x: (..., K).
+        right: (R_i, K) of gate and of up.
+        left: (N, R_i) of both.
+        bias: None or empty, or (N,) of both, without elements where one has none.
+
+    Returns:
+        (..., N).
+    """
     gate, up = (low_rank_linear(x, right[i], left[i], _item(bias, i)) for i in range(2))
     return F.silu(gate) * up
 
@@ -109,7 +156,16 @@ def token_count(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def masked_chunks(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Iterator[Tensor]:
-    """x (..., K) as pieces (tokens, K) of at most CHUNK_TOKENS tokens in ``dtype``; tokens that do not count are zero."""
+    """The tokens of x in pieces; those that do not count are zero.
+
+    Args:
+        x: (..., K).
+        mask: (...), False on tokens that do not count; None where all do.
+        dtype: of the pieces.
+
+    Returns:
+        Pieces (tokens, K) of at most CHUNK_TOKENS tokens.
+    """
     x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     if mask is not None:
         mask = mask.reshape(-1, 1).bool()

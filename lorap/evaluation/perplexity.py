@@ -64,6 +64,12 @@ def evaluate(
 ) -> Evaluation:
     """Mean loss of ``model`` over token windows; the first token of each is context only.
 
+    Args:
+        model: a causal language model of transformers.
+        windows: to read.
+        progress: show a progress bar on stderr.
+        batch_tokens: tokens at once.
+
     Raises:
         CalibrationError: windows of one token, or a loss that is not finite.
     """
@@ -74,7 +80,17 @@ def evaluate(
 def evaluate_windows(
     model: PreTrainedModel, windows: TokenWindows, *, progress: bool = False, batch_tokens: int = BATCH_TOKENS
 ) -> tuple[Evaluation, WindowLosses]:
-    """As :func:`evaluate`, with the loss of each window beside it."""
+    """As :func:`evaluate`, with the loss of each window beside it.
+
+    Args:
+        model: a causal language model of transformers.
+        windows: to read.
+        progress: show a progress bar on stderr.
+        batch_tokens: tokens at once.
+
+    Returns:
+        The mean loss, and the sum of losses and the number of predicted tokens of each window.
+    """
     start = time.perf_counter()
     ids, mask = windows.input_ids, windows.attention_mask
     if ids.shape[1] < 2:

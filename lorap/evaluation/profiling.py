@@ -40,7 +40,13 @@ if TYPE_CHECKING:
 def profile_model(
     model: PreTrainedModel, *, tokens: int = 128, new_tokens: int = 16, trace: Path | None = None
 ) -> Profile:
-    """Profile a prefill of ``tokens`` and ``new_tokens`` decode steps, after a warm-up; ``trace`` is a Chrome trace to write.
+    """Profile a prefill and the decode steps after it, after a warm-up.
+
+    Args:
+        model: of a family that lorap knows.
+        tokens: of the prompt.
+        new_tokens: decoded one by one.
+        trace: file for a Chrome trace; None for none.
 
     Raises:
         ArchitectureError: the model's family is unknown, so its layers cannot be found.
@@ -62,7 +68,16 @@ def profile_model(
 
 
 def run_ranges(model: PreTrainedModel, *, tokens: int = 128, new_tokens: int = 16) -> dict[str, PhaseTime]:
-    """The times of the stages, without torch.profiler; what to run under ``nsys`` or ``ncu``."""
+    """The times of the stages, without torch.profiler; what to run under ``nsys`` or ``ncu``.
+
+    Args:
+        model: of a family that lorap knows.
+        tokens: of the prompt.
+        new_tokens: decoded one by one.
+
+    Raises:
+        ArchitectureError: the model's family is unknown, so its layers cannot be found.
+    """
     ranges = _Ranges(model)
     with torch.inference_mode():
         _run(model, tokens, 2, None)

@@ -86,9 +86,18 @@ def export_gguf(
     pad_widths: bool = False,
     overwrite: bool = False,
 ) -> Path:
-    """Write ``model`` and its tokenizer as one GGUF file for llama.cpp, ``NAME-F16.gguf`` and the like, into the folder ``out``.
+    """Write ``model`` and its tokenizer as one GGUF file for llama.cpp, ``NAME-F16.gguf`` and the like, into the folder
+    ``out``.
 
-    Arguments as for :func:`export_stock`; the file has the dtype of the model.
+    The file has the dtype of the model.
+
+    Args:
+        model: compressed, loaded or dense; changed in place by :func:`make_stock`.
+        out: a new or empty folder, as for :func:`export_stock`.
+        tokenizer: of the model, a fast one.
+        card: README.md of the compressed checkpoint; empty for a short one.
+        pad_widths: as for :func:`make_stock`.
+        overwrite: replace an existing folder.
 
     Raises:
         ArchitectureError: the class, or llama.cpp, cannot hold the model or its tokenizer.

@@ -127,6 +127,11 @@ def check_folder(folder: Path, hf_config: Any, checkpoint: LoRAPConfig) -> None:
 
     vLLM does not miss tensors of quantized models and starts with whatever is in memory.
 
+    Args:
+        folder: of the checkpoint.
+        hf_config: its config.json, as transformers reads it.
+        checkpoint: what that says under ``quantization_config``.
+
     Raises:
         CheckpointError: naming the first tensor that is missing or has another shape.
     """

@@ -30,7 +30,13 @@ class Share:
 
     @classmethod
     def of(cls, size: int, part: int, parts: int) -> Share:
-        """Part number ``part`` of ``parts``, as even as it goes."""
+        """One of several parts, as even as it goes.
+
+        Args:
+            size: of the axis.
+            part: from 0 to ``parts`` - 1.
+            parts: how many workers share it.
+        """
         return cls(size * part // parts, size * (part + 1) // parts, size)
 
     @property

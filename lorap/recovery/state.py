@@ -34,7 +34,13 @@ class Progress:
 
 
 def write_state(path: Path, parameters: dict[str, nn.Parameter], optimizer: Any, done: Progress) -> None:
-    """Replace the file ``path`` in one step.
+    """Write the state of a training in one step, in place of an older one.
+
+    Args:
+        path: of the file.
+        parameters: that are trained, by name.
+        optimizer: AdamW, after a step.
+        done: losses and seconds so far.
 
     Raises:
         CheckpointError: it cannot be written; an earlier state is left as it was.
@@ -53,6 +59,11 @@ def write_state(path: Path, parameters: dict[str, nn.Parameter], optimizer: Any,
 
 def read_state(path: Path, parameters: dict[str, nn.Parameter], optimizer: Any) -> Progress:
     """Set parameters and moments as they were when the state was written.
+
+    Args:
+        path: of the file.
+        parameters: that are trained, by name; changed in place.
+        optimizer: AdamW; its moments are set.
 
     Raises:
         CheckpointError: the file is damaged, or belongs to other parameters.

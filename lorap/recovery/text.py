@@ -29,10 +29,19 @@ def training_windows(
     vocab_size: int,
     sampler: Sampler | None = None,
 ) -> TokenWindows:
-    """``count`` windows of ``seq_len`` tokens, of each source by its weight, shuffled.
+    """Windows of each source by its weight, shuffled.
 
-    Windows of one source do not overlap, and none comes again before all have come. The share of ``self`` is written by
-    ``sampler``; ``default`` is its texts alone, because writing is much slower than training.
+    Windows of one source do not overlap, and none comes again before all have come. ``default`` is its texts alone, because
+    writing is much slower than training.
+
+    Args:
+        text: one source, or several with weights.
+        tokenizer: reads texts.
+        count: windows in all.
+        seq_len: tokens per window.
+        seed: of their order.
+        vocab_size: rows of the embedding.
+        sampler: writes the windows of ``self``; None where nothing can.
 
     Raises:
         CalibrationError: a source cannot be read, is shorter than a window, or holds windows of another length.

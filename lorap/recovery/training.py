@@ -38,7 +38,16 @@ SAVE_SECONDS = 60.0
 
 
 def add_adapters(model: nn.Module, names: Sequence[str], *, rank: int, seed: int) -> Any:
-    """``model`` with a LoRA adapter on each linear layer of ``names``, all else frozen; it computes the same at first.
+    """A LoRA adapter on each of some linear layers, all else frozen; the model computes the same at first.
+
+    Args:
+        model: compressed.
+        names: full names of linear layers.
+        rank: of the adapters.
+        seed: of their first values.
+
+    Returns:
+        A ``peft.PeftModel`` around ``model``.
 
     Raises:
         ConfigError: the package ``peft`` is not installed.
@@ -55,9 +64,14 @@ def add_adapters(model: nn.Module, names: Sequence[str], *, rank: int, seed: int
 
 
 def hold_weights(model: nn.Module, names: Sequence[str], dtype: torch.dtype) -> None:
-    """Keep the frozen weights of the linear layers ``names`` in what autocast multiplies them in.
+    """Keep the frozen weights of some linear layers in what autocast multiplies them in.
 
     Results are the same, without a conversion of every weight at every step: with AMX 0.78 of the processor time.
+
+    Args:
+        model: with or without adapters.
+        names: full names of linear layers.
+        dtype: that autocast multiplies in.
     """
     for name in names:
         layer: Any = model.get_submodule(name)

@@ -332,7 +332,14 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def shortage(windows: int, tried: int, asked: int, enough: int) -> list[str]:
-    """One sentence where the windows are not enough for all steps, with the number that would be."""
+    """One sentence where the windows are not enough for all steps, with the number that would be.
+
+    Args:
+        windows: of calibration.
+        tried: steps that they were enough for.
+        asked: steps that were wanted.
+        enough: windows that would be enough for all steps.
+    """
     if tried == asked:
         return []
     does = "1 calibration window suffices" if windows == 1 else f"{windows} calibration windows suffice"

@@ -42,7 +42,13 @@ class Cells:
     text_hashes: Sequence[str]
 
     def path(self, source: ModelSource, part: str, number: int = 0) -> Path:
-        """Named by what it depends on, so that a cell of other options or files is never taken for this one."""
+        """Named by what it depends on, so that a cell of other options or files is never taken for this one.
+
+        Args:
+            source: the model.
+            part: ``texts``, ``tasks`` or ``speed``.
+            number: of the round, for speed.
+        """
         key: list[Any] = [_stamp(source), __version__, {name: self.options[name] for name in DEPENDS_ON[part]}]
         if part == TEXTS:
             key.append(self.text_hashes)
@@ -53,14 +59,30 @@ class Cells:
         return self.work / f"{name}-{part}{number or ''}-{digest}.json"
 
     def make(self, model: str, source: ModelSource, part: str, number: int = 0) -> str | None:
-        """Measure where there is no cell yet; returns why there is none, in a sentence, or None."""
+        """Measure where there is no cell yet.
+
+        Args:
+            model: as on the command line.
+            source: where it is.
+            part: ``texts``, ``tasks`` or ``speed``.
+            number: of the round, for speed.
+
+        Returns:
+            Why there is none, in a sentence, or None.
+        """
         path = self.path(source, part, number)
         if path.exists():
             return None
         return run_worker({"part": part, "model": model, "options": self.options, "out": str(path)})
 
     def read(self, source: ModelSource, part: str, number: int = 0) -> dict[str, Any]:
-        """What a cell holds."""
+        """What a cell holds.
+
+        Args:
+            source: the model.
+            part: ``texts``, ``tasks`` or ``speed``.
+            number: of the round, for speed.
+        """
         found: dict[str, Any] = json.loads(self.path(source, part, number).read_text("utf-8"))
         return found
 

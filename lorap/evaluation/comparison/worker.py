@@ -85,9 +85,17 @@ def _speed(model: PreTrainedModel, _tokenizer: Any, options: dict[str, Any]) -> 
 
 @torch.inference_mode()
 def time_generation(model: PreTrainedModel, *, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
-    """Seconds of reading a prompt, and of decoding ``new_tokens`` more, greedily, one sequence, with a cache.
+    """Time the reading of a prompt, and greedy decoding after it, one sequence, with a cache.
 
     The loop is our own: ``generate`` obeys the settings that a checkpoint brings along, which differ between contenders.
+
+    Args:
+        model: a causal language model of transformers.
+        prompt_tokens: read at once.
+        new_tokens: decoded one by one.
+
+    Returns:
+        Seconds of both.
     """
     vocab_size = len(embedding_weight(model))
     ids = torch.randint(vocab_size, (1, prompt_tokens), generator=torch.Generator().manual_seed(0)).to(model.device)

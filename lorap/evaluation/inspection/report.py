@@ -52,7 +52,13 @@ class Inspection:
     def find(
         self, kind: str, *, layer: int | None = None, roles: Sequence[str] = ATTENTION + MLP
     ) -> list[SingularValues]:
-        """The spectra of some projections, in the order of layers and roles."""
+        """The spectra of some projections, in the order of layers and roles.
+
+        Args:
+            kind: ``plain`` or ``weighted``.
+            layer: index of a decoder layer; None for all.
+            roles: of the projections.
+        """
         return [
             entry.spectra[kind] for entry in self.projections if entry.role in roles and layer in (None, entry.layer)
         ]
@@ -83,7 +89,13 @@ class Inspection:
         } | ({"sample_points": {str(size): sample_points(size) for size in sorted(sizes)}} if curves else {})
 
     def shares(self, kind: str, group: str, *, layer: int | None = None) -> tuple[float, ...]:
-        """For each of ``LEVELS`` the share of full rank that keeps it, mean over the projections of a group and the layers."""
+        """For each of ``LEVELS`` the share of full rank that keeps it, mean over the projections of a group and the layers.
+
+        Args:
+            kind: ``plain`` or ``weighted``.
+            group: one of ``GROUPS``.
+            layer: index of a decoder layer; None for all.
+        """
         return _columns(
             statistics.fmean, [one.rank_shares for one in self.find(kind, layer=layer, roles=GROUPS[group])]
         )

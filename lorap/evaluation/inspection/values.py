@@ -51,6 +51,7 @@ class SingularValues:
 
     @property
     def full_rank(self) -> int:
+        """The smaller side."""
         return min(self.shape)
 
     @property

@@ -51,6 +51,7 @@ class TaskResult:
 
     @property
     def questions(self) -> int:
+        """How many were asked."""
         return len(self.correct[self.metric])
 
     def accuracy(self, metric: str | None = None) -> Estimate:
@@ -90,7 +91,13 @@ class Difference:
 
 
 def is_correct(document: Document, log_probabilities: Sequence[float], *, per_character: bool) -> bool:
-    """The likeliest choice is the right one; ``per_character`` divides by its length without the leading space."""
+    """Whether the likeliest choice is the right one.
+
+    Args:
+        document: the question.
+        log_probabilities: of each choice.
+        per_character: divide each by the length of its choice, without the leading space.
+    """
     lengths = [len(continuation.removeprefix(" ")) if per_character else 1 for _, continuation in document.choices]
     # A choice of no characters but a space cannot be likelier than any other.
     normalized = [

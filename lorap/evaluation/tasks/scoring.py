@@ -64,7 +64,13 @@ def encode(document: Document, tokenizer: Any, *, max_length: int | None = None)
 
 
 def encode_pair(context: str, continuation: str, tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Tokens of the context, and of both; spaces between them belong to the continuation."""
+    """Tokens of the context, and of both; spaces between them belong to the continuation.
+
+    Args:
+        context: the question.
+        continuation: one choice.
+        tokenizer: of the model.
+    """
     stripped = context.rstrip()
     if not stripped:
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -75,6 +81,11 @@ def encode_pair(context: str, continuation: str, tokenizer: Any) -> tuple[tuple[
 
 def fit(encoded: Encoded, max_length: int | None, *, name: str = "a question") -> Encoded:
     """Without the beginning of what is longer than ``max_length`` tokens and one more, which is predicted only.
+
+    Args:
+        encoded: a question with its choices.
+        max_length: tokens that the model reads at once; None for any number.
+        name: of the question, for messages.
 
     Raises:
         TaskError: no token of the context would be left.

@@ -33,6 +33,11 @@ class RequestSource:
     def run(self, model: PreTrainedModel, tokenizer: Any, *, progress: bool = False) -> dict[str, TaskResult]:
         """Answers of a model, by task.
 
+        Args:
+            model: a causal language model of transformers.
+            tokenizer: of the model.
+            progress: show progress bars on stderr.
+
         Raises:
             TaskError: a file cannot be read, or a question cannot be scored.
         """
@@ -69,6 +74,11 @@ class HarnessSource:
 
     def run(self, model: PreTrainedModel, tokenizer: Any, *, progress: bool = False) -> dict[str, TaskResult]:
         """Answers of a model, by task.
+
+        Args:
+            model: a causal language model of transformers.
+            tokenizer: of the model.
+            progress: show progress bars on stderr.
 
         Raises:
             TaskError: a question cannot be scored.

@@ -72,7 +72,13 @@ class Series:
 
 
 def linear_axis(values: Iterable[float], label: str, *, whole: bool = False) -> Axis:
-    """From 0 to a round number not below the largest of ``values``, with two to six ticks."""
+    """From 0 to a round number not below the largest of ``values``, with two to six ticks.
+
+    Args:
+        values: that are to lie on it; NaN, infinity and what is not above 0 do not count.
+        label: of the axis.
+        whole: ticks at whole numbers only.
+    """
     top = max((value for value in values if math.isfinite(value) and value > 0), default=1.0)
     rough = top / 4
     power = 10.0 ** math.floor(math.log10(rough))
@@ -91,7 +97,13 @@ def index_axis(count: int, label: str) -> Axis:
 
 
 def log_axis(low: float, high: float, label: str) -> Axis:
-    """Powers of ten from the one below ``low`` to ``high``, every second one and so on where they are many."""
+    """Powers of ten from the one below ``low`` to ``high``, every second one and so on where they are many.
+
+    Args:
+        low: smallest value, above 0.
+        high: largest value.
+        label: of the axis.
+    """
     first = math.floor(math.log10(low) + 1e-9)
     powers = range(first, max(first + 1, math.floor(math.log10(high) + 1e-9)) + 1)
     ticks = tuple(10.0**power for power in powers[:: math.ceil(len(powers) / 6)])
