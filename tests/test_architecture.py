@@ -1,11 +1,13 @@
-"""The plan of the package: which room may import from which, no circles, few modules at the top.
+"""The plan of the package: what may import from what, no circles, few modules at the top; and names in texts exist.
 
-A room is a package within ``lorap``, or the modules beside these. Imports in functions and for type checkers count like others.
+A package here is one within ``lorap``, or the modules beside these. Imports in functions and for type checkers count like others.
 """
 
 from __future__ import annotations
 
 import ast
+import re
+from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from importlib.util import resolve_name
 from pathlib import Path
@@ -16,8 +18,8 @@ import lorap
 
 ROOT = Path(lorap.__file__).parent
 KERNELS = ROOT.parent / "kernels" / "triton"  # shipped as lorap.kernels
-# From top to bottom: a room imports from itself and from those after it.
-ROOMS = (
+# From top to bottom: a package imports from itself and from those after it.
+PACKAGES = (
     *("lorap.__main__", "lorap.cli", "lorap.__init__"),
     *(
         "lorap.compression.estimate",
@@ -52,25 +54,30 @@ def _is_module(name: str, sources: dict[str, str]) -> bool:
     return name in sources or f"{name}.__init__" in sources
 
 
-def room(module: str) -> str:
-    return next(room for room in ROOMS if module == room or module.startswith(f"{room}."))
+def package_of(module: str) -> str:
+    return next(package for package in PACKAGES if module == package or module.startswith(f"{package}."))
 
 
 def upwards(imports: dict[str, set[str]]) -> set[tuple[str, str]]:
-    """Who imports what from a room above."""
+    """Who imports what from a package above."""
     return {
         (module, other)
         for module, others in imports.items()
         for other in others
-        if ROOMS.index(room(other)) < ROOMS.index(room(module))
+        if PACKAGES.index(package_of(other)) < PACKAGES.index(package_of(module))
     }
 
 
 @pytest.fixture(scope="module")
-def imports() -> dict[str, set[str]]:
+def sources() -> dict[str, str]:
     files = {path.relative_to(ROOT.parent): path for path in ROOT.rglob("*.py")}
     files |= {Path("lorap", "kernels", path.relative_to(KERNELS)): path for path in KERNELS.rglob("*.py")}
-    return read_imports({".".join(name.with_suffix("").parts): path.read_text("utf-8") for name, path in files.items()})
+    return {".".join(name.with_suffix("").parts): path.read_text("utf-8") for name, path in files.items()}
+
+
+@pytest.fixture(scope="module")
+def imports(sources) -> dict[str, set[str]]:
+    return read_imports(sources)
 
 
 def test_imports_go_downwards(imports):
@@ -86,9 +93,9 @@ def test_kernels_import_nothing_of_lorap_but_themselves(imports):
     outside = {
         other
         for module, others in imports.items()
-        if room(module) == "lorap.kernels"
+        if package_of(module) == "lorap.kernels"
         for other in others
-        if room(other) != "lorap.kernels"
+        if package_of(other) != "lorap.kernels"
     }
     assert not outside
 
@@ -107,6 +114,52 @@ def test_files_and_folders_are_renamed_in_two_modules():
 
 def test_few_modules_at_the_top():
     assert len(list(ROOT.glob("*.py"))) <= 12
+
+
+# A file or folder of this repository, and a name in the package; not those with a placeholder in capitals (OP.py).
+PATH = re.compile(r"(?<![\w/.])(?:lorap|kernels|csrc|tests|benchmarks|docs|findings)/[\w./-]*\w")
+NAME = re.compile(r"(?<![\w/.])lorap(?:\.[A-Za-z]\w*)+")
+BUILT = ("lorap/_native.so",)
+
+
+def names_of(source: str) -> set[str]:
+    """What a module defines or imports at its top."""
+    names: set[str] = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {alias.asname or alias.name for alias in node.names}
+        else:
+            names |= {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+    return names
+
+
+def missing_names(text: str, sources: dict[str, str]) -> Iterator[str]:
+    """Paths and dotted names in a text that lead nowhere."""
+    for path in PATH.findall(text):
+        if not re.search(r"[A-Z]{2,}(?!\w*\.md)", path) and path not in BUILT and not (ROOT.parent / path).exists():
+            yield path
+    for name in NAME.findall(text):
+        module = name.removesuffix(".py")
+        while module != "lorap" and not _is_module(module, sources):
+            module = module.rpartition(".")[0]
+        first = name.removeprefix(module).strip(".").partition(".")[0]
+        known = set(dir(lorap)) if module == "lorap" else names_of(sources.get(module) or sources[f"{module}.__init__"])
+        if first and first not in known:
+            yield name
+
+
+def test_paths_and_names_in_documents_and_docstrings_exist(sources):
+    documents = [ROOT.parent / "README.md", *sorted((ROOT.parent / "docs").glob("*.md"))]
+    texts = {path.name: path.read_text("utf-8") for path in documents}
+    wrong = [f"{where}: {name}" for where, text in (texts | sources).items() for name in missing_names(text, sources)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_name_that_leads_nowhere_is_found(sources):
+    text = "lorap/nn/lineal.py, `lorap.nn.linear.LowRank`, lorap.judge, kernels/triton/OP.py, lorap/nn/, lorap.nn.ops.linear"
+    assert list(missing_names(text, sources)) == ["lorap/nn/lineal.py", "lorap.nn.linear.LowRank", "lorap.judge"]
 
 
 def test_every_kind_of_import_is_seen():
