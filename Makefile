@@ -28,7 +28,8 @@ lint: $(READY) ## format, lint and types
 	$(BIN)/pre-commit run --all-files
 
 # Two processes with one thread each, a file of tests in one of them: session and module fixtures are made once where they are used.
-PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+# Files go out in the order of tests/conftest.py, the longest first, so that both processes end together.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 TESTS := tests --ignore=tests/triton_interpreter --ignore=tests/vllm --ignore=tests/hosts
 
 test: lint ## lint, the tests that are not slow, and each benchmark once

@@ -34,6 +34,24 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 FAMILIES = list(_FAMILIES)
 
+# Files that take longest, in that order; the rest is short. A file that begins last and takes minutes leaves a core idle.
+LONGEST = (
+    "real_model",
+    "runs",
+    "triton_aot_low_rank",
+    "docs",
+    "triton_aot",
+    "cuda_compile",
+    "startup",
+    "stderr",
+    "packaging",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
