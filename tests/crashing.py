@@ -1,11 +1,11 @@
 """Break a compression at its n-th access to the file system, go on after it, and compare what comes out.
 
-    python tests/crashing.py KIND MODEL TOKENS FOLDER [STRIDE]
+    python tests/crashing.py KIND MODEL TOKENS FOLDER [STRIDE [LAST]]
 
 prints one JSON object a line. It forks a process for each attempt, so that everything is imported once. Kinds: ``kill`` ends the
 process before the n-th access, as SIGKILL does; ``full`` makes that access and all after it fail as on a full disk; ``eio`` makes
 the n-th read fail; ``short`` makes all reads return less than was asked for. With a stride, every STRIDE-th access and the
-last 12, among which are the renames, are broken; without one all are.
+last 12 (or LAST), among which are the renames, are broken; without one all are.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def digest(folder: Path) -> dict[str, str]:
     }
 
 
-def main(kind: str, model: Path, tokens: Path, folder: Path, stride: int = 1) -> None:
+def main(kind: str, model: Path, tokens: Path, folder: Path, stride: int = 1, last: int = 12) -> None:
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     healthy, old = Disk("none", 0), {"old.txt": hashlib.sha256(b"old").hexdigest()}
@@ -126,8 +126,8 @@ def main(kind: str, model: Path, tokens: Path, folder: Path, stride: int = 1) ->
     (folder / "counted").mkdir()
     (folder / "counted" / "old.txt").write_text("old")
     _, _, accesses = attempt(counting, model, tokens, folder / "counted")
-    last = range(max(1, accesses - 11), accesses + 1)
-    every = [1] if kind == "short" else sorted({*range(1, accesses + 1, stride), *last})
+    end = range(max(1, accesses + 1 - last), accesses + 1)
+    every = [1] if kind == "short" else sorted({*range(1, accesses + 1, stride), *end})
     print(json.dumps({"accesses": accesses}), flush=True)
     for at in every:
         out = folder / f"out{at}"

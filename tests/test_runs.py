@@ -5,6 +5,7 @@ What changes under a run (options, texts, weights) is refused; nothing that was 
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -409,20 +410,37 @@ def test_a_file_cut_off_during_the_run(source: Path, tokens: Path, tmp_path: Pat
     assert files(out) == files(tmp_path / "undisturbed")
 
 
-def crash(kind: str, source: Path, tokens: Path, folder: Path, stride: int) -> list[dict[str, Any]]:
-    command = [sys.executable, str(CRASHING), kind, str(source), str(tokens), str(folder), str(stride)]
+def test_a_step_whose_tensors_were_not_written_is_not_done(tmp_path: Path, monkeypatch: Any) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lorap.compression.runs.journal.write_tensors", full)
+    with open_journal(tmp_path / "out") as journal:
+        with pytest.raises(CheckpointError, match="disk is full"):
+            journal.keep("layer-00001", {"rank": 7}, {"weight": torch.ones(3, 5)})
+        assert not journal.has("layer-00001")
+
+
+def crash(kind: str, source: Path, tokens: Path, folder: Path, stride: int, last: int) -> list[dict[str, Any]]:
+    command = [sys.executable, str(CRASHING), kind, *map(str, (source, tokens, folder, stride, last))]
     run = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-2000:]
     return [json.loads(line) for line in run.stdout.splitlines()][1:]
 
 
 @pytest.mark.parametrize(
-    "kind", ["kill", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("full", "eio", "short"))]
+    ("kind", "stride", "last"),
+    [
+        ("kill", 211, 6),
+        *(pytest.param(kind, 71, 12, marks=pytest.mark.slow) for kind in ("kill", "full", "eio", "short")),
+    ],
 )
-def test_a_broken_disk_loses_nothing(kind: str, source: Path, tokens: Path, tmp_path: Path) -> None:
+def test_a_broken_disk_loses_nothing(
+    kind: str, stride: int, last: int, source: Path, tokens: Path, tmp_path: Path
+) -> None:
     """Killed, full or failing at points all over the run, the last renames among them; then the same bytes as undisturbed."""
-    found = crash(kind, source, tokens, tmp_path / "runs", stride=71)
-    assert len(found) >= (1 if kind == "short" else 12)
+    found = crash(kind, source, tokens, tmp_path / "runs", stride, last)
+    assert len(found) >= (1 if kind == "short" else last)
     for one in found:
         assert (one["resumed"], one["same"], one["source"], one["left"]) == (0, True, True, []), one
         if kind == "kill":
