@@ -115,16 +115,6 @@ def test_a_clone_runs_itself_beside_an_installed_copy(clone, built, tmp_path):
     assert run.returncode == 0, run.stderr
 
 
-def test_commands_begin_without_noise(model_folder):
-    """Packages that transformers imports have things to say; nobody who asks for help wants to read them."""
-    commands = [["env"], ["info", str(model_folder)], ["--help"]]
-    code = f"from lorap.cli import app\nfor words in {commands!r}: app(words, standalone_mode=False)"
-    run = subprocess.run([sys.executable, "-c", code], cwd="/tmp", capture_output=True, text=True, check=False)
-    assert run.returncode == 0
-    assert "lorap" in run.stdout
-    assert run.stderr == ""
-
-
 def test_wheel_holds_code_texts_and_marker(built):
     wheel, _ = built
     files = set(zipfile.ZipFile(wheel).namelist())
