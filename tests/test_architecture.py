@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from importlib.util import resolve_name
 from pathlib import Path
@@ -122,6 +123,7 @@ NAME = re.compile(r"(?<![\w/.])lorap(?:\.[A-Za-z]\w*)+")
 BUILT = ("lorap/_native.so",)
 
 
+@cache
 def names_of(source: str) -> set[str]:
     """What a module defines or imports at its top."""
     names: set[str] = set()

@@ -24,7 +24,8 @@ STDIN = "-"
 MAX_NAME = 1000
 # A name that ends like this means a file, here or nowhere; packed ones may end in one of PACKED_SUFFIXES as well.
 FILE_SUFFIXES = (
-    *(".txt", ".text", ".md", ".rst", ".log", ".html", ".htm", ".xhtml", ".xml", ".svg", ".tex", ".py"),
+    *(".txt", ".text", ".md", ".rst", ".log", ".tex", ".py"),
+    *(".html", ".htm", ".xhtml", ".xml", ".svg", ".rss", ".atom"),
     *(".yaml", ".yml", ".toml", ".ini", ".cfg", ".rtf"),
     *(".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".feather"),
     *(".npy", ".safetensors", ".gguf", ".pdf", ".docx", ".xlsx", ".zip", ".tar", ".tgz"),
