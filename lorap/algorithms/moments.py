@@ -69,6 +69,9 @@ def ridged_cholesky(make: Callable[[], Tensor], pull: float) -> tuple[Tensor, fl
         make: returns the matrix (n, n); it is used up, and asked for again where a larger pull is needed.
         pull: above 0.
 
+    Returns:
+        The factor (n, n), lower triangular, and the pull that was enough.
+
     Raises:
         FactorizationError: the matrix contains NaN or infinity.
     """

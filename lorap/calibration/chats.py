@@ -34,7 +34,7 @@ KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "ipython", "f
 
 @dataclass(frozen=True)
 class Chat:
-    """One conversation: messages as chat templates take them, and the tools that were offered."""
+    """One conversation: messages as chat templates take them, and the tools that could be called."""
 
     messages: tuple[dict[str, Any], ...]
     tools: Any = None

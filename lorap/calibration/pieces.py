@@ -51,6 +51,9 @@ def text_of(content: Content) -> str:
 def lines_of(content: Content) -> Iterator[tuple[str, bytes]]:
     """Lines that are not blank, each with where it is; of a large file that can be read from any place, lines spread over it.
 
+    Returns:
+        Where each line is, for messages, and its bytes.
+
     Raises:
         CalibrationError: a line is longer than any record.
     """

@@ -17,7 +17,14 @@ from lorap.errors import CalibrationError, shown
 
 
 def separated(content: Content) -> Iterator[tuple[str, Any]]:
-    """Rows of CSV or TSV under the names in its first row."""
+    """Rows of CSV or TSV under the names in its first row.
+
+    Returns:
+        Where each row is, for messages, and its values by name.
+
+    Raises:
+        CalibrationError: a row has more or fewer values than there are names, or the file is not UTF-8.
+    """
     name = content.place.name
     csv.field_size_limit(min(MAX_RECORD_BYTES, sys.maxsize))
     with content.open() as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as text:
@@ -38,6 +45,9 @@ def separated(content: Content) -> Iterator[tuple[str, Any]]:
 
 def parquet(content: Content) -> Iterator[tuple[str, Any]]:
     """Rows of a Parquet file.
+
+    Returns:
+        Where each row is, for messages, and its values by name.
 
     Raises:
         CalibrationError: it is damaged, or pyarrow is not installed.

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 def put_layers(model: PreTrainedModel, config: LoRAPConfig) -> dict[str, tuple[int, ...]]:
     """Swap empty layers as ``config`` describes them into an empty dense model.
 
-    Returns the name and shape of each tensor that the checkpoint must hold for them.
+    Returns:
+        The shape of each tensor that the checkpoint must hold for them, by full name.
 
     Raises:
         CheckpointError: a name is no linear layer or FFN of the dense model, or a rank does not fit.

@@ -124,7 +124,7 @@ def _or_multiple(name: str, multiple: int | str) -> str:
 
 
 def attention_ranks(shapes: Mapping[str, Shape], kept: float, vo_to_qk_ratio: float) -> dict[str, int]:
-    """Ranks of q, k, v and o; a projection that is not named stays dense.
+    """Ranks of the projections of attention.
 
     For the square matrices of multi-head attention this is the published integer arithmetic, rounding included.
 
@@ -132,6 +132,9 @@ def attention_ranks(shapes: Mapping[str, Shape], kept: float, vo_to_qk_ratio: fl
         shapes: (out_features, in_features) of q, k, v and o, by role.
         kept: share of their parameters that stays.
         vo_to_qk_ratio: parameters for {v, o} per one for {q, k}.
+
+    Returns:
+        By role; a projection that is not named stays dense.
     """
     size = {role: out_features * in_features for role, (out_features, in_features) in shapes.items()}
     qk, vo = size["q_proj"] + size["k_proj"], size["v_proj"] + size["o_proj"]

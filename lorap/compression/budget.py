@@ -57,6 +57,9 @@ def rank_candidates(shape: Shape, tail: Tensor, *, pivoted: bool, multiple: int)
         tail: (min(shape) + 1,) cost at each rank, from rank 0 on.
         pivoted: storage of r (m + n - r) numbers instead of r (m + n).
         multiple: ranks are multiples of it.
+
+    Returns:
+        By ascending rank; dense is the last, at cost 0.
     """
     out_features, in_features = shape
     full = min(shape)
@@ -78,6 +81,9 @@ def width_candidates(hidden_size: int, tail: Tensor, *, matrices: int = 3, multi
         tail: (width + 1,), the cost at each width, from 0 on.
         matrices: that a channel is a row or column of.
         multiple: widths between the dense one and 0 are multiples of it.
+
+    Returns:
+        By ascending width; the dense one is the last, at cost 0.
     """
     width, costs = len(tail) - 1, tail.tolist()
     sizes = [*range(multiple, width, multiple), width]
@@ -98,6 +104,9 @@ def shared_across_layers(curves: Sequence[Sequence[Candidate]]) -> list[Candidat
 
 def allocate_budget(curves: Mapping[Key, Sequence[Candidate]], budget: float) -> dict[Key, Candidate]:
     """The candidate that each key takes, so that parameters stay within ``budget`` and the sum of costs is least.
+
+    Returns:
+        One candidate for each key.
 
     Raises:
         ConfigError: not even the smallest candidates fit.

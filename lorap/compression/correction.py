@@ -108,6 +108,9 @@ def step_windows(windows: TokenWindows, folds: Tensor, plan: Schedule) -> Iterat
         windows: those that are not needed are left out.
         folds: (windows,) bool, see :func:`lorap.calibration.windows.fold_of`.
         plan: for as many windows.
+
+    Returns:
+        For each step its windows, and (windows,) bool which of them form a second fold; None where all are of one.
     """
     for step in range(plan.steps):
         yield _part(windows, folds, step * plan.parts // plan.steps, plan.parts)

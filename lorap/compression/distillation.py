@@ -84,6 +84,9 @@ def divergences(context: DecoderContext, stream: CalibrationStream, target: Cali
         context: the compressed model; its last norm and head are still to come.
         stream: windows behind its last layer.
         target: the same windows, behind the last layer of the dense model.
+
+    Returns:
+        One for each fold.
     """
     found = []
     with in_memory(context.model.get_output_embeddings()):

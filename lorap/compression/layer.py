@@ -60,7 +60,11 @@ class LayerCompressor:
             index: of the layer.
             layer: changed in place.
             plan: its ranks and width.
-            output_metrics: by role, how errors of the outputs are weighed; empty for all alike.
+            output_metrics: by role, (out_features, out_features) second moment of the gradients; without one all outputs
+                count alike.
+
+        Returns:
+            One for each of the seven projections, in the order of ``PROJECTIONS``.
 
         Raises:
             CalibrationError: an activation is NaN or infinite.

@@ -257,12 +257,12 @@ class _Prices:
         allocate_budget(smallest, (1 - self.config.sparsity) * self.total)
 
     def allocate(self, processes: Processes) -> list[LayerPlan]:
-        offered: dict[Key, list[Candidate]] = {}
+        gathered: dict[Key, list[Candidate]] = {}
         for curves in processes.all_gather(self.curves):
-            offered |= curves
+            gathered |= curves
         # In one order, whoever made them: it breaks ties.
         self.curves = {
-            key: offered[key] for key in sorted(offered, key=lambda key: (-key[0], PROJECTIONS.index(key[1])))
+            key: gathered[key] for key in sorted(gathered, key=lambda key: (-key[0], PROJECTIONS.index(key[1])))
         }
         budget = (1 - self.config.sparsity) * self.total
         if self.config.shapes == "uniform":

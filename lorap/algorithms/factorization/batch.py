@@ -117,6 +117,9 @@ def factorize_batch(
         memory_budget: bytes that may be used beyond the inputs and the results; None for two thirds of what is free on a GPU. A
             single factorization runs in any case.
 
+    Returns:
+        One for each weight, in their order.
+
     Raises:
         FactorizationError: as in :func:`factorize`, before anything is computed; or the lengths differ.
     """

@@ -19,6 +19,9 @@ def eigh(x: Tensor) -> tuple[Tensor, Tensor]:
     """torch.linalg.eigh of symmetric matrices (..., n, n).
 
     LAPACK wants columns, and a symmetric matrix has them: read the other way round, nothing is transposed.
+
+    Returns:
+        Eigenvalues (..., n), ascending, and eigenvectors (..., n, n) as columns.
     """
     values, vectors = torch.linalg.eigh(x.mT)
     return values, vectors

@@ -99,6 +99,9 @@ def solve(grams: Sequence[Tensor], ranks: Sequence[int], *, method: str, toleran
         ranks: how many vectors of each.
         method: ``eigh``, ``mixed`` or ``subspace``.
         tolerance: relative distance to the least error.
+
+    Returns:
+        One for each matrix, in their order.
     """
     if method == "subspace":
         stacked = torch.stack(tuple(grams)) if len(grams) > 1 else grams[0][None]

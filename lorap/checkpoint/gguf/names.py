@@ -20,12 +20,15 @@ INTERLEAVED = ("llama",)
 
 
 def gguf_names(architecture: str, num_layers: int, keys: Iterable[str]) -> dict[str, str | None]:
-    """llama.cpp's name of each key of a state dict; None where the architecture has no place for it.
+    """llama.cpp's name of each key of a state dict.
 
     Args:
         architecture: llama.cpp's name of it, a value of ``WRITTEN``.
         num_layers: of the model.
         keys: names in its state dict.
+
+    Returns:
+        By key; None where the architecture has no place for it.
     """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
