@@ -1,9 +1,9 @@
-"""SmolLM2-135M, a real pretrained model, on real text: size, quality, speed, memory, and the same bytes twice.
+"""SmolLM2-135M, a real pretrained model, on real text: size, quality, memory, and the same bytes twice.
 
 Recipe `lorap` is held to the paper's numbers, the default one, `best`, to be better on the same text.
 
 The model and the texts come from PyPI wheels (benchmarks/assets.py). The dense model is opened from its GGUF file, as a user
-would. The bound on time is loose, because the machines that run this are shared; the report tells the real figure.
+would. `make test` compresses on few windows and judges on little text, `make test-all` on as many as by default.
 """
 
 import hashlib
@@ -36,29 +36,39 @@ def assets() -> None:
     subprocess.run([sys.executable, str(ROOT / "benchmarks" / "assets.py")], check=True, stdout=subprocess.DEVNULL)
 
 
-@pytest.fixture(scope="module", params=[32, pytest.param(128, marks=pytest.mark.slow)], ids="{} windows".format)
+@pytest.fixture(scope="module", params=[16, pytest.param(128, marks=pytest.mark.slow)], ids="{} windows".format)
 def windows(request) -> int:
     """Few windows show that a real model goes through and loads back; the default number, that it is good."""
     return request.param
 
 
-def compress_command(out: Path, *options: str):
+@pytest.fixture(scope="module")
+def text(tmp_path_factory, windows) -> Path:
+    """What quality is measured on: 4,096 tokens by default, of which few windows need no more than a fifth."""
+    if windows == 128:
+        return WIKI
+    path = tmp_path_factory.mktemp("text") / "short.txt"
+    path.write_text(WIKI.read_text("utf-8")[:3500], "utf-8")
+    return path
+
+
+def compress_command(out: Path, text: Path, *options: str):
     """One `lorap compress` in a process of its own, so that its peak memory is its own."""
-    command = [sys.executable, "-m", "lorap", "compress", str(MODEL), str(out), "--eval-text", str(WIKI), "--json"]
+    command = [sys.executable, "-m", "lorap", "compress", str(MODEL), str(out), "--eval-text", str(text), "--json"]
     command += [word for text in TEXTS for word in ("--calibration", text)]
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
     return out, json.loads(done.stdout), done
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, windows):
+def run(tmp_path_factory, windows, text):
     out = tmp_path_factory.mktemp("real") / "small"
-    return compress_command(out, "--recipe", "lorap", "--num-calibration-samples", str(windows))
+    return compress_command(out, text, "--recipe", "lorap", "--num-calibration-samples", str(windows))
 
 
 @pytest.fixture(scope="module")
-def best(tmp_path_factory, windows):
-    return compress_command(tmp_path_factory.mktemp("real") / "best", "--num-calibration-samples", str(windows))
+def best(tmp_path_factory, windows, text):
+    return compress_command(tmp_path_factory.mktemp("real") / "best", text, "--num-calibration-samples", str(windows))
 
 
 def kept_parameters(tensors) -> int:
@@ -82,12 +92,10 @@ def test_kept_share_counted_on_the_saved_tensors(run):
     assert tensors["model.layers.7.self_attn.v_proj.weight"].shape == (192, 576)
 
 
-def test_quality_time_and_memory(run, windows):
+def test_quality_and_memory(run, windows):
     _, report, _ = run
     (evaluation,) = report["evaluations"]
     assert 0.2 < evaluation["increase_nats"] < (0.6 if windows == 128 else 1.0)
-    work = sum(seconds for stage, seconds in report["seconds"].items() if stage != "evaluate")
-    assert work < 600, "150 s on two idle cores is the target"
     assert report["peak_memory_bytes"] < 2.5e9
 
 
@@ -98,16 +106,16 @@ def test_progress_and_table(run):
     assert f"{report['params_after']:,}" in done.stderr  # stdout is the JSON alone
 
 
-def test_loads_back_with_the_measured_quality(run):
+def test_loads_back_with_the_measured_quality(run, text):
     out, report, _ = run
     model = AutoModelForCausalLM.from_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(out)
-    windows = consecutive_windows(WIKI, tokenizer, seq_len=128, max_tokens=4096, vocab_size=49152)
+    windows = consecutive_windows(text, tokenizer, seq_len=128, max_tokens=4096, vocab_size=49152)
     assert lorap.evaluate(model, windows).nats == pytest.approx(report["evaluations"][0]["after"]["nats"], abs=1e-6)
     ids = tokenizer("The capital of France is", return_tensors="pt")
-    text = tokenizer.decode(model.generate(**ids, max_new_tokens=8, do_sample=False)[0])
-    assert text.startswith("The capital of France is")
-    assert len(text.split()) > 6
+    said = tokenizer.decode(model.generate(**ids, max_new_tokens=8, do_sample=False)[0])
+    assert said.startswith("The capital of France is")
+    assert len(said.split()) > 6
 
 
 def test_best_keeps_the_same_share_pivoted(best):
@@ -134,11 +142,11 @@ def test_best_is_better_than_the_paper(run, best, windows):
     assert best[1]["peak_memory_bytes"] < 3.5e9
 
 
-def test_best_loads_back_with_the_measured_quality(best):
+def test_best_loads_back_with_the_measured_quality(best, text):
     out, report, _ = best
     model = AutoModelForCausalLM.from_pretrained(out)
     windows = consecutive_windows(
-        WIKI, AutoTokenizer.from_pretrained(out), seq_len=128, max_tokens=4096, vocab_size=49152
+        text, AutoTokenizer.from_pretrained(out), seq_len=128, max_tokens=4096, vocab_size=49152
     )
     assert lorap.evaluate(model, windows).nats == pytest.approx(report["evaluations"][0]["after"]["nats"], abs=1e-6)
 
