@@ -42,6 +42,7 @@ LONGEST = (
     "docs",
     "triton_aot",
     "cuda_compile",
+    "native",
     "startup",
     "stderr",
     "packaging",
