@@ -1,6 +1,6 @@
 // The CPU kernels as torch operators, namespace lorap_cpu, through torch's stable ABI: the library works with the torch
-// it was built for and every later one, and with any Python. Checks name the tensor and the numbers; lorap/nn/ops.py gives
-// the operators their gradients and picks them only where they win.
+// it was built for and every later one, and with any Python. Checks name the tensor and the numbers; lorap/nn/ops.py
+// gives the operators their gradients and picks them only where they win.
 
 #include <optional>
 #include <string>
