@@ -238,8 +238,10 @@ class _Layer:
             scores = channel_importance(*weights, *norms)
         elif config.channel_score == "output":
             scores = output_scores(down.weight.data, inner.channel_sq_norm, metric)
-        else:
+        elif config.channel_score == "fluctuation":
             scores = fluctuation_scores(down.weight.data, inner.variance)
+        else:
+            raise AssertionError(f"channel_score {config.channel_score!r} has no formula here")
         kept = keep_best(scores, self.plan.intermediate_size, least_important_kept=config.least_important_kept)
         self.errors |= removed_shares(*weights, *norms, kept)
         narrow = keep_inputs(down, kept)
