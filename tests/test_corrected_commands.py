@@ -29,6 +29,7 @@ from lorap import CheckpointError, CompressionConfig, ConfigError, JournalError,
 from lorap.checkpoint.save import try_settings
 from lorap.checkpoint.write import GENERATION_CONFIG
 from lorap.cli import app
+from lorap.cli.common import as_options
 from lorap.compression.runs.journal import COMPLETE, Journal
 from lorap.compression.runs.run import RunOptions, compress_to_folder
 from lorap.errors import CalibrationError, ProcessError
@@ -195,7 +196,7 @@ def test_what_shapes_can_tell_is_refused_before_anything_is_read(
     recipe = ["--target", "stock"] if kind == "stock" else ["--recipe", kind]
     planned = CliRunner().invoke(app, ["plan", str(model_folder), "--sparsity", "0.999", *recipe])
     assert planned.exit_code == 2
-    assert re.sub(r"\s+", " ", planned.stderr).strip() == f"lorap: {refused.value}"
+    assert re.sub(r"\s+", " ", planned.stderr).strip() == f"lorap: {as_options(str(refused.value))}"
 
 
 @pytest.mark.parametrize("step", ["windows", "plan"])

@@ -99,5 +99,5 @@ def test_what_is_measured_is_said_and_a_fallback_is_not_measured(inference, monk
     monkeypatch.setattr(common.native, "MISSING", "not built; do this")
     with pytest.raises(common.BackendError, match=r"nothing to measure.*not built; do this"):
         common.measured()
-    with common.backends.use("reference"):
+    with common.dispatch.use("reference"):
         assert "torch alone" in common.measured()

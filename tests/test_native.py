@@ -78,8 +78,7 @@ def test_without_a_wish_the_best_instruction_set_runs() -> None:
 EVERY_VALUE = """
 import itertools, sys, torch
 from test_ops import DTYPES, MATMULS, arguments_of, assert_close_to_float64
-from lorap.nn import native
-from lorap.nn import ops
+from lorap.nn import implementations, native
 isa = sys.argv[1]
 torch.set_num_threads(1)
 torch.manual_seed(0)

@@ -11,7 +11,7 @@ from typing import Any
 
 from lorap.architectures import ARCHITECTURES, ATTENTION, MLP
 from lorap.checkpoint.quantization_fields import QuantizationFields
-from lorap.nn.low_rank_tensors import LowRankTensors
+from lorap.nn.low_rank_tensors import INT8_DATA, INT8_SCALE, LowRankTensors
 
 Shapes = dict[str, tuple[int, ...]]
 # What the classes of the families have beside the seven projections and two norms (transformers/models/*/modeling_*.py).
@@ -23,7 +23,7 @@ BIAS_FIELDS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 HEAD_NORMS = {"qwen3": ("q_norm", "k_norm")}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-INTEGERS = (".pivot_rows", "._weight_qdata")
+INTEGERS = (".pivot_rows", f".{INT8_DATA}")
 
 
 def dense_shapes(model_type: str, settings: Mapping[str, Any]) -> Shapes | None:
@@ -110,5 +110,5 @@ def int8_shapes(shapes: Shapes) -> Shapes:
         stored[name] = shape
         if ".layers." in name and len(shape) == 2:
             layer = name.removesuffix("weight")
-            stored |= {name: (1,), f"{layer}_weight_qdata": shape, f"{layer}_weight_scale": (shape[0], 1)}
+            stored |= {name: (1,), f"{layer}{INT8_DATA}": shape, f"{layer}{INT8_SCALE}": (shape[0], 1)}
     return stored

@@ -15,8 +15,7 @@ from lorap.checkpoint.gguf.header import read_gguf
 from lorap.checkpoint.quantization_fields import QuantizationFields
 from lorap.errors import CheckpointError
 from lorap.jsonio import named, read_json
-from lorap.nn import int8
-from lorap.nn.low_rank_tensors import LEFT, LOW_RANK_ONLY, RIGHT, LowRankTensors
+from lorap.nn.low_rank_tensors import INT8_DATA, INT8_SCALE, LEFT, LOW_RANK_ONLY, RIGHT, LowRankTensors
 from lorap.reports.run import RECOVERY_REPORT, REPORT, CompressionReport, format_table
 
 # llama.cpp's names for what Hugging Face calls otherwise.
@@ -32,7 +31,7 @@ GGUF_KINDS = {
     "output": "lm_head",
 }
 # How int8 checkpoints call the scales of a weight's rows, ours and those of others.
-SCALES = (int8.SCALE, "weight_scale", "SCB")
+SCALES = (INT8_SCALE, "weight_scale", "SCB")
 KINDS = (*PROJECTIONS, "embed_tokens", "lm_head", "other")
 
 
@@ -203,7 +202,7 @@ def _parameters(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, TensorInfo
         layer, _, leaf = name.rpartition(".")
         if leaf in SCALES and _is_int8(tensors, layer):
             scale_bytes += tensor.nbytes
-        elif leaf == int8.DATA:
+        elif leaf == INT8_DATA:
             parameters[f"{layer}.weight"] = tensor
         elif tensor.is_parameter or tensor.is_index:
             parameters[name] = tensor
@@ -211,7 +210,7 @@ def _parameters(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, TensorInfo
 
 
 def _is_int8(tensors: Mapping[str, TensorInfo], layer: str) -> bool:
-    names = (f"{layer}.{int8.DATA}", f"{layer}.weight")
+    names = (f"{layer}.{INT8_DATA}", f"{layer}.weight")
     return any(name in tensors and tensors[name].dtype == "I8" for name in names)
 
 

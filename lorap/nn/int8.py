@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from lorap.architectures import ARCHITECTURES
 from lorap.errors import BackendError
 from lorap.nn.linear import GUARD_VALUE
+from lorap.nn.low_rank_tensors import INT8_DATA as DATA
+from lorap.nn.low_rank_tensors import INT8_SCALE as SCALE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-DATA, SCALE = "_weight_qdata", "_weight_scale"
 
 
 class Int8Slot(nn.Module):
