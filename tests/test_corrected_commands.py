@@ -105,7 +105,7 @@ def test_a_published_generation_config_is_kept_by_every_writer(
     compress_to_folder(model_folder, tmp_path / "run", small(), options(tokens))
     model, report = lorap.compress(model_folder, calibration=str(tokens), config=small(), progress=False, device="cpu")
     lorap.save(model, tmp_path / "saved", report=report)
-    lorap.integrations.stock.export_stock(model, tmp_path / "stock")
+    lorap.export_stock(model, tmp_path / "stock")
     for name in ("run", "saved", "stock"):
         kept = json.loads((tmp_path / name / GENERATION_CONFIG).read_text())
         assert {key: kept[key] for key in change} == change, name

@@ -23,7 +23,6 @@ BIAS_FIELDS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 HEAD_NORMS = {"qwen3": ("q_norm", "k_norm")}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-INTEGERS = (".pivot_rows", f".{INT8_DATA}")
 
 
 def dense_shapes(model_type: str, settings: Mapping[str, Any]) -> Shapes | None:
@@ -69,7 +68,7 @@ def dense_shapes(model_type: str, settings: Mapping[str, Any]) -> Shapes | None:
         for norm in ("input_layernorm", "post_attention_layernorm"):
             shapes[f"{layer}.{norm}.weight"] = (hidden,)
         for norm in HEAD_NORMS.get(model_type, ()):
-            shapes[f"{layer}.self_attn.{norm}.weight"] = (head_dim,)
+            shapes[f"{layer}.{architecture.attention}.{norm}.weight"] = (head_dim,)
     return shapes
 
 

@@ -20,8 +20,9 @@ from lorap.checkpoint.gguf.header import read_gguf
 from lorap.checkpoint.gguf.keys import gguf_settings, tensor_sources
 from lorap.checkpoint.gguf.names import READ
 from lorap.checkpoint.headers import TensorInfo
-from lorap.checkpoint.layouts import INTEGERS, compressed_shapes, dense_shapes
+from lorap.checkpoint.layouts import compressed_shapes, dense_shapes
 from lorap.checkpoint.quantization_fields import QUANT_METHOD, QuantizationFields
+from lorap.nn.low_rank_tensors import INTEGERS
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 # The fields of a config.json that are known here, by what they hold.

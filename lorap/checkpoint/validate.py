@@ -28,9 +28,8 @@ from lorap.checkpoint.stored_tensors import STORED_DTYPES, Stamp, StoredTensor, 
 from lorap.checkpoint.unused_tensors import check_unused, origin_of, unused_names
 from lorap.errors import CheckpointError
 from lorap.jsonio import INFINITY, named, read_json, shown
-from lorap.nn import int8
 from lorap.nn.linear import embedding_weight
-from lorap.nn.low_rank_tensors import PIVOT_ROWS
+from lorap.nn.low_rank_tensors import INTEGERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -160,7 +159,7 @@ def check_folder(folder: Path) -> CheckedFolder:
     if known and settings.get("quantization_config") and not compression:
         _refuse_quantized(settings["quantization_config"], headers, unused)
     if known:
-        integers = [name for name in wanted if name.endswith((f".{PIVOT_ROWS}", f".{int8.DATA}"))]
+        integers = [name for name in wanted if name.endswith(INTEGERS)]
         _check_shapes(model, headers, integers, unused)
     if compression:
         check_stored([str(path) for path in weight_files(folder)], wanted)

@@ -33,6 +33,8 @@ PIVOT_ROWS, INDEX_ITEMSIZE = "pivot_rows", 8
 GUARD, NAMED_GUARD = "weight", "needs_import_lorap"
 # Of a layer whose weights are int8 (lorap/nn/int8.py), low-rank or not. Here, where nothing needs torch to know them.
 INT8_DATA, INT8_SCALE = "_weight_qdata", "_weight_scale"
+# Endings of the tensors that are no floating point numbers.
+INTEGERS = (f".{PIVOT_ROWS}", f".{INT8_DATA}")
 # What no dense layer has.
 LOW_RANK_ONLY = (RIGHT, LEFT, LEFT_BIAS, PIVOT_ROWS, OUTPUT_BIAS, NAMED_GUARD)
 

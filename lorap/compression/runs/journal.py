@@ -50,25 +50,23 @@ class Journal:
     """The steps of a run that are done; see above.
 
     Args:
-        folder: None for a run that keeps nothing.
+        folder: where they are.
         processes: who share the run; the first one writes.
         work: what puts the stage in place; of the first process.
     """
 
-    def __init__(
-        self, folder: Path | None, processes: Processes = SINGLE_PROCESS, work: WorkFolder | None = None
-    ) -> None:
+    def __init__(self, folder: Path, processes: Processes = SINGLE_PROCESS, work: WorkFolder | None = None) -> None:
         self.folder = folder
         self.processes = processes
         self.work = work
 
     def has(self, step: str) -> bool:
         """Whether a step is done; for all processes what the first one finds."""
-        return self.processes.broadcast(self.folder is not None and self._path(step, "json").is_file())
+        return self.processes.broadcast(self._path(step, "json").is_file())
 
     def has_alone(self, step: str) -> bool:
         """The same for this process alone."""
-        return self.folder is not None and self._path(step, "json").is_file()
+        return self._path(step, "json").is_file()
 
     def read(self, step: str) -> dict[str, Any]:
         """What a step left.
@@ -105,8 +103,6 @@ class Journal:
             value: what it left, as JSON holds it.
             tensors: written before ``value``; None for none.
         """
-        if self.folder is None:
-            return
         if tensors is not None:
             self.keep_tensors(step, tensors)
         with self._writing(step, "json") as path:
@@ -114,22 +110,22 @@ class Journal:
 
     def keep_tensors(self, step: str, tensors: Mapping[str, Writable]) -> None:
         """Write tensors of a step that is not done yet; errors as :meth:`keep`."""
-        if self.folder is not None and self.processes.is_main_process:
+        if self.processes.is_main_process:
             with self._writing(step, "safetensors") as path:
                 write_tensors(path, tensors)
 
     def forget_tensors(self, step: str) -> None:
         """Remove tensors that nothing will need again."""
-        if self.folder is not None and self.processes.is_main_process:
+        if self.processes.is_main_process:
             self._path(step, "safetensors").unlink(missing_ok=True)
 
     def tensor_steps(self, prefix: str) -> list[str]:
         """Steps of this ``prefix`` that tensors were written of."""
-        return [] if self.folder is None else sorted(path.stem for path in self.folder.glob(f"{prefix}*.safetensors"))
+        return sorted(path.stem for path in self.folder.glob(f"{prefix}*.safetensors"))
 
     def has_layers(self) -> bool:
         """Whether there is work that would be lost: a finished layer."""
-        return self.folder is not None and _has_layers(self.folder)
+        return _has_layers(self.folder)
 
     def forget(self, step: str) -> None:
         """A step is not done any more."""
@@ -143,7 +139,6 @@ class Journal:
         self.processes.barrier()
 
     def _path(self, step: str, suffix: str) -> Path:
-        assert self.folder is not None
         return self.folder / f"{step}.{suffix}"
 
     @contextmanager
@@ -207,7 +202,6 @@ def check_identity(journal: Journal, identity: Mapping[str, Any], *, threads: in
     Raises:
         JournalError: an unfinished run depends on something else, which is named.
     """
-    assert journal.folder is not None
     if not (journal.folder / f"{IDENTITY}.json").is_file():
         _begin(journal, {**identity, THREADS: threads})
         return
@@ -238,7 +232,6 @@ def check_identity(journal: Journal, identity: Mapping[str, Any], *, threads: in
 
 
 def _begin(journal: Journal, identity: Mapping[str, Any]) -> None:
-    assert journal.folder is not None
     clear(journal.folder)
     journal.keep_alone(IDENTITY, identity)
 
@@ -263,7 +256,6 @@ def finish(journal: Journal) -> None:
         CheckpointError: the output cannot be replaced.
     """
     folder, work = journal.folder, journal.work
-    assert folder is not None
     assert work is not None
     try:
         work.put_in_place(folder / STAGE)

@@ -147,7 +147,6 @@ class _FolderRun:
     def _finished(self) -> CompressionReport | None:
         """What an earlier process has completed, if it is packed as this command wants it."""
         journal = self.journal
-        assert journal.folder is not None
         kept = journal.processes.broadcast(journal.read(COMPLETE) if journal.has_alone(COMPLETE) else None)
         staged = journal.processes.broadcast((journal.folder / STAGE).is_dir())
         if kept is not None and staged and kept[PACKAGING] != self._packaging():
@@ -180,7 +179,6 @@ class _FolderRun:
         )
 
     def _try_writing(self, model: PreTrainedModel, tokenizer: Any) -> None:
-        assert self.journal.folder is not None
         trial = self.journal.folder / "trial"
         try:
             try_settings(model, tokenizer, trial)
@@ -191,13 +189,11 @@ class _FolderRun:
             check_room(self.journal.folder, int(nbytes), shown=self.out)
 
     def _hidden_states(self) -> HiddenStateStore:
-        assert self.journal.folder is not None
         folder = self.journal.folder / "hidden" / str(self.journal.processes.rank)
         return HiddenStateStore(budget_bytes=self.options.max_memory_bytes, folder=folder)
 
     def _write(self, model: PreTrainedModel, tokenizer: Any, report: CompressionReport, watch: Stopwatch) -> None:
         """The output, complete, in the journal's folder."""
-        assert self.journal.folder is not None
         stage = self.journal.folder / STAGE
         try:
             with watch("save"):
