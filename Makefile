@@ -6,7 +6,7 @@ VLLM := .venv-vllm/bin
 VLLM_READY := .venv-vllm/.ready
 VLLM_VERSION := 0.32.0
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all fuzz test-vllm test-hosts test-transformers4 test-mlx test-llamacpp test-openvino lint bench targets inference quality
+.PHONY: help setup demo test test-all fuzz test-vllm test-hosts test-transformers4 test-mlx test-openvino lint bench targets inference quality
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile
@@ -68,9 +68,9 @@ $(VLLM_READY): $(READY)
 	LORAP_SKIP_BUILD=1 $(VLLM)/python -m pip install --quiet --no-build-isolation --editable .
 	touch $@
 
-# Hosts without lorap, each in an environment of its own, on folders and files that .venv makes. torch first, as above.
+# Hosts without lorap, each in an environment of its own, on folders that .venv makes. torch first, as above.
 HOSTS := HOST_FOLDERS=$(CURDIR)/.cache/hosts OMP_NUM_THREADS=1
-test-hosts: test-transformers4 test-mlx test-llamacpp test-openvino ## exported models in transformers 4, mlx-lm, llama.cpp and OpenVINO GenAI
+test-hosts: test-transformers4 test-mlx test-openvino ## exported models in transformers 4, mlx-lm and OpenVINO GenAI
 
 .cache/hosts/expected.json: $(READY) tests/hosts/make_folders.py $(wildcard lorap/*.py lorap/*/*.py)
 	$(BIN)/python benchmarks/assets.py
@@ -81,9 +81,6 @@ test-transformers4: .cache/hosts/expected.json .venv-transformers4/.ready
 
 test-mlx: .cache/hosts/expected.json .venv-mlx/.ready
 	$(HOSTS) .venv-mlx/bin/python -m pytest --noconftest tests/hosts/test_mlx.py -s --quiet
-
-test-llamacpp: .cache/hosts/expected.json .venv-llamacpp/.ready
-	$(HOSTS) .venv-llamacpp/bin/python -m pytest --noconftest tests/hosts/test_llamacpp.py -s --quiet
 
 test-openvino: .cache/hosts/expected.json .venv-openvino/.ready
 	$(HOSTS) .venv-openvino/bin/python -m pytest --noconftest tests/hosts/test_openvino.py -s --quiet
@@ -97,11 +94,6 @@ test-openvino: .cache/hosts/expected.json .venv-openvino/.ready
 .venv-mlx/.ready:
 	$(PYTHON) -m venv .venv-mlx
 	.venv-mlx/bin/python -m pip install --quiet mlx-lm==0.32.2 'mlx[cpu]==0.32.4' pytest
-	touch $@
-
-.venv-llamacpp/.ready:
-	$(PYTHON) -m venv .venv-llamacpp
-	.venv-llamacpp/bin/python -m pip install --quiet xllamacpp==2026.10.11549 pytest
 	touch $@
 
 # torchvision is asked for by optimum only, and any version but this one replaces torch by its CUDA build.

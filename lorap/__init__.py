@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     from lorap.config import CompressionConfig
     from lorap.evaluation.inspection.inspect import inspect_model
     from lorap.evaluation.perplexity import evaluate
-    from lorap.integrations.stock import export_gguf, export_stock
+    from lorap.integrations.deci import export_deci
+    from lorap.integrations.llamacpp import export_gguf
+    from lorap.integrations.stock import export_stock
     from lorap.nn.fused import merge_shared_inputs, optimize_for_inference
     from lorap.nn.linear import LowRankLinear
     from lorap.recovery.config import TuningConfig
@@ -68,6 +70,7 @@ __all__ = [
     "compress",
     "compress_to_folder",
     "evaluate",
+    "export_deci",
     "export_gguf",
     "export_stock",
     "factorize",
@@ -92,7 +95,9 @@ _HOMES = {
     "lorap.config": ("CompressionConfig",),
     "lorap.evaluation.inspection.inspect": ("inspect_model",),
     "lorap.evaluation.perplexity": ("evaluate",),
-    "lorap.integrations.stock": ("export_gguf", "export_stock"),
+    "lorap.integrations.deci": ("export_deci",),
+    "lorap.integrations.llamacpp": ("export_gguf",),
+    "lorap.integrations.stock": ("export_stock",),
     "lorap.nn.fused": ("merge_shared_inputs", "optimize_for_inference"),
     "lorap.nn.linear": ("LowRankLinear",),
     "lorap.recovery.recover": ("Recovery", "recover"),

@@ -66,6 +66,21 @@ class Architecture:
         """The seven linear layers of one dense decoder layer, by role."""
         return {role: layer.get_submodule(path) for role, path in self.projections.items()}  # type: ignore[misc]
 
+    def ffn_widths(self, model: nn.Module) -> list[int]:
+        """Channels of each layer's FFN."""
+        return [self.linears(layer)["down_proj"].in_features for layer in self.decoder_layers(model)]
+
+    def zeros_to_pad(self, model: nn.Module) -> int:
+        """Parameters that fill up every FFN to the widest."""
+        widths = self.ffn_widths(model)
+        hidden = self.linears(self.decoder_layers(model)[0])["down_proj"].out_features
+        return 3 * hidden * sum(max(widths) - width for width in widths)
+
+    def roles_with_bias(self, model: nn.Module) -> set[str]:
+        """Projections that have a bias in some layer."""
+        layers = self.decoder_layers(model)
+        return {role for layer in layers for role, linear in self.linears(layer).items() if linear.bias is not None}
+
     def module_name(self, index: int, role: str) -> str:
         """Full name of a projection, as in the checkpoint."""
         return f"{self.layers}.{index}.{self.projections[role]}"

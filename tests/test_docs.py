@@ -66,6 +66,7 @@ MADE = {"README.md": "small", "recovery.md": "tuned"}
 # begins with -> the tests that see to it
 ELSEWHERE = {
     "vllm serve": "tests/vllm",
+    "llama-cli": "tests/test_llamacpp.py",
     "pip download": "tests/test_tasks.py, with files made there",
     "pip install --no-build-isolation": "every set-up",
     "pip install setuptools": "every set-up",

@@ -29,7 +29,8 @@ from lorap.checkpoint.load import find_model
 from lorap.cli import app
 from lorap.cli.export import savings
 from lorap.evaluation.info import describe_model, format_info
-from lorap.integrations.stock import make_stock, overflow_warning, width_cost
+from lorap.integrations.llamacpp import overflow_warning, width_cost
+from lorap.integrations.stock import make_stock
 from lorap.nn.linear import new_linear
 
 # One process for all tests: starting it takes longer than they do. It is given a folder a line, and says what it made of it.
@@ -252,7 +253,7 @@ def test_a_failed_export_leaves_nothing(small_folder, tmp_path, monkeypatch) -> 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["plain", "--format", "onnx"], "unknown format 'onnx'; choose from stock, gguf"),
+        (["plain", "--format", "onnx"], "unknown format 'onnx'; choose from stock, gguf, deci"),
         (["small"], "overlaps the source model"),
         (["small/inside"], "overlaps the source model"),
         (["model"], "is not empty; choose a new folder or pass --overwrite"),
@@ -417,13 +418,36 @@ def test_target_stock_beyond_the_ffns_is_refused_before_any_work(model_folder, s
     ("width", "words"),
     [
         (90, ["90", "no multiple of 32", "2 down projections (11,520 parameters)", "23,040 bytes", "6,480 in Q4_0"]),
-        (96, ["multiple of 32", "not of 256", "(12,288 parameters)", "8,448 bytes in Q5_0", "6,912 in Q4_K"]),
+        (
+            96,
+            [
+                "multiple of 32",
+                "not of 256",
+                "(12,288 parameters)",
+                "8,448 bytes in Q5_0",
+                "6,912 in Q4_K",
+                "--width-multiple 256",
+            ],
+        ),
         (256, ["FFN width 256 is a multiple of 256"]),
     ],
 )
 def test_what_a_width_costs(width, words, make_model) -> None:
     found = width_cost(make_model("llama-gqa", intermediate_size=width))
     assert all(word in found for word in words), found
+
+
+def test_what_widths_of_their_own_cost(make_model) -> None:
+    """Counted over the layers that pay."""
+    model = make_model("llama-gqa", intermediate_size=256)
+    for width, words in (
+        (96, ["from 96 to 256", "not all of 256", "1 down projections (6,144 parameters)"]),
+        (37, ["not all", "2,368"]),
+    ):
+        down = model.model.layers[1].mlp.down_proj
+        model.model.layers[1].mlp.down_proj = new_linear(down.weight.data[:, :width], None)
+        found = width_cost(model)
+        assert all(word in found for word in words), found
 
 
 def test_activations_near_the_end_of_float16_are_told(make_model, tokens, tmp_path) -> None:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import lorap
 from lorap.calibration import read_source
-from lorap.checkpoint.gguf.writing import pre_tokenizer_name
+from lorap.checkpoint.gguf.vocabulary import pre_tokenizer_name
 from lorap.checkpoint.load import find_model, load_model, load_tokenizer
 from lorap.cli import app
 
@@ -258,7 +258,7 @@ MSCALE = {
     ("family", "options", "message"),
     [
         ("smollm3", {}, "no GGUF for model type 'smollm3'; possible: llama, mistral, qwen2, qwen3"),
-        ("mistral", {}, "the attention window of 8 tokens has no place in GGUF's llama architecture"),
+        ("mistral", {}, "the attention window of 8 tokens has no place"),
         (
             "llama-gqa",
             {"rope_parameters": DYNAMIC},

@@ -20,6 +20,7 @@ import lorap
 from lorap.calibration.sources import shipped_texts
 from lorap.calibration.windows import consecutive_windows, draw_windows
 from lorap.checkpoint.folders import read_tensors
+from lorap.checkpoint.gguf.header import read_gguf
 from lorap.checkpoint.load import find_model, load_model, load_tokenizer
 
 pytestmark = pytest.mark.real_model
@@ -149,6 +150,26 @@ def test_best_loads_back_with_the_measured_quality(best, text):
         text, AutoTokenizer.from_pretrained(out), seq_len=128, max_tokens=4096, vocab_size=49152
     )
     assert lorap.evaluate(model, windows).nats == pytest.approx(report["evaluations"][0]["after"]["nats"], abs=1e-6)
+
+
+@torch.no_grad()
+def test_llama_cpp_says_the_same(best, text, tmp_path):
+    """Exported in 16 bits, each FFN as wide as it became: the loss of the checkpoint, and its answer."""
+    pytest.importorskip("xllamacpp")
+    from llamacpp_host import Host
+
+    out, _, _ = best
+    tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out)
+    ids = tokenizer(text.read_text("utf-8")[:400])["input_ids"][:64]
+    losses = torch.nn.functional.cross_entropy(model(torch.tensor([ids])).logits[0, 31:-1], torch.tensor(ids[32:]))
+    question = tokenizer("The capital of France is")["input_ids"]
+    answer = model.generate(torch.tensor([question]), max_new_tokens=8, do_sample=False)[0, len(question) :].tolist()
+    file = lorap.export_gguf(model.half(), tmp_path / "file", tokenizer=tokenizer) / "file-F16.gguf"
+    assert len(set(read_gguf(file).values["deci.feed_forward_length"])) > 10
+    host = Host(file)
+    assert sum(host.losses(ids, 32)) / 32 == pytest.approx(losses.item(), abs=0.01)
+    assert host.greedy(question, 8) == answer
+    assert host.tokens("In 1984,  <|im_start|>") == tokenizer("In 1984,  <|im_start|>")["input_ids"]
 
 
 @torch.no_grad()

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Optional
 
 import typer
 
+from lorap.architectures import known_architecture
+from lorap.checkpoint.gguf.header import read_gguf
 from lorap.checkpoint.load import find_model
 from lorap.cli.common import AsJson, Debug, Dtype, Model, Quiet, be_quiet, tell_next, user_errors
 from lorap.cli.models import open_model
 from lorap.errors import ConfigError
 from lorap.evaluation.info import describe_model, report_beside
-from lorap.integrations.stock import export_gguf, export_stock, overflow_warning, width_cost
+from lorap.integrations.deci import CONFIG_FILE, export_deci
+from lorap.integrations.llamacpp import export_gguf, overflow_warning, width_cost, width_range
+from lorap.integrations.stock import export_stock
 from lorap.nn.linear import count_parameters
 from lorap.outputs import check_output
 from lorap.system import parse_bytes
 
-FORMATS = ("stock", "gguf")
+FORMATS = ("stock", "gguf", "deci")
 
 
 def export_command(
@@ -29,9 +33,17 @@ def export_command(
         bool,
         typer.Option(
             "--pad-widths",
-            help="Fill up FFNs narrower than the widest with zeros, where layers differ: exact, but larger.",
+            help="stock and gguf: fill up FFNs narrower than the widest with zeros, where layers differ: exact, but larger.",
         ),
     ] = False,
+    quantize: Annotated[
+        Optional[str],
+        typer.Option(
+            help="gguf: fewer bits, by llama.cpp's names: Q8_0, and by its llama-quantize, where that is on the PATH, "
+            "Q4_K_M and the others.",
+            metavar="TYPE",
+        ),
+    ] = None,
     dtype: Dtype = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DEST if it exists.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file: 5GB, 500MiB, bytes.")] = "5GB",
@@ -43,23 +55,27 @@ def export_command(
 
     \b
     Formats:
-      stock    an ordinary Hugging Face folder (LlamaForCausalLM, ...): attention is dense again, the FFN stays narrower
-      gguf     the same as one file for llama.cpp, with the tokenizer: F32, F16 or BF16, as --dtype says
+      stock    an ordinary Hugging Face folder (LlamaForCausalLM, ...), whose FFNs have one width
+      deci     the same for vLLM, each FFN as wide as it is; vLLM runs the folder's own 20 lines of Python for its config, and so
+               wants --trust-remote-code
+      gguf     one file for llama.cpp, with the tokenizer; each FFN as wide as it is; F32, F16 or BF16, as --dtype says
 
     \b
-    What low-rank attention saved is given back here. To save the same without lorap, plan for it from the start:
-    lorap compress MODEL OUT --target stock.
+    Attention is dense again: what its factors saved is given back here. To save the same without lorap, plan for it from the
+    start: lorap compress MODEL OUT --target stock.
 
     \b
     Example:
       lorap export ./small ./plain
       lorap export ./small ./plain --pad-widths --dtype bfloat16
-      lorap export ./small ./file --format gguf --dtype float16
+      lorap export ./small ./file --format gguf --quantize Q8_0
     """
     with user_errors(debug, as_json) as answer:
         be_quiet(quiet)
         if format not in FORMATS:
             raise ConfigError(f"unknown format {format!r}; choose from {', '.join(FORMATS)}")
+        if quantize and format != "gguf":
+            raise ConfigError(f"--quantize {quantize} makes GGUF files, and --format is {format}; add --format gguf")
         shard_bytes = parse_bytes(max_shard_size)
         source = find_model(model)
         check_output(dest, source=source.folder, overwrite=overwrite)
@@ -67,35 +83,41 @@ def export_command(
         before = count_parameters(loaded)
         readme = source.folder / "README.md" if source.folder else None
         card = readme.read_text("utf-8") if readme is not None and readme.is_file() else ""
-        options: dict[str, Any] = {
-            "tokenizer": tokenizer,
-            "card": card,
-            "pad_widths": pad_widths,
-            "overwrite": overwrite,
-        }
+        options: dict[str, Any] = {"tokenizer": tokenizer, "card": card, "overwrite": overwrite}
         if format == "gguf":
-            export_gguf(loaded, dest, **options)
+            export_gguf(loaded, dest, pad_widths=pad_widths, quantize=quantize and quantize.upper(), **options)
+        elif format == "deci":
+            export_deci(loaded, dest, max_shard_size=shard_bytes, **options)
         else:
-            export_stock(loaded, dest, max_shard_size=shard_bytes, **options)
-        after, dense = count_parameters(loaded), describe_model(source)["params_before"]
-        typer.echo(savings(dense, before, after))
-        typer.echo(f"{type(loaded).__name__}, FFN width {loaded.config.intermediate_size:,}, {loaded.dtype}")
+            export_stock(loaded, dest, pad_widths=pad_widths, max_shard_size=shard_bytes, **options)
+        told = _facts(loaded, dest, format)
+        told |= {"params_dense": describe_model(source)["params_before"], "params_compressed": before}
+        typer.echo(savings(told["params_dense"], before, told["params"]))
+        kind = f"llama.cpp's architecture {told['architecture']}" if format == "gguf" else told["class"]
+        typer.echo(f"{kind}, {width_range(told['intermediate_sizes'])}, {quantize or loaded.dtype}")
         typer.echo(width_cost(loaded))
         if warning := overflow_warning(report_beside(source), loaded.dtype):
             typer.echo(f"warning: {warning}", err=True)
         typer.echo(f"saved to {dest}")
         tell_next(next_steps(dest, format), quiet=quiet, as_json=as_json)
-        answer(
-            {
-                "out": str(dest),
-                "format": format,
-                "class": type(loaded).__name__,
-                "intermediate_size": loaded.config.intermediate_size,
-                "params_dense": dense,
-                "params_compressed": before,
-                "params": after,
-            }
-        )
+        answer(told)
+
+
+def _facts(exported: Any, dest: Path, format: str) -> dict[str, Any]:
+    """What ``--json`` tells of an export."""
+    widths = known_architecture(exported, to="export").ffn_widths(exported)
+    told = {
+        "out": str(dest),
+        "format": format,
+        "class": type(exported).__name__,
+        "intermediate_size": max(widths),
+        "intermediate_sizes": widths,
+        "params": count_parameters(exported),
+    }
+    if format == "gguf":
+        (file,) = dest.glob("*.gguf")
+        told |= {"file": file.name, "bytes": file.stat().st_size, "architecture": read_gguf(file).architecture}
+    return told
 
 
 def savings(dense: int | None, compressed: int, exported: int) -> str:
@@ -130,12 +152,14 @@ def next_steps(dest: Path, format: str) -> list[tuple[str, str]]:
     """How to open what was written in the host that it is for."""
     if format == "gguf":
         name = next((path.name for path in sorted(dest.glob("*.gguf"))), "*.gguf")
-        file, smaller = (shlex.quote(str(path)) for path in (dest / name, dest / f"{dest.name}-Q8_0.gguf"))
+        file = shlex.quote(str(dest / name))
         return [
             (f'llama-cli -m {file} -p "..."', "run it in llama.cpp"),
-            (f"llama-quantize {file} {smaller} Q8_0", "fewer bits"),
+            (f"llama-server -m {file}", "or serve it"),
         ]
     folder = shlex.quote(str(dest))
+    if format == "deci":
+        return [(f"vllm serve {folder} --trust-remote-code", f"serve it; this runs {folder}/{CONFIG_FILE}")]
     return [
         (f'AutoModelForCausalLM.from_pretrained("{dest}")', "open it in transformers, without lorap"),
         (f"vllm serve {folder}", "or serve it"),

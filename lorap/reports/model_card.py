@@ -39,12 +39,6 @@ _USE = """## Use
 model = AutoModelForCausalLM.from_pretrained("this folder")
 ```
 """
-_USE_GGUF = """## Use
-
-```bash
-llama-cli -m {file} -p "The capital of France is"
-```
-"""
 # An exported folder has no such page.
 _PAGE_LINK = f"All of it, layer by layer, with charts: [{PAGE}]({PAGE}).\n"
 _PLUG_IN = "import lorap  # teaches transformers to open this checkpoint\n"
@@ -168,31 +162,36 @@ def _source_lines(sources: Sequence[dict[str, Any]]) -> str:
     return "\n\n" + "\n".join(rows)
 
 
-def stock_card(card: str, name: str, class_name: str, params: int, compressed_params: int, gguf_file: str = "") -> str:
+def stock_card(
+    card: str,
+    name: str,
+    what: str,
+    params: int,
+    compressed_params: int,
+    *,
+    kind: str = "stock",
+    use: str = _USE.format(note=""),
+) -> str:
     """README.md of an exported checkpoint, from that of the compressed one; a short one where ``card`` is empty.
 
     Args:
         card: of the compressed checkpoint.
         name: of the exported one, where there is no card to take it from.
-        class_name: such as LlamaForCausalLM.
+        what: it is, such as "an ordinary LlamaForCausalLM that opens without lorap".
         params: of the exported model.
         compressed_params: of the compressed model.
-        gguf_file: name of the file, where it is one.
+        kind: the format that ``lorap export`` was given.
+        use: how it is opened, in Markdown with a heading.
     """
     card = card.replace(f"{_PAGE_LINK}\n", "")
-    use = _USE_GGUF.format(file=gguf_file) if gguf_file else _USE.format(note="")
-    dense_use = _USE.format(note="")
-    with_plug_in = _USE.format(note=_PLUG_IN)
     grown = f", in place of {compressed_params:,} in the compressed checkpoint" if compressed_params != params else ""
-    kind = "gguf" if gguf_file else "stock"
     about = f"""## Exported
 
-Written by `lorap export --format {kind}`: an ordinary {class_name} that opens without lorap. Low-rank projections
-are dense again and all FFNs have one width, that of the widest, so the model has {params:,} parameters{grown}.
+Written by `lorap export --format {kind}`: {what}.
+Low-rank projections are dense again, so the model has {params:,} parameters{grown}.
 """
-    if with_plug_in in card:
-        return card.replace(with_plug_in, use + "\n" + about)
-    if dense_use in card:
-        return card.replace(dense_use, use + "\n" + about)
+    for old in (_USE.format(note=_PLUG_IN), _USE.format(note="")):
+        if old in card:
+            return card.replace(old, use + "\n" + about)
     tags = "library_name: transformers\npipeline_tag: text-generation\ntags:\n- lorap"
     return f"---\n{tags}\n---\n\n# {name}\n\n{use}\n{about}"

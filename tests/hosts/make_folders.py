@@ -1,4 +1,4 @@
-"""Folders and files for other hosts to open, and what transformers 5 makes of them: python tests/hosts/make_folders.py OUT.
+"""Folders for other hosts to open, and what transformers 5 makes of them: python tests/hosts/make_folders.py OUT.
 
 Run with lorap; the tests beside this file run without it, each in its host's own environment, with HOST_FOLDERS=OUT.
 ``expected.json`` has the tokens of a paragraph and the loss of each after the first, by folder.
@@ -32,7 +32,6 @@ KINDS = {
     "qwen2": ("Qwen2", {"rope_type": "default", "rope_theta": 3000.0}),
     "qwen3": ("Qwen3", {"rope_type": "default", "rope_theta": 3000.0}),
 }
-IN_GGUF = ("llama", "llama3", "qwen2", "qwen3")
 REAL = Path(".cache/SmolLM2-135M-Instruct")
 
 
@@ -91,14 +90,11 @@ def main(out: Path) -> None:
         if name == "llama":
             lorap.save(model, out / "compressed", report=report, tokenizer=tokenizer)
         lorap.export_stock(model, out / name, tokenizer=tokenizer)
-        if name in IN_GGUF:
-            lorap.export_gguf(model, out / f"{name}-gguf", tokenizer=tokenizer)
         expected[name] = expectation(out / name, tokens[:1])
     if any(REAL.glob("*.gguf")):
         source = find_model(REAL)
         model, tokenizer = load_model(source), load_tokenizer(source)
         lorap.export_stock(model, out / "smollm2", tokenizer=tokenizer)
-        lorap.export_gguf(model.half(), out / "smollm2-gguf", tokenizer=tokenizer)
         ids = torch.tensor([tokenizer(TEXT[:1000])["input_ids"][:200]])
         expected["smollm2"] = expectation(out / "smollm2", ids)
     text = "Naïve <|turn|>tokens 1234<eos>\n\n  and spaces"

@@ -50,6 +50,7 @@ SHAPES = [
     ({"k_proj": 23, "down_proj": 31, "up_proj": 37}, None),
     ({"q_proj": 11, "k_proj": 12, "v_proj": 13}, 90),
 ]
+WHOLE = [({}, 256), ({"q_proj": 41}, None), ({}, 256)]
 # What the logits of two hosts may differ by in float32.
 TIE = 1e-3
 
@@ -320,6 +321,31 @@ def test_without_the_plugin_only_exported_folders_open(real, real_prompts, small
     refused, answers = vllm_says(jobs, VLLM_PLUGINS="")
     assert "Unknown quantization method: lorap" in refused["error"]
     check_greedy(stock, real_prompts[:5], answers)
+
+
+def test_a_width_per_layer_needs_no_plugin(small, small_prompts, make_model, tmp_path):
+    """Folders of DeciLMForCausalLM, with a config class that vLLM runs if it may."""
+    windowless = make_model("mistral", **SMALL | {"sliding_window": None})
+    sources = {
+        "llama": small["llama"],
+        "qwen2": small["qwen2"],
+        "mistral": shrink(windowless, tmp_path / "small", biases=True),
+        # Widths that are multiples of 256 have another field.
+        "whole": shrink(
+            make_model("llama-gqa", **SMALL | {"intermediate_size": 512}), tmp_path / "whole", shapes=WHOLE
+        ),
+    }
+    trusted, jobs = {"trust_remote_code": True}, []
+    for name, source in sources.items():
+        folder = lorap.export_deci(AutoModelForCausalLM.from_pretrained(source), tmp_path / f"deci-{name}")
+        jobs.append({"folder": folder, "prompts": small_prompts, "options": trusted})
+    blocks = [json.loads((job["folder"] / "config.json").read_text())["block_configs"] for job in jobs]
+    assert [block["ffn"].get("intermediate_size") for block in blocks[0]] == [67, 100, 90]
+    assert all("ffn_mult" in block["ffn"] for block in blocks[-1])
+    *answers, refused = vllm_says([*jobs, jobs[0] | {"options": {}}], VLLM_PLUGINS="")
+    assert "trust_remote_code" in refused["error"]
+    for source, answer in zip(sources.values(), answers, strict=True):
+        check_greedy(source, small_prompts, answer)
 
 
 def test_a_width_that_the_workers_do_not_divide_is_refused(make_model, small_prompts, tmp_path):

@@ -16,14 +16,14 @@ WRITTEN: Mapping[str, str] = MappingProxyType(
 # llama.cpp's architecture -> the class that computes the same.
 READ: Mapping[str, str] = MappingProxyType({"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"})
 # Rotary pairs are neighbours there; transformers keeps the halves of a head apart.
-INTERLEAVED = ("llama",)
+INTERLEAVED = ("llama", "deci")
 
 
 def gguf_names(architecture: str, num_layers: int, keys: Iterable[str]) -> dict[str, str | None]:
     """llama.cpp's name of each key of a state dict.
 
     Args:
-        architecture: llama.cpp's name of it, a value of ``WRITTEN``.
+        architecture: llama.cpp's name of it.
         num_layers: of the model.
         keys: names in its state dict.
 
