@@ -141,7 +141,7 @@ class CompressionConfig:
         storage: ``pivoted`` stores a rank-r matrix (m, n) in r (m + n - r) numbers instead of r (m + n), without loss.
         correction_steps: when all layers are compressed, so many small steps of all weights towards what the dense model predicts
             on the calibration windows, 1,536 tokens a step, none of them twice; fewer and smaller steps where there are fewer
-            tokens, and none that windows which no step has seen do not confirm. Sizes do not change.
+            tokens, and none that further windows, not calibrated on, do not confirm. Sizes do not change.
         target: who is to open the result. ``lorap``: hosts that have lorap. ``stock``: every host. Attention stays dense and all
             FFNs get one width, narrow enough for the whole sparsity, so ``allocation`` decides nothing and ``shapes`` is
             uniform; the same model costs more quality, and all of the saving is real without any plug-in.

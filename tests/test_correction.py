@@ -19,11 +19,11 @@ from lorap.calibration import TokenWindows
 from lorap.calibration.context import DecoderContext
 from lorap.calibration.offload import IN_MEMORY
 from lorap.calibration.stream import CalibrationStream
-from lorap.compression.correction import held_out_windows, step_windows
+from lorap.compression.correction import Correction, best_fraction, step_windows
 from lorap.compression.distillation import _ExactWeights, _Gradients, agree, divergences
 from lorap.distributed import Processes
 from lorap.errors import CalibrationError
-from lorap.reports.run import CorrectionReport
+from lorap.reports.run import CorrectionReport, correction_lines
 
 
 def another(model: Any) -> Any:
@@ -116,8 +116,8 @@ def test_later_steps_are_smaller(make_model: Callable[..., Any], tokens: Tensor)
             previous = module.weight.data.clone()
 
     corrected(model, another(model), tokens, torch.arange(8) >= 4, steps=4, keep=keep)
-    # Eight steps begin at the full size; three as the last three of eight, and their part of the windows is the last to judge.
-    assert largest == pytest.approx([3 / 8, 2 / 8, 1 / 8], rel=0.01)
+    # Eight steps begin at the full size; four as the last four of eight.
+    assert largest == pytest.approx([4 / 8, 3 / 8, 2 / 8, 1 / 8], rel=0.01)
 
 
 @pytest.mark.usefixtures("short_steps")
@@ -160,15 +160,15 @@ def test_gradients_that_are_not_finite_are_told(make_model: Callable[..., Any], 
     ("count", "seq_len", "asked", "sizes", "first"),
     [
         (128, 128, 8, [12, 13], 1),  # four fifths of the windows are enough
-        (108, 128, 8, [12], 1),
-        (107, 128, 8, [13, 14], 7 / 8),  # the eighth judges
+        (96, 128, 8, [12], 1),
+        (95, 128, 8, [13, 14], 7 / 8),
         (128, 128, 16, [12, 13], 1),
-        (63, 100, 4, [16], 3 / 8),
+        (63, 100, 4, [15, 16], 4 / 8),
         (63, 100, 2, [16], 2 / 8),
-        (24, 128, 8, [12], 1 / 8),
-        (7, 128, 8, [4], 1 / 8 * (3.5 / 12) ** 0.5),
-        (2, 128, 8, [1], 1 / 8 * (1 / 12) ** 0.5),
-        (6, 2048, 8, [2], 2 / 8),  # two windows, however long
+        (24, 128, 8, [12], 2 / 8),
+        (7, 128, 8, [7], 1 / 8 * (7 / 12) ** 0.5),
+        (1, 128, 8, [1], 1 / 8 * (1 / 12) ** 0.5),
+        (6, 2048, 8, [2], 3 / 8),  # two windows, however long
     ],
 )
 def test_windows_of_each_step(count: int, seq_len: int, asked: int, sizes: list[int], first: float) -> None:
@@ -185,7 +185,6 @@ def test_windows_of_each_step(count: int, seq_len: int, asked: int, sizes: list[
     found = list(step_windows(windows, folds, plan))
     assert len(found) == plan.steps
     assert sorted({len(part.input_ids) for part, _ in found}) == sizes
-    found.append(held_out_windows(windows, folds, plan))
     used = [row for part, _ in found for row in part.input_ids[:, 0].tolist()]
     assert len(set(used)) == len(used)
     for fold in (False, True):
@@ -196,7 +195,7 @@ def test_windows_of_each_step(count: int, seq_len: int, asked: int, sizes: list[
         torch.testing.assert_close(part.attention_mask, mask[rows])
         assert (halves is None and len(set(folds[rows].tolist())) == 1) or torch.equal(halves, folds[rows])
     # From the whole range, not from its beginning.
-    assert max(used) - min(used) >= 0.8 * (count - 1)
+    assert max(used) - min(used) >= 0.7 * (count - 1)
 
 
 @pytest.mark.usefixtures("short_steps")
@@ -291,31 +290,91 @@ def test_steps_that_hurt_unseen_windows_are_undone(
 ) -> None:
     """To the bit; and the same steps of a sensible size stay."""
     dense = make_model("llama-gqa").to(getattr(torch, dtype))
-    plain, _ = compress_small(copy.deepcopy(dense), correction_steps=0)
-    taken, report = compress_small(copy.deepcopy(dense), correction_steps=3)
+    options = {"calibration": torch.randint(3, 500, (12, 32), generator=torch.Generator().manual_seed(0))}
+    taken, report = compress_small(copy.deepcopy(dense), correction_steps=3, **options)
     assert (report.correction.taken, report.correction.tried, report.correction.asked) == (3, 3, 3)
     assert report.correction.unseen_tokens == 64
     assert len(report.correction.before) == 2
     assert agree(report.correction.before, report.correction.after)
+    monkeypatch.setattr("lorap.compression.correction.distill", lambda *_, **__: None)
+    plain, _ = compress_small(copy.deepcopy(dense), correction_steps=3, **options)
     assert not same(taken, plain)
+    monkeypatch.undo()
+    monkeypatch.setattr("lorap.algorithms.step_schedule.STEP_TOKENS", 64)
     monkeypatch.setattr("lorap.algorithms.step_schedule.RATE", 30.0)
-    undone, report = compress_small(copy.deepcopy(dense), correction_steps=3)
+    undone, report = compress_small(copy.deepcopy(dense), correction_steps=3, **options)
     assert (report.correction.taken, report.correction.tried) == (0, 3)
     assert not agree(report.correction.before, report.correction.after)
     assert same(undone, plain)
 
 
-@pytest.mark.parametrize(("count", "tried"), [(1, 0), (2, 1), (5, 1)])
-def test_one_window_leaves_nothing_to_judge_by(
-    make_model: Callable[..., Any], compress_small: Callable[..., Any], tokens: Tensor, count: int, tried: int
+def test_the_best_fraction_of_the_way() -> None:
+    before = (2.0, 1.0)
+    after = {1.0: (2.1, 0.2), 0.75: (1.875, 0.875), 0.5: (1.75, 0.75), 0.25: (1.875, 0.625)}
+    assert best_fraction(before, after) == 0.5  # as close as at 0.25, and farther
+    assert best_fraction(before, {1.0: (math.nan, 0.1), 0.5: (2.0, 0.5)}) == 0.0
+    assert best_fraction((2.0,), {1.0: (1.9,), 0.5: (1.95,)}) == 1.0
+
+
+@pytest.mark.usefixtures("short_steps")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_lie_where_the_judges_say(
+    make_model: Callable[..., Any], compress_small: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
+    """Between those before the steps and those behind them, and the report's divergence is of these weights."""
+    dense = make_model("llama-gqa").to(getattr(torch, dtype))
+    options = {"calibration": torch.randint(3, 500, (12, 32), generator=torch.Generator().manual_seed(0))}
+    found, divergence = {}, {}
+    for fraction in (0.0, 0.25, 1.0):
+        monkeypatch.setattr("lorap.compression.correction.best_fraction", lambda *_, chosen=fraction: chosen)
+        model, report = compress_small(copy.deepcopy(dense), correction_steps=3, **options)
+        assert (report.correction.fraction, report.correction.taken) == (fraction, 3 if fraction else 0)
+        found[fraction], divergence[fraction] = model.state_dict(), report.correction.after
+    assert divergence[0.25] != divergence[1.0] == divergence[0.0]
+    moved = 0
+    for name, start in found[0.0].items():
+        expected = torch.lerp(start.double(), found[1.0][name].double(), 0.25) if start.is_floating_point() else start
+        tolerance = 1e-6 if dtype == "float32" else 8e-3
+        torch.testing.assert_close(found[0.25][name].to(expected.dtype), expected, rtol=tolerance, atol=tolerance / 100)
+        moved += not torch.equal(found[0.25][name], start)
+    assert moved > 10
+
+
+def test_windows_that_judge_are_not_calibrated_on(
+    make_model: Callable[..., Any], compress_small: Callable[..., Any]
+) -> None:
+    """Of a stream there are others; of a matrix of windows some are set aside where it has five times as many; else no step."""
     dense = make_model("llama-gqa")
-    options = {"calibration": tokens[:count], "num_calibration_samples": count}
-    found, report = compress_small(copy.deepcopy(dense), correction_steps=8, **options)
-    assert (report.correction.tried, report.correction.windows, report.correction.enough) == (tried, count, 9 * 48)
-    if not tried:
-        assert report.correction == CorrectionReport(8, 0, 0, windows=1, enough=432)
-        assert same(found, compress_small(copy.deepcopy(dense), correction_steps=0, **options)[0])
+    stream = torch.randint(3, 500, (32 * 100,), generator=torch.Generator().manual_seed(0))
+    options = {"calibration_seq_len": 32, "correction_steps": 8}
+    _, report = compress_small(copy.deepcopy(dense), stream, num_calibration_samples=7, **options)
+    assert (report.correction.tried, report.correction.windows, report.correction.enough) == (1, 7, 8 * 48)
+    assert (report.calibration["windows"], report.correction.unseen_tokens) == (7, 48 * 32)
+    matrix = stream[: 32 * 7].view(7, 32)
+    found, report = compress_small(copy.deepcopy(dense), matrix, **options)
+    assert report.correction == CorrectionReport(8, 0, 0, windows=7)
+    assert "none is left" in correction_lines(report.correction)[0]
+    assert same(found, compress_small(copy.deepcopy(dense), matrix, **(options | {"correction_steps": 0}))[0])
+
+
+def test_judges_are_set_aside_of_many_windows(
+    make_model: Callable[..., Any], compress_small: Callable[..., Any]
+) -> None:
+    matrix = torch.randint(3, 500, (240, 32), generator=torch.Generator().manual_seed(0))
+    seen: dict[str, Tensor] = {}
+
+    def note(*given: Any) -> Correction:
+        seen.update(calibrated=given[2].input_ids, held=given[3].input_ids)
+        return Correction(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lorap.compression.pipeline.Correction", note)
+        _, report = compress_small(make_model("llama-gqa"), matrix, correction_steps=1)
+    rows = [{tuple(row) for row in ids.tolist()} for ids in seen.values()]
+    assert (len(rows[0]), len(rows[1])) == (192, 48)
+    assert rows[0] | rows[1] == {tuple(row) for row in matrix.tolist()}
+    assert report.calibration["windows"] == report.correction.windows == 192
+    assert report.calibration["sources"][0]["windows"] == 192
 
 
 def same(one: Any, other: Any) -> bool:

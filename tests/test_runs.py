@@ -260,12 +260,13 @@ def test_goes_on_behind_the_last_step(step: str, source: Path, tokens: Path, tmp
 @pytest.mark.parametrize(
     "held", ["paged", *(pytest.param(one, marks=pytest.mark.slow) for one in ("stays", "in memory"))]
 )
-@pytest.mark.parametrize(("rate", "taken"), [(0.036, 2), (30.0, 0)], ids=["taken", "undone"])
+@pytest.mark.parametrize(("fraction", "taken"), [(1.0, 2), (0.5, 2), (0.0, 0)])
 def test_a_judgement_that_was_interrupted_comes_out_the_same(
-    rate: float, taken: int, held: str, source: Path, tokens: Path, tmp_path: Path, monkeypatch: Any
+    fraction: float, taken: int, held: str, source: Path, tokens: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """Before it was written down, and right behind that."""
-    monkeypatch.setattr("lorap.algorithms.step_schedule.RATE", rate)
+    np.save(tokens, np.random.default_rng(0).integers(0, 500, 40 * 32))  # more than is calibrated on
+    monkeypatch.setattr("lorap.compression.correction.best_fraction", lambda *_: fraction)
     monkeypatch.setattr("lorap.checkpoint.paging._fits_as_resident", lambda device, nbytes: held == "stays")
     if held == "in memory":
         monkeypatch.setattr("lorap.checkpoint.load.paged_model", lambda *args, **kwargs: None)

@@ -1,8 +1,8 @@
 """How many correction steps there are, and how large they are, from the tokens that there are.
 
 Signs of gradients are noise too often where tokens are few. One full step on 16 windows undid more than all the rest of the
-recipe had gained (docs/recipes.md), so steps are smaller where they are few or short, and some windows are kept from all of
-them, to say whether they helped.
+recipe had gained (docs/recipes.md), so steps are smaller where they are few or short, and windows that neither they nor the
+statistics have seen say whether they helped.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ class Schedule:
 
     Args:
         asked: steps that are wanted.
-        parts: of the windows, each with some of all sources, and of both folds where it can; one for each step, and the last to
-            judge by.
+        parts: of the windows, each with some of all sources, and of both folds where it can; at least one for each step.
         rates: how far each step moves; as many as there are windows for.
         enough: windows that would be enough for all steps.
     """
@@ -45,19 +44,21 @@ class Schedule:
 
 
 def schedule(windows: int, seq_len: int, asked: int) -> Schedule:
-    """The steps that so many windows are enough for: of ``STEP_TOKENS`` each, or half of what there is.
-
-    A part has at least two windows where there are enough, so that there may be one of each fold. One window alone leaves nothing
-    to judge by, so there is no step.
+    """The steps that so many windows are enough for: of ``STEP_TOKENS`` each, or of all that there is.
 
     Args:
         windows: of calibration.
         seq_len: tokens of each.
         asked: steps that are wanted.
     """
-    full = max(2, STEP_TOKENS // seq_len)
-    parts = max(2, windows // full) if windows > 1 else 1
-    steps = min(asked, parts - 1)
+    full = windows_of_a_step(seq_len)
+    parts = max(1, windows // full)
+    steps = min(asked, parts)
     first = RATE * min(1.0, steps / FULL_STEPS) * min(1.0, windows / parts / full) ** 0.5
     rates = tuple(first * (1 - step / steps) for step in range(steps))
-    return Schedule(asked, parts, rates, (asked + 1) * full)
+    return Schedule(asked, parts, rates, asked * full)
+
+
+def windows_of_a_step(seq_len: int) -> int:
+    """How many windows have ``STEP_TOKENS``: at least two, so that there may be one of each fold."""
+    return max(2, STEP_TOKENS // seq_len)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -90,7 +90,32 @@ def draw_windows(
     vocab_size: int,
     sampler: Sampler | None = None,
 ) -> TokenWindows:
-    """Draw ``num_samples`` windows of ``seq_len`` tokens from one source, or from several by weight.
+    """:func:`draw_with_spare` without spare windows."""
+    windows, _ = draw_with_spare(
+        sources,
+        tokenizer,
+        num_samples=num_samples,
+        num_spare=0,
+        seq_len=seq_len,
+        seed=seed,
+        vocab_size=vocab_size,
+        sampler=sampler,
+    )
+    return windows
+
+
+def draw_with_spare(
+    sources: Sources,
+    tokenizer: Any,
+    *,
+    num_samples: int,
+    num_spare: int,
+    seq_len: int,
+    seed: int,
+    vocab_size: int,
+    sampler: Sampler | None = None,
+) -> tuple[TokenWindows, TokenWindows | None]:
+    """Draw ``num_samples`` windows of ``seq_len`` tokens from one source, or from several by weight, and others beside them.
 
     Each of several sources gives its share of the windows (:func:`lorap.calibration.mixtures.split_by_weight`), and all of
     them in the order of the sources. A token matrix of shape (windows, seq_len), or a mapping with ``input_ids`` and
@@ -101,10 +126,15 @@ def draw_windows(
         sources: one source, or several with weights, as for :func:`lorap.compress`.
         tokenizer: reads texts; None where all sources are tokens.
         num_samples: windows in all.
+        num_spare: further windows, by weight from the texts and tokens alone, because what is written takes time.
         seq_len: tokens per window.
         seed: which windows are drawn.
         vocab_size: rows of the embedding.
         sampler: writes the windows of ``self``; None where nothing can.
+
+    Returns:
+        The windows, which do not depend on ``num_spare``; and the spare ones, fewer where the sources have no more, None where
+        they have none.
 
     Raises:
         CalibrationError: a source cannot be read, is binary, empty or too short for its share, the tokens do not fit the model,
@@ -122,13 +152,28 @@ def draw_windows(
     streams = [
         read[index] if index in read else _written(sampler, share, seq_len, seed) for index, share in enumerate(shares)
     ]
+    name = mixture_name(sources)
     if len(streams) == 1 and streams[0].ready:
-        positions = [torch.arange(len(streams[0].ids))]
-    else:
-        _check_lengths(streams)
-        _check_shares(streams, weights, shares)
-        positions = [_draw(len(stream.ids), share, seed) for stream, share in zip(streams, shares, strict=True)]
-    return _gather(mixture_name(sources), streams, weights, positions)
+        return _gather(name, streams, weights, [torch.arange(len(streams[0].ids))]), None
+    _check_lengths(streams)
+    _check_shares(streams, weights, shares)
+    orders = [_order(len(stream.ids), seed) for stream in streams]
+    drawn = [order[:share] for order, share in zip(orders, shares, strict=True)]
+    by_source = dict(zip(read, split_by_weight(num_spare, [weights[index] for index in read]), strict=True))
+    spare = [
+        order[share:][: by_source.get(index, 0)]
+        for index, (order, share) in enumerate(zip(orders, shares, strict=True))
+    ]
+    windows = _gather(name, streams, weights, drawn)
+    return windows, _gather(name, streams, weights, spare) if any(map(len, spare)) else None
+
+
+def set_aside(windows: TokenWindows, count: int) -> tuple[TokenWindows, TokenWindows]:
+    """All but ``count`` windows, and these: some of each fold, and from the whole range."""
+    order = torch.argsort(fold_of(windows).int(), stable=True)
+    chosen = torch.zeros(len(order), dtype=torch.bool)
+    chosen[order[torch.arange(count) * len(order) // count]] = True
+    return _select(windows, ~chosen), _select(windows, chosen)
 
 
 def consecutive_windows(
@@ -194,8 +239,20 @@ def _cut(source: Source, tokenizer: Any, *, seq_len: int, vocab_size: int, max_t
     return _Stream(name, ids[: count * seq_len].view(count, seq_len), None, len(ids), ready=False)
 
 
-def _draw(available: int, count: int, seed: int) -> Tensor:
-    return torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]
+def _order(available: int, seed: int) -> Tensor:
+    return torch.randperm(available, generator=torch.Generator().manual_seed(seed))
+
+
+def _select(windows: TokenWindows, rows: Tensor) -> TokenWindows:
+    """The windows that ``rows``, (windows,) bool, says; each knows where it came from."""
+    ids, groups = windows.input_ids[rows], windows.groups
+    mask = None if windows.attention_mask is None else windows.attention_mask[rows]
+    groups = None if groups is None else groups[rows]
+    counts = [len(ids)]
+    if len(windows.shares) > 1 and groups is not None:
+        counts = torch.bincount(groups, minlength=len(windows.shares)).tolist()
+    shares = tuple(replace(share, windows=count) for share, count in zip(windows.shares, counts, strict=False))
+    return replace(windows, input_ids=ids, sha256=hash_ids(ids), attention_mask=mask, groups=groups, shares=shares)
 
 
 def _check_lengths(streams: Sequence[_Stream]) -> None:

@@ -160,7 +160,7 @@ def compress_command(
         _option(
             "correction_steps",
             "Afterwards, so many small steps of all weights towards what the dense model predicts on the calibration text; fewer "
-            "and smaller ones on few windows, and undone where windows that none of them saw do not agree.",
+            "and smaller ones on few windows, and undone where further windows do not agree.",
         ),
     ] = None,
     target: Annotated[

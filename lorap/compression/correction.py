@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,17 +15,25 @@ from lorap.calibration.backward import BATCH_TOKENS as BACKWARD_BATCH
 from lorap.calibration.context import DecoderContext
 from lorap.calibration.stream import CalibrationStream
 from lorap.calibration.windows import TokenWindows, fold_of
-from lorap.compression.distillation import agree, distill, divergences
+from lorap.compression.distillation import agree, corrected_linears, distill, divergences
 from lorap.compression.store import RunStore
 from lorap.config import CompressionConfig
 from lorap.evaluation.perplexity import BATCH_TOKENS as EVALUATION_BATCH
 from lorap.reports.run import CorrectionReport
 from lorap.requirements import compressed_roles
 
+# How far along the way of the steps they may stay. SmolLM2-135M at sparsity 0.2, on four texts that were not calibrated on: half
+# of the way was closer to the dense model than its beginning (by 0.007 to 0.025 nats) and than its end (0.007 to 0.017), kept
+# 0.7 to 0.9 of what the loss gained, and agreed more often on the likeliest token than either.
+FRACTIONS = (1.0, 0.75, 0.5, 0.25)
+
 
 @dataclass
 class Correction:
-    """The calibration windows once more, divided among the steps; some are kept from all of them, to judge by.
+    """The calibration windows once more, divided among the steps, and others, which nothing has seen, to judge by.
+
+    Windows that the layers were compressed on cannot judge, for the fit to them is closer than to others: SmolLM2-135M at
+    sparsity 0.2 diverged by 0.226 and 0.249 nats on such ones, by 0.255 and 0.270 on others.
 
     :attr:`targets` go through the dense layers while these are compressed one by one, and so does the first of :attr:`judges`;
     the second goes behind the compressed ones.
@@ -34,17 +42,19 @@ class Correction:
         context: the model.
         config: what to do.
         windows: all that were calibrated on.
+        held_out: others, to judge by; without any there are no steps.
     """
 
     context: DecoderContext
     config: CompressionConfig
     windows: TokenWindows
+    held_out: TokenWindows | None
 
     @cached_property
     def plan(self) -> Schedule:
         """How many steps there are, how large, and how the windows are divided."""
         count, seq_len = self.windows.input_ids.shape
-        return schedule(count, seq_len, self.config.correction_steps)
+        return schedule(count, seq_len, self.config.correction_steps if self.held_out else 0)
 
     @cached_property
     def targets(self) -> list[CalibrationStream]:
@@ -53,23 +63,24 @@ class Correction:
 
     @cached_property
     def judges(self) -> list[CalibrationStream]:
-        """Windows that no step has, behind the dense layers and behind the compressed ones; none where there is no step."""
+        """The windows to judge by, behind the dense layers and behind the compressed ones; none where there is no step."""
         return [self._held_out_stream(), self._held_out_stream()] if self.plan.steps else []
 
     def run(self, store: RunStore) -> CorrectionReport:
-        """Take the steps, and undo them where the windows that none of them has seen disagree.
+        """Take the steps, and go back from where they end, as far as windows that nothing has seen say.
 
         An interrupted pass begins again, with the layers as they were before it.
 
         Raises:
             CalibrationError: a gradient is not finite.
         """
-        plan = self.plan
-        report = CorrectionReport(plan.asked, plan.steps, windows=len(self.windows.input_ids), enough=plan.enough)
+        plan, asked = self.plan, self.config.correction_steps
+        report = CorrectionReport(asked, plan.steps, windows=len(self.windows.input_ids), enough=plan.enough)
         return self._take_steps(report, store) if plan.steps else report
 
     def _take_steps(self, report: CorrectionReport, store: RunStore) -> CorrectionReport:
         context, plan = self.context, self.plan
+        assert self.held_out is not None
         dense, compressed = self.judges
         before = divergences(context, compressed, dense)
         store.snapshot(context.layers)
@@ -78,27 +89,82 @@ class Correction:
             store.save_corrected(index, layer, is_last_step=step == plan.steps - 1)
 
         distill(context, self._step_streams(), self.targets, plan.rates, compressed_roles(self.config), keep=keep)
-        corrected = self._held_out_stream()
+        after = self._divergences_on_the_way(dense, store)
+        fraction = best_fraction(before, after)
+        if not fraction:
+            store.restore(context.layers)
+        elif fraction < 1:
+            self._go_back(fraction, store)
+        store.drop_snapshot()
+        chosen = after[fraction or 1.0]
+        return replace(
+            report,
+            taken=plan.steps if fraction else 0,
+            fraction=fraction,
+            unseen_tokens=self.held_out.tokens,
+            before=before,
+            after=chosen if all(map(math.isfinite, chosen)) else (),
+        )
+
+    def _divergences_on_the_way(self, dense: CalibrationStream, store: RunStore) -> dict[float, tuple[float, ...]]:
+        """From the dense model, with weights at each of ``FRACTIONS`` of the way that the steps went."""
+        context = self.context
+        streams = [self._held_out_stream() for _ in FRACTIONS]
         for index in context.bar(range(len(context.layers)), desc="Judging the correction"):
             with context.on_device(index):
-                corrected.advance(index, context.layers[index])
-        after = divergences(context, corrected, dense)
-        taken = plan.steps if agree(before, after) else 0
-        if taken:
-            store.drop_snapshot()
-        else:
-            store.restore(context.layers)
-        finite = after if all(map(math.isfinite, after)) else ()
-        tokens = int(held_out_windows(self.windows, fold_of(self.windows), plan)[0].tokens)
-        return replace(report, taken=taken, unseen_tokens=tokens, before=before, after=finite)
+                start, end = self._ends(index, store)
+                for fraction, stream in zip(FRACTIONS, streams, strict=True):
+                    self._place(index, start, end, fraction)
+                    stream.advance(index, context.layers[index])
+                self._place(index, start, end, 1.0)
+        found = (divergences(context, stream, dense) for stream in streams)
+        return dict(zip(FRACTIONS, found, strict=True))
+
+    def _go_back(self, fraction: float, store: RunStore) -> None:
+        """All weights at a fraction of the way from where the steps began to where they ended."""
+        for index, layer in enumerate(self.context.layers):
+            with self.context.on_device(index):
+                self._place(index, *self._ends(index, store), fraction)
+                store.save_corrected(index, layer, is_last_step=True)
+
+    def _ends(self, index: int, store: RunStore) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The weights of a layer before the steps, and behind them."""
+        end = {name: linear.weight.data.clone() for name, linear in self._linears(index).items()}
+        stored = store.original(index)
+        return {name: stored[f"{name}.weight"].to(weight) for name, weight in end.items()}, end
+
+    def _place(self, index: int, start: dict[str, Tensor], end: dict[str, Tensor], fraction: float) -> None:
+        for name, linear in self._linears(index).items():
+            weight = linear.weight.data
+            exact = torch.promote_types(weight.dtype, torch.float32)
+            weight.copy_(torch.lerp(start[name].to(exact), end[name].to(exact), fraction))
+
+    def _linears(self, index: int) -> dict[str, nn.Linear]:
+        context = self.context
+        return corrected_linears(context.layers[index], context.architecture, compressed_roles(self.config))
 
     def _step_streams(self) -> Iterator[CalibrationStream]:
         for part, halves in step_windows(self.windows, fold_of(self.windows), self.plan):
             yield CalibrationStream.from_windows(self.context, part, fold_of=halves, batch_tokens=BACKWARD_BATCH)
 
     def _held_out_stream(self) -> CalibrationStream:
-        part, halves = held_out_windows(self.windows, fold_of(self.windows), self.plan)
-        return CalibrationStream.from_windows(self.context, part, fold_of=halves, batch_tokens=EVALUATION_BATCH)
+        assert self.held_out is not None
+        folds = fold_of(self.held_out)
+        halves = folds if len(folds.unique()) == 2 else None
+        return CalibrationStream.from_windows(
+            self.context, self.held_out, fold_of=halves, batch_tokens=EVALUATION_BATCH
+        )
+
+
+def best_fraction(before: Sequence[float], after: Mapping[float, Sequence[float]]) -> float:
+    """Of the way of the steps, what brings unseen windows closest to the dense model; 0 where each fold does not agree to any.
+
+    Args:
+        before: divergence of each fold before the steps.
+        after: the same at each fraction of the way.
+    """
+    agreed = {fraction: sum(found) for fraction, found in after.items() if agree(before, found)}
+    return min(agreed, key=lambda fraction: (agreed[fraction], -fraction), default=0.0)
 
 
 def step_windows(windows: TokenWindows, folds: Tensor, plan: Schedule) -> Iterator[tuple[TokenWindows, Tensor | None]]:
@@ -112,25 +178,8 @@ def step_windows(windows: TokenWindows, folds: Tensor, plan: Schedule) -> Iterat
     Returns:
         For each step its windows, and (windows,) bool which of them form a second fold; None where all are of one.
     """
+    order = torch.argsort(folds.int(), stable=True)
     for step in range(plan.steps):
-        yield _part(windows, folds, step * plan.parts // plan.steps, plan.parts)
-
-
-def held_out_windows(windows: TokenWindows, folds: Tensor, plan: Schedule) -> tuple[TokenWindows, Tensor | None]:
-    """The part that no step has.
-
-    Args:
-        windows: as for :func:`step_windows`.
-        folds: (windows,) bool, likewise.
-        plan: for as many windows.
-
-    Returns:
-        Its windows, and (windows,) bool which of them form a second fold; None where all are of one.
-    """
-    return _part(windows, folds, plan.parts - 1, plan.parts)
-
-
-def _part(windows: TokenWindows, folds: Tensor, first: int, parts: int) -> tuple[TokenWindows, Tensor | None]:
-    # Every so many-th window: each part has some of all sources, and of both folds where it can.
-    rows = torch.argsort(folds.int(), stable=True)[first::parts]
-    return windows.rows(rows), folds[rows] if len(folds[rows].unique()) == 2 else None
+        # Every so many-th window: each part has some of all sources, and of both folds where it can.
+        rows = order[step * plan.parts // plan.steps :: plan.parts]
+        yield windows.rows(rows), folds[rows] if len(folds[rows].unique()) == 2 else None

@@ -5,7 +5,7 @@ predictions, and only there. The loss is their Kullback-Leibler divergence from 
 nothing else (cf. Hinton et al., arXiv 1503.02531). Each step takes a part of the windows and moves every weight by the same small
 amount against the sign of its gradient (sign descent; Bernstein et al., arXiv 1802.04434), so that nothing but the weights
 outlives a step and one decoder layer is in memory at a time. A weight moves where both folds of the text, which differ in kind,
-want it to. Whether the steps are kept is decided on windows that none of them has seen (:func:`divergences`).
+want it to. Whether the steps are kept is decided on windows that nothing has seen (:func:`divergences`).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def distill(
         passing = backward_pass(
             context,
             stream,
-            lambda layer: _linears(layer, context.architecture, roles),
+            lambda layer: corrected_linears(layer, context.architecture, roles),
             lambda count=stream.folds: _Gradients(count),  # type: ignore[misc]
             targets=target,
             desc=f"Correcting, step {step + 1} of {len(rates)}",
@@ -115,7 +115,8 @@ def agree(before: Sequence[float], after: Sequence[float]) -> bool:
     return all(now < then for then, now in zip(before, after, strict=True))
 
 
-def _linears(layer: nn.Module, architecture: Architecture, roles: Sequence[str]) -> dict[str, nn.Linear]:
+def corrected_linears(layer: nn.Module, architecture: Architecture, roles: Sequence[str]) -> dict[str, nn.Linear]:
+    """What the steps move in a decoder layer, by name within it: the projections of ``roles``, of a low-rank one both factors."""
     paths = [architecture.projections[role] for role in roles]
     return {
         name: module

@@ -32,7 +32,7 @@ from lorap.compression.layer import LayerCompressor
 from lorap.compression.planning import Plan, check_sizes, make_plan, shapes_of
 from lorap.compression.result import describe_in_config
 from lorap.compression.store import Finished, RunStore
-from lorap.compression.windows import read_windows
+from lorap.compression.windows import RunWindows, read_windows
 from lorap.config import CompressionConfig
 from lorap.errors import ConfigError
 from lorap.evaluation.perplexity import BATCH_TOKENS as EVALUATION_BATCH
@@ -127,7 +127,8 @@ class Run:
         check_sizes(model.config, shapes_of(context.layers, context.architecture), config)
         report = CompressionReport(model=self.name, config=config, calibration={})
         report.params_total_before = count_parameters(model)
-        windows, *texts = self._windows(calibration, evaluation)
+        drawn = self._windows(calibration, evaluation)
+        windows, texts = drawn.calibration, drawn.texts
         report.calibration = {**windows.describe(), "sources": [asdict(share) for share in windows.shares]}
         before = self._dense_losses(texts)
         plan = self._plan(windows)
@@ -137,7 +138,7 @@ class Run:
         with self.watch("evaluate"):
             judged = self._text_streams(texts)
         if config.corrects:
-            correction = Correction(context, config, windows)
+            correction = Correction(context, config, windows, drawn.judges)
             done = self.store.is_corrected
             dense, compressed = ([], []) if done else (correction.judges[:1], correction.judges[1:])
             targets = [] if done else [*correction.targets, *dense]
@@ -155,8 +156,8 @@ class Run:
         self._measure(report)
         return report
 
-    def _windows(self, calibration: Sources, evaluation: Sequence[Source]) -> list[TokenWindows]:
-        """Windows to calibrate on, and those of each text to judge by."""
+    def _windows(self, calibration: Sources, evaluation: Sequence[Source]) -> RunWindows:
+        """Windows to calibrate on, and those to judge by."""
         return self._once(
             self.store.load_windows,
             lambda: read_windows(self.context, self.tokenizer, self.config, calibration, evaluation, self.watch),

@@ -7,8 +7,8 @@ from typing import TypeAlias, TypeVar
 
 from torch import Tensor, nn
 
-from lorap.calibration.windows import TokenWindows
 from lorap.compression.planning import Key, Plan
+from lorap.compression.windows import RunWindows
 from lorap.reports.records import Evaluation
 from lorap.reports.run import CorrectionReport, ProjectionReport
 
@@ -28,12 +28,12 @@ class RunStore:
     def __init__(self) -> None:
         self._snapshot: list[dict[str, Tensor]] = []
 
-    def load_windows(self) -> Finished[list[TokenWindows]] | None:
-        """Windows to calibrate on, and those of each text to judge by."""
+    def load_windows(self) -> Finished[RunWindows] | None:
+        """Windows to calibrate on, and those to judge by."""
         return None
 
-    def save_windows(self, windows: Sequence[TokenWindows], seconds: Mapping[str, float]) -> None:
-        """Windows of the calibration and of each text to judge by, and the seconds of each stage."""
+    def save_windows(self, windows: RunWindows, seconds: Mapping[str, float]) -> None:
+        """Windows to calibrate on, those to judge by, and the seconds of each stage."""
 
     def load_losses(self) -> Finished[list[Evaluation]] | None:
         """Of the dense model, on each text to judge by."""
@@ -96,12 +96,15 @@ class RunStore:
             {name: tensor.to("cpu", copy=True) for name, tensor in layer.state_dict().items()} for layer in layers
         ]
 
+    def original(self, index: int) -> Mapping[str, Tensor]:
+        """Tensors of a layer, by name within it, as they were before the first correction step."""
+        return self._snapshot[index]
+
     def restore(self, layers: Sequence[nn.Module]) -> None:
         """To the bit what they were."""
         for layer, tensors in zip(layers, self._snapshot, strict=True):
             layer.load_state_dict(tensors)
-        self.drop_snapshot()
 
     def drop_snapshot(self) -> None:
-        """The steps stay; nothing will be restored."""
+        """Nothing will be restored any more."""
         self._snapshot = []

@@ -71,17 +71,18 @@ class ProjectionReport:
 
 @dataclass(frozen=True)
 class CorrectionReport:
-    """The correction steps, and what windows that none of them saw said of them.
+    """The correction steps, and what windows that neither they nor the statistics saw said of them.
 
     Args:
         asked: steps that were wanted.
-        tried: steps that the windows were enough for.
+        tried: steps that the windows were enough for; none without others to judge by.
         taken: all that were tried, or none.
         windows: of calibration.
-        enough: windows that would have been enough for all steps.
+        enough: windows that would have been enough for all steps; 0 without others to judge by.
         unseen_tokens: that judged.
         before: divergence of the predictions from the dense model's on these, nats per token, for each fold; empty without steps.
         after: the same behind the steps; empty where it is not finite.
+        fraction: of the way that the steps went, where the weights are now; 0 where they were undone.
     """
 
     asked: int
@@ -92,6 +93,7 @@ class CorrectionReport:
     unseen_tokens: int = 0
     before: tuple[float, ...] = ()
     after: tuple[float, ...] = ()
+    fraction: float = 1.0
 
 
 @dataclass
@@ -296,15 +298,19 @@ def correction_lines(found: CorrectionReport | None) -> list[str]:
     if found is None:
         return []
     told = f"correction: {found.taken} of {found.asked} steps taken"
+    if 0 < found.fraction < 1:
+        told += f", {found.fraction:.0%} of their way"
     if found.before:
         now = " and ".join(f"{each:.4f}" for each in found.after) or "what is not finite"
         then = " and ".join(f"{each:.4f}" for each in found.before)
         folds = ", in each fold" if len(found.before) > 1 else ""
         told += (
-            f"; on {found.unseen_tokens:,} tokens that no step saw, the divergence from the dense model went from {then} to {now}"
-            f" nats per token{folds}" + ("" if found.taken else ", so they were undone")
+            f"; on {found.unseen_tokens:,} tokens that were not calibrated on, the divergence from the dense model went from "
+            f"{then} to {now} nats per token{folds}" + ("" if found.taken else ", so they were undone")
         )
-    return [told, *shortage(found.windows, found.tried, found.asked, found.enough)]
+    elif not found.enough:
+        told += "; all windows were calibrated on, and none is left to judge steps by: give a longer text"
+    return [told, *(shortage(found.windows, found.tried, found.asked, found.enough) if found.enough else ())]
 
 
 def evaluation_lines(evaluations: Sequence[dict[str, Any]]) -> list[str]:

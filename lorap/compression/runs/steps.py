@@ -17,6 +17,7 @@ from lorap.compression.allocation import LayerPlan
 from lorap.compression.planning import Key, Plan
 from lorap.compression.runs.journal import Journal
 from lorap.compression.store import Finished, RunStore
+from lorap.compression.windows import RunWindows
 from lorap.jsonio import read_as
 from lorap.nn.linear import LowRankLinear
 from lorap.nn.low_rank_tensors import RIGHT, LowRankTensors
@@ -38,8 +39,8 @@ class JournalStore(RunStore):
         super().__init__()
         self.journal, self.architecture = journal, architecture
 
-    def load_windows(self) -> Finished[list[TokenWindows]] | None:
-        """Windows to calibrate on, and those of each text to judge by; None where they are not drawn yet."""
+    def load_windows(self) -> Finished[RunWindows] | None:
+        """Windows to calibrate on, and those to judge by; None where they are not drawn yet."""
         if not self.journal.has(WINDOWS):
             return None
         step, stored = self.journal.read(WINDOWS), self.journal.tensors(WINDOWS)
@@ -60,18 +61,20 @@ class JournalStore(RunStore):
             )
             for index, each in enumerate(step["windows"])
         ]
-        return windows, step["seconds"]
+        first = 2 if step["judges"] else 1
+        return RunWindows(windows[0], windows[1] if step["judges"] else None, windows[first:]), step["seconds"]
 
-    def save_windows(self, windows: Sequence[TokenWindows], seconds: Mapping[str, float]) -> None:
+    def save_windows(self, windows: RunWindows, seconds: Mapping[str, float]) -> None:
         """The tensors of all windows in one file, the rest as JSON."""
         tensors, described = {}, []
-        for index, each in enumerate(windows):
+        judges = [windows.judges] if windows.judges else []
+        for index, each in enumerate([windows.calibration, *judges, *windows.texts]):
             for name in ("input_ids", "attention_mask", "groups"):
                 if (tensor := getattr(each, name)) is not None:
                     tensors[f"{index}.{name}"] = tensor
             names = {"name": each.name, "sha256": each.sha256, "group_names": each.group_names}
             described.append({**names, "shares": [asdict(share) for share in each.shares]})
-        self.journal.keep(WINDOWS, {"windows": described, "seconds": seconds}, tensors)
+        self.journal.keep(WINDOWS, {"windows": described, "judges": bool(judges), "seconds": seconds}, tensors)
 
     def load_losses(self) -> Finished[list[Evaluation]] | None:
         """Of the dense model; None where they are not measured yet."""
@@ -165,6 +168,10 @@ class JournalStore(RunStore):
 
     def snapshot(self, layers: Sequence[nn.Module]) -> None:
         """The journal has them."""
+
+    def original(self, index: int) -> Mapping[str, Tensor]:
+        """From the file of the layer."""
+        return {name: tensor.read() for name, tensor in self.journal.tensors(_layer(index)).items()}
 
     def restore(self, layers: Sequence[nn.Module]) -> None:
         """The layers as they were before the first step, from their files."""
