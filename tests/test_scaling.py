@@ -473,14 +473,14 @@ def test_a_correction_takes_what_torch_counts(make_model, compress_small, shape_
 
 
 @pytest.mark.parametrize(
-    ("windows", "said"), [(1, "1 calibration window suffices for 1 of 8"), (50, "for 4 of 8"), (108, "")]
+    ("windows", "said"), [(1, "1 calibration window suffices for 1 of 8"), (50, "for 4 of 8"), (96, "")]
 )
 def test_few_windows_are_told_before_the_work(shape_of, unit_machine: Machine, windows: int, said: str) -> None:
     config = CompressionConfig(num_calibration_samples=windows)
     table = estimate(shape_of("llama-gqa"), config, unit_machine).table()
     assert ("few windows" in table) == bool(said)
     assert said in table
-    assert not said or "108 would for all" in table
+    assert not said or "96 would for all" in table
 
 
 # ----------------------------------------------------------------------------------------------------------------------
