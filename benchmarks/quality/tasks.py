@@ -30,8 +30,7 @@ from texts import assets, gather
 import lorap  # noqa: F401 - teaches transformers to open compressed folders
 from lorap.checkpoint.load import find_model, load_tokenizer
 from lorap.config import RECIPES
-from lorap.evaluation.tasks import TASKS, Estimate, RequestSource
-from lorap.evaluation.tasks.requests import RequestFile
+from lorap.evaluation.tasks import TASKS, Estimate, open_source
 from lorap.evaluation.tasks.results import average, estimate, paired
 
 # Names of lorap's metrics in the result files, which are older.
@@ -39,7 +38,6 @@ RECORDED = {"acc": "acc", "acc_norm": "acc_per_char"}
 LIMIT = 200
 # The model before compression, and the paper's recipe.
 AGAINST = (DENSE, "lorap-0.2-default", "lorap-0.5-default")
-TASK_FILES = {path.name.removesuffix(".jsonl.gz"): path for path in assets.TASKS}
 
 
 def request(cell: Cell, material: Any, *, limit: int, tasks: Sequence[str]) -> dict[str, Any]:
@@ -55,17 +53,17 @@ def score(given: dict[str, Any]) -> dict[str, Any]:
     model, record = make_model(given)
     tokenizer = load_tokenizer(find_model(given["model"]))
     start = time.perf_counter()
-    tasks = {}
-    for task in given["tasks"]:
-        file = RequestFile(task, TASK_FILES[task].name, TASK_FILES[task].read_bytes())
-        result = RequestSource((file,), given["limit"]).run(model, tokenizer)[task]
-        tasks[task] = {
+    source = open_source(list(given["tasks"]), data=str(assets.QUALITY / "tasks"), limit=given["limit"])
+    tasks = {
+        task: {
             "documents": result.questions,
             "metric": RECORDED[result.metric],
             **{name: result.accuracy(metric).mean for metric, name in RECORDED.items()},
             "correct": result.to_dict()["correct"],
             "sha256": given["tasks"][task],
         }
+        for task, result in source.run(model, tokenizer).items()
+    }
     record["seconds"]["tasks"] = round(time.perf_counter() - start, 3)
     about = {"name": given["name"], "cell": given["cell"], "key": given["key"], "limit": given["limit"]}
     return about | record | {"code_sha256": code_sha256(), "tasks": tasks}

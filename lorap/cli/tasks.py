@@ -14,7 +14,7 @@ from lorap.checkpoint.load import ModelSource, find_model
 from lorap.cli.common import tell_unless
 from lorap.cli.models import open_model
 from lorap.errors import ConfigError
-from lorap.evaluation.tasks import Estimate, HarnessSource, RequestSource, TaskResult, difference, open_source
+from lorap.evaluation.tasks import Estimate, TaskResult, TaskSource, difference, open_source
 from lorap.evaluation.tasks.results import Difference, average, number
 
 
@@ -55,9 +55,7 @@ def evaluate_tasks(model: str, baseline: str | None, options: TaskOptions) -> di
     return told
 
 
-def _ask(
-    model: ModelSource, source: RequestSource | HarnessSource, options: TaskOptions
-) -> tuple[str, dict[str, TaskResult], float]:
+def _ask(model: ModelSource, source: TaskSource, options: TaskOptions) -> tuple[str, dict[str, TaskResult], float]:
     """One model at a time is in memory."""
     loaded, tokenizer, _ = open_model(model, options.device, options.dtype)
     if tokenizer is None:

