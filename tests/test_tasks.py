@@ -486,6 +486,7 @@ def test_command_with_a_baseline(model_folder, make_model, tokenizer, request_fo
     assert (found["model"], found["baseline"]) == ("model", "other")
     widths = {len(line) for line in lines if line.startswith("|")}
     assert len(widths) == 1, "columns are aligned"
+    assert "%|" not in result.stderr, "no bars"
 
 
 @pytest.mark.parametrize(
