@@ -1,7 +1,7 @@
 // One-launch decode of a low-rank layer: y = (x @ right.T) @ left.T + bias, for M <= 8 tokens.
 //
 //   x (M, K), right (R, K), left (N, R), bias (N,), y (M, N) in bfloat16 or float16; sums, and shrunk = x @ right.T
-//   (M, R), in float32.
+//   (M, R), in float32. In pivoted storage R rows of y are those of shrunk, and left has the others only.
 //
 // At so few tokens the time is that of reading the two factors, and every output needs all of `shrunk`: two launches
 // leave the memory idle between them. Here one block per multiprocessor does both halves, and its share of `left` is
@@ -44,6 +44,8 @@ struct Problem : LowRankDecode {
   int left_rows = 0;        // rows of left per block
   int prefetched_rows = 0;  // how many of them are copied to shared memory; a multiple of kRows, or all
   int exchange_floats = 0;  // start of shared memory: partial sums in the shrink phase, `shrunk` in the expand phase
+  int pivot_vectors = 0;    // of 16 bytes: `pivots`, which follow there
+  int64_t left_total = 0;   // rows of left
 };
 
 // One name for what each type spells differently.
@@ -170,11 +172,44 @@ __device__ void gather(const Problem& p, float4* shrunk) {
   }
 }
 
+template <typename Scalar>
+__device__ void store(const Problem& p, int m, int64_t row, float sum) {
+  if (p.bias != nullptr) sum += to_float(static_cast<const Scalar*>(p.bias)[row]);
+  narrow(sum, static_cast<Scalar*>(p.y)[m * p.n + row]);
+}
+
+// Where in y a row of left is: it comes after all pivots with pivots[i] - i <= row, of which there are more with each i.
+__device__ int64_t output_row(const Problem& p, const int64_t* pivots, int64_t row) {
+  if (p.pivots == nullptr) return row;
+  int before = 0, end = int(p.r);
+  while (before < end) {
+    const int middle = (before + end) / 2;
+    if (pivots[middle] - middle <= row) {
+      before = middle + 1;
+    } else {
+      end = middle;
+    }
+  }
+  return row + before;
+}
+
+// Outputs that are `shrunk` itself: those of this block's rows of right.
+template <typename Scalar, int M>
+__device__ void copy_pivots(const Problem& p, const float4* shrunk, const int64_t* pivots, int64_t first_row, int rows) {
+  if (p.pivots == nullptr) return;
+  const int vectors = p.r / kVector;
+  for (int i = threadIdx.x; i < rows * M; i += kThreads) {
+    const int row = int(first_row) + i / M, m = i % M, half = row % kVector / 4;
+    const float* four = reinterpret_cast<const float*>(shrunk + (half * M + m) * vectors + row / kVector);
+    if (m < p.m) store<Scalar>(p, m, pivots[row], four[row % 4]);
+  }
+}
+
 // Outputs of this block's rows of left, a warp per kRows of them: from shared memory as far as they were prefetched,
 // the rest straight from global memory.
 template <typename Scalar, int M>
-__device__ void expand(const Problem& p, const float4* shrunk, const uint4* left, const uint4* prefetched,
-                       int first_row, int rows) {
+__device__ void expand(const Problem& p, const float4* shrunk, const int64_t* pivots, const uint4* left,
+                       const uint4* prefetched, int first_row, int rows) {
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int vectors = p.r / kVector;
   const auto load_shrunk = [&](int m, int v, float (&inputs)[kVector]) {
@@ -200,12 +235,9 @@ __device__ void expand(const Problem& p, const float4* shrunk, const uint4* left
       };
       multiply<Scalar, M>(sums, lane, kWarpSize, vectors, load, load_shrunk);
     }
-    float sum = sum_over_warp(sums, lane);
+    const float sum = sum_over_warp(sums, lane);
     const int row = start + lane / M, m = lane % M;
-    if (lane < kRows * M && row < rows && m < p.m) {
-      if (p.bias != nullptr) sum += to_float(static_cast<const Scalar*>(p.bias)[first_row + row]);
-      narrow(sum, static_cast<Scalar*>(p.y)[m * p.n + first_row + row]);
-    }
+    if (lane < kRows * M && row < rows && m < p.m) store<Scalar>(p, m, output_row(p, pivots, first_row + row), sum);
   }
 }
 
@@ -219,9 +251,10 @@ __device__ int share(int64_t total, int64_t first_row, int rows_per_block) {
 template <typename Scalar, int M>
 __global__ void __launch_bounds__(kThreads, 1) low_rank_decode_kernel(Problem p) {
   float* exchange = reinterpret_cast<float*>(shared_memory);
-  uint4* prefetched = shared_memory + p.exchange_floats / 4;
+  uint4* pivots = shared_memory + p.exchange_floats / 4;
+  uint4* prefetched = pivots + p.pivot_vectors;
   const int64_t first_right = int64_t(blockIdx.x) * p.right_rows, first_left = int64_t(blockIdx.x) * p.left_rows;
-  const int right_rows = share(p.r, first_right, p.right_rows), left_rows = share(p.n, first_left, p.left_rows);
+  const int right_rows = share(p.r, first_right, p.right_rows), left_rows = share(p.left_total, first_left, p.left_rows);
   const uint4* right = static_cast<const uint4*>(p.right) + first_right * (p.k / kVector);
   const uint4* left = static_cast<const uint4*>(p.left) + first_left * (p.r / kVector);
 
@@ -231,6 +264,8 @@ __global__ void __launch_bounds__(kThreads, 1) low_rank_decode_kernel(Problem p)
   const int vectors = (left_rows < p.prefetched_rows ? left_rows : p.prefetched_rows) * int(p.r / kVector);
   for (int i = threadIdx.x; i < vectors; i += kThreads)
     __pipeline_memcpy_async(prefetched + i, left + i, sizeof(uint4));
+  for (int i = threadIdx.x; i < p.pivot_vectors; i += kThreads)
+    __pipeline_memcpy_async(pivots + i, reinterpret_cast<const uint4*>(p.pivots) + i, sizeof(uint4));
   __pipeline_commit();
 
   __syncthreads();
@@ -240,7 +275,10 @@ __global__ void __launch_bounds__(kThreads, 1) low_rank_decode_kernel(Problem p)
   gather<M>(p, reinterpret_cast<float4*>(exchange));
   __pipeline_wait_prior(0);
   __syncthreads();
-  expand<Scalar, M>(p, reinterpret_cast<const float4*>(exchange), left, prefetched, first_left, left_rows);
+  const float4* shrunk = reinterpret_cast<const float4*>(exchange);
+  const int64_t* output_rows = reinterpret_cast<const int64_t*>(pivots);
+  copy_pivots<Scalar, M>(p, shrunk, output_rows, first_right, right_rows);
+  expand<Scalar, M>(p, shrunk, output_rows, left, prefetched, first_left, left_rows);
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -258,9 +296,11 @@ cudaError_t launch(const LowRankDecode& arguments, cudaStream_t stream) {
 
   Problem p{arguments};
   p.right_rows = ceil_div(p.r, blocks);
-  p.left_rows = ceil_div(p.n, blocks);
+  p.left_total = p.pivots == nullptr ? p.n : p.n - p.r;
+  p.left_rows = ceil_div(p.left_total, blocks);
+  p.pivot_vectors = p.pivots == nullptr ? 0 : p.r * sizeof(int64_t) / sizeof(uint4);
   p.exchange_floats = M * std::max<int64_t>(p.r, kWarps * p.right_rows);
-  const int64_t exchange_bytes = p.exchange_floats * sizeof(float);
+  const int64_t exchange_bytes = p.exchange_floats * sizeof(float) + p.pivot_vectors * sizeof(uint4);
   if (exchange_bytes > limit) return cudaErrorInvalidConfiguration;
   const int64_t row_bytes = p.r * sizeof(Scalar);
   const int64_t fitting_rows = (limit - exchange_bytes) / (kRows * row_bytes) * kRows;
@@ -283,6 +323,7 @@ cudaError_t launch_for_tokens(const LowRankDecode& arguments, cudaStream_t strea
 cudaError_t low_rank_decode(const LowRankDecode& problem, DecodeType type, cudaStream_t stream) {
   const bool fits = 1 <= problem.m && problem.m <= kMaxDecodeTokens && problem.n > 0 && problem.k > 0 && problem.r > 0;
   if (!fits || problem.k % kVector || problem.r % kVector) return cudaErrorInvalidValue;
+  if (problem.pivots != nullptr && problem.n < problem.r) return cudaErrorInvalidValue;
   if (type == DecodeType::kBFloat16) return launch_for_tokens<__nv_bfloat16>(problem, stream);
   return launch_for_tokens<__half>(problem, stream);
 }

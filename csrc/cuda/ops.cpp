@@ -32,14 +32,16 @@ void check_matrix(const char* name, const Tensor& tensor, const Tensor& x) {
                   " must start at a multiple of 16 bytes");
 }
 
-// x (..., K) with at most 8 tokens, right (R, K), left (N, R), bias (N,) -> (..., N).
-Tensor low_rank_linear(Tensor x, Tensor right, Tensor left, std::optional<Tensor> bias) {
+// x (..., K) with at most 8 tokens, right (R, K), left (N, R), bias (N,) -> (..., N). With pivot_rows (R,), ascending and less
+// than N, left is (N - R, R).
+Tensor low_rank_linear(Tensor x, Tensor right, Tensor left, std::optional<Tensor> bias,
+                       std::optional<Tensor> pivot_rows) {
   STD_TORCH_CHECK(x.dim() >= 1 && right.dim() == 2 && left.dim() == 2,
                   "lorap_cuda: expected x (..., K), right (R, K) and left (N, R), got ", x.dim(), ", ", right.dim(),
                   " and ", left.dim(), " dimensions");
-  const int64_t k = x.size(x.dim() - 1), r = right.size(0), n = left.size(0);
+  const int64_t k = x.size(x.dim() - 1), r = right.size(0), n = left.size(0) + (pivot_rows ? r : 0);
   STD_TORCH_CHECK(right.size(1) == k && left.size(1) == r, "lorap_cuda: x (..., ", k, "), right (", r, ", ",
-                  right.size(1), ") and left (", n, ", ", left.size(1), ") do not fit together");
+                  right.size(1), ") and left (", left.size(0), ", ", left.size(1), ") do not fit together");
   STD_TORCH_CHECK(k > 0 && r > 0 && k % 8 == 0 && r % 8 == 0, "lorap_cuda: K = ", k, " and R = ", r,
                   " must be positive multiples of 8");
   const int64_t m = x.numel() / k;
@@ -52,7 +54,15 @@ Tensor low_rank_linear(Tensor x, Tensor right, Tensor left, std::optional<Tensor
   check_matrix("left", left, x);
   if (bias) {
     check_operand("bias", *bias, x);
-    STD_TORCH_CHECK(bias->numel() == n, "lorap_cuda: bias has ", bias->numel(), " elements, left ", n, " rows");
+    STD_TORCH_CHECK(bias->numel() == n, "lorap_cuda: bias has ", bias->numel(), " elements, the output ", n, " rows");
+  }
+  if (pivot_rows) {
+    STD_TORCH_CHECK(pivot_rows->numel() == r && pivot_rows->scalar_type() == ScalarType::Long,
+                    "lorap_cuda: pivot_rows must be ", r, " int64, one per rank; there are ", pivot_rows->numel());
+    STD_TORCH_CHECK(pivot_rows->is_cuda() && pivot_rows->get_device_index() == x.get_device_index(),
+                    "lorap_cuda: pivot_rows must be on the GPU of x");
+    STD_TORCH_CHECK(pivot_rows->is_contiguous() && reinterpret_cast<uintptr_t>(pivot_rows->const_data_ptr()) % 16 == 0,
+                    "lorap_cuda: pivot_rows must be contiguous and start at a multiple of 16 bytes");
   }
 
   const auto x_sizes = x.sizes();
@@ -71,6 +81,7 @@ Tensor low_rank_linear(Tensor x, Tensor right, Tensor left, std::optional<Tensor
       right.const_data_ptr(),
       left.const_data_ptr(),
       bias ? bias->const_data_ptr() : nullptr,
+      pivot_rows ? static_cast<const int64_t*>(pivot_rows->const_data_ptr()) : nullptr,
       static_cast<float*>(shrunk.mutable_data_ptr()),
       y.mutable_data_ptr(),
       m,
@@ -90,7 +101,7 @@ Tensor low_rank_linear(Tensor x, Tensor right, Tensor left, std::optional<Tensor
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lorap_cuda, m) {
-  m.def("low_rank_linear(Tensor x, Tensor right, Tensor left, Tensor? bias) -> Tensor");
+  m.def("low_rank_linear(Tensor x, Tensor right, Tensor left, Tensor? bias, Tensor? pivot_rows=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lorap_cuda, CUDA, m) { m.impl("low_rank_linear", TORCH_BOX(&low_rank_linear)); }

@@ -1,6 +1,8 @@
 // Runs low_rank_decode.cu on the host and compares it with double precision.
 //
-//   run_low_rank_decode TYPE M K R N BIAS BLOCKS SHARED_LIMIT
+//   run_low_rank_decode TYPE M K R N BIAS BLOCKS SHARED_LIMIT PIVOTED
+//
+// PIVOTED: 0 none; 1 every N / R-th row of y is a pivot, 2 the first R are, 3 the last R.
 //
 // prints the largest error of `shrunk` and of y, each relative to the sum of absolute values that was accumulated and
 // beyond the rounding of y to its type, then the shared memory used in bytes and the grid barriers passed. Exit status
@@ -55,16 +57,24 @@ float random_value() {  // uniform in [-1, 1), the same on every machine
 }
 
 template <typename Type>
-int check(int64_t m, int64_t k, int64_t r, int64_t n, bool with_bias) {
+int check(int64_t m, int64_t k, int64_t r, int64_t n, bool with_bias, int pivoted) {
   using Scalar = typename Type::Scalar;
-  Buffer<Scalar> x(m * k), right(r * k), left(n * r), bias(n), y(m * n);
+  Buffer<Scalar> x(m * k), right(r * k), left((pivoted ? n - r : n) * r), bias(n), y(m * n);
   Buffer<float> shrunk(m * r);
   for (auto* buffer : {&x, &right, &left, &bias})
     for (size_t i = 0; i < buffer->size; ++i) (*buffer)[i] = Type::narrow(random_value());
 
+  Buffer<int64_t> pivots(r);
+  std::vector<int64_t> pivot_of(n, -1), row_of_left(n);
+  for (int64_t i = 0; pivoted && i < r; ++i) {
+    pivots[i] = pivoted == 1 ? i * n / r : pivoted == 2 ? i : n - r + i;
+    pivot_of[pivots[i]] = i;
+  }
+  for (int64_t o = 0, next = 0; o < n; ++o) row_of_left[o] = pivot_of[o] < 0 ? next++ : -1;
+
   std::vector<Scalar> first;
-  const LowRankDecode problem{x.data, right.data, left.data, with_bias ? bias.data : nullptr, shrunk.data, y.data, m,
-                              n,      k,          r};
+  const LowRankDecode problem{x.data, right.data, left.data, with_bias ? bias.data : nullptr,
+                              pivoted ? pivots.data : nullptr, shrunk.data, y.data, m, n, k, r};
   for (int launch = 0; launch < 4; ++launch) {
     std::fill(shrunk.data, shrunk.data + shrunk.size, std::numeric_limits<float>::quiet_NaN());
     std::fill(y.data, y.data + y.size, Type::narrow(std::numeric_limits<float>::quiet_NaN()));
@@ -93,7 +103,7 @@ int check(int64_t m, int64_t k, int64_t r, int64_t n, bool with_bias) {
     for (int64_t o = 0; o < n; ++o) {
       double sum = with_bias ? Type::widen(bias[o]) : 0.0, absolute = std::abs(sum);
       for (int64_t i = 0; i < r; ++i) {
-        const double weight = Type::widen(left[o * r + i]);
+        const double weight = pivot_of[o] < 0 ? Type::widen(left[row_of_left[o] * r + i]) : pivot_of[o] == i;
         sum += weight * exact[i];
         absolute += std::abs(weight) * magnitude[i];
       }
@@ -110,11 +120,11 @@ int check(int64_t m, int64_t k, int64_t r, int64_t n, bool with_bias) {
 }  // namespace
 
 int main(int count, char** values) {
-  if (count != 9) return std::fputs("see the head of this file for the arguments\n", stderr), 2;
-  int64_t numbers[9];
-  for (int i = 2; i < 9; ++i) numbers[i] = std::atoll(values[i]);
+  if (count != 10) return std::fputs("see the head of this file for the arguments\n", stderr), 2;
+  int64_t numbers[10];
+  for (int i = 2; i < 10; ++i) numbers[i] = std::atoll(values[i]);
   emulation::machine.multiprocessors = int(numbers[7]);
   emulation::machine.shared_limit = int(numbers[8]);
   const auto run = std::string(values[1]) == "bfloat16" ? check<BFloat16> : check<Float16>;
-  return run(numbers[2], numbers[3], numbers[4], numbers[5], numbers[6]);
+  return run(numbers[2], numbers[3], numbers[4], numbers[5], numbers[6], int(numbers[9]));
 }
