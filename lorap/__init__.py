@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from lorap.integrations.stock import export_stock
     from lorap.nn.fused import merge_shared_inputs, optimize_for_inference
     from lorap.nn.linear import LowRankLinear
+    from lorap.nn.warming import warm_up
     from lorap.recovery.config import TuningConfig
     from lorap.recovery.recover import Recovery, recover
     from lorap.reports.records import Evaluation
@@ -82,6 +83,7 @@ __all__ = [
     "reconstruct",
     "recover",
     "save",
+    "warm_up",
 ]
 
 # Where the names above live; the same as under TYPE_CHECKING, which is for those who read types.
@@ -100,6 +102,7 @@ _HOMES = {
     "lorap.integrations.stock": ("export_stock",),
     "lorap.nn.fused": ("merge_shared_inputs", "optimize_for_inference"),
     "lorap.nn.linear": ("LowRankLinear",),
+    "lorap.nn.warming": ("warm_up",),
     "lorap.recovery.recover": ("Recovery", "recover"),
     "lorap.recovery.config": ("TuningConfig",),
     "lorap.reports.records": ("Evaluation",),

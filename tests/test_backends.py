@@ -251,8 +251,8 @@ def test_self_check_tries_one_token_and_a_long_k(monkeypatch: pytest.MonkeyPatch
     """Which kernels serve by other code than several tokens."""
     problem = broken(monkeypatch, lambda x, weight: x @ weight.T * (1.5 if len(x) == 1 else 1))
     assert problem.startswith("relative error 0.5 with 1 tokens of 176 features")
-    problem = broken(monkeypatch, lambda x, weight: x[:, :4000] @ weight[:, :4000].T)
-    assert problem.endswith("with 1 tokens of 4112 features, more than 1e-05")
+    problem = broken(monkeypatch, lambda x, weight: x[:, :8000] @ weight[:, :8000].T)
+    assert problem.endswith("with 1 tokens of 8208 features, more than 1e-05")
 
 
 def test_self_check_refuses_nan(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,24 +337,98 @@ def test_no_gpu_kernel_is_checked_while_a_graph_is_captured(
     assert dispatch.choose("low_rank_linear", gpu_x, 1) == "triton"
 
 
-def test_outside_a_graph_a_decode_kernel_runs_once_per_shape(gpu_x: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its first call compiles it; a capture may use only what was compiled before."""
+def test_a_call_of_a_gpu_kernel_is_computed_alike_each_time_and_compiled_only_when_asked(
+    gpu_x: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eager calls are torch's from the first on; a capture takes a kernel that was warmed, for tensors aligned as then."""
     monkeypatch.setattr(dispatch, "_warm", set())
-    gpu_x.shape = (1, 8)
+    x, weight, odd = torch.zeros(1, 8), torch.zeros(4, 8), torch.zeros(9)[1:].view(1, 8)
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
 
-    def left_to_torch(shapes: tuple[int, ...], op: str = "low_rank_linear") -> bool:
-        return dispatch.better_in_graph(op, gpu_x, shapes)
+    monkeypatch.setattr(dispatch, "_worth", lambda op, x, rest: rest[0].shape[0] != 7)
 
-    assert [left_to_torch((4, 8)) for _ in range(3)] == [False, True, True]
-    assert not left_to_torch((5, 8))
-    assert not left_to_torch((4, 8), "channel_sq_norm")
-    assert not left_to_torch((4, 8), "channel_sq_norm")
+    def left(x: torch.Tensor, weight: torch.Tensor, op: str = "low_rank_linear") -> bool:
+        return dispatch.left_to_torch(op, x, weight, [weight], None)
+
+    assert [left(x, weight) for _ in range(3)] == [True] * 3
+    assert not left(x, weight, op="channel_sq_norm")
+    capturing = True
+    assert left(x, weight)  # nothing is compiled inside a capture
+    capturing = False
+    with dispatch.warming():
+        assert not left(x, weight)
+        assert left(odd, weight)
+        assert left(x, torch.zeros(7, 8))  # torch is as fast
+    assert [left(x, weight) for _ in range(2)] == [True] * 2  # eager calls stay as they were
+    capturing = True
+    assert not left(x, weight)
+    assert not left(x.view(1, 1, 8), weight)
+    assert left(x, torch.zeros(5, 8))
+    assert left(x, torch.zeros(7, 8))
+    assert left(torch.zeros(2, 8), weight)
+    assert left(odd, weight)
+    assert left(torch.zeros(2, 16)[:, ::2], weight)
+    capturing = False
     with dispatch.use("triton"):
-        assert not left_to_torch((4, 8))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not left_to_torch((4, 8))
-    assert left_to_torch((6, 8))
-    assert left_to_torch((6, 8))
+        assert not left(x, weight)
+
+
+def test_a_kernel_that_cannot_be_prepared_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_warm", set())
+    monkeypatch.setattr(dispatch, "_worth", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    x, weight = torch.zeros(1, 8), torch.zeros(4, 8)
+    with dispatch.warming():
+        dispatch.left_to_torch("silu_gated_linear", x, weight, weight)
+
+    def fail() -> None:
+        with dispatch.warming():
+            dispatch.left_to_torch("low_rank_linear", x, weight, weight)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert [key[0] for key in dispatch._warm] == ["silu_gated_linear"]
+
+
+@pytest.mark.parametrize(
+    ("op", "tokens", "ranks", "rows", "pivots", "worth"),
+    [
+        ("low_rank_linear", 1, (512,), (4096,), None, True),
+        ("low_rank_linear", 1, (1632,), (4096,), None, True),
+        ("low_rank_linear", 1, (1632,), (4096 - 1632,), (1632,), True),
+        ("low_rank_linear", 1, (512,), (1024,), None, False),  # k of LLaMA-3-8B: two launches for so few bytes
+        ("low_rank_linear", 16, (1024,), (4096,), None, False),
+        ("low_rank_linear", 32, (1632,), (4096,), None, False),
+        ("low_rank_linear_group", 1, (512, 4096, 1536), (4096, 0, 4096), (0, 4096, 0), True),
+        ("silu_gated_linear", 1, (), (5504, 5504), None, True),
+    ],
+)
+def test_a_shape_goes_to_a_kernel_where_the_model_has_it_faster(
+    op: str, tokens: int, ranks: tuple[int, ...], rows: tuple[int, ...], pivots: Any, worth: bool
+) -> None:
+    def meta(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
+
+    right, left = [meta(rank, 4096) for rank in ranks], [meta(*pair) for pair in zip(rows, ranks, strict=False)]
+    chosen = [torch.empty(count, dtype=torch.int64, device="meta") for count in pivots or ()]
+    if op == "low_rank_linear":
+        rest: tuple[Any, ...] = (right[0], left[0], None, chosen[0] if chosen else None)
+    elif op == "low_rank_linear_group":
+        rest = (right, left, [], chosen)
+    else:
+        rest = (meta(rows[0], 4096), meta(rows[1], 4096))
+    assert dispatch._worth(op, meta(tokens, 4096), rest) == worth
+
+
+def test_unaligned_x_does_not_reach_the_cuda_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loads of 16 bytes would fault; a forced backend must not stop a model either."""
+    monkeypatch.setattr(torch.ops, "lorap_cuda", SimpleNamespace(), raising=False)
+    right, left = torch.randn(8, 16).bfloat16(), torch.randn(24, 8).bfloat16()
+    x = torch.randn(17).bfloat16()[1:].view(1, 16)
+    y = implementations.implementation("low_rank_linear", "cuda")(x, right, left)
+    torch.testing.assert_close(y, x @ right.T @ left.T)
 
 
 # --- without the native library --------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import lorap
 from lorap import ArchitectureError, LowRankLinear, merge_shared_inputs, optimize_for_inference
-from lorap.nn import dispatch, implementations, native, ops
+from lorap.nn import dispatch, implementations, native, ops, padding, warming
 from lorap.nn.fused import GatedMLP, SharedInput
 from lorap.nn.linear import Linear
 
@@ -511,3 +511,105 @@ def test_silu_is_known_in_every_form(activation: Any, merge: Merge, make_model: 
         layer.mlp.act_fn = activation
     merge(model)
     assert sum(isinstance(module, GatedMLP) for module in model.modules()) == 2
+
+
+# --- warming up ------------------------------------------------------------------------------------------------------------
+
+
+@kinds
+def test_warming_up_runs_every_op_that_a_step_runs(kind: str, build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all their sizes, and on nothing without a GPU, for which this CPU stands in."""
+    model, calls = optimize_for_inference(build("llama-gqa", kind)), []
+    run = ops._run
+
+    def recorded(op: str, x: Tensor, *rest: Any, **options: Any) -> Any:
+        sizes = tuple(tuple(t.shape) for t in torch.utils._pytree.tree_leaves(rest) if isinstance(t, Tensor))
+        calls.append((op, x.shape[:-1].numel(), sizes, dispatch._warming.get()))
+        return run(op, x, *rest, **options)
+
+    monkeypatch.setattr(ops, "_run", recorded)
+    lorap.warm_up(model, tokens=[1, 3])
+    assert not calls
+    monkeypatch.setattr(warming, "_compiles_on", lambda device: True)
+    lorap.warm_up(model, tokens=[1, 3])
+    warmed, calls[:] = {call[:3] for call in calls if call[3]}, []
+    with torch.no_grad():
+        model(torch.zeros(3, 1, dtype=torch.int64))
+        model(torch.zeros(1, 1, dtype=torch.int64))
+    assert {call[:3] for call in calls} - warmed == set()
+    assert not any(call[3] for call in calls)
+    assert attention(model).q_proj.group._waiting is None
+
+
+def test_warming_up_never_stops_a_model(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama-gqa", "compressed")
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("out of shared memory")
+
+    monkeypatch.setattr(warming, "_compiles_on", lambda device: True)
+    monkeypatch.setattr(ops, "_run", fail)
+    warming._tell_once.cache_clear()
+    with pytest.warns(
+        RuntimeWarning, match="leave their work to torch, for 2 tokens: RuntimeError: out of shared memory"
+    ):
+        lorap.warm_up(model, tokens=2)
+    with pytest.raises(lorap.ConfigError, match="cannot warm up for 0 tokens"):
+        lorap.warm_up(model, tokens=[1, 0])
+
+
+def test_optimizing_warms_up(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("lorap.nn.fused.warm_up", seen.append)
+    model = optimize_for_inference(build())
+    assert seen == [model]
+
+
+# --- ranks that are no multiple of 16 --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["compressed", "factorized-ffn"])
+def test_padded_factors_compute_the_same_and_are_saved_as_they_were(
+    kind: str, build: Any, tokens: Tensor, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """As on a GPU in 16 bits, for which this CPU stands in; until something moves the factors or wants their gradients."""
+    model = build("llama-gqa", kind)
+    plain, state = copy.deepcopy(model), {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    expected, seen = outputs(model, tokens), set()
+    monkeypatch.setattr(padding, "gains", lambda weight: True)
+    run = ops._run
+
+    def recorded(op: str, x: Tensor, *rest: Any, **options: Any) -> Any:
+        if "low_rank" in op:
+            seen.update(len(right) % 16 for right in ([rest[0]] if isinstance(rest[0], Tensor) else rest[0]))
+        return run(op, x, *rest, **options)
+
+    optimize_for_inference(model)
+    layers = [module for module in model.modules() if isinstance(module, LowRankLinear)]
+    odd = [layer for layer in layers if layer.rank % 16]
+    assert odd
+    assert all((layer.padded is not None) == (layer in odd) for layer in layers)
+    monkeypatch.setattr(ops, "_run", recorded)
+    for found, want in zip(outputs(model, tokens), expected, strict=True):
+        assert_same(found, want)
+    assert seen == {0}
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(tensor, state[key]) for key, tensor in loaded.state_dict().items())
+
+    model(tokens[:1, :5], labels=tokens[:1, :5]).loss.backward()
+    plain(tokens[:1, :5], labels=tokens[:1, :5]).loss.backward()
+    assert_same(odd[0].right.weight.grad, dict(plain.named_parameters())[name_of(model, odd[0].right.weight)].grad)
+    with torch.no_grad():
+        odd[0].left.weight.mul_(0)  # in place: the padded one follows
+        assert not odd[0](torch.randn(3, odd[0].in_features)).any()
+        odd[1].left.weight.data = torch.zeros_like(odd[1].left.weight)  # another tensor: the padded one is left behind
+        assert not odd[1](torch.randn(3, odd[1].in_features)).any()
+        assert copy.deepcopy(odd[2])(torch.ones(1, odd[2].in_features)).any()
+        assert model.double().dtype == torch.float64
+        assert odd[2](torch.ones(1, odd[2].in_features, dtype=torch.float64)).dtype == torch.float64
+
+
+def name_of(model: Any, weight: Tensor) -> str:
+    return next(name for name, parameter in model.named_parameters() if parameter is weight)

@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels have no machine code", allow_module_level=True)
 
-from lorap.kernels import low_rank_fused, low_rank_linear
-from lorap.kernels.aot import ARCHITECTURES, SHARED_LIMIT, Variant
+from lorap.kernels import cost, low_rank_fused, low_rank_linear
+from lorap.kernels.aot import ARCHITECTURES, SHARED_LIMIT, WIDE_LOAD, Variant
 from lorap.kernels.low_rank_settings import expand_config, part_length, parts, shrink_config
 
 VARIANTS = {
@@ -78,11 +78,20 @@ GEMV = [
 
 @pytest.mark.parametrize("name", GEMV)
 def test_three_tiles_are_on_their_way_before_the_first_is_used(name):
-    """A prefetch that ptxas moves behind the first use is none; loads that are wide do not show that."""
+    """A prefetch that ptxas moves behind the first use is none; loads that are wide do not show that.
+
+    A kernel that waits for the one before it has all of its weights on their way: one tile, before the wait.
+    """
     variant = VARIANTS[name]
     tile = variant.constexprs["BLOCK_N"] * variant.constexprs["BLOCK_K"] * (4 if dtype(variant) == "*fp32" else 2)
     loads_per_tile = tile // (16 * 32 * variant.num_warps)
-    assert variant.compile(90).loads_in_flight >= 3 * loads_per_tile > 0
+    compiled = variant.compile(90)
+    if variant.constexprs.get("WHOLE"):
+        before = compiled.sass.rpartition("ACQBULK")[0]
+        assert len(WIDE_LOAD.findall(before)) >= loads_per_tile >= 4
+        assert "LDGSTS" not in compiled.sass
+    else:
+        assert compiled.loads_in_flight >= 3 * loads_per_tile > 0
 
 
 def test_names_are_unique():
@@ -166,6 +175,17 @@ def test_shrink_keeps_enough_reads_in_flight(layers, m):
     programs = parts(k, shrink) * sum(-(-rank // shrink["BLOCK_N"]) for rank in ranks)
     tile = shrink["BLOCK_N"] * shrink["BLOCK_K"] * 2 * max(1, shrink["num_stages"] - 1)
     assert programs * tile >= 132 * 11_000
+    # An SM takes no more than its share of the bandwidth, whatever it asks for: what has too few programs is left to torch.
+    enough = programs * cost.SM_BANDWIDTH >= cost.MEMORY_BANDWIDTH
+    assert enough or not cost.worth("low_rank_linear_group", m, k, ranks, rows, (0,) * len(rows))
+
+
+@pytest.mark.parametrize("rank", [1, 48, 512, 1472, 1632, 4000])
+def test_a_kernel_that_starts_early_holds_whole_rows(rank):
+    expand = expand_config(1, 4096, (32, rank), (4096, 4096), pdl=True)
+    assert expand["BLOCK_K"] >= rank
+    assert expand["BLOCK_N"] >= 4
+    assert expand["BLOCK_N"] * expand["BLOCK_K"] * 2 <= 8 * 16 * 32 * expand["num_warps"] * (2 if rank > 2048 else 1)
 
 
 def test_split_is_no_deeper_than_expand_can_afford():

@@ -19,26 +19,26 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import Variant
+from .cost import L2_BANDWIDTH, LAUNCH, MEMORY_BANDWIDTH, NUM_SMS
 from .low_rank_kernels import weight_product
 from .low_rank_linear import INTERPRETED, Launch, checked, run, variant
-from .low_rank_settings import L2_BANDWIDTH, MEMORY_BANDWIDTH, NUM_SMS, Settings, block_m, cdiv, power_of_2
+from .low_rank_settings import Settings, block_m, cdiv, power_of_2
 
-LAUNCH_SECONDS = 1.3e-6  # one more kernel inside a CUDA graph on an H100, as published for megakernels
 MAX_BLOCK_N = 64
 
 
 def one_launch_wins(m: int, k: int, r: int, n: int, *, itemsize: int = 2, num_sms: int = NUM_SMS) -> bool:
     """Whether one launch is modelled to be faster than the two of low_rank_linear.
 
-    two launches: 2 LAUNCH_SECONDS + (bytes of right + bytes of left) / MEMORY_BANDWIDTH
-    one launch:     LAUNCH_SECONDS + bytes of left / MEMORY_BANDWIDTH + waves * bytes of right / one SM's share of L2
+    two launches: 2 LAUNCH + (bytes of right + bytes of left) / MEMORY_BANDWIDTH
+    one launch:     LAUNCH + bytes of left / MEMORY_BANDWIDTH + waves * bytes of right / one SM's share of L2
 
     There is one wave while n is at most 64 rows for each SM. More than 32 rows of x would recompute T as well.
     """
     right_bytes = itemsize * r * k
     waves = cdiv(cdiv(n, MAX_BLOCK_N), num_sms)
     recomputing = waves * right_bytes / (L2_BANDWIDTH / num_sms) - right_bytes / MEMORY_BANDWIDTH
-    return m <= 32 and recomputing < LAUNCH_SECONDS
+    return m <= 32 and recomputing < LAUNCH
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -87,6 +87,7 @@ def low_rank_fused_kernel(
             BLOCK_M,
             BLOCK_R,
             BLOCK_K,
+            False,
             False,
             UPCAST,
         )

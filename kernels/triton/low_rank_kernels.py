@@ -61,12 +61,14 @@ def weight_product(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WAIT: tl.constexpr,
+    WHOLE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """weight[:num_rows, start:stop] @ v[:num_tokens, start:stop].T: (BLOCK_N, BLOCK_M) float32.
 
     v is the sum of PARTS tensors. With WAIT it is what the kernel launched before this one writes, and the first tile
-    of the weights is read while that one still runs.
+    of the weights is read while that one still runs; for one token only where WHOLE says that this tile is all there is,
+    BLOCK_K being no less than stop - start.
     """
     dtype: tl.constexpr = tl.float32 if UPCAST else weight_ptr.dtype.element_ty
     columns = tl.arange(0, BLOCK_K)
@@ -74,18 +76,21 @@ def weight_product(
     weight_ptrs = weight_ptr + rows * length + columns[None, :]
     if GEMV:
         acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        if WAIT:
+        if WHOLE:
             weight = tl.load(weight_ptrs + start, mask=(rows < num_rows) & (columns < stop - start)[None, :], other=0.0)
-            tl.extra.cuda.gdc_wait()
+            if WAIT:
+                tl.extra.cuda.gdc_wait()
             v = _load_sum(v_ptr + start + columns, stride_vp, columns < stop - start, PARTS)
-            acc += weight.to(tl.float32) * v.to(tl.float32)[None, :]
-            start += BLOCK_K
-        # A prefetch written by hand is undone: ptxas moves the loads below the products that wait for the tile before. As
-        # asynchronous copies into shared memory (LDGSTS.128, three tiles in flight) they stay where the compiler puts them.
-        for k in tl.range(start, stop, BLOCK_K, num_stages=4):
-            weight = tl.load(weight_ptrs + k, mask=(rows < num_rows) & (columns < stop - k)[None, :], other=0.0)
-            v = _load_sum(v_ptr + k + columns, stride_vp, columns < stop - k, PARTS)
-            acc += weight.to(tl.float32) * v.to(tl.float32)[None, :]
+            acc = weight.to(tl.float32) * v.to(tl.float32)[None, :]
+        else:
+            if WAIT:
+                tl.extra.cuda.gdc_wait()
+            # A prefetch written by hand is undone: ptxas moves the loads below the products that wait for the tile before. As
+            # asynchronous copies into shared memory (LDGSTS.128, three tiles in flight) they stay where the compiler puts them.
+            for k in tl.range(start, stop, BLOCK_K, num_stages=4):
+                weight = tl.load(weight_ptrs + k, mask=(rows < num_rows) & (columns < stop - k)[None, :], other=0.0)
+                v = _load_sum(v_ptr + k + columns, stride_vp, columns < stop - k, PARTS)
+                acc += weight.to(tl.float32) * v.to(tl.float32)[None, :]
         product = tl.sum(acc, 1)[:, None]
     else:
         tokens = tl.arange(0, BLOCK_M)[None, :]
@@ -155,6 +160,7 @@ def shrink_kernel(
         BLOCK_N,
         BLOCK_K,
         False,
+        False,
         UPCAST,
     )
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
@@ -210,6 +216,7 @@ def expand_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr,
     PDL: tl.constexpr,
+    WHOLE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """y[m, n] = T[m] @ left[n] + bias[n]; in a pivoted layer also y[m, pivots[r]] = T[m, r] + bias[pivots[r]].
@@ -270,6 +277,7 @@ def expand_kernel(
             BLOCK_N,
             BLOCK_K,
             PDL,
+            WHOLE,
             UPCAST,
         )
         outputs = rows
@@ -304,6 +312,7 @@ def silu_gated_expand_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
+    WHOLE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """y = silu(T_gate @ gate.T + gate_bias) * (T_up @ up.T + up_bias), T holding T_gate and T_up side by side."""
@@ -327,6 +336,7 @@ def silu_gated_expand_kernel(
         BLOCK_N,
         BLOCK_K,
         PDL,
+        WHOLE,
         UPCAST,
     )
     up = weight_product(
@@ -345,6 +355,7 @@ def silu_gated_expand_kernel(
         BLOCK_N,
         BLOCK_K,
         False,
+        WHOLE,
         UPCAST,
     )
     rows = first_row + tl.arange(0, BLOCK_N)

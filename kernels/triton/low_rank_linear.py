@@ -160,9 +160,10 @@ def _settings(
     sizes = {"m": m, "k": k, "rank": sum(ranks), "n": sum(rows), "dtype": str(dtype).removeprefix("torch.")}
     model = {"itemsize": dtype.itemsize, "num_sms": num_sms}
     shrink = configs.lookup("shrink", name, **sizes) or shrink_config(m, k, ranks, rows, **model)
-    expand = configs.lookup("expand", name, **sizes) or expand_config(m, k, ranks, rows, **model)
+    expand = configs.lookup("expand", name, **sizes) or expand_config(m, k, ranks, rows, **model, pdl=pdl)
     common = {"GEMV": m == 1, "BLOCK_M": block_m(m), "PDL": pdl, "UPCAST": INTERPRETED, "enable_fp_fusion": True}
-    return shrink | common, expand | common | ({"launch_pdl": True} if pdl else {})
+    whole = {"WHOLE": pdl and m == 1 and expand["BLOCK_K"] >= max(ranks)}
+    return shrink | common, expand | common | whole | ({"launch_pdl": True} if pdl else {})
 
 
 @cache

@@ -12,12 +12,10 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import product
 
-# An H100 80GB HBM3: only the bandwidth of its memory is a measured number.
-NUM_SMS = 132
-MEMORY_BANDWIDTH = 3.0e12  # bytes per second
-L2_BANDWIDTH = 5.5e12
-MEMORY_LATENCY = 0.6e-6  # seconds
+from .cost import L2_BANDWIDTH, NUM_SMS, read_seconds
+
 PROGRAMS_PER_SM = 2  # that registers and shared memory have room for
+WHOLE_TILE = 4 * 1024  # bytes of weights that a warp holds in registers, 8 loads of 16 bytes for each thread
 SHARED_BYTES = 80 * 1024  # so that they do, on an A100 too
 
 Settings = dict[str, int]
@@ -45,16 +43,28 @@ def shrink_config(
 
 
 def expand_config(
-    m: int, k: int, ranks: Sequence[int], rows: Sequence[int], *, itemsize: int = 2, num_sms: int = NUM_SMS
+    m: int,
+    k: int,
+    ranks: Sequence[int],
+    rows: Sequence[int],
+    *,
+    itemsize: int = 2,
+    num_sms: int = NUM_SMS,
+    pdl: bool = False,
 ) -> Settings:
-    """BLOCK_N, BLOCK_K, num_warps and num_stages of expand."""
-    return dict(_plan(m, k, tuple(ranks), tuple(rows), itemsize, num_sms)[1])
+    """BLOCK_N, BLOCK_K, num_warps and num_stages of expand; with ``pdl`` for one that starts before shrink has ended."""
+    return dict(_plan(m, k, tuple(ranks), tuple(rows), itemsize, num_sms, pdl)[1])
+
+
+def plan_seconds(m: int, k: int, ranks: tuple[int, ...], rows: tuple[int, ...], *, pdl: bool = False) -> float:
+    """Modelled seconds of both launches in bfloat16 without what each launch costs."""
+    return _plan(m, k, ranks, rows, 2, NUM_SMS, pdl)[2]
 
 
 @lru_cache(1024)
 def _plan(
-    m: int, k: int, ranks: tuple[int, ...], rows: tuple[int, ...], itemsize: int, num_sms: int
-) -> tuple[Settings, Settings]:
+    m: int, k: int, ranks: tuple[int, ...], rows: tuple[int, ...], itemsize: int, num_sms: int, pdl: bool = False
+) -> tuple[Settings, Settings, float]:
     def seconds(plan: tuple[Settings, Settings]) -> float:
         shrink, expand = plan
         blocks = [cdiv(count, expand["BLOCK_N"]) for count in rows]
@@ -68,8 +78,10 @@ def _plan(
             + _read_seconds(left_bytes, sum(blocks) * cdiv(m, 32), expand, itemsize, num_sms)
         )
 
-    candidates = product(_shrink_candidates(m, k, itemsize), _expand_candidates(m, max(ranks), itemsize))
-    return min((plan for plan in candidates if _fits(plan, m, k, itemsize)), key=seconds)
+    expands = _whole_candidates(max(ranks), itemsize) if pdl and m == 1 else _expand_candidates(m, max(ranks), itemsize)
+    candidates = product(_shrink_candidates(m, k, itemsize), expands)
+    best = min((plan for plan in candidates if _fits(plan, m, k, itemsize)), key=seconds)
+    return *best, seconds(best)
 
 
 def parts(k: int, shrink: Settings) -> int:
@@ -113,6 +125,15 @@ def _expand_candidates(m: int, rank: int, itemsize: int) -> Iterator[Settings]:
             yield {"BLOCK_N": block_n, "BLOCK_K": 128 // itemsize, "num_warps": 4, "num_stages": stages}
 
 
+def _whole_candidates(rank: int, itemsize: int) -> Iterator[Settings]:
+    """One token, and a start before T is there: a tile as wide as the rank, so that all of it is on its way before the wait."""
+    block_k = max(32, power_of_2(rank))
+    for num_warps in (4, 8, 16):
+        block_n = min(32, max(4, num_warps * WHOLE_TILE // itemsize // block_k))
+        # Two stages: no loop, and of the tiles one is on its way.
+        yield {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": num_warps, "num_stages": 2}
+
+
 def _fits(plan: tuple[Settings, Settings], m: int, k: int, itemsize: int) -> bool:
     """Whether the tiles of expand, weights and parts of T, are small enough for two programs on an SM."""
     shrink, expand = plan
@@ -121,7 +142,6 @@ def _fits(plan: tuple[Settings, Settings], m: int, k: int, itemsize: int) -> boo
 
 
 def _read_seconds(nbytes: int, programs: int, settings: Settings, itemsize: int, num_sms: int) -> float:
-    tiles = max(1, settings["num_stages"] - 1)
+    tiles = 3 if settings["num_stages"] == 1 else settings["num_stages"] - 1  # one token: see weight_product
     ahead = min(settings["BLOCK_N"] * settings["BLOCK_K"] * itemsize * tiles, nbytes / max(1, programs))
-    in_flight = min(programs, PROGRAMS_PER_SM * num_sms) * ahead
-    return nbytes / min(MEMORY_BANDWIDTH, max(1, in_flight) / MEMORY_LATENCY)
+    return read_seconds(nbytes, programs, ahead, num_sms=num_sms, per_sm=PROGRAMS_PER_SM)

@@ -7,6 +7,7 @@ without elements stands for "none" in a list. Nothing here needs triton, a compi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,8 @@ def low_rank_linear(
     Returns:
         (..., N).
     """
+    if pivot_rows is not None and not len(left):
+        return F.linear(x, right, bias)
     shrunk = F.linear(x, right)
     if pivot_rows is None:
         return F.linear(shrunk, left, bias)
@@ -155,23 +158,25 @@ def token_count(x: Tensor, mask: Tensor | None) -> Tensor:
     return torch.full((), x.shape[:-1].numel(), dtype=torch.int64, device=x.device)
 
 
-def masked_chunks(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Iterator[Tensor]:
+def masked_chunks(
+    x: Tensor, mask: Tensor | None, dtype: torch.dtype, *, tokens: int = CHUNK_TOKENS
+) -> Iterator[Tensor]:
     """The tokens of x in pieces; those that do not count are zero.
 
     Args:
         x: (..., K).
         mask: (...), False on tokens that do not count; None where all do.
         dtype: of the pieces.
+        tokens: at most so many in a piece.
 
     Returns:
-        Pieces (tokens, K) of at most CHUNK_TOKENS tokens.
+        Pieces (tokens, K).
     """
     x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    if mask is not None:
-        mask = mask.reshape(-1, 1).bool()
-    for start in range(0, x.shape[0], CHUNK_TOKENS):
-        chunk = x[start : start + CHUNK_TOKENS].to(dtype)
-        yield chunk if mask is None else chunk.where(mask[start : start + CHUNK_TOKENS], 0.0)
+    counts = repeat(None) if mask is None else mask.reshape(-1, 1).bool().split(tokens)
+    for chunk, counted in zip(x.split(tokens), counts, strict=False):
+        chunk = chunk.to(dtype)
+        yield chunk if counted is None else chunk.where(counted, 0.0)
 
 
 def _item(tensors: Sequence[Tensor] | None, index: int) -> Tensor | None:

@@ -20,6 +20,7 @@ from lorap.checkpoint.format import QUANT_METHOD, LoRAPConfig
 from lorap.checkpoint.guards import put_guards, register_activations
 from lorap.nn import int8
 from lorap.nn.linear import LowRankLinear
+from lorap.nn.padding import pad_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,6 +43,7 @@ class LoRAPHfQuantizer(HfQuantizer):
             if isinstance(module, LowRankLinear):
                 check_pivot_rows(module, name)
         int8.fill_slots(model)
+        pad_ranks(model)
         # True forbids casts, and training without adapters.
         model.is_quantized = not self.is_trainable  # type: ignore[assignment]
 

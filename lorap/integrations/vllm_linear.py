@@ -20,9 +20,12 @@ from lorap.errors import CheckpointError
 from lorap.integrations.vllm_projection import Projection, Share, frozen
 from lorap.nn import ops
 from lorap.nn.low_rank_tensors import LowRankTensors
+from lorap.nn.warming import warm
 
 # vLLM's names of the parts of a fused attention layer; those of a fused FFN are numbers already.
 SHARD_NUMBERS = {"q": 0, "k": 1, "v": 2}
+# Numbers of tokens for which vLLM captures CUDA graphs, as far as kernels of ours may serve them.
+GRAPH_TOKENS = (1, 2, 4, 8, 16, 24, 32)
 
 
 class LoRAPLinearMethod(LinearMethodBase):
@@ -99,6 +102,12 @@ class LoRAPLinearMethod(LinearMethodBase):
                 found.append(tensor)
         if not any(rows.numel() for rows in self.factors[2]):
             self.factors[2].clear()
+        if right.is_cuda:
+            for tokens in GRAPH_TOKENS:
+                warm(
+                    lambda x: self.apply(layer, x, getattr(layer, "bias", None)),
+                    right.new_zeros(tokens, right.shape[1]),
+                )
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(tokens, input of this worker) to (tokens, outputs of this worker side by side)."""

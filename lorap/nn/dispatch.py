@@ -21,10 +21,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from lorap.errors import BackendError
+from lorap.kernels import cost
 from lorap.nn import native
-from lorap.nn.implementations import FLOATS, HALVES, LINEAR_OPS, example, implementation
+from lorap.nn.implementations import (
+    EXAMPLES,
+    FLOATS,
+    HALVES,
+    LINEAR_OPS,
+    PIVOTED_OPS,
+    example,
+    implementation,
+    is_aligned,
+    tokens_of,
+)
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
@@ -64,7 +76,9 @@ def _cpu_rules() -> tuple[Rule, ...]:
     return tuple(Rule(LINEAR_OPS, "cpu", "cpu", (dtype,), tokens, reason) for dtype, tokens, reason in rows)
 
 
-_DECODE_GPU = "modelled, not measured: inside a CUDA graph one pair of launches serves a group"
+_DECODE_GPU = (
+    "modelled, not measured: in a CUDA graph, for sizes where it is 5 % faster than two cuBLAS calls and than dense"
+)
 _ONE_READ = "modelled, not measured: one read of x; torch reads it twice and writes a float32 copy"
 
 # The first row that fits wins; everything else is torch's. On a GPU, from 256 tokens on, two cuBLAS GEMMs are within 7 % of
@@ -211,8 +225,6 @@ def _trusted(op: str, backend: str, x: Tensor, forced: str) -> bool:
 def self_check(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Run small examples of an op beside the float64 reference.
 
-    One token and several take different kernels, and a long K is split.
-
     Args:
         op: one of ``lorap.nn.implementations.OPS``.
         backend: that has it.
@@ -223,8 +235,10 @@ def self_check(op: str, backend: str, device: torch.device, dtype: torch.dtype) 
         What is wrong with the results, in words, or None.
     """
     limit = 1e-5 if dtype == torch.float32 else 3e-2
-    for tokens, k in ((3, 176), (1, 176), (1, 4112)):
-        arguments = example(op, device, dtype, tokens, k)
+    for tokens, k, pivoted in EXAMPLES:
+        if pivoted and op not in PIVOTED_OPS:
+            continue
+        arguments = example(op, device, dtype, tokens, k, pivoted)
         try:
             got = _as_tuple(implementation(op, backend)(*arguments))
             exact = _as_tuple(implementation(op, "reference")(*_to_double(arguments)))
@@ -232,7 +246,8 @@ def self_check(op: str, backend: str, device: torch.device, dtype: torch.dtype) 
         except Exception as failure:  # whatever a driver or compiler throws must not stop a model that torch can run
             return f"{type(failure).__name__}: {failure}"
         if not error <= limit:
-            return f"relative error {error:.3g} with {tokens} tokens of {k} features, more than {limit:g}"
+            case = f"{tokens} tokens of {k} features" + ", pivoted" * pivoted
+            return f"relative error {error:.3g} with {case}, more than {limit:g}"
     return None
 
 
@@ -248,25 +263,59 @@ def _to_double(value: Any) -> Any:
 
 # Calls whose Triton kernels are compiled and loaded, so that a graph capture can use them.
 _warm: set[tuple[Any, ...]] = set()
+_warming: ContextVar[bool] = ContextVar("lorap_warming", default=False)
 
 
-def better_in_graph(op: str, x: Tensor, shapes: tuple[Any, ...]) -> bool:
-    """Whether a decode kernel on a GPU should leave this call to torch, because no CUDA graph is being captured.
+@contextmanager
+def warming() -> Iterator[None]:
+    """Inside, calls that a CUDA graph would leave to a Triton kernel run it, and may be captured afterwards.
 
-    Launching a Triton kernel from Python takes 15 us and more, two cuBLAS calls about 10, and these kernels save 1 to 5: they
-    win inside a graph only (torch.compile with reduce-overhead, vLLM). The first call of each shape runs them nevertheless, so
-    that they are compiled before a capture, which cannot compile; a shape that was never seen is left to torch there.
+    After an error none of the calls inside counts as warm.
+    """
+    token, before = _warming.set(True), set(_warm)
+    try:
+        yield
+    except Exception:
+        _warm.intersection_update(before)
+        raise
+    finally:
+        _warming.reset(token)
+
+
+def left_to_torch(op: str, x: Tensor, *rest: Any) -> bool:
+    """Whether a Triton kernel that serves ``op`` should leave this call to torch.
+
+    Launching a kernel from Python takes 15 us and more, two cuBLAS calls about 10, and these kernels save 1 to 5: they win
+    inside a CUDA graph only (torch.compile with reduce-overhead, vLLM). So outside of one torch computes, in the first call as
+    in every other. A capture cannot compile: it takes the kernels of calls that :func:`lorap.warm_up` has seen, on tensors
+    that are aligned as there, where ``lorap.kernels.cost`` has them faster than torch.
 
     Args:
         op: one of ``lorap.nn.implementations.OPS``.
         x: its first argument, on a GPU.
-        shapes: of the other arguments.
+        rest: its other arguments.
     """
     if _forced.get() != "auto" or op == "channel_sq_norm":
         return False
-    key = (op, x.device, x.dtype, x.shape, shapes)
-    if torch.cuda.is_current_stream_capturing():
+    capturing = torch.cuda.is_current_stream_capturing()
+    if not (capturing or _warming.get()) or not x.is_contiguous():
+        return True
+    others = [tensor for tensor in tree_flatten(rest)[0] if isinstance(tensor, Tensor)]
+    key = (op, x.device, x.dtype, tokens_of(x), tuple(tensor.shape for tensor in others))
+    if not all(map(is_aligned, (x, *others))):
+        return True
+    if capturing:
         return key not in _warm
-    seen = key in _warm
+    if not _worth(op, x, rest):
+        return True
     _warm.add(key)
-    return seen
+    return False
+
+
+def _worth(op: str, x: Tensor, rest: tuple[Any, ...]) -> bool:
+    first, second, *_ = ([one] if isinstance(one, Tensor) else one for one in rest if one is not None)
+    ranks = () if op == "silu_gated_linear" else tuple(len(right) for right in first)
+    rows = (len(first[0]), len(second[0])) if op == "silu_gated_linear" else tuple(len(left) for left in second)
+    pivots = rest[3] if op in PIVOTED_OPS and len(rest) > 3 and rest[3] is not None else ()
+    counts = tuple(map(len, [pivots] if isinstance(pivots, Tensor) else pivots))
+    return cost.worth(op, tokens_of(x), x.shape[-1], ranks, rows, counts or (0,) * len(rows))

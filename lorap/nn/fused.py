@@ -19,6 +19,8 @@ from lorap.architectures import MLP, SHARED_INPUTS, Architecture, known_architec
 from lorap.errors import ConfigError
 from lorap.nn import ops
 from lorap.nn.linear import Linear, LowRankLinear, has_plain_factors, is_autocast, is_plain, is_untouched
+from lorap.nn.padding import pad_ranks
+from lorap.nn.warming import warm_up
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,8 +76,8 @@ class SharedInput:
         right, left, bias, pivots = [], [], [], []
         for member in self.members:
             if isinstance(member, LowRankLinear):
-                right.append(member.right.weight)
-                left.append(member.left.weight)
+                for found, factor in zip((right, left), member.factors(), strict=True):
+                    found.append(factor)
                 pivots.append(_or_empty(member.pivot_rows, member.right.weight))
             else:
                 right.append(member.weight)
@@ -106,6 +108,12 @@ class GatedMLP(nn.Module):
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
 
     @property
+    def in_features(self) -> int:
+        """Size of the last axis of the input."""
+        width: Any = self.gate_proj.in_features
+        return int(width)
+
+    @property
     def intermediate_size(self) -> int:
         """Width of the FFN."""
         width: Any = self.gate_proj.out_features
@@ -113,13 +121,14 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., hidden) to (..., hidden)."""
-        inner = self._gated(x)
+        inner = self.gated(x)
         if inner is None:
             inner = F.silu(self.gate_proj(x)) * self.up_proj(x)
         y: Tensor = self.down_proj(inner)
         return y
 
-    def _gated(self, x: Tensor) -> Tensor | None:
+    def gated(self, x: Tensor) -> Tensor | None:
+        """silu(gate(x)) * up(x), (..., hidden) to (..., intermediate_size), in one op; None where each must run by itself."""
         gate: Any = self.gate_proj
         up: Any = self.up_proj
         if is_autocast(x) or torch.is_grad_enabled():
@@ -133,8 +142,8 @@ class GatedMLP(nn.Module):
         if pivoted or (run := ops.served("low_rank_silu_gated_linear", x)) is None:
             return None
         bias = [] if gate.bias is None and up.bias is None else [_bias_or_zeros(gate), _bias_or_zeros(up)]
-        right, left = [gate.right.weight, up.right.weight], [gate.left.weight, up.left.weight]
-        return run(x, right, left, bias)
+        right, left = zip(gate.factors(), up.factors(), strict=True)
+        return run(x, list(right), list(left), bias)
 
 
 def merge_shared_inputs(model: Model) -> Model:
@@ -160,7 +169,8 @@ def optimize_for_inference(model: Model, *, dtype: torch.dtype | None = None) ->
     """:func:`merge_shared_inputs`, and every other dense projection and the output head through ``torch.ops.lorap.linear``.
 
     For generation, most of all on a CPU, where torch reaches half of the memory's bandwidth or less. Dense and compressed
-    models alike; logits are as before, within what their dtype resolves. Changes ``model`` and returns it.
+    models alike; logits are as before, within what their dtype resolves. Changes ``model`` and returns it. On a GPU it also
+    compiles the kernels that a CUDA graph of one token takes (:func:`lorap.warm_up`).
 
     Args:
         model: in transformers.
@@ -180,6 +190,8 @@ def optimize_for_inference(model: Model, *, dtype: torch.dtype | None = None) ->
             _swap_linear(layer, architecture.projections[role])
     if isinstance(getattr(model, "lm_head", None), nn.Linear):
         _swap_linear(model, "lm_head")
+    pad_ranks(model)
+    warm_up(model)
     return model
 
 

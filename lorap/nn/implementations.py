@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lorap.algorithms.symmetric import add_outer_products
 from lorap.kernels import reference
@@ -16,11 +17,18 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
 LINEAR_OPS = ("linear", "low_rank_linear", "low_rank_linear_group", "silu_gated_linear", "low_rank_silu_gated_linear")
 OPS = (*LINEAR_OPS, "channel_sq_norm", "second_moment")
+# Adding K^2 sums up in float64 takes a GPU longer than multiplying 1,024 tokens in 16 bits: modelled 78 us beside 45 at K = 4096.
+TENSOR_CORE_TOKENS = 8192
 
 
 def tokens_of(x: Tensor) -> int:
     """Rows of x (..., K); 0, and so the reference, where x is empty or a scalar."""
     return x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 0
+
+
+def is_aligned(tensor: Tensor) -> bool:
+    """Whether loads of 16 bytes can begin where the tensor does."""
+    return tensor.data_ptr() % 16 == 0
 
 
 def _cpu(op: str) -> Callable[..., Any]:
@@ -29,19 +37,22 @@ def _cpu(op: str) -> Callable[..., Any]:
 
 def _cuda_low_rank(x: Tensor, right: Tensor, left: Tensor, bias: Any = None, pivot_rows: Any = None) -> Any:
     # What the kernel is written for; a forced backend must not stop the prefill of a model.
-    fits = pivot_rows is None and tokens_of(x) <= 8 and x.shape[-1] % 8 == 0 and right.shape[0] % 8 == 0
-    if not fits:
-        return reference.low_rank_linear(x, right, left, bias, pivot_rows)
-    return torch.ops.lorap_cuda.low_rank_linear.default(x.contiguous(), right.contiguous(), left.contiguous(), bias)
+    x, right, left = x.contiguous(), right.contiguous(), left.contiguous()
+    read_wide = (x, right, left) if pivot_rows is None else (x, right, left, pivot_rows)
+    fits = tokens_of(x) <= 8 and x.shape[-1] % 8 == 0 and right.shape[0] % 8 == 0
+    if not (fits and all(map(is_aligned, read_wide))):
+        return _low_rank_linear(x, right, left, bias, pivot_rows)
+    return torch.ops.lorap_cuda.low_rank_linear.default(x, right, left, bias, pivot_rows)
 
 
-def _triton(module: str, function: str) -> Callable[..., Any]:
-    """Imports triton only when one of its kernels is really used."""
+def _triton(module: str, function: str, *, pdl: bool = False) -> Callable[..., Any]:
+    """Imports triton only when one of its kernels is really used; ``pdl``: its second launch need not wait for the first."""
 
     def launch(*arguments: Any) -> Any:
         import importlib
 
-        return getattr(importlib.import_module(f"lorap.kernels.{module}"), function)(*arguments)
+        options = {"pdl": True} if pdl and arguments[0].is_cuda else {}
+        return getattr(importlib.import_module(f"lorap.kernels.{module}"), function)(*arguments, **options)
 
     return launch
 
@@ -53,30 +64,116 @@ def _triton_low_rank(x: Tensor, right: Tensor, left: Tensor, bias: Any = None, p
     if pivot_rows is None and one_launch_wins(tokens_of(x), x.shape[-1], right.shape[0], left.shape[0]):
         return low_rank_fused(x, right, left, bias)
     some = [] if bias is None else [bias]
-    return low_rank_linear_group(x, [right], [left], some, [] if pivot_rows is None else [pivot_rows])
+    return low_rank_linear_group(x, [right], [left], some, [] if pivot_rows is None else [pivot_rows], pdl=x.is_cuda)
+
+
+# Tensor of pivot rows -> its version and the order of the outputs. Finding it takes eight launches, more than the layer itself.
+_orders: MutableMapping[Tensor, tuple[int | None, Tensor]] = WeakIdKeyDictionary()
+
+
+def output_order(pivot_rows: Tensor, out_features: int) -> Tensor:
+    """:func:`lorap.kernels.reference.output_order`, kept on a GPU for as long as ``pivot_rows`` lives and does not change."""
+    if not pivot_rows.is_cuda:
+        return reference.output_order(pivot_rows, out_features)
+    version = None if pivot_rows.is_inference() else pivot_rows._version
+    kept = _orders.get(pivot_rows)
+    if kept is None or kept[0] != version or len(kept[1]) != out_features:
+        kept = version, reference.output_order(pivot_rows, out_features)
+        if not torch.cuda.is_current_stream_capturing():  # what a graph makes is its own
+            _orders[pivot_rows] = kept
+    return kept[1]
+
+
+def _low_rank_linear(
+    x: Tensor,
+    right: Tensor,
+    left: Tensor,
+    bias: Tensor | None = None,
+    pivot_rows: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The reference without gradients, in two launches on a GPU and a third for pivots: no copies but that into their order.
+
+    Args:
+        x: (..., K).
+        right: (R, K).
+        left: (N, R), or (N - R, R).
+        bias: (N,) or None.
+        pivot_rows: (R,) or None.
+        out: (tokens, N) to write to, with the columns of a row side by side; None for a new one.
+    """
+    if out is None and (pivot_rows is None or not len(left) or not x.is_cuda):
+        return reference.low_rank_linear(x, right, left, bias, pivot_rows)
+    rank, n = right.shape[0], left.shape[0] + (0 if pivot_rows is None else right.shape[0])
+    tokens = x.reshape(-1, x.shape[-1])
+    y = tokens.new_empty(len(tokens), n) if out is None else out
+    if pivot_rows is None:
+        _product(tokens @ right.T, left, bias, y)
+    elif not len(left):
+        _product(tokens, right, bias, y)
+    else:
+        rows = tokens.new_empty(len(tokens), n)
+        shrunk, others = rows.split((rank, n - rank), dim=1)
+        _product(tokens, right, None, shrunk)
+        _product(shrunk, left, None, others)
+        torch.index_select(rows, 1, output_order(pivot_rows, n), out=y)
+        if bias is not None:
+            y += bias
+    return y.view(*x.shape[:-1], n) if out is None else y
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """x weight^T + bias into ``out``, in one launch."""
+    if bias is None:
+        torch.mm(x, weight.T, out=out)
+    else:
+        torch.addmm(bias, x, weight.T, out=out)
+
+
+def _low_rank_linear_group(
+    x: Tensor,
+    right: Sequence[Tensor],
+    left: Sequence[Tensor],
+    bias: Sequence[Tensor] = (),
+    pivot_rows: Sequence[Tensor] = (),
+) -> Tensor:
+    """The reference without gradients; on a GPU each layer writes its own columns of the output."""
+    if not x.is_cuda:
+        return reference.low_rank_linear_group(x, right, left, bias, pivot_rows)
+    tokens = x.reshape(-1, x.shape[-1])
+    pivots = [rows if rows.numel() else None for rows in pivot_rows] or [None] * len(right)
+    biases = [one if one.numel() else None for one in bias] or [None] * len(right)
+    sizes = [len(second) + (0 if rows is None else len(rows)) for second, rows in zip(left, pivots, strict=True)]
+    y = tokens.new_empty(len(tokens), sum(sizes))
+    for i, part in enumerate(y.split(sizes, dim=1)):
+        _low_rank_linear(tokens, right[i], left[i], biases[i], pivots[i], out=part)
+    return y.view(*x.shape[:-1], sum(sizes))
 
 
 def _second_moment(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """On a GPU, products of two bfloat16 or float16 are exact in float32, so tensor cores may do the work."""
-    on_tensor_cores = x.is_cuda and x.dtype in HALVES
     total = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device)
-    for chunk in reference.masked_chunks(x, mask, x.dtype if on_tensor_cores else torch.float64):
-        if on_tensor_cores:
+    if x.is_cuda and x.dtype in HALVES:
+        for chunk in reference.masked_chunks(x, mask, x.dtype, tokens=TENSOR_CORE_TOKENS):
             total += torch.mm(chunk.T, chunk, out_dtype=torch.float32)
-        else:
+    else:
+        for chunk in reference.masked_chunks(x, mask, torch.float64):
             add_outer_products(total, chunk)
     return total, reference.token_count(x, mask)
 
 
 IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
-    "reference": {op: getattr(reference, op) for op in OPS} | {"second_moment": _second_moment},
+    "reference": {op: getattr(reference, op) for op in OPS}
+    | {"low_rank_linear": _low_rank_linear, "low_rank_linear_group": _low_rank_linear_group}
+    | {"second_moment": _second_moment},
     "cpu": {op: _cpu(op) for op in LINEAR_OPS},
     "triton": {
         "linear": _triton("linear", "linear"),
         "low_rank_linear": _triton_low_rank,
-        "low_rank_linear_group": _triton("low_rank_linear", "low_rank_linear_group"),
+        "low_rank_linear_group": _triton("low_rank_linear", "low_rank_linear_group", pdl=True),
         "silu_gated_linear": _triton("silu_gated_linear", "silu_gated_linear"),
-        "low_rank_silu_gated_linear": _triton("low_rank_linear", "low_rank_silu_gated_linear"),
+        "low_rank_silu_gated_linear": _triton("low_rank_linear", "low_rank_silu_gated_linear", pdl=True),
         "channel_sq_norm": _triton("channel_sq_norm", "channel_sq_norm"),
     },
     "cuda": {"low_rank_linear": _cuda_low_rank},
@@ -88,7 +185,18 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
     return IMPLEMENTATIONS[backend][op]
 
 
-def example(op: str, device: torch.device, dtype: torch.dtype, tokens: int = 3, k: int = 176) -> tuple[Any, ...]:
+# (tokens, k, pivoted) of examples that together run each form of a kernel: the numbers of tokens that kernels are written for; a
+# K that is split between programs, and one that is not; one launch, and two; pivots, and a dense layer in a group.
+EXAMPLES = (
+    *((3, 176, False), (1, 176, False), (1, 8208, False), (3, 4112, False), (20, 176, False), (20, 4112, False)),
+    *((7, 176, False), (1, 176, True), (2, 176, True), (20, 176, True), (2, 4112, True), (20, 4112, True)),
+)
+PIVOTED_OPS = ("low_rank_linear", "low_rank_linear_group")
+
+
+def example(
+    op: str, device: torch.device, dtype: torch.dtype, tokens: int = 3, k: int = 176, pivoted: bool = False
+) -> tuple[Any, ...]:
     """Small arguments of ``op`` with sizes that are no powers of two; the same on every device.
 
     Args:
@@ -97,20 +205,28 @@ def example(op: str, device: torch.device, dtype: torch.dtype, tokens: int = 3, 
         dtype: of those that are floating point.
         tokens: rows of x; statistics have 100.
         k: size of the last axis of x.
+        pivoted: with pivot rows, for an op of ``PIVOTED_OPS``; a group then has a pivoted layer, a dense one and a plain one.
     """
     generator = torch.Generator().manual_seed(0)
 
     def random(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator).mul(size[-1] ** -0.5).to(device, dtype)
 
-    rank, n = 48, 112
+    rank, n, wide = 48, 112, 8512 if k == 176 and tokens != 3 else 48  # so many rows that a GPU gets larger tiles
     x = random(tokens, k)
     right, left = [random(rank, k), random(rank + 16, k)], [random(n, rank), random(n, rank + 16)]
+    third, rows = (random(rank + 32, k), random(80, rank + 32)), torch.arange(rank, device=device) * 2 + 3
+    if pivoted:
+        dense, all_rows = random(80, k), torch.arange(80, device=device)
+        group = [right[0], dense, third[0]], [left[0], dense.new_empty(0, 80), third[1]]
+        biases = [random(n + rank), random(80), random(80)]
+        pivots = [rows, all_rows, all_rows.new_empty(0)]
+        return (x, right[0], left[0], biases[0], rows) if op == "low_rank_linear" else (x, *group, biases, pivots)
     by_op: dict[str, tuple[Any, ...]] = {
         "linear": (x, right[0]),
         "low_rank_linear": (x, right[0], left[0], random(n)),
-        "low_rank_linear_group": (x, right, left, [random(n), random(n)], []),
-        "silu_gated_linear": (x, right[0], random(rank, k)),
+        "low_rank_linear_group": (x, [*right, third[0]], [*left, third[1]], [random(n), random(n), random(80)], []),
+        "silu_gated_linear": (x, random(wide, k), random(wide, k)),
         "low_rank_silu_gated_linear": (x, right, left, []),
         "channel_sq_norm": (random(100, k), torch.arange(100, device=device) % 3 > 0),
         "second_moment": (random(100, k), torch.arange(100, device=device) % 3 > 0),

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lorap.algorithms.factorization import factorize
 from lorap.algorithms.pivoting import pivot
 from lorap.kernels import reference
-from lorap.nn import ops, shape_checks
+from lorap.nn import ops, padding, shape_checks
+from lorap.nn.implementations import output_order
 from lorap.nn.low_rank_tensors import LEFT, LEFT_BIAS, NAMED_GUARD, OUTPUT_BIAS, LowRankTensors
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class LowRankLinear(nn.Module):
         self.pivot_rows: Tensor | None
         self.register_buffer("pivot_rows", torch.arange(rank, device=device) if pivoted else None)
         self.group: Any = None  # a lorap.nn.fused.SharedInput, when q, k and v run as one
+        self.padded: tuple[Tensor, Tensor] | None = None  # see lorap.nn.padding
 
     @classmethod
     def empty(cls, tensors: LowRankTensors, *, device: torch.device | str, dtype: torch.dtype) -> LowRankLinear:
@@ -152,13 +154,11 @@ class LowRankLinear(nn.Module):
         left: Any = self._modules["left"]
         if is_plain(right) and is_plain(left) and not is_autocast(x):
             bias = left._parameters["bias"]
-            return ops.low_rank_linear(
-                x,
-                right._parameters["weight"],
-                left._parameters["weight"],
-                self._parameters["output_bias"] if bias is None else bias,
-                self._buffers["pivot_rows"],
-            )
+            first, second = right._parameters["weight"], left._parameters["weight"]
+            if self.padded is not None:
+                first, second = padding.factors(self, first, second)
+            bias = self._parameters["output_bias"] if bias is None else bias
+            return ops.low_rank_linear(x, first, second, bias, self._buffers["pivot_rows"])
         return self._forward_by_children(x)
 
     def _forward_by_children(self, x: Tensor) -> Tensor:
@@ -166,8 +166,13 @@ class LowRankLinear(nn.Module):
         y: Tensor = self.left(shrunk)
         if self.pivot_rows is not None:
             y = torch.cat((shrunk, y), dim=-1)
-            y = y.index_select(-1, reference.output_order(self.pivot_rows, self.out_features))
+            y = y.index_select(-1, output_order(self.pivot_rows, self.out_features))
         return y if self.output_bias is None else y + self.output_bias.to(y.dtype)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """right (rank, in_features) and left (out_features, rank); with zeros, and a larger rank, where they are padded."""
+        right, left = self.right.weight, self.left.weight
+        return (right, left) if self.padded is None else padding.factors(self, right, left)
 
     def put_named_guard(self, on: bool) -> None:
         """Have the guard whose name says what is missing in the state dict, or not."""

@@ -192,8 +192,7 @@ def _needs_grad(x: Tensor, rest: tuple[Any, ...]) -> bool:
 def _run(op: str, x: Tensor, *rest: Any, backend: str | None = None) -> Any:
     backend = backend or dispatch.choose(op, x, tokens_of(x))
     if backend == "triton" and x.is_cuda:
-        sizes = tuple(t.shape for t in tree_flatten(rest)[0] if isinstance(t, Tensor))
-        backend = "reference" if dispatch.better_in_graph(op, x, sizes) else backend
+        backend = "reference" if dispatch.left_to_torch(op, x, *rest) else backend
     if backend == "reference":
         shape_checks.CHECKS[op](x, *rest)  # plain torch lets some misfits pass
         return implementations.implementation(op, "reference")(x, *rest)

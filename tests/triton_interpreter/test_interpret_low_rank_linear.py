@@ -120,6 +120,19 @@ def test_several_parts_and_blocks(m, pdl, tuned, monkeypatch):
     check_close(low_rank_silu_gated_linear(x, right, left, pdl=pdl), expected, x.dtype)
 
 
+def test_a_tile_as_wide_as_the_rank(monkeypatch):
+    """What one token gets from a GPU with dependent launches: no loop, and ranks that do not fill the tile."""
+    monkeypatch.setattr(tl.extra.cuda, "gdc_wait", lambda: None)
+    monkeypatch.setattr(tl.extra.cuda, "gdc_launch_dependents", lambda: None)
+    x, group = torch.randn(1, 100), Group(100, (50, 17, 40), (90, 60, 40), biased=[1], pivoted=[0, 2])
+    _, launches = low_rank_linear.group_launches(x, group.right, group.left, group.bias, group.pivots, pdl=True)
+    assert launches[1].options["WHOLE"]
+    group.check(x, pdl=True)
+    right, left = group.right[:2], [torch.randn(90, 50), torch.randn(90, 17)]
+    expected = reference.low_rank_silu_gated_linear(x.double(), [r.double() for r in right], [f.double() for f in left])
+    check_close(low_rank_silu_gated_linear(x, right, left, pdl=True), expected, x.dtype)
+
+
 @each_dtype
 @pytest.mark.parametrize("biased", [(), (0,), (1,), (0, 1)])
 @pytest.mark.parametrize("m", [1, 7])

@@ -1,0 +1,102 @@
+"""Modelled seconds on an H200 inside a CUDA graph: bytes in flight, launches and FLOPs. Arithmetic; no number here was measured.
+
+It decides two things: which settings the low-rank kernels get (low_rank_settings.py), and which calls they get at all
+(``worth``): those that they are modelled to compute at least 5 % faster than torch's matmuls do. Needs neither torch nor triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+NUM_SMS = 132
+MEMORY_BANDWIDTH = 4.3e12  # bytes per second; 4.8e12 on paper
+SM_BANDWIDTH = 64e9  # that one SM can take of it; half of what its port to L2 could
+L2_BANDWIDTH = 5.5e12
+MEMORY_LATENCY = 0.8e-6  # seconds, under load
+LAUNCH = 1.3e-6  # one more kernel in a graph
+RAMP = 0.4e-6  # until a kernel of ours reads at full speed
+DEPENDENT_LAUNCH = 0.2e-6  # of a kernel whose start does not wait for the end of the one before
+CUBLAS_RAMP = 0.7e-6
+CUBLAS_DENSE, CUBLAS_FACTOR = (
+    0.9,
+    0.8,
+)  # shares of the bandwidth that cuBLAS reaches on a dense weight, and on a factor of 8 MB
+CUBLAS_FLOPS = 0.95 * 790e12
+LEAST_GAIN = 1.05
+GATED = ("silu_gated_linear", "low_rank_silu_gated_linear")
+
+
+def read_seconds(nbytes: float, programs: int, ahead: float, *, num_sms: int = NUM_SMS, per_sm: int = 2) -> float:
+    """Seconds to read ``nbytes`` once, by ``programs`` that keep ``ahead`` bytes each in flight, ``per_sm`` of them on an SM."""
+    resident = min(per_sm, -(-programs // num_sms))
+    one_sm = min(SM_BANDWIDTH, resident * ahead / MEMORY_LATENCY)
+    return nbytes / max(1.0, min(MEMORY_BANDWIDTH, min(programs, num_sms) * one_sm))
+
+
+def gemm_seconds(m: int, k: int, n: int, *, share: float = CUBLAS_FACTOR, itemsize: int = 2) -> float:
+    """Seconds of one cuBLAS product of x (m, k) and a weight (n, k)."""
+    moved = itemsize * (k * n + m * (k + n))
+    ramp = CUBLAS_RAMP if share == CUBLAS_FACTOR else 0.0
+    return LAUNCH + ramp + max(moved / (share * MEMORY_BANDWIDTH), 2 * m * k * n / CUBLAS_FLOPS)
+
+
+def dense_seconds(m: int, k: int, outputs: Iterable[int]) -> float:
+    """Seconds of dense layers that read the same x, as one product."""
+    return gemm_seconds(m, k, sum(outputs), share=CUBLAS_DENSE)
+
+
+def two_gemms_seconds(m: int, k: int, ranks: Sequence[int], rows: Sequence[int]) -> float:
+    """Seconds of low-rank layers in cuBLAS, two products each; ``rows`` are those of their left factors."""
+    pairs = zip(ranks, rows, strict=True)
+    return sum(gemm_seconds(m, k, rank) + (gemm_seconds(m, rank, count) if count else 0.0) for rank, count in pairs)
+
+
+def pair_seconds(m: int, k: int, ranks: Sequence[int], rows: Sequence[int], *, pdl: bool = True) -> float:
+    """Seconds of the shrink/expand pair, which all layers of a group share."""
+    from .low_rank_settings import plan_seconds
+
+    second = DEPENDENT_LAUNCH if pdl and m == 1 else LAUNCH  # which has all of its weights on their way before it waits
+    return LAUNCH + second + 2 * RAMP + plan_seconds(m, k, tuple(ranks), tuple(rows), pdl=pdl)
+
+
+def order_seconds(m: int, n: int) -> float:
+    """Seconds to put the columns of a (m, n) output into their order: written once, read once."""
+    return LAUNCH + 4 * m * n / L2_BANDWIDTH
+
+
+def one_launch_seconds(k: int, r: int, rows: int) -> float:
+    """Seconds of the persistent CUDA kernel: one launch, its ramp, a barrier as long as the latency of memory, and the bytes."""
+    return LAUNCH + RAMP + MEMORY_LATENCY + 2 * r * (k + rows) / MEMORY_BANDWIDTH
+
+
+def gated_seconds(m: int, k: int, n: int) -> float:
+    """Seconds of the kernel for a dense gate, up and the product of the two."""
+    programs = -(-n // (4 if m == 1 else 64))
+    programs = -(-n // 32) if m > 1 and programs <= NUM_SMS else programs
+    return LAUNCH + RAMP + read_seconds(4 * k * n * -(-m // 32), programs, 48 * 1024, per_sm=1)
+
+
+@lru_cache(4096)
+def worth(op: str, m: int, k: int, ranks: tuple[int, ...], rows: tuple[int, ...], pivots: tuple[int, ...]) -> bool:
+    """Whether our kernel is modelled at least 5 % faster than cuBLAS, on the factors and on the dense weights.
+
+    Args:
+        op: one of ``lorap.nn.implementations.LINEAR_OPS`` but ``linear``.
+        m: tokens.
+        k: size of the last axis of x.
+        ranks: of each layer; empty for ``silu_gated_linear``.
+        rows: of each left factor, or of gate and up.
+        pivots: rows of each output that are rows of the shrink stage.
+    """
+    outputs = [count + more for count, more in zip(rows, pivots, strict=True)]
+    torch_seconds = dense_seconds(m, k, outputs)
+    if op == "silu_gated_linear":
+        ours = gated_seconds(m, k, rows[0])
+    else:
+        ours = pair_seconds(m, k, ranks, rows)
+        factors = two_gemms_seconds(m, k, ranks, rows) + LAUNCH * sum(
+            bool(p and r) for p, r in zip(pivots, rows, strict=True)
+        )
+        torch_seconds = min(torch_seconds, factors)
+    return LEAST_GAIN * ours <= torch_seconds + (2 * LAUNCH if op in GATED else 0.0)
