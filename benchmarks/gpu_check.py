@@ -1,9 +1,10 @@
 """The steps of gpu_check.sh: what can only be known on a GPU. Each step appends rows to WORK/STEP.jsonl as it finds them.
 
-    python benchmarks/gpu_check.py STEP --work DIR [--dry-run]
+    python benchmarks/gpu_check.py STEP --work DIR [--dry-run] [--shard I/N]
 
 A step that is cut off keeps the rows it has, and gpu_report.py says what is missing. With --dry-run everything runs on the
-CPU with a 32nd of the sizes, to test this program; its numbers mean nothing.
+CPU with a 32nd of the sizes, to test this program; its numbers mean nothing. --shard runs every N-th group of rows, in which
+kernels repeat.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gpu_decode
 import gpu_timings
+import gpu_tune
 import gpu_values
 import torch
 from gpu_timings import Item, Row
@@ -57,8 +61,10 @@ def environment_rows(device: torch.device, _scale: int) -> Iterator[Item]:
 
 
 def factorization_rows(device: torch.device, scale: int) -> Iterator[Item]:
-    """torch's drivers, then ours by method, shape and batch. Predicted: eigh in float64 takes at most 0.8 s."""
+    """Ours by method, shape and batch; then torch's drivers. Predicted: eigh in float64 takes at most 0.8 s."""
     n, wide = 4096 // scale, 11008 // scale
+    torch.linalg.eigh(torch.eye(64, device=device, dtype=torch.float64))  # loads the library
+    yield from _our_factorizations(device, scale)
     drivers = {"gesvdj": {"driver": "gesvdj"}, "gesvd": {"driver": "gesvd"}} if device.type == "cuda" else {"gesdd": {}}
     weight = torch.randn(n, wide, device=device)
     square = weight[:, :n].contiguous()
@@ -74,16 +80,12 @@ def factorization_rows(device: torch.device, scale: int) -> Iterator[Item]:
     ]
     for name, options in drivers.items():
         timed.append((f"svd of {n}x{n}, {name}, float32", None, lambda options=options: _svd(square, options)))
-    for name, options in drivers.items():
-        timed.append((f"svd of {n}x{wide}, {name}, float32", None, lambda options=options: _svd(weight, options)))
-    torch.linalg.eigh(torch.eye(64, device=device, dtype=torch.float64))  # loads the library
     for name, prediction, call in timed:
 
         def measure(call: Callable[[], Any] = call) -> Row:
             return {"seconds": _seconds(call, device)[0]}
 
         yield {"kind": name} | ({"predicted_seconds": prediction} if prediction else {}), measure
-    yield from _our_factorizations(device, scale)
 
 
 # Seconds a matrix on an H100, from operation counts (docs/factorization.md); nobody has measured them.
@@ -164,35 +166,89 @@ def timed(rows: Callable[..., Iterator[Item]]) -> Callable[..., Iterator[Item]]:
     return step
 
 
+def build_rows(device: torch.device, _scale: int, *, work: Path) -> Iterator[Item]:
+    """lorap/_native.so with its CUDA part: the one that is there, else built by setup.py, else its CUDA part by nvcc alone."""
+    load = "import torch; torch.ops.load_library('lorap/_native.so'); torch.ops.lorap_cuda.low_rank_linear"
+    root, library = gpu_values.ROOT, os.environ.get("LORAP_CHECK_CUDA_LIBRARY", str(work / "lorap_cuda.so"))
+
+    def loads() -> bool:
+        return subprocess.run([sys.executable, "-c", load], cwd=root, capture_output=True, check=False).returncode == 0
+
+    if loads():
+        yield {"kind": "lorap/_native.so", "found": "was there"}, None
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    arch, home = f"{major}{minor}" + ("a" if major == 9 else ""), os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    environment = os.environ | {"LORAP_CUDA_ARCHS": arch, "PATH": f"{os.environ['PATH']}:{home}/bin"}
+    subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=root, env=environment, check=False)
+    if loads():
+        yield {"kind": "lorap/_native.so", "found": "built"}, None
+        return
+    torch_home = Path(torch.__file__).parent
+    command = [
+        "nvcc",
+        "-O3",
+        "-std=c++20",
+        "-shared",
+        "-Xcompiler",
+        "-fPIC",
+        f"-gencode=arch=compute_{arch},code=sm_{arch}",
+    ]
+    command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(torch_home / "include")]
+    command += [
+        "csrc/cuda/low_rank_decode.cu",
+        "csrc/cuda/ops.cpp",
+        "-L",
+        str(torch_home / "lib"),
+        "-ltorch_cpu",
+        "-ltorch_cuda",
+    ]
+    done = subprocess.run([*command, "-o", library], cwd=root, env=environment, check=False)
+    yield (
+        {"kind": "CUDA part by nvcc alone"} | ({"not_run": "nvcc failed"} if done.returncode else {"found": library}),
+        None,
+    )
+
+
 LAYERS = timed(gpu_timings.layer_rows)
-STEPS: dict[str, Callable[[torch.device, int], Iterator[Item]]] = {
+STEPS: dict[str, Callable[..., Iterator[Item]]] = {
     "environment": environment_rows,
+    "build": build_rows,
+    "program": gpu_values.program_rows,
+    "sanitizer": gpu_values.sanitizer_rows,
+    "compile": functools.partial(LAYERS, kinds=gpu_timings.KINDS, compile_only=True),
     "self-check": functools.partial(gpu_values.self_check_rows, cuda=False),
     "self-check-cuda": functools.partial(gpu_values.self_check_rows, cuda=True),
     "values": functools.partial(gpu_values.value_rows, cuda=False),
     "values-cuda": functools.partial(gpu_values.value_rows, cuda=True),
     "graphs": functools.partial(gpu_values.graph_rows, cuda=False),
     "graphs-cuda": functools.partial(gpu_values.graph_rows, cuda=True),
-    "timings": functools.partial(LAYERS, kinds=("dense", "two GEMMs", "triton", "triton pdl")),
-    "timings-cuda": functools.partial(LAYERS, kinds=("cuda",)),
+    "timings": functools.partial(LAYERS, kinds=gpu_timings.KINDS),
+    "timings-cuda": functools.partial(LAYERS, kinds=("cuda", "cuda, pivoted")),
     "merged": timed(gpu_timings.merged_rows),
     "squares": timed(gpu_timings.squares_rows),
     "launches": timed(gpu_timings.launch_rows),
     "out-dtype": out_dtype_rows,
     "factorization": factorization_rows,
-    "sanitizer": gpu_values.sanitizer_rows,
-    "one-call": gpu_values.one_call_rows,
-    "compiled": functools.partial(LAYERS, kinds=("compiled dense", "compiled two GEMMs")),
+    "sweep-compile": functools.partial(timed(gpu_tune.sweep_rows), compile_only=True),
+    "sweep": timed(gpu_tune.sweep_rows),
+    "models": gpu_decode.model_rows,
+    "layer": gpu_decode.layer_rows,
 }
+WITH_WORK = ("build", "program", "sanitizer", "sweep")
 
 
-def passed(work: Path) -> set[tuple[str, str]] | None:
-    """(op, backend) that were right in bfloat16 in the self-check; None where there has been none."""
+def verdicts(work: Path) -> dict[tuple[str, str], bool] | None:
+    """(op, backend) -> whether it was right in bfloat16 in the self-check; those that it did not reach are missing."""
     files = [work / f"{step}.jsonl" for step in ("self-check", "self-check-cuda")]
     rows = [json.loads(line) for file in files if file.is_file() for line in file.read_text().splitlines()]
-    return (
-        {(row["op"], row["backend"]) for row in rows if row.get("ok") and row["dtype"] == "bfloat16"} if rows else None
-    )
+    found = {(row["op"], row["backend"]): bool(row["ok"]) for row in rows if "ok" in row and row["dtype"] == "bfloat16"}
+    return found or None
+
+
+def shard_of(what: Row) -> tuple[Any, ...]:
+    """Rows with equal ones run the same kernels, and so belong into one process."""
+    return tuple(what.get(name) for name in ("op", "backend", "dtype", "tokens", "kind", "layers", "kernel"))
 
 
 def run(what: Row, find: Callable[[], Row] | None) -> Row:
@@ -209,17 +265,22 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the rows")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, small: tests this program")
     parser.add_argument("--skip", type=int, default=0, help="rows that are there already")
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="only every N-th group of rows, from the I-th on")
     arguments = parser.parse_args()
     if not arguments.dry_run and not torch.cuda.is_available():
-        raise SystemExit("gpu_check: torch sees no GPU here; --dry-run tests the program without one")
-    if arguments.work.is_dir() and not arguments.step.startswith("self-check"):
-        gpu_timings.allowed = passed(arguments.work)
+        raise SystemExit(3)
+    if not arguments.step.startswith(("self-check", "compile")):
+        gpu_timings.verdicts = verdicts(arguments.work)
     device = torch.device("cpu" if arguments.dry_run else "cuda")
-    keep = arguments.work / f"{arguments.step}.jsonl" if arguments.work.is_dir() else Path(os.devnull)
-    with keep.open("a") as file:
-        items = STEPS[arguments.step](device, SCALE if arguments.dry_run else 1)
+    shard, shards = map(int, arguments.shard.split("/"))
+    groups: dict[tuple[Any, ...], int] = {}
+    # A line at a time is appended whole, by however many processes.
+    with (arguments.work / f"{arguments.step}.jsonl").open("a") as file:
+        options = {"work": arguments.work} if arguments.step in WITH_WORK else {}
+        items = STEPS[arguments.step](device, SCALE if arguments.dry_run else 1, **options)
         for number, (what, find) in enumerate(items):
-            if number < arguments.skip:
+            group = groups.setdefault(shard_of(what), len(groups))
+            if number < arguments.skip or group % shards != shard:
                 continue
             row = run(what, find)
             print(json.dumps(row), file=file, flush=True)

@@ -1,8 +1,9 @@
-"""What gpu_check.sh found: one table for people, one JSON file, and a plain list of everything that did not run.
+"""What gpu_check.sh found: one page for people, one JSON file, and a plain list of everything that did not run.
 
-    python benchmarks/gpu_report.py DIR [--out FILE]
+    python benchmarks/gpu_report.py DIR
 
-DIR holds STEP.jsonl, the rows of each step, and steps.tsv: name, exit code, seconds and limit of each step.
+DIR holds STEP.jsonl, the rows of each step, and steps.tsv: name, exit code, seconds and limit of each step. Everything goes to
+DIR/report.txt and DIR/report.json; what is printed is at most LINES lines of it, the most important first.
 """
 
 from __future__ import annotations
@@ -13,30 +14,26 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from table import slug
-
-RESULTS = Path(__file__).resolve().parent / "results"
-CUT_OFF = (124, 137)  # exit codes of timeout
+LINES = 100
+CUT_OFF = (124, 137, -9)  # exit codes of a step that ran out of time
+CHECKS = ("self-check", "values", "graphs", "program", "sanitizer")
+LAYER_STEPS = ("timings", "timings-cuda")
 ALL_STEPS = (
-    "build",
-    "environment",
-    "self-check",
-    "self-check-cuda",
-    "values",
-    "values-cuda",
-    "graphs",
-    "graphs-cuda",
-    "timings",
-    "timings-cuda",
-    "merged",
-    "launches",
-    "squares",
-    "out-dtype",
-    "factorization",
-    "sanitizer",
-    "compiled",
+    *(
+        "environment",
+        "build",
+        "program",
+        "sanitizer",
+        "compile",
+        "self-check",
+        "self-check-cuda",
+        "values",
+        "values-cuda",
+    ),
+    *("graphs", "graphs-cuda", *LAYER_STEPS, "merged", "launches", "squares", "out-dtype", "factorization"),
+    *("sweep-compile", "sweep", "models", "layer"),
 )
-LAYER_STEPS = ("timings", "timings-cuda", "compiled")
+SILENT = ("compile", "sweep-compile")  # whose rows say only that something ran
 
 
 def read(work: Path) -> dict[str, dict[str, Any]]:
@@ -49,6 +46,8 @@ def read(work: Path) -> dict[str, dict[str, Any]]:
     steps = {}
     for name in ALL_STEPS:
         rows = work / f"{name}.jsonl"
+        if name not in ended and not rows.is_file():
+            continue
         found = [json.loads(line) for line in rows.read_text().splitlines()] if rows.is_file() else []
         steps[name] = {"state": _state(ended.get(name)), **ended.get(name, {}), "rows": found}
     return steps
@@ -64,31 +63,56 @@ def _state(ended: dict[str, int] | None) -> str:
     return "finished" if ended["exit_code"] == 0 else f"failed with exit code {ended['exit_code']}"
 
 
-def report(steps: dict[str, dict[str, Any]], *, dry_run: bool) -> str:
-    """Everything, as text."""
+def page(steps: dict[str, dict[str, Any]], *, dry_run: bool) -> list[str]:
+    """Everything, a line each: what was wrong first."""
     lines = ["DRY RUN on a CPU with tiny sizes: no number below means anything."] if dry_run else []
+    lines += summary(steps)
     for name, step in steps.items():
-        lines.append(f"\n== {name}: {step['state']}" + (f", {step['seconds']} s" if "seconds" in step else ""))
-        if name not in LAYER_STEPS:
-            lines += (
-                _checks(step["rows"]) if name.startswith(("self-check", "values", "graphs")) else _rows(step["rows"])
+        rows = step["rows"]
+        if name in LAYER_STEPS:
+            continue
+        lines.append(f"== {name}: {step['state']}" + (f", {step['seconds']} s" if "seconds" in step else ""))
+        if name in SILENT:
+            lines += _rows([row for row in rows if "not_run" in row and row["not_run"] != "no GPU"])
+        elif name == "sweep":
+            lines += _rows(_fastest(rows))
+        else:
+            lines += _checks(rows) if name.startswith(CHECKS) else _rows(rows)
+    timed = [f"{name}: {steps[name]['state']}" for name in LAYER_STEPS if name in steps]
+    return [*lines, *([f"== one layer, us (predicted), {'; '.join(timed)}", *_layers(steps)] if timed else [])]
+
+
+def _fastest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each shape the modelled settings, which come first, and the fastest."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["shape"], row["tokens"]), []).append(row)
+    found = []
+    for (shape, tokens), some in groups.items():
+        timed = [row for row in some if "us" in row]
+        if timed:
+            best = min(timed, key=lambda row: row["us"])
+            found.append(
+                {"shape": shape, "tokens": tokens, "modelled": some[0].get("us"), "best": best["us"]}
+                | {name: best[name] for name in ("error", "shrink", "expand")}
             )
-    lines += ["\n== one layer, us, with the prediction in brackets", *_layers(steps)]
-    return "\n".join([*lines, "", *summary(steps)])
+    return found
 
 
 def _layers(steps: dict[str, dict[str, Any]]) -> list[str]:
     """A line per shape and number of tokens, a column per way; below it why columns have gaps."""
-    rows = [row for name in LAYER_STEPS for row in steps[name]["rows"]]
+    rows = [row for name in LAYER_STEPS if name in steps for row in steps[name]["rows"]]
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     found: dict[tuple[Any, ...], dict[str, str]] = {}
     for row in rows:
-        key = tuple(row[name] for name in ("shape", "K", "R", "N", "tokens"))
         time = f"{row['us']:.1f} ({row['predicted_us']:.1f})" if "us" in row else "-"
-        found.setdefault(key, {})[row["kind"]] = time
+        line = found.setdefault((row["shape"], row["tokens"]), {})
+        line[row["kind"]] = time
+        if "error" in row:
+            line["worst error"] = f"{max(row['error'], float(line.get('worst error', 0))):.1e}"
     lines = [
-        dict(zip(("shape", "K", "R", "N", "tokens"), key, strict=True)) | {kind: times.get(kind, "") for kind in kinds}
-        for key, times in found.items()
+        {"shape": shape, "M": tokens} | {kind: times.get(kind, "") for kind in (*kinds, "worst error")}
+        for (shape, tokens), times in found.items()
     ]
     reasons = Counter((row["kind"], row["not_run"]) for row in rows if "not_run" in row)
     return _rows(lines) + [f"{kind}: {count} not run: {reason}" for (kind, reason), count in reasons.items()]
@@ -98,7 +122,7 @@ def _checks(rows: list[dict[str, Any]]) -> list[str]:
     """Per op, backend and dtype how many passed, and each failure in full."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["op"], row["backend"], row.get("dtype", "")), []).append(row)
+        groups.setdefault(tuple(row.get(name, "") for name in ("op", "backend", "dtype")), []).append(row)
     lines = []
     for key, found in groups.items():
         ran = [row for row in found if "ok" in row]
@@ -107,7 +131,6 @@ def _checks(rows: list[dict[str, Any]]) -> list[str]:
         reasons = Counter(row["not_run"] for row in found if "not_run" in row)
         absent = "".join(f"; {count} not run: {reason}" for reason, count in reasons.items())
         lines.append(f"{' '.join(key).strip():<58} {sum(row['ok'] for row in ran)} of {len(ran)} right{worst}{absent}")
-        lines += [f"    WRONG: {json.dumps(row)}" for row in ran if not row["ok"]]
     return lines
 
 
@@ -135,33 +158,34 @@ def summary(steps: dict[str, dict[str, Any]]) -> list[str]:
     absent = sum("not_run" in row for row in rows)
     unfinished = [f"{name} ({step['state']})" for name, step in steps.items() if step["state"] != "finished"]
     lines = [f"{right} checks right, {wrong} WRONG, {absent} rows not run"]
+    lines += [f"    WRONG: {json.dumps(row)}" for row in rows if row.get("ok") is False][:20]
     return lines + ([f"steps that did not finish: {'; '.join(unfinished)}"] if unfinished else [])
+
+
+def finish(work: Path, *, dry_run: bool) -> bool:
+    """Write and print what is in ``work``; whether a value was wrong."""
+    steps = read(work)
+    gpu = next(
+        (row.get("found") for row in steps.get("environment", {"rows": []})["rows"] if row["what"] == "GPU"), None
+    )
+    lines = [f"  {json.dumps(name)}: {json.dumps(step)}" for name, step in steps.items()]
+    head = f'{{"gpu": {json.dumps(gpu)}, "dry_run": {json.dumps(dry_run)}, "steps": {{\n'
+    (work / "report.json").write_text(head + ",\n".join(lines) + "\n}}\n")
+    everything = page(steps, dry_run=dry_run)
+    (work / "report.txt").write_text("\n".join(everything) + "\n")
+    shown = everything if len(everything) < LINES else everything[: LINES - 2]
+    left = [f"... {len(everything) - len(shown)} lines more in the report"] if len(shown) < len(everything) else []
+    print("\n".join([*(line[:240] for line in shown), *left, f"written to {work}"]), flush=True)
+    return any(row.get("ok") is False for step in steps.values() for row in step["rows"])
 
 
 def main() -> int:
     """1 where a value was wrong, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--out", type=Path, help="JSON file  [default: benchmarks/results/<gpu>-check.json]")
     parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args()
-    steps = read(arguments.work)
-    print(report(steps, dry_run=arguments.dry_run))
-    wrong = any(row.get("ok") is False for step in steps.values() for row in step["rows"])
-    gpu = next((row["found"] for row in steps["environment"]["rows"] if row["what"] == "GPU" and "found" in row), None)
-    if arguments.out is None and gpu is None:
-        print("not saved: no GPU was seen, and no --out given")
-        return int(wrong)
-    out = arguments.out or RESULTS / f"{slug(gpu)}-check.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lines = [f"  {json.dumps(name)}: {json.dumps(step)}" for name, step in steps.items()]
-    out.write_text(
-        f'{{"gpu": {json.dumps(gpu)}, "dry_run": {json.dumps(arguments.dry_run)}, "steps": {{\n'
-        + ",\n".join(lines)
-        + "\n}}\n"
-    )
-    print(f"written to {out}")
-    return int(wrong)
+    return int(finish(arguments.work, dry_run=arguments.dry_run))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The timings of gpu_check.sh: one low-rank layer in every way we have, on weights that come from memory, in CUDA graphs.
 
-Each time stands beside a prediction: the larger of bytes over an H100's 3.0 TB/s and FLOPs over its 798 TFLOP/s in bfloat16,
-plus 1.3 us for each kernel of a graph. The predictions are arithmetic, made before anything was measured.
+Each time stands beside the error against float64, and beside a prediction (lorap/kernels/cost.py): arithmetic, made before
+anything was measured.
 """
 
 from __future__ import annotations
@@ -16,41 +16,58 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BANDWIDTH, FLOPS, LAUNCH = 3.0e12, 798e12, 1.3e-6
-TOKENS = (1, 8, 32, 64, 2048)
+TOKENS = (1, 4, 8, 16, 32, 2048)
 SHAPES = {  # (in_features K, rank R, out_features N)
-    "square, mean rank": (4096, 1024, 4096),
-    "q, k": (4096, 512, 4096),
-    "v, o": (4096, 1536, 4096),
-    "gate, up": (4096, 1492, 11008),
-    "down": (11008, 1492, 4096),
+    "LLaMA-7B r512": (4096, 512, 4096),
+    "LLaMA-7B r1024": (4096, 1024, 4096),
+    "LLaMA-7B r1472": (4096, 1472, 4096),
+    "LLaMA-7B r1632": (4096, 1632, 4096),
+    "LLaMA-7B up": (4096, 1472, 11008),
+    "LLaMA-7B down": (11008, 1472, 4096),
+    "LLaMA-3-8B k": (4096, 512, 1024),
+    "Qwen3-8B up": (4096, 1632, 12288),
 }
-LAUNCHES = {"dense": 1, "two GEMMs": 2, "triton": 2, "triton pdl": 2, "cuda": 1}
 TRITON_TOKENS, CUDA_TOKENS = 64, 8
 CHECKED = {  # way -> the op and backend whose self-check it must have passed
     "triton": ("low_rank_linear", "triton"),
-    "triton pdl": ("low_rank_linear_group", "triton pdl"),
+    "triton, no pdl": ("low_rank_linear_group", "triton, no pdl"),
+    "triton, pivoted": ("low_rank_linear", "triton"),
     "cuda": ("low_rank_linear", "cuda"),
+    "cuda, pivoted": ("low_rank_linear", "cuda"),
 }
+PIVOTED = ", pivoted"
+KINDS = ("dense", "two GEMMs", "two GEMMs, pivoted", "triton", "triton, no pdl", "triton, pivoted")
 Row = dict[str, Any]
 Item = tuple[Row, Callable[[], Row] | None]  # what a row is about, and how to find the rest of it
-allowed: set[tuple[str, str]] | None = None  # (op, backend) that passed; None before the self-check
+verdicts: dict[tuple[str, str], bool] | None = None  # (op, backend) -> passed; None before the self-check
+
+
+def distrust(op: str, backend: str) -> str | None:
+    """Why a backend should not run an op here: it failed its self-check, or was not reached by it."""
+    if verdicts is None or verdicts.get((op, backend)):
+        return None
+    return "did not pass its self-check" if (op, backend) in verdicts else None
 
 
 def predicted(kind: str, m: int, k: int, r: int, n: int) -> float:
-    """Seconds, from bytes, FLOPs and launches alone."""
-    launches = LAUNCHES[kind.removeprefix("compiled ")]
-    weights = k * n if kind.endswith("dense") else r * (k + n)
-    # What one kernel hands to the next is written and read; a single kernel keeps it.
-    moved = 2 * (weights + m * (k + n)) + (4 * m * r if launches == 2 else 0)
-    return max(moved / BANDWIDTH, 2 * m * weights / FLOPS) + launches * LAUNCH
+    """Seconds, from bytes in flight, FLOPs and launches alone."""
+    from lorap.kernels import cost
+
+    rows = n - r if kind.endswith(PIVOTED) else n
+    if kind == "dense":
+        return cost.dense_seconds(m, k, [n])
+    if kind.startswith("two GEMMs"):
+        return cost.two_gemms_seconds(m, k, [r], [rows]) + (cost.order_seconds(m, n) if rows < n else 0.0)
+    if kind.startswith("cuda"):
+        return cost.one_launch_seconds(k, r, rows)
+    return cost.pair_seconds(m, k, [r], [rows], pdl="no pdl" not in kind)
 
 
 def seconds_of(call: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> float:
     """Median time of ``call``, over all arguments in one CUDA graph; without a GPU, of ten plain calls."""
     if not arguments[0][0].is_cuda:
         return statistics.median(_plain(call, arguments[i % len(arguments)]) for i in range(10))
-    repeats = math.ceil(20 / len(arguments))
+    repeats = math.ceil(100 / len(arguments))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -97,27 +114,58 @@ def two_gemms(x: Tensor, right: Tensor, left: Tensor) -> Tensor:
     return F.linear(F.linear(x, right), left)
 
 
-def layer_rows(device: torch.device, scale: int, *, kinds: Sequence[str]) -> Iterator[Item]:
+def layer_rows(device: torch.device, scale: int, *, kinds: Sequence[str], compile_only: bool = False) -> Iterator[Item]:
     """Every shape, number of tokens and way, M = 1 first. ``scale`` divides the sizes in a dry run."""
     for m in TOKENS if scale == 1 else TOKENS[:2]:
         for name, sizes in SHAPES.items():
             k, r, n = (size // scale for size in sizes)
+            weights = {False: _Weights(device, k, r, n), True: _Weights(device, k, r, n - r)}
             x = random(m, k, device=device)
-            dense = rotating(lambda n=n, k=k: (random(n, k, device=device),))
-            pairs = rotating(lambda r=r, k=k, n=n: (random(r, k, device=device), random(n, r, device=device)))
             for kind in kinds:
                 what = {"shape": name, "K": k, "R": r, "N": n, "tokens": m, "kind": kind}
                 what["predicted_us"] = 1e6 * predicted(kind, m, k, r, n)
                 if reason := why_not(kind, m, k, r, device):
                     yield what | {"not_run": reason}, None
                     continue
-                weights = dense if kind.endswith("dense") else pairs
 
-                def measure(kind=kind, weights=weights, x=x) -> Row:
-                    call = the_call(kind)
-                    return {"us": 1e6 * seconds_of(lambda *factors: call(x, *factors), weights)}
+                of_kind = weights[kind.endswith(PIVOTED)]
+
+                def measure(kind=kind, weights=of_kind, x=x) -> Row:
+                    call, some = the_call(kind), weights.dense() if kind == "dense" else weights.factors()
+                    if compile_only:
+                        return {"kernels": call(x, *some[0]) is not None}
+                    found = {"us": 1e6 * seconds_of(lambda *one: call(x, *one), some)}
+                    return found | {"error": _error(call(x, *some[0]), x, some[0])}
 
                 yield what, measure
+
+
+class _Weights:
+    """Copies of the weights of one shape, made when they are first wanted."""
+
+    def __init__(self, device: torch.device, k: int, r: int, n: int) -> None:
+        self.shapes, self.device, self.found = ((n, k), (r, k), (n, r)), device, {}
+
+    def dense(self) -> list[tuple[Tensor, ...]]:
+        return self._of("dense", self.shapes[:1])
+
+    def factors(self) -> list[tuple[Tensor, ...]]:
+        return self._of("factors", self.shapes[1:])
+
+    def _of(self, name: str, shapes: Sequence[tuple[int, int]]) -> list[tuple[Tensor, ...]]:
+        if name not in self.found:
+            self.found[name] = rotating(lambda: tuple(random(*shape, device=self.device) for shape in shapes))
+        return self.found[name]
+
+
+def _error(y: Tensor, x: Tensor, weights: Sequence[Tensor]) -> float:
+    """Relative error of the norm against float64; of a pivoted layer, whose first rows are the pivots, as it is made here."""
+    exact = x.double()
+    for weight in weights:
+        shrunk, exact = exact, exact @ weight.double().T
+    if y.shape[-1] != exact.shape[-1]:
+        exact = torch.cat((shrunk, exact), dim=-1)
+    return float((y.double() - exact).norm() / exact.norm())
 
 
 def why_not(kind: str, m: int, k: int, r: int, device: torch.device) -> str | None:
@@ -126,49 +174,56 @@ def why_not(kind: str, m: int, k: int, r: int, device: torch.device) -> str | No
         return None
     if device.type != "cuda":
         return "no GPU"
-    if kind == "triton pdl" and torch.cuda.get_device_capability(device) < (9, 0):
-        return "needs sm_90"
-    limit = CUDA_TOKENS if kind == "cuda" else TRITON_TOKENS
+    limit = CUDA_TOKENS if kind.startswith("cuda") else TRITON_TOKENS
     if m > limit:
         return f"for at most {limit} tokens"
-    if kind == "cuda" and (k % 8 or r % 8):
+    if kind.startswith("cuda") and (k % 8 or r % 8):
         return "K and R must be multiples of 8"
-    return None if allowed is None or CHECKED[kind] in allowed else "did not pass its self-check"
+    return distrust(*CHECKED[kind])
 
 
 def the_call(kind: str) -> Callable[..., Tensor]:
-    """The way as a function of x and the weights; torch's compiler in the mode that tries all its kernels."""
-    if kind.startswith("compiled"):
-        torch.compiler.reset()  # after eight shapes of one function it would quietly stop compiling
-        call = F.linear if kind.endswith("dense") else two_gemms
-        return torch.compile(lambda *arguments: call(*arguments), mode="max-autotune-no-cudagraphs", dynamic=False)
-    calls = {"dense": F.linear, "two GEMMs": two_gemms, "triton": triton_pair, "triton pdl": triton_pdl}
-    return calls.get(kind, one_launch)
+    """The way as a function of x and the weights; the first rows of a pivoted layer are its pivots."""
+    if kind == "dense":
+        return F.linear
+    if kind == "two GEMMs":
+        return two_gemms
+    if kind == "triton, no pdl":
+        return triton_plain
+    if kind == "cuda":
+        return one_launch
+    backend = {"two GEMMs, pivoted": "reference", "cuda, pivoted": "cuda"}.get(kind, "triton")
+    from lorap.nn.implementations import implementation
+
+    run, rows = implementation("low_rank_linear", backend), {}
+
+    def call(x: Tensor, right: Tensor, left: Tensor) -> Tensor:
+        if not kind.endswith(PIVOTED):
+            return run(x, right, left)
+        if len(right) not in rows:
+            rows[len(right)] = torch.arange(len(right), device=x.device)
+        return run(x, right, left, None, rows[len(right)])
+
+    return call
 
 
-def triton_pair(x: Tensor, right: Tensor, left: Tensor) -> Tensor:
+def triton_plain(x: Tensor, right: Tensor, left: Tensor) -> Tensor:
     from lorap.kernels.low_rank_linear import low_rank_linear_group
 
     return low_rank_linear_group(x, [right], [left])
 
 
-def triton_pdl(x: Tensor, right: Tensor, left: Tensor) -> Tensor:
-    from lorap.kernels.low_rank_linear import low_rank_linear_group
-
-    return low_rank_linear_group(x, [right], [left], pdl=True)
-
-
 def one_launch(x: Tensor, right: Tensor, left: Tensor) -> Tensor:
-    return torch.ops.lorap_cuda.low_rank_linear(x, right, left, None)
+    return torch.ops.lorap_cuda.low_rank_linear(x, right, left, None, None)
 
 
 def merged_rows(device: torch.device, scale: int) -> Iterator[Item]:
     """q, k, v of LLaMA-7B as one op or three, and the dense gate and up with SiLU, for 1, 8 and 32 tokens."""
     from lorap.kernels import reference
 
-    gpu = device.type == "cuda"
+    gpu, pair = device.type == "cuda", the_call("triton")
     k, width, ranks = 4096 // scale, 5504 // scale, [512 // scale, 512 // scale, 1536 // scale]
-    for m in (1, 8, 32):
+    for m in (1, 8, 16, 32):
         x = random(m, k, device=device)
         dense = rotating(lambda: (random(3 * k, k, device=device),))
         factors = rotating(
@@ -179,10 +234,10 @@ def merged_rows(device: torch.device, scale: int) -> Iterator[Item]:
         def group(x: Tensor, *weights: Tensor) -> Tensor:
             from lorap.kernels.low_rank_linear import low_rank_linear_group
 
-            return low_rank_linear_group(x, list(weights[:3]), list(weights[3:]))
+            return low_rank_linear_group(x, list(weights[:3]), list(weights[3:]), pdl=True)
 
         def separate(x: Tensor, *weights: Tensor) -> list[Tensor]:
-            return [triton_pair(x, weights[i], weights[3 + i]) for i in range(3)]
+            return [pair(x, weights[i], weights[3 + i]) for i in range(3)]
 
         def separate_gemms(x: Tensor, *weights: Tensor) -> list[Tensor]:
             return [two_gemms(x, weights[i], weights[3 + i]) for i in range(3)]

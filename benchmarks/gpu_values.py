@@ -40,51 +40,61 @@ def load_lorap() -> Any:
     return ops
 
 
-def cases(device: torch.device, dtype: torch.dtype, scale: int) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
-    """(op, description, arguments): sizes that are no powers of two, single tokens, biases, pivots, empty gaps."""
+TOKENS = (1, 2, 3, 4, 6, 8, 16, 17, 32)  # for which kernels differ, or models run them
+RAGGED = (1, 3)
 
+
+def cases(device: torch.device, dtype: torch.dtype, scale: int) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """(op, description, arguments): sizes that models have, and ragged ones; biases, pivots, empty gaps. Few in float32."""
+    fitting = tuple(max(16, size // scale) for size in (2048, 352, 1056))
+    tokens = TOKENS if dtype != torch.float32 else (1, 16)
+    for m in tokens:
+        yield from _cases_of(m, *fitting, device=device, dtype=dtype)
+    for m in RAGGED if dtype != torch.float32 else ():
+        yield from _cases_of(m, 333, 77, 129, device=device, dtype=dtype)
+    for rows, channels in ((1, 40), (1025, 300), (5000, 576)):
+        x = gpu_timings.random(rows, channels, device=device, dtype=dtype)
+        mask = torch.arange(rows, device=device) % 3 < 2
+        yield "channel_sq_norm", f"{rows}x{channels}", (x,)
+        yield (
+            "channel_sq_norm",
+            f"{rows}x{channels}, NaN where masked",
+            (x.masked_fill(~mask[:, None], float("nan")), mask),
+        )
+
+
+def _cases_of(
+    m: int, k: int, r: int, n: int, *, device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     def random(*shape: int) -> Tensor:
         return gpu_timings.random(*shape, device=device, dtype=dtype)
 
     def pivots(rank: int, n: int) -> Tensor:
         return torch.randperm(n, device=device)[:rank].sort().values
 
-    none = torch.empty(0, device=device, dtype=dtype)
-    no_rows = torch.empty(0, device=device, dtype=torch.int64)
-    for i, m in enumerate((1, 2, 3, 5, 8, 9, 16, 17, 31, 32)):
-        k, r, n = (
-            (576, 172, 192),
-            (1000, 344, 712),
-            (4096 // scale, 512 // scale, 4096 // scale),
-            (80, 8, 24),
-            (333, 77, 129),
-        )[i % 5]
-        sizes = f"M={m} K={k} R={r} N={n}"
-        x = random(m, k)
-        yield "linear", f"{sizes}", (x, random(n, k), random(n) if i % 2 else None)
-        yield "low_rank_linear", f"{sizes}", (x, random(r, k), random(n, r), random(n) if i % 2 else None)
-        pivoted = (x, random(r, k), random(n - r, r), random(n) if i % 2 else None, pivots(r, n))
-        yield "low_rank_linear", f"{sizes} pivoted", pivoted
-        right, left = (
-            [random(r, k), random(r + 16, k), random(40, k)],
-            [random(n, r), random(64, r + 16), random(n, 40)],
-        )
-        yield "low_rank_linear_group", f"{sizes}", (x, right, left, [], [])
-        mixed = [random(n), none, random(n)], [no_rows, pivots(r + 16, 64 + r + 16), no_rows]
-        yield "low_rank_linear_group", f"{sizes} one bias missing, one pivoted", (x, right, left, *mixed)
-        yield "silu_gated_linear", f"{sizes}", (x, random(n, k), random(n, k), random(n), random(n))
-        pair = (
-            x,
-            [random(r, k), random(24, k)],
-            [random(n, r), random(n, 24)],
-            [random(n), random(n)] if i % 2 else [],
-        )
-        yield "low_rank_silu_gated_linear", f"{sizes}", pair
-    for tokens, channels in ((1, 40), (1025, 300), (5000, 576)):
-        x, mask = random(tokens, channels), torch.arange(tokens, device=device) % 3 < 2
-        yield "channel_sq_norm", f"{tokens}x{channels}", (x,)
-        x = x.masked_fill(~mask[:, None], float("nan"))
-        yield "channel_sq_norm", f"{tokens}x{channels}, NaN where masked", (x, mask)
+    sizes, biased = f"M={m} K={k} R={r} N={n}", m % 2 == 0
+    none, no_rows = torch.empty(0, device=device, dtype=dtype), torch.empty(0, device=device, dtype=torch.int64)
+    x, s = random(m, k), r + 16
+    yield "linear", sizes, (x, random(n, k), random(n) if biased else None)
+    yield "low_rank_linear", sizes, (x, random(r, k), random(n, r), random(n) if biased else None)
+    yield (
+        "low_rank_linear",
+        f"{sizes} pivoted",
+        (x, random(r, k), random(n - r, r), random(n) if biased else None, pivots(r, n)),
+    )
+    right = [random(r, k), random(s, k), random(48, k)]
+    left = [random(n, r), random(64, s), random(n, 48)]
+    yield "low_rank_linear_group", sizes, (x, right, left, [], [])
+    mixed = [right[0], right[1], random(48, k)], [left[0], left[1], random(0, 48)]
+    rows = [no_rows, pivots(s, 64 + s), torch.arange(48, device=device)]
+    yield (
+        "low_rank_linear_group",
+        f"{sizes} one bias missing, one pivoted, one dense",
+        (x, *mixed, [random(n), none, random(48)], rows),
+    )
+    yield "silu_gated_linear", sizes, (x, random(n, k), random(n, k), random(n), random(n))
+    pair = [random(r, k), random(32, k)], [random(n, r), random(n, 32)]
+    yield "low_rank_silu_gated_linear", sizes, (x, *pair, [random(n), random(n)] if biased else [])
 
 
 def runner(ops: Any, op: str, backend: str, arguments: tuple[Any, ...]) -> Callable[[], Any] | str:
@@ -94,22 +104,17 @@ def runner(ops: Any, op: str, backend: str, arguments: tuple[Any, ...]) -> Calla
         return lambda: ops.implementations.implementation(op, "reference")(*arguments)
     if not x.is_cuda:
         return "no GPU"
-    if gpu_timings.allowed is not None and (op, backend) not in gpu_timings.allowed:
-        return "did not pass its self-check"
+    if reason := gpu_timings.distrust(op, backend):
+        return reason
     if backend == "triton":
         return lambda: ops.implementations.implementation(op, "triton")(*arguments)
     from lorap.kernels import low_rank_fused, low_rank_linear
 
-    if backend == "triton pdl" and torch.cuda.get_device_capability(x.device) < (9, 0):
-        return "needs sm_90"
-    if backend == "triton pdl" and op == "low_rank_linear_group":
-        return lambda: low_rank_linear.low_rank_linear_group(*arguments, pdl=True)
-    if backend == "triton pdl":
-        return lambda: low_rank_linear.low_rank_silu_gated_linear(*arguments, pdl=True)
-    if len(arguments) > 4:
-        return "no pivots"
+    if backend == "triton, no pdl":
+        some = arguments if op == "low_rank_linear_group" else (*arguments, [], [])[:4]
+        return lambda: getattr(low_rank_linear, op)(*some)
     if backend == "triton one launch":
-        return lambda: low_rank_fused.low_rank_fused(*arguments)
+        return "no pivots" if len(arguments) > 4 else lambda: low_rank_fused.low_rank_fused(*arguments)
     m, k, r = *x.shape, arguments[1].shape[0]
     if x.dtype not in (torch.bfloat16, torch.float16) or m > 8 or k % 8 or r % 8:
         return "for 16 bits, at most 8 tokens, K and R multiples of 8"
@@ -122,7 +127,7 @@ def backends_of(ops: Any, op: str, *, cuda: bool) -> list[str]:
         return ["cuda"] if op == "low_rank_linear" else []
     found = ["triton"] if op in ops.implementations.IMPLEMENTATIONS["triton"] else []
     if op in ("low_rank_linear_group", "low_rank_silu_gated_linear"):
-        found.append("triton pdl")
+        found.append("triton, no pdl")
     return [*found, "triton one launch"] if op == "low_rank_linear" else found
 
 
@@ -245,34 +250,67 @@ def _repeats(call: Callable[[], Any], _x: Tensor) -> bool:
     return all(torch.equal(_first(call()), expected) for _ in range(50))
 
 
-def one_call_rows(device: torch.device, _scale: int) -> Iterator[Item]:
-    """The CUDA kernel on a few small shapes; what compute-sanitizer watches."""
-    load_lorap()
-    for m, k, r, n in ((1, 4096, 512, 1000), (5, 576, 176, 100), (8, 1024, 64, 333)):
-        what: Row = {"kind": f"M={m} K={k} R={r} N={n}"}
-        if device.type != "cuda":
-            yield what | {"not_run": "no GPU"}, None
-            continue
-        x, right, left = (gpu_timings.random(*size, device=device) for size in ((m, k), (r, k), (n, r)))
-        y = torch.ops.lorap_cuda.low_rank_linear(x, right, left, None)
-        yield what, lambda y=y: {"ok": bool(torch.isfinite(y).all())}
+def program_rows(device: torch.device, _scale: int, *, work: Path) -> Iterator[Item]:
+    """The CUDA kernel without torch: every allocation is one of the driver's, values against double, repeated launches, times."""
+    program = work / "check_decode"
+    sources = [ROOT / "benchmarks/check_decode.cu", ROOT / "csrc/cuda/low_rank_decode.cu"]
+    major, minor = torch.cuda.get_device_capability(device)
+    arch = f"{major}{minor}" + ("a" if major == 9 else "")
+    nvcc = _tool("nvcc") or "nvcc"
+    command = [
+        nvcc,
+        "-std=c++17",
+        "-O3",
+        "-lineinfo",
+        f"-gencode=arch=compute_{arch},code=sm_{arch}",
+        f"-I{ROOT / 'csrc/cuda'}",
+    ]
+    subprocess.run([*command, *map(str, sources), "-o", str(program)], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    for line in done.stdout.splitlines():
+        about, found, _ = line.partition(": error ")
+        if found:
+            us = re.search(r"([\d.]+) us", line)
+            row: Row = {"case": about, "error": float(line.split(": error ")[1].split()[0]), "ok": " ok" in line}
+            yield row | ({"us": float(us[1])} if us else {}), None
+    yield (
+        {"case": "the program as a whole", "ok": done.returncode == 0, "says": (done.stdout + done.stderr)[-200:]},
+        None,
+    )
 
 
-def sanitizer_rows(device: torch.device, _scale: int) -> Iterator[Item]:
-    """compute-sanitizer on the CUDA kernel: accesses out of bounds, and races in shared memory."""
-    found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    for tool in ("memcheck", "racecheck"):
-        what = {"tool": tool}
-        if found is None or device.type != "cuda":
-            yield what | {"not_run": "no GPU" if device.type != "cuda" else "compute-sanitizer is not installed"}, None
-            continue
-        program = [sys.executable, str(ROOT / "benchmarks/gpu_check.py"), "one-call", "--work", os.devnull]
-        command = [found, "--tool", tool, "--error-exitcode", "9", *program]
+def sanitizer_rows(device: torch.device, _scale: int, *, work: Path) -> Iterator[Item]:
+    """compute-sanitizer on that program, all four tools side by side: accesses out of bounds, races, barriers, unset memory."""
+    found, program = _tool("compute-sanitizer"), work / "check_decode"
+    tools = ("memcheck", "racecheck", "synccheck", "initcheck")
+    if found is None or not program.is_file():
+        reason = "compute-sanitizer is not installed" if found is None else "check_decode was not built"
+        yield from (({"tool": tool, "not_run": reason}, None) for tool in tools)
+        return
+    # Errors that CUDA's own start-up provokes and handles are not ours.
+    options = [
+        "--error-exitcode",
+        "9",
+        "--report-api-errors",
+        "no",
+        "--kernel-name",
+        "kernel_substring=low_rank_decode",
+    ]
+    started = {
+        tool: subprocess.Popen(
+            [found, "--tool", tool, *options, str(program), "quick"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for tool in tools
+    }
+    for tool, process in started.items():
+        output = process.communicate()[0]
+        lines = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", output)
+        clean = process.returncode == 0 and bool(lines) and bool(re.search(r" 0 (errors|hazards)", lines[-1]))
+        yield {"tool": tool, "ok": clean, "summary": lines[-1] if lines else output[-300:]}, None
 
-        def watch(command: list[str] = command) -> Row:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=45, check=False)
-            lines = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", done.stdout + done.stderr)
-            clean = done.returncode == 0 and bool(lines) and bool(re.search(r" 0 (errors|hazards)", lines[-1]))
-            return {"ok": clean, "summary": lines[-1] if lines else (done.stdout + done.stderr)[-300:]}
 
-        yield what, watch
+def _tool(name: str) -> str | None:
+    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")

@@ -1,40 +1,49 @@
-"""The tables of docs/kernels.md that need no GPU: what the compiler made of every shipped kernel, and predicted times.
+"""The tables of docs/kernels.md that need no GPU: what the compiler made of every shipped kernel, and modelled times.
 
-    python benchmarks/kernel_table.py --write docs/kernels.md      replace the text between the markers there
-    python benchmarks/kernel_table.py                              print it
+    python benchmarks/kernel_table.py --write docs/kernels.md --also PYTHON    replace the text between the markers there
+    python benchmarks/kernel_table.py                                          print it
 
-Registers, shared memory and loads are read from machine code; times are calculated from bytes and launches, not measured.
+PYTHON is an interpreter with another version of triton, whose numbers stand beside those of this one. Registers, shared memory
+and loads are read from machine code for sm_90; times are lorap/kernels/cost.py's. Nothing is measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from lorap.kernels.aot import ARCHITECTURES, SHARED_LIMIT, Variant
+from lorap.kernels import cost
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = ("low_rank_linear", "low_rank_fused", "silu_gated_linear", "linear", "channel_sq_norm")
 BEGIN, END = "<!-- begin: benchmarks/kernel_table.py -->", "<!-- end: benchmarks/kernel_table.py -->"
-
-# Measured by others on an H100 80GB HBM3: copy bandwidth, and the cost of one kernel launch inside a CUDA graph.
-H100_BYTES_PER_US = 3.0e6
-H100_LAUNCH_US = 1.3
-
-SHAPES = {  # name: (K, R, N)
-    "LLaMA-7B q, k at 50 %": (4096, 512, 4096),
-    "LLaMA-7B mean at 50 %": (4096, 1024, 4096),
-    "LLaMA-7B v, o at 50 %": (4096, 1536, 4096),
-    "LLaMA-3-8B k at 50 %": (4096, 204, 1024),
+ARCH = 90
+# M: rank: microseconds modelled for what ran before the model had a limit on what one SM reads, and before one launch put
+# pivots in order.
+BEFORE = {
+    1: {512: 6.5, 1024: 8.6, 1632: 13.9},
+    16: {512: 9.5, 1024: 12.7, 1632: 18.4},
+    2048: {512: 63.0, 1024: 86.0, 1632: 112.0},
+}
+GROUPS = {  # (K, ranks, rows of the left factors, pivots)
+    "LLaMA-7B q, k, v": (4096, (512, 512, 1536), (4096, 4096, 4096), (0, 0, 0)),
+    "the same, pivoted": (4096, (512, 512, 1536), (3584, 3584, 2560), (512, 512, 1536)),
+    "LLaMA-3-8B q, k, v": (4096, (1024, 512, 768), (4096, 1024, 1024), (0, 0, 0)),
+    "LLaMA-3-8B k alone": (4096, (512,), (1024,), (0,)),
+    "LLaMA-7B down": (11008, (1472,), (4096,), (0,)),
 }
 
 
-def variants() -> Iterator[Variant]:
+def variants() -> Iterator[Any]:
     for module in MODULES:
         yield from import_module(f"lorap.kernels.{module}").shipped_configs()
 
@@ -44,31 +53,32 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def triton_table() -> str:
-    """One row per variant; a cell holds registers / shared KB / 16-byte loads / tensor core for one architecture."""
-    rows = []
+def compiled() -> dict[str, str]:
+    """Of each kernel: registers / bytes spilled / shared KB / 16-byte loads before the first multiply-add, of all / its unit."""
+    from lorap.kernels.aot import SHARED_LIMIT
+
+    cells = {}
     for variant in variants():
-        cells = [f"`{variant.name}`"]
-        for arch in ARCHITECTURES:
-            if variant.constexprs.get("PDL") and arch < 90:
-                cells.append("needs sm_90")
-                continue
-            code = variant.compile(arch)
-            if code.shared_bytes > SHARED_LIMIT[arch]:
-                raise SystemExit(f"{variant.name} does not fit sm_{arch}: {code}")
-            core = (
-                "wgmma"
-                if code.uses_hgmma and arch == 90
-                else "tcgen05"
-                if code.uses_hgmma
-                else "mma"
-                if code.uses_hmma
-                else "fma"
-            )
-            spilled = f", {code.spill_bytes} bytes spilled" if code.spill_bytes else ""
-            cells.append(f"{code.registers} / {code.shared_bytes / 1024:.0f} / {code.wide_loads} / {core}{spilled}")
-        rows.append(cells)
-    return markdown(["kernel", *(f"sm_{arch}" for arch in ARCHITECTURES)], rows)
+        code = variant.compile(ARCH)
+        if code.shared_bytes > SHARED_LIMIT[ARCH]:
+            raise SystemExit(f"{variant.name} does not fit sm_{ARCH}: {code}")
+        unit = "wgmma" if code.uses_hgmma else "mma" if code.uses_hmma else "fma"
+        loads = f"{code.loads_in_flight} of {code.wide_loads}"
+        cells[variant.name] = (
+            f"{code.registers} / {code.spill_bytes} / {code.shared_bytes / 1024:.0f} / {loads} / {unit}"
+        )
+    return {"triton": version("triton"), **cells}
+
+
+def triton_table(others: list[str]) -> str:
+    """A row for each kernel, a column for each version of triton."""
+    columns = [compiled()]
+    for python in others:
+        run = subprocess.run([python, __file__, "--json"], cwd=ROOT, capture_output=True, text=True, check=True)
+        columns.append(json.loads(run.stdout))
+    names = [name for name in columns[0] if name != "triton"]
+    rows = [[f"`{name}`", *(column.get(name, "") for column in columns)] for name in names]
+    return markdown(["kernel", *(f"triton {column['triton']}" for column in columns)], rows)
 
 
 def cuda_table() -> str:
@@ -76,19 +86,13 @@ def cuda_table() -> str:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         return "nvcc was not there when this table was made.\n"
-    rows: dict[str, list[str]] = {}
-    archs = ("80", "90a", "100")
-    for arch in archs:
-        source = ROOT / "csrc/cuda/low_rank_decode.cu"
-        command = [nvcc, "-std=c++17", "-cubin", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v", "-O3"]
-        report = subprocess.run(
-            [*command, "-o", "/dev/null", source], capture_output=True, text=True, check=True
-        ).stderr
-        pattern = r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers"
-        for name, spills, registers in re.findall(pattern, report, re.DOTALL):
-            rows.setdefault(_demangle(name), []).append(f"{registers} / {spills}")
+    source = ROOT / "csrc/cuda/low_rank_decode.cu"
+    command = [nvcc, "-std=c++17", "-cubin", f"-gencode=arch=compute_{ARCH}a,code=sm_{ARCH}a", "-Xptxas", "-v", "-O3"]
+    report = subprocess.run([*command, "-o", "/dev/null", source], capture_output=True, text=True, check=True).stderr
+    pattern = r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers"
+    found = re.findall(pattern, report, re.DOTALL)
     return markdown(
-        ["instance", *(f"sm_{arch}" for arch in archs)], [[f"`{name}`", *cells] for name, cells in rows.items()]
+        ["instance", "registers / spilled"], [[f"`{_demangle(name)}`", f"{r} / {s}"] for name, s, r in found]
     )
 
 
@@ -99,34 +103,68 @@ def _demangle(name: str) -> str:
     return found[0] if found else full
 
 
-def prediction_table() -> str:
-    """Times of one layer at M = 1 in bfloat16 on an H100: dense, two launches, one launch."""
+def layer_table() -> str:
+    """4096 x 4096 in bfloat16: what ran before, what runs now, and everything that could."""
     rows = []
-    for name, (k, r, n) in SHAPES.items():
-        dense = 2 * k * n / H100_BYTES_PER_US + H100_LAUNCH_US
-        bytes_us = 2 * r * (k + n) / H100_BYTES_PER_US
-        two, one = bytes_us + 2 * H100_LAUNCH_US, bytes_us + H100_LAUNCH_US
-        rows.append(
-            [
-                name,
-                f"{k} x {n}, r {r}",
-                *(f"{us:.1f}" for us in (dense, two, one)),
-                f"{dense / two:.2f} / {dense / one:.2f}",
+    for m, ranks in BEFORE.items():
+        for rank, before in ranks.items():
+            sizes, left = (m, 4096, (rank,)), 4096 - rank if m == 2048 else 4096
+            two = cost.two_gemms_seconds(*sizes, (left,)) + (cost.order_seconds(m, 4096) if left < 4096 else 0)
+            ours = m <= 32 and cost.worth("low_rank_linear", *sizes, (left,), (4096 - left,))
+            now = cost.pair_seconds(*sizes, (left,)) if ours else two
+            others = (
+                cost.dense_seconds(m, 4096, [4096]),
+                cost.two_gemms_seconds(*sizes, (4096,)),
+                cost.one_launch_seconds(4096, rank, 4096) if m <= 8 else None,
+            )
+            cells = ["" if us is None else f"{1e6 * us:.1f}" for us in others]
+            name = f"{m}, r {rank}" + (", pivoted" if left < 4096 else "")
+            rows.append([name, f"{before:.1f}", f"{1e6 * now:.1f}", "Triton" if ours else "two GEMMs", *cells, ""])
+    return markdown(
+        ["tokens", "before", "now", "by", "dense", "two GEMMs, plain", "CUDA, one launch", "measured"], rows
+    )
+
+
+def group_table() -> str:
+    """Projections that run as one op, and who gets them."""
+    rows = []
+    for name, (k, ranks, left, pivots) in GROUPS.items():
+        outputs = [count + more for count, more in zip(left, pivots, strict=True)]
+        for m in (1, 8, 16, 32):
+            two = cost.two_gemms_seconds(m, k, ranks, left)
+            two += sum(cost.order_seconds(m, n) for n, more in zip(outputs, pivots, strict=True) if more)
+            times = (cost.pair_seconds(m, k, ranks, left), two, cost.dense_seconds(m, k, outputs))
+            ours = cost.worth("low_rank_linear_group", m, k, ranks, left, pivots)
+            rows.append([name, str(m), *(f"{1e6 * us:.1f}" for us in times), "Triton" if ours else "torch", ""])
+    for n in (5504, 11008):
+        for m in (1, 8, 16, 32):
+            torch_us = cost.dense_seconds(m, 4096, [n, n]) + 2 * cost.LAUNCH
+            ours = cost.worth("silu_gated_linear", m, 4096, (), (n, n), (0, 0))
+            times = (cost.gated_seconds(m, 4096, n), torch_us, torch_us)
+            row = [
+                f"gate and up of {n}, dense",
+                str(m),
+                *(f"{1e6 * us:.1f}" for us in times),
+                "Triton" if ours else "torch",
+                "",
             ]
-        )
-    return markdown(["layer", "shape", "dense us", "two launches us", "one launch us", "speedup two / one"], rows)
+            rows.append(row)
+    return markdown(["projections", "tokens", "Triton", "torch", "dense", "runs in", "measured"], rows)
 
 
-def text() -> str:
+def text(others: list[str]) -> str:
     return "\n".join(
         [
-            "Registers per thread / shared memory in KB / 16-byte loads in the code / unit that multiplies.\n",
-            triton_table(),
-            "`csrc/cuda/low_rank_decode.cu`: registers per thread / bytes spilled.\n",
+            f"sm_{ARCH}: registers per thread / bytes spilled / shared memory in KB / 16-byte loads issued before the first "
+            "multiply-add, of all / unit that multiplies.\n",
+            triton_table(others),
+            f"`csrc/cuda/low_rank_decode.cu`, sm_{ARCH}a:\n",
             cuda_table(),
-            "Predicted on an H100, M = 1, bfloat16, inside a CUDA graph: bytes at 3.0 TB/s plus 1.3 us a launch. "
-            "Calculated, not measured.\n",
-            prediction_table(),
+            "One layer of 4096 x 4096 in bfloat16 on an H200, modelled, in microseconds, in a CUDA graph. Never run on a GPU.\n",
+            layer_table(),
+            "Projections that run as one op, likewise. `RULES` of `lorap/nn/dispatch.py` gives them to Triton where that is 5 % "
+            "faster than torch on the factors and on the dense weights.\n",
+            group_table(),
         ]
     )
 
@@ -134,13 +172,17 @@ def text() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, metavar="FILE", help="replace the text between the markers in FILE")
+    parser.add_argument("--also", action="append", default=[], metavar="PYTHON", help="with another version of triton")
+    parser.add_argument("--json", action="store_true", help="only this interpreter's column, for another one")
     options = parser.parse_args()
-    if options.write is None:
-        print(text())
-        return
-    before, _, rest = options.write.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    options.write.write_text(f"{before}{BEGIN}\n{text()}{END}{after}")
+    if options.json:
+        json.dump(compiled(), sys.stdout)
+    elif options.write is None:
+        print(text(options.also))
+    else:
+        before, _, rest = options.write.read_text().partition(BEGIN)
+        _, _, after = rest.partition(END)
+        options.write.write_text(f"{before}{BEGIN}\n{text(options.also)}{END}{after}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import copy
 import functools
 from typing import Any
 
-import common
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -19,6 +18,7 @@ import lorap
 from lorap.architectures import ARCHITECTURES, ATTENTION
 from lorap.compression.allocation import LayerPlan, plan_layer
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES: dict[str, dict[str, int]] = {
     "smollm2-135m": {
         "hidden_size": 576,
@@ -70,9 +70,9 @@ def random_model(
                     old.in_features, old.out_features, layer_plan.ranks[role], bias=False, dtype=dtype
                 )
                 setattr(layer.self_attn, role, new)
-    model.to_empty(device=common.DEVICE)
+    model.to_empty(device=DEVICE)
     model.tie_weights()
-    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(common.DEVICE)  # its buffers are computed, not loaded
+    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(DEVICE)  # its buffers are computed, not loaded
     for parameter in model.parameters():
         limit = (3 / parameter.shape[-1]) ** 0.5
         nn.init.ones_(parameter) if parameter.ndim == 1 else nn.init.uniform_(parameter, -limit, limit)
