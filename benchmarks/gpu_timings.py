@@ -1,6 +1,6 @@
 """The timings of gpu_check.sh: one low-rank layer in every way we have, on weights that come from memory, in CUDA graphs.
 
-Each time stands beside the error against float64, and beside a prediction (lorap/kernels/cost.py): arithmetic, made before
+Each time stands beside the error against float64, and beside a prediction (kernels/triton/cost.py): arithmetic, made before
 anything was measured.
 """
 

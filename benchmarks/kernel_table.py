@@ -4,7 +4,7 @@
     python benchmarks/kernel_table.py                                          print it
 
 PYTHON is an interpreter with another version of triton, whose numbers stand beside those of this one. Registers, shared memory
-and loads are read from machine code for sm_90; times are lorap/kernels/cost.py's. Nothing is measured.
+and loads are read from machine code for sm_90; times are kernels/triton/cost.py's. Nothing is measured.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import torch
 import lorap
 from lorap import BackendError
 from lorap.evaluation.environment import describe_environment
-from lorap.nn import dispatch, implementations, native, ops
+from lorap.nn import dispatch, graphs, implementations, native, ops
 
 ROOT = Path(__file__).parents[1]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -272,7 +272,8 @@ def gpu_x(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Stands for a tensor on a GPU, of which ``choose`` reads no more than this."""
     monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    return SimpleNamespace(is_cpu=False, device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    with graphs.warming():
+        yield SimpleNamespace(is_cpu=False, device=torch.device("cuda", 0), dtype=torch.bfloat16)
 
 
 @pytest.fixture
@@ -338,25 +339,25 @@ def test_no_gpu_kernel_is_checked_while_a_graph_is_captured(
 
 
 def test_a_call_of_a_gpu_kernel_is_computed_alike_each_time_and_compiled_only_when_asked(
-    gpu_x: Any, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Eager calls are torch's from the first on; a capture takes a kernel that was warmed, for tensors aligned as then."""
-    monkeypatch.setattr(dispatch, "_warm", set())
+    monkeypatch.setattr(graphs, "_warm", set())
     x, weight, odd = torch.zeros(1, 8), torch.zeros(4, 8), torch.zeros(9)[1:].view(1, 8)
     capturing = False
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
 
-    monkeypatch.setattr(dispatch, "_worth", lambda op, x, rest: rest[0].shape[0] != 7)
+    monkeypatch.setattr(graphs, "worth", lambda op, x, rest: rest[0].shape[0] != 7)
 
     def left(x: torch.Tensor, weight: torch.Tensor, op: str = "low_rank_linear") -> bool:
-        return dispatch.left_to_torch(op, x, weight, [weight], None)
+        return graphs.left_to_torch(op, x, weight, [weight], None)
 
     assert [left(x, weight) for _ in range(3)] == [True] * 3
     assert not left(x, weight, op="channel_sq_norm")
     capturing = True
     assert left(x, weight)  # nothing is compiled inside a capture
     capturing = False
-    with dispatch.warming():
+    with graphs.warming():
         assert not left(x, weight)
         assert left(odd, weight)
         assert left(x, torch.zeros(7, 8))  # torch is as fast
@@ -369,27 +370,38 @@ def test_a_call_of_a_gpu_kernel_is_computed_alike_each_time_and_compiled_only_wh
     assert left(torch.zeros(2, 8), weight)
     assert left(odd, weight)
     assert left(torch.zeros(2, 16)[:, ::2], weight)
-    capturing = False
+
+
+def test_outside_a_graph_nothing_is_compiled_or_checked(
+    checks: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those who never capture a graph do not wait for kernels that they will not use; activation norms always pay."""
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    x: Any = SimpleNamespace(is_cpu=False, device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    assert [dispatch.choose(op, x, 1) for op in graphs.OPS] == ["reference"] * 4
+    assert not checks["calls"]
+    assert dispatch.choose("channel_sq_norm", x, 1) == "triton"
     with dispatch.use("triton"):
-        assert not left(x, weight)
+        assert dispatch.choose("low_rank_linear", x, 1) == "triton"
 
 
 def test_a_kernel_that_cannot_be_prepared_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_warm", set())
-    monkeypatch.setattr(dispatch, "_worth", lambda *_: True)
+    monkeypatch.setattr(graphs, "_warm", set())
+    monkeypatch.setattr(graphs, "worth", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     x, weight = torch.zeros(1, 8), torch.zeros(4, 8)
-    with dispatch.warming():
-        dispatch.left_to_torch("silu_gated_linear", x, weight, weight)
+    with graphs.warming():
+        graphs.left_to_torch("silu_gated_linear", x, weight, weight)
 
     def fail() -> None:
-        with dispatch.warming():
-            dispatch.left_to_torch("low_rank_linear", x, weight, weight)
+        with graphs.warming():
+            graphs.left_to_torch("low_rank_linear", x, weight, weight)
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    assert [key[0] for key in dispatch._warm] == ["silu_gated_linear"]
+    assert [key[0] for key in graphs._warm] == ["silu_gated_linear"]
 
 
 @pytest.mark.parametrize(
@@ -419,7 +431,7 @@ def test_a_shape_goes_to_a_kernel_where_the_model_has_it_faster(
         rest = (right, left, [], chosen)
     else:
         rest = (meta(rows[0], 4096), meta(rows[1], 4096))
-    assert dispatch._worth(op, meta(tokens, 4096), rest) == worth
+    assert graphs.worth(op, meta(tokens, 4096), rest) == worth
 
 
 def test_unaligned_x_does_not_reach_the_cuda_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,7 +462,7 @@ def test_cpu_isa_names_what_this_processor_runs() -> None:
 
 WITHOUT_LIBRARY = """
 import torch, lorap
-from lorap.nn import dispatch, implementations, native, ops
+from lorap.nn import dispatch, graphs, implementations, native, ops
 assert lorap.__file__.startswith(sys.argv[1]), lorap.__file__
 assert native.MISSING.startswith("not built; install with"), native.MISSING
 assert not native.HAS_CPU and not native.HAS_CUDA and native.cpu_isa(torch.float32) == "none"

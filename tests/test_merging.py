@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import lorap
 from lorap import ArchitectureError, LowRankLinear, merge_shared_inputs, optimize_for_inference
-from lorap.nn import dispatch, implementations, native, ops, padding, warming
+from lorap.nn import dispatch, graphs, implementations, native, ops, padding, warming
 from lorap.nn.fused import GatedMLP, SharedInput
 from lorap.nn.linear import Linear
 
@@ -524,7 +524,7 @@ def test_warming_up_runs_every_op_that_a_step_runs(kind: str, build: Any, monkey
 
     def recorded(op: str, x: Tensor, *rest: Any, **options: Any) -> Any:
         sizes = tuple(tuple(t.shape) for t in torch.utils._pytree.tree_leaves(rest) if isinstance(t, Tensor))
-        calls.append((op, x.shape[:-1].numel(), sizes, dispatch._warming.get()))
+        calls.append((op, x.shape[:-1].numel(), sizes, graphs._warming.get()))
         return run(op, x, *rest, **options)
 
     monkeypatch.setattr(ops, "_run", recorded)

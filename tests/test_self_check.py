@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from lorap.kernels import low_rank_fused, low_rank_linear, silu_gated_linear
-from lorap.nn import dispatch, implementations
+from lorap.nn import graphs, implementations
 
 META = torch.device("meta")
 # hidden size; rows of q, k and v; width of the FFN
@@ -79,7 +79,7 @@ def test_every_form_that_a_model_can_get_is_checked(forms: Any) -> None:
     wanted: dict[str, set[Form]] = {}
     for tokens in TOKENS:
         for op, arguments in model_calls(tokens):
-            if dispatch._worth(op, arguments[0], arguments[1:]):
+            if graphs.worth(op, arguments[0], arguments[1:]):
                 wanted.setdefault(op, set()).update(forms(op, arguments))
     assert set(wanted) == {
         "low_rank_linear",

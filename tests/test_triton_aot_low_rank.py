@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels have no machine code", allow_module_level=True)
 
-from lorap.kernels import cost, low_rank_fused, low_rank_linear
+from lorap.kernels import cost, hardware, low_rank_fused, low_rank_linear
 from lorap.kernels.aot import ARCHITECTURES, SHARED_LIMIT, WIDE_LOAD, Variant
 from lorap.kernels.low_rank_settings import expand_config, part_length, parts, shrink_config
 
@@ -176,7 +176,7 @@ def test_shrink_keeps_enough_reads_in_flight(layers, m):
     tile = shrink["BLOCK_N"] * shrink["BLOCK_K"] * 2 * max(1, shrink["num_stages"] - 1)
     assert programs * tile >= 132 * 11_000
     # An SM takes no more than its share of the bandwidth, whatever it asks for: what has too few programs is left to torch.
-    enough = programs * cost.SM_BANDWIDTH >= cost.MEMORY_BANDWIDTH
+    enough = programs * hardware.SM_BANDWIDTH >= hardware.MEMORY_BANDWIDTH
     assert enough or not cost.worth("low_rank_linear_group", m, k, ranks, rows, (0,) * len(rows))
 
 

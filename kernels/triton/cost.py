@@ -9,29 +9,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
-NUM_SMS = 132
-MEMORY_BANDWIDTH = 4.3e12  # bytes per second; 4.8e12 on paper
-SM_BANDWIDTH = 64e9  # that one SM can take of it; half of what its port to L2 could
-L2_BANDWIDTH = 5.5e12
-MEMORY_LATENCY = 0.8e-6  # seconds, under load
-LAUNCH = 1.3e-6  # one more kernel in a graph
-RAMP = 0.4e-6  # until a kernel of ours reads at full speed
-DEPENDENT_LAUNCH = 0.2e-6  # of a kernel whose start does not wait for the end of the one before
+from .hardware import (
+    DEPENDENT_LAUNCH,
+    L2_BANDWIDTH,
+    LAUNCH,
+    MEMORY_BANDWIDTH,
+    MEMORY_LATENCY,
+    NUM_SMS,
+    RAMP,
+    read_seconds,
+)
+from .low_rank_settings import plan_seconds
+
 CUBLAS_RAMP = 0.7e-6
-CUBLAS_DENSE, CUBLAS_FACTOR = (
-    0.9,
-    0.8,
-)  # shares of the bandwidth that cuBLAS reaches on a dense weight, and on a factor of 8 MB
+CUBLAS_DENSE = 0.9  # share of the bandwidth that cuBLAS reaches on a dense weight
+CUBLAS_FACTOR = 0.8  # and on a factor of 8 MB
 CUBLAS_FLOPS = 0.95 * 790e12
 LEAST_GAIN = 1.05
 GATED = ("silu_gated_linear", "low_rank_silu_gated_linear")
-
-
-def read_seconds(nbytes: float, programs: int, ahead: float, *, num_sms: int = NUM_SMS, per_sm: int = 2) -> float:
-    """Seconds to read ``nbytes`` once, by ``programs`` that keep ``ahead`` bytes each in flight, ``per_sm`` of them on an SM."""
-    resident = min(per_sm, -(-programs // num_sms))
-    one_sm = min(SM_BANDWIDTH, resident * ahead / MEMORY_LATENCY)
-    return nbytes / max(1.0, min(MEMORY_BANDWIDTH, min(programs, num_sms) * one_sm))
 
 
 def gemm_seconds(m: int, k: int, n: int, *, share: float = CUBLAS_FACTOR, itemsize: int = 2) -> float:
@@ -54,8 +49,6 @@ def two_gemms_seconds(m: int, k: int, ranks: Sequence[int], rows: Sequence[int])
 
 def pair_seconds(m: int, k: int, ranks: Sequence[int], rows: Sequence[int], *, pdl: bool = True) -> float:
     """Seconds of the shrink/expand pair, which all layers of a group share."""
-    from .low_rank_settings import plan_seconds
-
     second = DEPENDENT_LAUNCH if pdl and m == 1 else LAUNCH  # which has all of its weights on their way before it waits
     return LAUNCH + second + 2 * RAMP + plan_seconds(m, k, tuple(ranks), tuple(rows), pdl=pdl)
 

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import Variant
-from .cost import L2_BANDWIDTH, LAUNCH, MEMORY_BANDWIDTH, NUM_SMS
+from .hardware import L2_BANDWIDTH, LAUNCH, MEMORY_BANDWIDTH, NUM_SMS
 from .low_rank_kernels import weight_product
 from .low_rank_linear import INTERPRETED, Launch, checked, run, variant
 from .low_rank_settings import Settings, block_m, cdiv, power_of_2

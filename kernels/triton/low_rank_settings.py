@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import product
 
-from .cost import L2_BANDWIDTH, NUM_SMS, read_seconds
+from .hardware import L2_BANDWIDTH, NUM_SMS, read_seconds
 
 PROGRAMS_PER_SM = 2  # that registers and shared memory have room for
 WHOLE_TILE = 4 * 1024  # bytes of weights that a warp holds in registers, 8 loads of 16 bytes for each thread

@@ -21,11 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
 from lorap.errors import BackendError
-from lorap.kernels import cost
-from lorap.nn import native
+from lorap.nn import graphs, native
 from lorap.nn.implementations import (
     EXAMPLES,
     FLOATS,
@@ -34,8 +32,6 @@ from lorap.nn.implementations import (
     PIVOTED_OPS,
     example,
     implementation,
-    is_aligned,
-    tokens_of,
 )
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
@@ -143,6 +139,8 @@ def choose(op: str, x: Tensor, tokens: int) -> str:
         return "reference"
     device = "cpu" if x.is_cpu else x.device.type  # the property alone takes half a microsecond
     backend = _best(op, device, x.dtype, tokens) if forced == "auto" else _able(forced, op, x)
+    if backend == "triton" and forced == "auto" and op in graphs.OPS and not graphs.wanted():
+        return "reference"
     if backend in ("triton", "cuda") and not _trusted(op, backend, x, forced):
         return "reference"
     return backend
@@ -259,63 +257,3 @@ def _to_double(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
     return type(value)(map(_to_double, value)) if isinstance(value, (list, tuple)) else value
-
-
-# Calls whose Triton kernels are compiled and loaded, so that a graph capture can use them.
-_warm: set[tuple[Any, ...]] = set()
-_warming: ContextVar[bool] = ContextVar("lorap_warming", default=False)
-
-
-@contextmanager
-def warming() -> Iterator[None]:
-    """Inside, calls that a CUDA graph would leave to a Triton kernel run it, and may be captured afterwards.
-
-    After an error none of the calls inside counts as warm.
-    """
-    token, before = _warming.set(True), set(_warm)
-    try:
-        yield
-    except Exception:
-        _warm.intersection_update(before)
-        raise
-    finally:
-        _warming.reset(token)
-
-
-def left_to_torch(op: str, x: Tensor, *rest: Any) -> bool:
-    """Whether a Triton kernel that serves ``op`` should leave this call to torch.
-
-    Launching a kernel from Python takes 15 us and more, two cuBLAS calls about 10, and these kernels save 1 to 5: they win
-    inside a CUDA graph only (torch.compile with reduce-overhead, vLLM). So outside of one torch computes, in the first call as
-    in every other. A capture cannot compile: it takes the kernels of calls that :func:`lorap.warm_up` has seen, on tensors
-    that are aligned as there, where ``lorap.kernels.cost`` has them faster than torch.
-
-    Args:
-        op: one of ``lorap.nn.implementations.OPS``.
-        x: its first argument, on a GPU.
-        rest: its other arguments.
-    """
-    if _forced.get() != "auto" or op == "channel_sq_norm":
-        return False
-    capturing = torch.cuda.is_current_stream_capturing()
-    if not (capturing or _warming.get()) or not x.is_contiguous():
-        return True
-    others = [tensor for tensor in tree_flatten(rest)[0] if isinstance(tensor, Tensor)]
-    key = (op, x.device, x.dtype, tokens_of(x), tuple(tensor.shape for tensor in others))
-    if not all(map(is_aligned, (x, *others))):
-        return True
-    if capturing:
-        return key not in _warm
-    if not _worth(op, x, rest):
-        return True
-    _warm.add(key)
-    return False
-
-
-def _worth(op: str, x: Tensor, rest: tuple[Any, ...]) -> bool:
-    first, second, *_ = ([one] if isinstance(one, Tensor) else one for one in rest if one is not None)
-    ranks = () if op == "silu_gated_linear" else tuple(len(right) for right in first)
-    rows = (len(first[0]), len(second[0])) if op == "silu_gated_linear" else tuple(len(left) for left in second)
-    pivots = rest[3] if op in PIVOTED_OPS and len(rest) > 3 and rest[3] is not None else ()
-    counts = tuple(map(len, [pivots] if isinstance(pivots, Tensor) else pivots))
-    return cost.worth(op, tokens_of(x), x.shape[-1], ranks, rows, counts or (0,) * len(rows))

@@ -73,7 +73,9 @@ class SharedInput:
 
         A dense member is a pivoted layer whose every row is a pivot.
         """
-        right, left, bias, pivots = [], [], [], []
+        right: list[Tensor] = []
+        left: list[Tensor] = []
+        bias, pivots = [], []
         for member in self.members:
             if isinstance(member, LowRankLinear):
                 for found, factor in zip((right, left), member.factors(), strict=True):

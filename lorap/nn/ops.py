@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lorap.errors import ShapeError
 from lorap.kernels import reference
-from lorap.nn import dispatch, implementations, shape_checks
+from lorap.nn import dispatch, graphs, implementations, shape_checks
 from lorap.nn.implementations import tokens_of
 
 # Lists have no defaults: torch 2.13 refuses gradients of a list op that was called without one of its arguments.
@@ -191,8 +191,8 @@ def _needs_grad(x: Tensor, rest: tuple[Any, ...]) -> bool:
 
 def _run(op: str, x: Tensor, *rest: Any, backend: str | None = None) -> Any:
     backend = backend or dispatch.choose(op, x, tokens_of(x))
-    if backend == "triton" and x.is_cuda:
-        backend = "reference" if dispatch.left_to_torch(op, x, *rest) else backend
+    if backend == "triton" and x.is_cuda and dispatch.current() == "auto" and graphs.left_to_torch(op, x, *rest):
+        backend = "reference"
     if backend == "reference":
         shape_checks.CHECKS[op](x, *rest)  # plain torch lets some misfits pass
         return implementations.implementation(op, "reference")(x, *rest)

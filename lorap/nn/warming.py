@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorap.errors import ConfigError
-from lorap.nn import dispatch
+from lorap.nn import graphs
 from lorap.nn.linear import Linear, LowRankLinear
 
 
@@ -44,7 +44,7 @@ def warm_up(model: nn.Module, *, tokens: int | Sequence[int] = 1) -> None:
 def warm(run: Callable[[Tensor], Any], x: Tensor) -> None:
     """Call ``run`` with x (tokens, in_features) so that a CUDA graph may use the kernels of its ops."""
     try:
-        with torch.no_grad(), dispatch.warming():
+        with torch.no_grad(), graphs.warming():
             run(x)
     except Exception as failure:  # whatever a compiler throws must not stop a model that torch can run
         _tell_once(f"for {len(x)} tokens: {type(failure).__name__}: {failure}")
