@@ -514,8 +514,8 @@ def test_studies_in_one_command_and_again(q, paper_run, tmp_path):
 
 
 def test_studies_with_tasks(q, paper_run, monkeypatch, tmp_path):
-    requests(tmp_path / "r.jsonl.gz", 9)
-    monkeypatch.setattr(q.tasks, "TASK_FILES", {"boolq": tmp_path / "r.jsonl.gz"})
+    requests(tmp_path / "boolq.jsonl.gz", 9)
+    monkeypatch.setattr(q.tasks, "TASK_FILES", tmp_path)
     monkeypatch.setattr(q.assets, "fetch", lambda *_: None)
     names = ["dense", "lorap-0.2-web", "lorap+mlp_method=factorize-0.2-web"]
     options = ["--studies", "ffn", "--tasks", "boolq", "--limit", 6]
@@ -651,8 +651,9 @@ def test_differences_are_paired(q):
 
 
 def test_a_model_is_scored_from_request_to_record(q, material, monkeypatch, tmp_path):
-    requests(tmp_path / "r.jsonl.gz", 9)
-    monkeypatch.setattr(q.tasks, "TASK_FILES", {"boolq": tmp_path / "r.jsonl.gz", "piqa": tmp_path / "r.jsonl.gz"})
+    requests(tmp_path / "boolq.jsonl.gz", 9)
+    requests(tmp_path / "piqa.jsonl.gz", 9)
+    monkeypatch.setattr(q.tasks, "TASK_FILES", tmp_path)
     cell = q.cells.Cell(recipe="dense")
     given = q.tasks.request(cell, material, limit=6, tasks=["boolq", "piqa"]) | {"name": "dense"}
     record = q.tasks.score(given)

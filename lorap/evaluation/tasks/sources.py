@@ -89,8 +89,9 @@ def open_source(
         TaskError: the harness is not installed, or there are no questions; the message says how to get them.
     """
     tasks = check_tasks(names)
-    if importlib.util.find_spec("lm_eval") is None:
-        raise TaskError('lm-evaluation-harness is not installed; `pip install "lorap[eval]"`')
+    missing = [name for name in ("lm_eval", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise TaskError(f'lm-evaluation-harness needs {", ".join(missing)}; `pip install "lorap[eval]"`')
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if data not in ("auto", "hub"):
         return TaskSource(tuple(from_file(find_requests(task, Path(data)), limit) for task in tasks))
