@@ -311,9 +311,12 @@ def test_steps_that_hurt_unseen_windows_are_undone(
 def test_the_best_fraction_of_the_way() -> None:
     before = (2.0, 1.0)
     after = {1.0: (2.1, 0.2), 0.75: (1.875, 0.875), 0.5: (1.75, 0.75), 0.25: (1.875, 0.625)}
-    assert best_fraction(before, after) == 0.5  # as close as at 0.25, and farther
-    assert best_fraction(before, {1.0: (math.nan, 0.1), 0.5: (2.0, 0.5)}) == 0.0
-    assert best_fraction((2.0,), {1.0: (1.9,), 0.5: (1.95,)}) == 1.0
+    assert best_fraction(before, after, lambda _: 3.0) == 0.5  # as close as at 0.25, and farther
+    assert (
+        best_fraction(before, after, lambda fraction: 3.0 - fraction) == 0.75
+    )  # never 1: the first fold is not closer there
+    assert best_fraction(before, {1.0: (math.nan, 0.1), 0.5: (2.0, 0.5)}, lambda _: pytest.fail("asked")) == 0.0
+    assert best_fraction((2.0,), {1.0: (1.9,), 0.5: (1.95,)}, lambda _: 3.0) == 1.0
 
 
 @pytest.mark.usefixtures("short_steps")

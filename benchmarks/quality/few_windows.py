@@ -119,9 +119,20 @@ def few_windows_table(cells: Sequence[dict[str, Any]]) -> str:
         ]
         correction = cell["correction"]
         steps = f"{correction['taken']} of {correction['asked']}"
-        rows.append([cell["source"], f"{cell['sparsity']:g}", str(cell["windows"]), *found, steps])
+        way = f"{correction['fraction']:.0%}"
+        rows.append([cell["source"], f"{cell['sparsity']:g}", str(cell["windows"]), *found, steps, way])
     return markdown(
-        ["calibrated on", "sparsity", "windows", "`lorap`", "`best` before its steps", "`best`", "steps"], rows
+        [
+            "calibrated on",
+            "sparsity",
+            "windows",
+            "`lorap`",
+            "`best` before its steps",
+            "`best`",
+            "steps",
+            "of their way",
+        ],
+        rows,
     )
 
 
