@@ -123,6 +123,7 @@ distribution = setup(
         "lorap": ["py.typed"],
         "lorap.calibration": ["texts/*"],
         "lorap.kernels": ["configs/*.json"],
+        "lorap.reports.html": ["*.j2"],
     },
     ext_modules=[] if reason else [Extension("lorap._native", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},

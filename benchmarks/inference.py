@@ -25,6 +25,7 @@ from typing import Any
 import common
 import torch
 import transformers
+from documents import markdown
 from inference_models import MODELS, QUICK, Size
 from random_models import optimized, random_model
 from tqdm import tqdm
@@ -124,12 +125,12 @@ def peak_memory(size: Size, contender: str, new_tokens: int) -> int:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     head = ["model", "", "parameters", "weights", "tokens/s", "x dense torch", "x dense lorap", "peak memory"]
-    lines = [head, ["---"] * 2 + ["---:"] * 6]
+    lines = []
     for row in rows:
         speed = [f"{row['tokens_per_second']:.1f}", f"{row['against_torch']:.2f}", f"{row['against_dense_lorap']:.2f}"]
         size = [f"{row['params'] / 1e6:,.0f} M", f"{row['weight_bytes'] / 1e6:,.0f} MB"]
         lines.append([row["model"], row["contender"], *size, *speed, f"{row['peak_bytes'] / 1e6:,.0f} MB"])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(head, lines)
 
 
 def environment(options: argparse.Namespace) -> dict[str, Any]:

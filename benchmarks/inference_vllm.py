@@ -27,6 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from documents import markdown
 from inference_models import MODELS, QUICK, Size
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -158,13 +159,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown; in brackets how many times as fast as the dense model."""
     kinds = {"decode_1": "decoding, 1 sequence", "decode_8": "decoding, 8", "prefill_512": "prefill, 512"}
     head = ["model", "sparsity", "parameters", "weights", *kinds.values(), "peak memory"]
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    lines = []
     for row in rows:
         speed = [f"{row['tokens_per_second'][kind]:.1f} ({row['against_dense'][kind]:.2f} x)" for kind in kinds]
         name = "dense" if row["sparsity"] == 0 else str(row["sparsity"])
         memory = [f"{row['params'] / 1e6:,.0f} M", f"{row['weight_bytes'] / 1e6:,.0f} MB"]
         lines.append([row["model"], name, *memory, *speed, f"{row['peak_bytes'] / 1e6:,.0f} MB"])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(head, lines)
 
 
 def environment(rounds: int) -> dict[str, Any]:

@@ -14,14 +14,16 @@ import argparse
 import itertools
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lorap.reports.run import format_table
+
 RESULTS = Path(__file__).resolve().parent / "results"
 OURS = "lorap"
-HEADER = ("", "median", "ratio", "GB/s", "of memory", "GFLOP/s", "tokens/s", "weights", "allocates")
 
 
 def read(run: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
@@ -48,37 +50,33 @@ def read(run: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def table(groups: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Every group under its name, numbers to the right."""
-    lines = []
+    """Every group under its name, with the columns that it has."""
+    parts = []
     for group, rows in groups.items():
-        cells = [HEADER, *((kind, *_cells(row)) for kind, row in rows.items())]
-        used = [column for column in range(len(HEADER)) if any(line[column] for line in cells[1:])]
-        widths = {column: max(len(line[column]) for line in cells) for column in used}
-        lines += [group]
-        for line in cells:
-            rest = (line[column].rjust(widths[column]) for column in used[1:])
-            lines.append("  ".join([f"  {line[0].ljust(widths[0])}", *rest]))
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _cells(row: dict[str, float]) -> tuple[str, ...]:
-    return (
-        duration(row["seconds"]),
-        f"{row['ratio']:.2f}" if "ratio" in row else "",
-        f"{row['gb_per_s']:.1f}" if "gb_per_s" in row else "",
-        f"{row['share_of_bandwidth']:.0%}" if "share_of_bandwidth" in row else "",
-        f"{row['gflop_per_s']:.1f}" if "gflop_per_s" in row else "",
-        f"{row['tokens_per_s']:,.0f}" if "tokens_per_s" in row else "",
-        f"{row['weight_bytes'] / 1e6:.1f} MB" if "weight_bytes" in row else "",
-        f"{row['allocated_bytes'] / 1e6:.2f} MB" if "allocated_bytes" in row else "",
-    )
+        used = [name for name in COLUMNS if any(name in row for row in rows.values())]
+        cells = [
+            [kind, *(COLUMNS[name][1](row[name]) if name in row else "" for name in used)] for kind, row in rows.items()
+        ]
+        parts += [group, format_table(["", *(COLUMNS[name][0] for name in used)], cells), ""]
+    return "\n".join(parts)
 
 
 def duration(seconds: float) -> str:
     """Three significant digits, in us, ms or s."""
     unit, scale = ("s", 1) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("us", 1e6)
     return f"{seconds * scale:.3g} {unit}"
+
+
+COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "seconds": ("median", duration),
+    "ratio": ("ratio", "{:.2f}".format),
+    "gb_per_s": ("GB/s", "{:.1f}".format),
+    "share_of_bandwidth": ("of memory", "{:.0%}".format),
+    "gflop_per_s": ("GFLOP/s", "{:.1f}".format),
+    "tokens_per_s": ("tokens/s", "{:,.0f}".format),
+    "weight_bytes": ("weights", lambda size: f"{size / 1e6:.1f} MB"),
+    "allocated_bytes": ("allocates", lambda size: f"{size / 1e6:.2f} MB"),
+}
 
 
 def machine(run: dict[str, Any]) -> dict[str, Any]:

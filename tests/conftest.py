@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,21 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_drawings() -> Iterator[None]:
+    """Drawing takes a second for each report.html; tests of pages do it all the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lorap.reports.html.charts.has_matplotlib", lambda: False)
+        yield
+
+
+@pytest.fixture
+def drawings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charts in report.html, as outside of tests."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("lorap.reports.html.charts.has_matplotlib", lambda: True)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The report page as a test reads it: elements, tables by their labels, lines of charts."""
+"""The report page as a test reads it: elements, and tables by their labels."""
 
 from __future__ import annotations
 
@@ -58,19 +58,6 @@ class Page(HTMLParser):
             cells = [one["text"] for one in self.elements if row in one["inside"] and one["tag"] in ("th", "td")]
             rows["header" if self.within(row, "th")[0]["attrs"]["scope"] == "col" else cells[0]] = cells
         return rows
-
-    def chart(self, name: str) -> dict[str, Any]:
-        (svg,) = self.all("svg", id=name)
-        return svg
-
-    def lines(self, name: str) -> dict[str, list[tuple[float, float]]]:
-        """Points of each line of a chart, in units of the drawing, by the class of its colour."""
-        return {
-            one["attrs"]["class"].split()[1]: [
-                tuple(map(float, pair.split(","))) for pair in one["attrs"]["points"].split()
-            ]
-            for one in self.within(self.chart(name), "polyline")
-        }
 
 
 def page_of(report: CompressionReport) -> Page:

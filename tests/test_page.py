@@ -110,8 +110,8 @@ def test_options_tell_what_was_changed_from_what_the_recipe_says():
 # Safety
 
 
-def test_the_page_loads_nothing_and_runs_nothing():
-    text = compression_page(made_report(4, model=HOSTILE, texts=(HOSTILE,)))
+def test_the_page_loads_nothing_and_runs_nothing(drawings):
+    text = compression_page(made_report(2, model=HOSTILE, texts=(HOSTILE,)))
     page = Page(text)
     assert not [
         one for one in page.elements if one["tag"] in ("script", "img", "link", "iframe", "object", "embed", "b")
@@ -119,11 +119,12 @@ def test_the_page_loads_nothing_and_runs_nothing():
     for element in page.elements:
         for name, value in element["attrs"].items():
             assert not name.startswith("on"), (element["tag"], name)
-            assert name not in ("src", "srcset", "data", "xlink:href", "action", "poster")
+            assert name not in ("src", "srcset", "data", "action", "poster")
+            assert name != "xlink:href" or value.startswith("#")
             if name == "href":
                 assert element["tag"] == "a"
                 assert value.startswith("https://arxiv.org/abs/")
-    assert "url(" not in text
+    assert text.count("url(") == text.count("url(#")
     assert "@import" not in text
     (policy,) = [one["attrs"]["content"] for one in page.all("meta") if "http-equiv" in one["attrs"]]
     assert policy == "default-src 'none'; style-src 'unsafe-inline'"
@@ -153,12 +154,11 @@ def test_names_are_told_as_they_are():
     assert page.all("pre")[0]["text"] == f"lorap '{HOSTILE}'"
 
 
-def test_equal_reports_make_equal_pages():
-    first, second = (compression_page(made_report(6)) for _ in range(2))
-    assert first == second
-    again = CompressionReport.from_dict(json.loads(json.dumps(made_report(6).to_dict())))
+def test_equal_reports_make_equal_pages(drawings):
+    first = compression_page(made_report(2, seconds={"load": 1.23456}))
+    again = CompressionReport.from_dict(json.loads(json.dumps(made_report(2, seconds={"load": 1.23456}).to_dict())))
     assert compression_page(again) == first
-    assert compression_page(made_report(6, sparsity=0.3)) != first
+    assert compression_page(made_report(2, sparsity=0.3, seconds={"load": 1.23456})) != first
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -172,7 +172,7 @@ EVIL = [None, True, -1, 0, 10**400, 2**63 - 1, 1e308, math.nan, math.inf, -math.
 
 
 def test_whatever_a_report_says_there_is_a_page_or_an_error():
-    """Every entry of a report, replaced by each of many things, and left out."""
+    """Every entry of a report, replaced by each of many things, and left out; drawings are tried in test_page_charts.py."""
     report = made_report(1, texts=("heldout",))
     report.projections = [report.by_role("q_proj")[0], report.by_role("gate_proj")[0]]
     values = json.loads(json.dumps(report.to_dict()))
@@ -267,7 +267,7 @@ def test_report_says_when_it_cannot_write(tmp_path):
     assert f"cannot write into {tmp_path}: " in result.stderr
 
 
-def test_a_large_model_has_a_small_report():
-    report = made_report(80, hidden=8192, recipe="svd-llm")
+def test_a_large_model_has_a_small_report(drawings):
+    report = made_report(80, hidden=8192)
     assert len(json.dumps(report.to_dict(), indent=2)) < 1_000_000
-    assert len(compression_page(report)) < 2_000_000
+    assert len(compression_page(report)) < 1_000_000

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from cells import Cell
+from documents import insert, markdown
 from jobs import finish
 from matrix import SPARSITIES, add_common, make_cells, out_folder
 from records import read_cells
-from table import Cells, Record, increase, markdown, mean, number
+from table import Cells, mean, number
 from texts import DEFAULT, SOURCES, assets, gather
 
 RECIPE = "best"
@@ -39,7 +40,6 @@ ABLATIONS: Sequence[tuple[str, dict[str, Any]]] = (
     ("mean output of dropped channels into a bias", {"bias_compensation": True}),
 )
 RESULTS = assets.CACHE.parent / "docs" / "results.md"
-BEGIN, END = "<!-- ablation: begin -->", "<!-- ablation: end -->"
 
 
 def cells_of(sparsities: Sequence[float]) -> list[Cell]:
@@ -53,35 +53,14 @@ def cells_of(sparsities: Sequence[float]) -> list[Cell]:
 
 def ablation_table(cells: Cells, sparsity: float) -> str:
     """Increase in nats over the dense model of the whole recipe, and what each ablation that was made adds to it."""
-    whole = cells.get(RECIPE, sparsity)
-    first = [increase(whole, text) for text in cells.texts]
-    rows = [[f"`{RECIPE}`", *(number(loss) for loss in [*first, mean(first)]), _kept(whole)]]
-    for label, overrides in ABLATIONS:
+    whole, rows = cells.increase(RECIPE, sparsity), []
+    for label, overrides in ((f"`{RECIPE}`", {}), *ABLATIONS):
         name = Cell(recipe=RECIPE, overrides=overrides).recipe_name
-        if (record := cells.get(name, sparsity)) is None:
+        if (record := cells.runs.get((name, sparsity, DEFAULT))) is None:
             continue
-        added = [
-            None if loss is None or base is None else loss - base
-            for loss, base in zip((increase(record, text) for text in cells.texts), first, strict=True)
-        ]
-        rows.append([label, *(number(change) for change in [*added, mean(added)]), _kept(record)])
+        found = cells.increase(name, sparsity) - (whole if overrides else 0)
+        rows.append([label, *map(number, [*found, mean(found)]), f"{record['param_ratio']:.4f}"])
     return markdown([f"sparsity {sparsity:g}", *cells.texts, "mean", "kept"], rows)
-
-
-def _kept(record: Record | None) -> str:
-    return "-" if record is None else f"{record['param_ratio']:.4f}"
-
-
-def insert(document: str, text: str, *, begin: str = BEGIN, end: str = END) -> str:
-    """``text`` between the markers of ``document``, in place of what was there.
-
-    Raises:
-        ValueError: a marker is missing or there twice, or they are in the wrong order.
-    """
-    if document.count(begin) != 1 or document.count(end) != 1 or document.index(begin) > document.index(end):
-        raise ValueError(f"the document needs one line {begin} and after it one line {end}")
-    before, rest = document.split(begin)
-    return f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}"
 
 
 def main() -> list[str]:
@@ -98,7 +77,7 @@ def main() -> list[str]:
         failed = make_cells(wanted, gather(arguments.model, arguments.texts, (DEFAULT,)), arguments)
     cells = Cells(read_cells(arguments.out / "cells"))
     text = "\n\n".join(ablation_table(cells, sparsity) for sparsity in arguments.sparsities)
-    arguments.document.write_text(insert(arguments.document.read_text("utf-8"), text), "utf-8")
+    insert(arguments.document, "ablation", text)
     print(text)
     return failed
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ablation import RESULTS, insert
+from cells import SEQ_LEN
+from documents import insert, markdown
 from records import code_sha256, read_json, write_json
-from table import markdown
 from texts import CALIBRATION, TEST, assets, half
 
 import lorap
@@ -31,7 +31,6 @@ from lorap.compression.pipeline import Run
 from lorap.evaluation.perplexity import evaluate
 from lorap.system import Stopwatch
 
-SEQ_LEN = 128
 SOURCES = ("web", "wiki", "chats", "python")
 # Judged on two texts of other sources.
 TESTS = {source: ("wells", "web" if source == "wiki" else "wiki") for source in SOURCES}
@@ -41,8 +40,7 @@ CHARACTERS = 200_000
 CHAT_TEXTS = ("articles", "guides", "textbook", "technical", "news", "stories")
 REQUESTS = ("Tell me about this: {}", "Please write on: {}", "What happened? {}", "Explain: {}", "Go on: {}")
 OUT = assets.CACHE.parent / "benchmarks" / "results" / "quality" / "few_windows"
-RECIPES_PAGE = RESULTS.with_name("recipes.md")
-BEGIN, END = "<!-- few windows: begin -->", "<!-- few windows: end -->"
+RECIPES_PAGE = assets.CACHE.parent / "docs" / "recipes.md"
 
 
 class Watched(Run):
@@ -160,8 +158,7 @@ def main() -> None:
             print(path.name)
     cells = [record for path in arguments.out.glob("*.json") if (record := read_json(path))]
     if cells:
-        page = RECIPES_PAGE.read_text("utf-8")
-        RECIPES_PAGE.write_text(insert(page, few_windows_table(cells), begin=BEGIN, end=END), "utf-8")
+        insert(RECIPES_PAGE, "few windows", few_windows_table(cells))
 
 
 if __name__ == "__main__":

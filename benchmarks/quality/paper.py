@@ -27,8 +27,8 @@ from typing import Any
 
 import cells as cell_files
 import paper_report
-from ablation import insert
 from cells import CALIBRATION_WINDOWS, SEQ_LEN, Cell, is_done, specification
+from documents import insert
 from jobs import Job, finish, run
 from matrix import add_common
 from paper_report import Results, Study
@@ -42,7 +42,6 @@ from lorap.evaluation.tasks import TASKS
 HERE = Path(__file__).resolve().parent
 OUT = HERE.parent / "results" / "paper"
 DOCUMENT = HERE.parent.parent / "docs" / "paper.md"
-BEGIN, END = "<!-- paper: begin -->", "<!-- paper: end -->"
 
 LONG = 2048
 STUDIES: Mapping[str, Study] = {
@@ -236,8 +235,7 @@ def main() -> list[str]:
     failed = [] if arguments.tables else make_missing(arguments, names)
     text = report(arguments, names)
     if arguments.write_docs:
-        document = insert(arguments.document.read_text("utf-8"), text, begin=BEGIN, end=END)
-        arguments.document.write_text(document, "utf-8")
+        insert(arguments.document, "paper", text)
     print(text)
     return failed
 

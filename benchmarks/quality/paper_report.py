@@ -5,22 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import pandas as pd
 from cells import SEQ_LEN, Cell
+from documents import markdown
 from matplotlib.figure import Figure
 from records import DENSE
-from table import increase, markdown, mean, number
+from table import Cells, mean, number
 from tasks import answers, difference, percent
 
 from lorap.evaluation.tasks.results import average, estimate
-from lorap.reports.plots import STYLE, save
+from lorap.reports.plots import INK, SERIES, STYLE, save
 
 # Nats per token. What 4,096 tokens a text do not tell apart; the losses of larger texts are surer than that.
 TIE = 0.01
-CHOSEN, OTHER = "#c8553d", "#9aa7b5"
 Record = dict[str, Any]
 
 
@@ -68,16 +70,20 @@ class Results:
     tokens: int
     published: Mapping[str, Mapping[str, float]]
 
-    def losses(self, cell: Cell, length: int) -> list[float | None]:
-        """Nats per token over the dense model, by text."""
-        record = self.records.get(cell.name)
-        return [increase(record, text, (self.tokens, length)) for text in self.texts]
+    @cached_property
+    def _cells(self) -> Cells:
+        return Cells(self.records.values())
 
-    def perplexity(self, name: str, text: str, length: int) -> float | None:
+    def losses(self, cell: Cell, length: int) -> pd.Series:
+        """Nats per token over the dense model, by text; NaN where it was not measured."""
+        found = self._cells.increase(cell.recipe_name, cell.sparsity, cell.calibration, (self.tokens, length))
+        return found.reindex(self.texts)
+
+    def perplexity(self, name: str, text: str, length: int) -> float:
         for entry in self.records.get(name, {"texts": []})["texts"]:
             if (entry["text"], entry["tokens_asked"], entry["seq_len"]) == (text, self.tokens, length):
                 return math.exp(entry["nats"])
-        return None
+        return math.nan
 
 
 def study_table(study: Study, cells: Mapping[str, Cell], results: Results) -> str:
@@ -93,7 +99,7 @@ def study_table(study: Study, cells: Mapping[str, Cell], results: Results) -> st
         losses = {length: results.losses(cell, length) for length in study.lengths}
         row = [f"**{label}**" if label == study.chosen else label]
         for length, text in columns:
-            loss = losses[length][results.texts.index(text)]
+            loss = losses[length][text]
             row.append(f"{number(results.perplexity(cell.name, text, length), '.2f')} ({number(loss)})")
         row += [number(mean(losses[length])) for length in study.lengths]
         record = results.records.get(cell.name)
@@ -135,7 +141,7 @@ def verdict(study: Study, cells: Mapping[str, Cell], results: Results) -> str:
     losses = {label: mean(results.losses(cell, SEQ_LEN)) for label, cell in cells.items()}
     if not study.chosen:
         return ""
-    if None in losses.values():
+    if any(map(math.isnan, losses.values())):
         return "Not all variants were measured, so nothing is said about the paper's choice."
     ours = losses.pop(study.chosen)
     best = min(losses, key=losses.__getitem__)
@@ -173,9 +179,9 @@ def draw(
         axes = figure.subplots(lines, columns, squeeze=False).ravel()
         for axis, (name, study) in zip(axes, studies.items(), strict=False):
             losses = [mean(results.losses(cell, SEQ_LEN)) for cell in cells[name].values()]
-            colours = [CHOSEN if label == study.chosen else OTHER for label in cells[name]]
-            bars = axis.bar(list(cells[name]), [math.nan if one is None else one for one in losses], color=colours)
-            axis.bar_label(bars, [number(one, ".2f") for one in losses], fontsize=7, color="#555555")
+            colours = [SERIES[0] if label == study.chosen else INK for label in cells[name]]
+            bars = axis.bar(list(cells[name]), losses, color=colours)
+            axis.bar_label(bars, [number(one, ".2f") for one in losses], fontsize=7)
             axis.set_title(study.title)
             axis.tick_params(axis="x", length=0, labelrotation=25 if len(cells[name]) > 3 else 0)
             axis.margins(y=0.15)

@@ -6,54 +6,43 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import pandas as pd
 from matplotlib.figure import Figure
 
-from lorap.reports.plots import STYLE, save
+from lorap.reports.plots import INK, MARKERS, SERIES, STYLE, save
 
-COLOURS = ("#9aa7b5", "#c8553d", "#3b6ea5", "#6a9c78", "#b08ec2", "#d9a441", "#4f5d75")
-GROUP_WIDTH = 0.8
-# Readable on white and on black, since the picture has no background of its own.
-GREY = "#7f8893"
-SIZE_COLOURS = ("#d9822b", "#3b8ed0", "#4fa36c", "#a277c7")
 LABELS = {"lorap": "paper (recipe lorap)", "svd-llm": "svd-llm, without its tuning"}
+DEFAULT = "default"
 
 
 def draw(cells: Any, picture: Path) -> None:
-    """Write ``picture`` from a :class:`table.Cells`; what was not measured is a dash. Nothing where there is nothing."""
-    sparsities = [one for one in cells.sparsities if any(cells.get(name, one) for name in cells.recipes)]
-    if not sparsities:
+    """Write ``picture`` from a :class:`table.Cells`; what was not measured has no bar. Nothing where there is nothing."""
+    found = {one: _losses(cells, one) for one in cells.sparsities if _losses(cells, one).notna().any(axis=None)}
+    if not found:
         return
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9.5, 2.6 * len(sparsities) + 0.5), layout="constrained")
-        axes = figure.subplots(len(sparsities), 1, squeeze=False)[:, 0]
-        recipes = [name for name in cells.recipes if any(cells.get(name, sparsity) for sparsity in sparsities)]
-        # Ablations have tables of their own; here they would only crowd the bars.
-        recipes = [name for name in recipes if "+" not in name] or recipes
-        for axis, sparsity in zip(axes, sparsities, strict=True):
-            _panel(axis, cells, recipes, sparsity)
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, ncols=max(1, len(recipes)), loc="outside upper right")
-        figure.suptitle("Calibrated on the default mixture", x=0.01, ha="left", fontsize=10)
+    with mpl.rc_context(STYLE | {"axes.prop_cycle": mpl.cycler(color=(INK, *SERIES)), "axes.grid.axis": "y"}):
+        figure = Figure(figsize=(9.5, 2.6 * len(found) + 0.5), layout="constrained")
+        for axis, (sparsity, losses) in zip(
+            figure.subplots(len(found), squeeze=False)[:, 0], found.items(), strict=True
+        ):
+            losses.plot.bar(ax=axis, width=0.8, rot=0, legend=False, title=f"sparsity {sparsity:g}", xlabel="")
+            axis.set_title(axis.get_title("center"), loc="left")
+            axis.set_title("", loc="center")
+            for bars in axis.containers:
+                axis.bar_label(bars, fmt=lambda loss: f"{loss:.2f}", fontsize=6.5)
+            axis.tick_params(axis="x", length=0)
+            axis.set_ylabel("nats over dense")
+            axis.margins(y=0.12)
+        handles, labels = axis.get_legend_handles_labels()
+        figure.legend(handles, labels, ncols=len(labels), loc="outside upper right")
+        figure.suptitle("Calibrated on the default mixture", x=0.01, ha="left")
         save(figure, picture)
 
 
-def _panel(axis: Any, cells: Any, recipes: list[str], sparsity: float) -> None:
-    width = GROUP_WIDTH / len(recipes)
-    for index, recipe in enumerate(recipes):
-        losses = [cells.increase(recipe, sparsity, "default", text) for text in cells.texts]
-        places = [place - GROUP_WIDTH / 2 + (index + 0.5) * width for place in range(len(cells.texts))]
-        heights = [float("nan") if loss is None else loss for loss in losses]
-        bars = axis.bar(places, heights, width * 0.92, label=recipe, color=COLOURS[index % len(COLOURS)])
-        for bar, place, loss in zip(bars, places, losses, strict=True):
-            height, shown = (0, "-") if loss is None else (bar.get_height(), f"{loss:.2f}")
-            above = {"xytext": (0, 1), "textcoords": "offset points", "ha": "center", "va": "bottom"}
-            axis.annotate(shown, (place, height), fontsize=6.5, color="#555555", **above)
-    axis.set_xticks(range(len(cells.texts)), cells.texts)
-    axis.tick_params(axis="x", length=0)
-    axis.set_title(f"sparsity {sparsity:g}")
-    axis.set_ylabel("nats over dense")
-    axis.axhline(0, color="#888888", linewidth=0.6)
-    axis.margins(y=0.12)
+def _losses(cells: Any, sparsity: float) -> pd.DataFrame:
+    """By text and recipe. Ablations have tables of their own; here they would only crowd the bars."""
+    plain = [name for name in cells.recipes if "+" not in name]
+    return pd.DataFrame({name: cells.increase(name, sparsity) for name in plain or cells.recipes})
 
 
 def sizes(cells: Any) -> dict[str, list[tuple[float, float]]]:
@@ -64,12 +53,12 @@ def sizes(cells: Any) -> dict[str, list[tuple[float, float]]]:
     found: dict[str, list[tuple[float, float]]] = {}
     for recipe in (name for name in cells.recipes if "+" not in name):
         for sparsity in cells.sparsities:
-            record = cells.get(recipe, sparsity)
-            losses = [cells.increase(recipe, sparsity, "default", text) for text in cells.texts]
-            if record is None or None in losses:
+            record = cells.runs.get((recipe, sparsity, DEFAULT))
+            losses = cells.increase(recipe, sparsity)
+            if record is None or losses.isna().any():
                 continue
             line = found.setdefault(recipe, [(record["params_total_before"] / 1e6, 0.0)])
-            line.append((record["params_saved"] / 1e6, sum(losses) / len(losses)))
+            line.append((record["params_saved"] / 1e6, losses.mean()))
     return found
 
 
@@ -78,25 +67,13 @@ def draw_sizes(cells: Any, picture: Path) -> None:
     lines = sizes(cells)
     if not lines:
         return
-    colours = {
-        "text.color": GREY,
-        "axes.labelcolor": GREY,
-        "axes.edgecolor": GREY,
-        "xtick.color": GREY,
-        "ytick.color": GREY,
-    }
-    with mpl.rc_context(STYLE | colours):
+    with mpl.rc_context(STYLE | {"axes.prop_cycle": mpl.cycler(color=SERIES, marker=MARKERS)}):
         figure = Figure(figsize=(7.2, 3.6), layout="constrained")
-        figure.patch.set_alpha(0)
         axis = figure.subplots()
-        axis.patch.set_alpha(0)
-        for index, (recipe, points) in enumerate(lines.items()):
-            width, label = (2.4, recipe) if recipe == "best" else (1.3, LABELS.get(recipe, recipe))
-            axis.plot(
-                *zip(*points, strict=True), marker="o", label=label, linewidth=width, color=SIZE_COLOURS[index % 4]
-            )
-        dense = next(iter(lines.values()))[0]
-        axis.annotate("dense", dense, xytext=(7, -3), textcoords="offset points")
+        for recipe, points in lines.items():
+            width, label = (2.4, recipe) if recipe == "best" else (1.2, LABELS.get(recipe, recipe))
+            axis.plot(*zip(*points, strict=True), label=label, linewidth=width)
+        axis.annotate("dense", next(iter(lines.values()))[0], xytext=(7, -3), textcoords="offset points")
         axis.margins(x=0.1)
         axis.set_xlabel("parameters of the whole model, millions")
         axis.set_ylabel("loss over the dense model,\nnats per token")

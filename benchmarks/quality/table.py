@@ -1,4 +1,4 @@
-"""Tables and a plot of all cells: python benchmarks/quality/table.py [OUT]
+"""Tables and pictures of all cells of a folder: table.md, quality.svg and sizes.svg; python benchmarks/quality/table.py [OUT]
 
 A cell that was not made is shown as "-", and so is every mean that it belongs to.
 """
@@ -6,13 +6,15 @@ A cell that was not made is shown as "-", and so is every mean that it belongs t
 from __future__ import annotations
 
 import argparse
-import statistics
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import plot
 from cells import LONG, Cell
+from documents import markdown
 from records import DENSE, read_cells
 from texts import CALIBRATIONS, DEFAULT, SOURCES
 
@@ -23,108 +25,110 @@ Record = dict[str, Any]
 
 
 class Cells:
-    """All cells of a folder, by recipe (with its overrides), sparsity and calibration."""
+    """All cells of a folder; losses are nats per token over the dense model, NaN where one was not measured.
+
+    Args:
+        records: what the cells' files hold.
+
+    Attributes:
+        runs: a row for each compressed cell, by recipe (with its overrides), sparsity and calibration.
+        losses: a row for each text and size that one was judged on.
+    """
 
     def __init__(self, records: Iterable[Record]) -> None:
         self.records = list(records)
-        self._found = {
-            (Cell(**record["cell"]).recipe_name, record["cell"]["sparsity"], record["cell"]["calibration"]): record
-            for record in self.compressed
-        }
-
-    @property
-    def compressed(self) -> list[Record]:
-        return [record for record in self.records if record["cell"]["recipe"] != DENSE]
-
-    @property
-    def recipes(self) -> list[str]:
-        """The baseline first, the best next, then by name."""
+        runs, losses = {}, []
+        for record in self.records:
+            cell = record["cell"]
+            key = (Cell(**cell).recipe_name, cell["sparsity"], cell["calibration"])
+            losses += [dict(zip(_KEY, key, strict=True)) | entry for entry in record["texts"]]
+            if cell["recipe"] != DENSE:
+                runs[key] = record
+        self.runs = runs
+        self.losses = pd.DataFrame(
+            losses, columns=[*_KEY, "text", "main", "tokens_asked", "seq_len", "nats", "dense_nats"]
+        )
+        self.losses["increase"] = self.losses.nats - self.losses.dense_nats.astype(float)
+        self.texts = [name for name in SOURCES if name in set(self.losses.text)]
+        self.calibrations = [name for name in CALIBRATIONS if name in {key[2] for key in runs}]
+        self.sparsities = sorted({key[1] for key in runs})
+        # The baseline first, the best next, then by name.
         first = {BASELINE: 0, BEST: 1}
-        return sorted({key[0] for key in self._found}, key=lambda name: (first.get(name, 2), name))
+        self.recipes = sorted({key[0] for key in runs}, key=lambda name: (first.get(name, 2), name))
+        self._increases: dict[Any, pd.DataFrame] = {}
 
-    @property
-    def sparsities(self) -> list[float]:
-        return sorted({key[1] for key in self._found})
+    def increase(
+        self, recipe: str, sparsity: float, calibration: str = DEFAULT, size: tuple[int, int] | None = None
+    ) -> pd.Series:
+        """By text; on its main windows, or on ``size`` = (tokens, seq_len)."""
+        if size not in self._increases:
+            chosen = (
+                self.losses.main if size is None else (self.losses[["tokens_asked", "seq_len"]] == size).all(axis=1)
+            )
+            self._increases[size] = self.losses[chosen].pivot_table("increase", _KEY, "text", aggfunc="first")
+        wide, key = self._increases[size], (recipe, sparsity, calibration)
+        found = wide.loc[key] if key in wide.index else pd.Series(dtype=float)
+        return found.reindex(self.texts)
 
-    @property
-    def calibrations(self) -> list[str]:
-        return [name for name in CALIBRATIONS if name in {key[2] for key in self._found}]
+    def ratio(self, recipe: str, sparsity: float, calibration: str = DEFAULT) -> pd.Series:
+        """The increase over that of the baseline, by text; NaN where the baseline loses nothing."""
+        theirs = self.increase(BASELINE, sparsity, calibration)
+        return self.increase(recipe, sparsity, calibration) / theirs.where(theirs > 0)
 
-    @property
-    def texts(self) -> list[str]:
-        return [name for name in SOURCES if any(name == entry["text"] for r in self.records for entry in r["texts"])]
+    def ratios(self, recipe: str, sparsity: float) -> pd.DataFrame:
+        """The ratios by calibration and text."""
+        return pd.DataFrame({name: self.ratio(recipe, sparsity, name) for name in self.calibrations}).T
 
-    def get(self, recipe: str, sparsity: float, calibration: str = DEFAULT) -> Record | None:
-        """The record of one cell, or None."""
-        return self._found.get((recipe, sparsity, calibration))
+    def kinds(self) -> pd.DataFrame:
+        """By calibration and text whether they are of the ``same`` kind, of ``other`` kinds, or the ``default`` mixture."""
 
-    def increase(self, recipe: str, sparsity: float, calibration: str, text: str) -> float | None:
-        """Nats per token over the dense model."""
-        return increase(self.get(recipe, sparsity, calibration), text)
+        def kind(calibration: str, text: str) -> str:
+            return DEFAULT if calibration == DEFAULT else "same" if _kind(calibration) == _kind(text) else "other"
 
-    def ratio(self, recipe: str, sparsity: float, calibration: str, text: str) -> float | None:
-        """The increase of a recipe over that of the baseline; None where the baseline loses nothing."""
-        ours, theirs = (self.increase(name, sparsity, calibration, text) for name in (recipe, BASELINE))
-        return None if ours is None or theirs is None or theirs <= 0 else ours / theirs
-
-
-def increase(record: Record | None, text: str, size: tuple[int, int] | None = None) -> float | None:
-    """Nats per token over the dense model on a text; on its main windows, or on ``size`` = (tokens, seq_len)."""
-    for entry in record["texts"] if record else ():
-        wanted = entry["main"] if size is None else (entry["tokens_asked"], entry["seq_len"]) == size
-        if entry["text"] == text and wanted and entry["dense_nats"] is not None:
-            return entry["nats"] - entry["dense_nats"]
-    return None
+        found = {text: [kind(name, text) for name in self.calibrations] for text in self.texts}
+        return pd.DataFrame(found, index=self.calibrations)
 
 
-def mean(values: Iterable[float | None]) -> float | None:
-    """None where one is missing: a mean over other texts is another number."""
-    found = list(values)
-    return None if not found or None in found else statistics.fmean(found)  # type: ignore[arg-type]
+_KEY = ["recipe", "sparsity", "calibration"]
 
 
-def same_kind(calibration: str, text: str) -> bool:
-    """The calibration is of the domain of the text; the default mixture is of none."""
-    return calibration in SOURCES and SOURCES[calibration].kind == SOURCES[text].kind
+def _kind(name: str) -> str:
+    return SOURCES[name].kind
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; the first column to the left, the others to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def mean(values: Any) -> float:
+    """NaN where one is missing: a mean over other texts is another number."""
+    return pd.Series(values, dtype=float).mean(skipna=False)
 
 
-def number(value: float | None, form: str = "+.3f") -> str:
-    return "-" if value is None else format(value, form)
+def number(value: float, form: str = "+.3f") -> str:
+    return "-" if math.isnan(value) else format(value, form)
 
 
 def cross_table(cells: Cells, sparsity: float) -> str:
     """Calibration by text: increase of the baseline, of the best, and the ratio; same-kind cells are bold."""
-
-    def entry(calibration: str, text: str) -> str:
-        ours, theirs = (cells.increase(name, sparsity, calibration, text) for name in (BEST, BASELINE))
-        ratio = cells.ratio(BEST, sparsity, calibration, text)
-        shown = f"{number(theirs)} / {number(ours)} ({number(ratio, '.2f')})"
-        return f"**{shown}**" if same_kind(calibration, text) else shown
-
-    rows = [[calibration, *(entry(calibration, text) for text in cells.texts)] for calibration in cells.calibrations]
+    rows = []
+    kinds = cells.kinds()
+    for name in cells.calibrations:
+        theirs, ours = (cells.increase(recipe, sparsity, name) for recipe in (BASELINE, BEST))
+        ratios = cells.ratio(BEST, sparsity, name)
+        row = [f"{number(theirs[text])} / {number(ours[text])} ({number(ratios[text], '.2f')})" for text in cells.texts]
+        bold = kinds.loc[name] == "same"
+        rows.append([name, *(f"**{cell}**" if strong else cell for cell, strong in zip(row, bold, strict=True))])
     return markdown(["calibration", *cells.texts], rows)
 
 
 def summary(cells: Cells, sparsity: float) -> str:
     """Ratios to the baseline by recipe: same kind, other kinds, the worst cell of all, and the default mixture."""
-    rows = []
+    rows, kinds = [], cells.kinds().stack()
     for recipe in cells.recipes:
-        pairs = {(c, t): cells.ratio(recipe, sparsity, c, t) for c in cells.calibrations for t in cells.texts}
-        if recipe == BASELINE or not any(value is not None for value in pairs.values()):
+        pairs = cells.ratios(recipe, sparsity).reindex(columns=cells.texts).stack(future_stack=True)
+        if recipe == BASELINE or pairs.isna().all():
             continue
-        same = [value for (c, t), value in pairs.items() if same_kind(c, t)]
-        other = [value for (c, t), value in pairs.items() if c != DEFAULT and not same_kind(c, t)]
-        default = [value for (c, _), value in pairs.items() if c == DEFAULT]
-        worst, where = max((value, f"{c} -> {t}") for (c, t), value in pairs.items() if value is not None)
-        made = f"{sum(value is not None for value in pairs.values())} of {len(pairs)}"
-        means = [number(mean(values), ".3f") for values in (same, other, default)]
-        rows.append([recipe, *means, f"{worst:.3f} ({where})", made])
+        means = [number(mean(pairs[kinds == kind]), ".3f") for kind in ("same", "other", DEFAULT)]
+        calibration, text = pairs.idxmax()
+        made = f"{pairs.notna().sum()} of {len(pairs)}"
+        rows.append([recipe, *means, f"{pairs.max():.3f} ({calibration} -> {text})", made])
     header = ["recipe", "same kind", "other kinds", "default mixture", "worst", "cells"]
     return markdown(header, rows) if rows else "No recipe was measured beside the baseline."
 
@@ -133,16 +137,15 @@ def recipe_table(cells: Cells, sparsity: float) -> str:
     """Every recipe, calibrated on the default mixture: quality on all texts, and what it cost."""
     rows = []
     for recipe in cells.recipes:
-        record = cells.get(recipe, sparsity)
+        record = cells.runs.get((recipe, sparsity, DEFAULT))
         if record is None:
             continue
         whole = record["params_saved"] / record["params_total_before"]
         work = sum(seconds for stage, seconds in record["seconds"].items() if stage not in ("load", "evaluate"))
-        sizes = [None, *LONG]
-        losses = [number(mean(increase(record, text, size) for text in cells.texts)) for size in sizes]
-        ratio = mean(cells.ratio(recipe, sparsity, DEFAULT, text) for text in cells.texts)
+        losses = [number(mean(cells.increase(recipe, sparsity, size=size))) for size in (None, *LONG)]
+        ratio = number(mean(cells.ratio(recipe, sparsity)), ".3f")
         cost = [f"{work:.0f}", str(record["environment"]["threads"]), f"{record['peak_memory_bytes'] / 1e9:.2f} GB"]
-        rows.append([recipe, f"{record['param_ratio']:.4f}", f"{whole:.4f}", *losses, number(ratio, ".3f"), *cost])
+        rows.append([recipe, f"{record['param_ratio']:.4f}", f"{whole:.4f}", *losses, ratio, *cost])
     longer = [f"{tokens // 1000},000 tokens, windows of {seq_len}" for tokens, seq_len in LONG]
     header = [
         "recipe",
@@ -160,20 +163,19 @@ def recipe_table(cells: Cells, sparsity: float) -> str:
 
 def text_table(cells: Cells) -> str:
     """The texts, and the dense model's loss on them."""
-    dense = next((record for record in cells.records if record["cell"]["recipe"] == DENSE), {"texts": []})
+    records = sorted(cells.records, key=lambda record: record["cell"]["recipe"] != DENSE)
     rows = []
     for text in cells.texts:
-        found = [entry for record in [dense, *cells.records] for entry in record["texts"] if entry["text"] == text]
+        found = [entry for record in records for entry in record["texts"] if entry["text"] == text]
         entry = next((one for one in found if one["main"]), found[0])
         size = f"{entry['tokens']:,} in windows of {entry['seq_len']}"
-        loss = entry["dense_nats"]
-        rows.append([text, entry["kind"], entry["origin"], size, number(loss, ".3f")])
+        rows.append([text, entry["kind"], entry["origin"], size, number(entry["dense_nats"] or math.nan, ".3f")])
     return markdown(["text", "kind", "from", "tokens", "dense nats"], rows)
 
 
 def render(cells: Cells) -> str:
     """The whole document."""
-    code = {record["code_sha256"] for record in cells.compressed}
+    code = {record["code_sha256"] for record in cells.runs.values()}
     parts = [
         "# Recipes compared",
         "Written by `benchmarks/quality/table.py` from the cells beside it. All losses are increases over the dense model in "

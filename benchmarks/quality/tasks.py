@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from cells import Cell, make_model, specification
+from documents import markdown
 from jobs import Job, finish, run
 from matrix import OUT, SPARSITIES, WANTED, add_common, parse_recipe
 from records import DENSE, code_sha256, read_cells, read_json, write_json
-from table import markdown
 from texts import assets, gather
 
 import lorap  # noqa: F401 - teaches transformers to open compressed folders
@@ -95,7 +95,7 @@ def render(records: Sequence[dict[str, Any]], against: Sequence[str]) -> str:
     rows = []
     for record in records:
         found = [None if (right := answers(record, task)) is None else estimate(right) for task in TASKS]
-        rows.append([record["name"], *map(percent, found), percent(_average(found))])
+        rows.append([record["name"], *map(percent, found), percent(average_of(found))])
     header = ["model", *TASKS, "average"]
     limits = sorted({record["limit"] for record in records})
     parts = [
@@ -110,14 +110,14 @@ def render(records: Sequence[dict[str, Any]], against: Sequence[str]) -> str:
         for record in records:
             if record is not other:
                 paired = [difference(record, other, task) for task in TASKS]
-                shown = [percent(one, "+.1f") for one in [*paired, _average(paired)]]
+                shown = [percent(one, "+.1f") for one in [*paired, average_of(paired)]]
                 differences.append([record["name"], *shown])
         if differences:
             parts += [f"Difference from `{other['name']}` on the same documents.", markdown(header, differences)]
     return "\n\n".join(parts) + "\n"
 
 
-def _average(found: Sequence[Estimate | None]) -> Estimate | None:
+def average_of(found: Sequence[Estimate | None]) -> Estimate | None:
     """None where a task is missing: an average over other tasks is another number."""
     known = [one for one in found if one is not None]
     return average(known) if len(known) == len(found) else None

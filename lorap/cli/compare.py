@@ -14,11 +14,12 @@ import typer
 from lorap.calibration.sources import DEFAULT_EVALUATION
 from lorap.checkpoint.load import resolve_device
 from lorap.cli.common import AsJson, Debug, Device, Dtype, Quiet, be_quiet, exit_code, tell_unless, user_errors
-from lorap.cli.tasks import markdown, percent
+from lorap.cli.tasks import percent
 from lorap.errors import ConfigError
 from lorap.evaluation.comparison.compare import DECODE, PREFILL, ComparisonOptions, Contender, compare, find_contenders
 from lorap.evaluation.comparison.plot import check_plot, draw
 from lorap.evaluation.tasks import TASKS, Estimate, open_source
+from lorap.reports.run import markdown_table
 
 # Ratios of one model that differ by more between rounds say little about it.
 BUSY = 1.25
@@ -134,7 +135,7 @@ def render(contenders: Sequence[Contender]) -> str:
     header += [name for task in tasks for name in (task, "over dense")]
     header += ["decode, tokens/s", "prefill, tokens/s", "peak memory"]
     rows = [[one.label, *_row(one, dense, texts, tasks)] for one in contenders]
-    lines = [markdown(header, rows), "", *_notes(contenders)]
+    lines = [markdown_table(header, rows, padded=True), "", *_notes(contenders)]
     lines += [f"{one.label}, {part}: {error}" for one in contenders for part, error in one.errors.items()]
     return "\n".join(lines)
 

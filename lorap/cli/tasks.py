@@ -16,6 +16,7 @@ from lorap.cli.models import open_model
 from lorap.errors import ConfigError
 from lorap.evaluation.tasks import Estimate, TaskResult, TaskSource, difference, open_source
 from lorap.evaluation.tasks.results import Difference, average, number
+from lorap.reports.run import markdown_table
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def render(
             row.append(percent(average([result.accuracy() for result in other.values()])))
             row += [*_difference(average([one.estimate for one in differences.values()])), "", ""]
         rows.append(row)
-    lines = [markdown(header, rows), ""]
+    lines = [markdown_table(header, rows, padded=True), ""]
     lines += [f"{task}: accuracy is {result.metric}; {result.prompts}{_cut(result)}" for task, result in found.items()]
     return "\n".join(lines)
 
@@ -108,19 +109,6 @@ def percent(found: Estimate, form: str = ".1f") -> str:
 def _difference(found: Estimate) -> list[str]:
     low, high = found.interval
     return [percent(found, "+.1f"), f"{100 * low:+.1f} to {100 * high:+.1f}"]
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table that reads well as it is: columns are padded, numbers to the right."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [cells[0].ljust(widths[0])]
-        padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-        return f"| {' | '.join(padded)} |"
-
-    rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
-    return "\n".join([line(header), line(rule), *map(line, rows)])
 
 
 def _mean(found: Sequence[Estimate]) -> dict[str, Any]:

@@ -8,7 +8,15 @@ from typing import Any
 
 from lorap.algorithms.step_schedule import schedule
 from lorap.config import CompressionConfig
-from lorap.reports.run import KIND_HEADER, PAGE, CompressionReport, CorrectionReport, correction_lines, evaluation_lines
+from lorap.reports.run import (
+    KIND_HEADER,
+    PAGE,
+    CompressionReport,
+    CorrectionReport,
+    correction_lines,
+    evaluation_lines,
+    markdown_table,
+)
 from lorap.requirements import roles_with_output_metric
 
 # What the choices of a config do to a model, as parts of sentences for the model card.
@@ -132,7 +140,7 @@ Base model: **{report.model}**. Recipe: **{config.recipe}**. Sparsity asked for:
 {corrected}
 ## Parameters by kind
 
-{_kind_table(report)}
+{markdown_table(KIND_HEADER, report.kind_rows())}
 
 {_PAGE_LINK}
 ## Calibration
@@ -146,12 +154,6 @@ Base model: **{report.model}**. Recipe: **{config.recipe}**. Sparsity asked for:
 |---|---|
 {options}
 """
-
-
-def _kind_table(report: CompressionReport) -> str:
-    """As Markdown, numbers to the right."""
-    lines = [KIND_HEADER, ["---", *["---:"] * (len(KIND_HEADER) - 1)], *report.kind_rows()]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _source_lines(sources: Sequence[dict[str, Any]]) -> str:

@@ -337,6 +337,17 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, padded: bool = False) -> str:
+    """The same in Markdown; ``padded`` to read well as it is."""
+    widths = [max(len(row[column]) for row in [header, *rows]) if padded else 3 for column in range(len(header))]
+    rule = ["-" * widths[0], *("-" * (max(width, 4) - 1) + ":" for width in widths[1:])]
+    lines = []
+    for row in [header, rule, *rows]:
+        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)] if padded else row[1:]
+        lines.append(f"| {' | '.join([row[0].ljust(widths[0] if padded else 0), *cells])} |")
+    return "\n".join(lines)
+
+
 def shortage(windows: int, tried: int, asked: int, enough: int) -> list[str]:
     """One sentence where the windows are not enough for all steps, with the number that would be.
 

@@ -8,10 +8,9 @@ from typing import Any
 
 from lorap.errors import ConfigError
 from lorap.evaluation.comparison.compare import DECODE, Contender
-from lorap.reports.plots import STYLE, save
+from lorap.reports.plots import INK, SERIES, STYLE, save
 
 SUFFIXES = (".png", ".svg")
-DENSE_COLOUR, COLOUR, GRID = "#333333", "#3b6ea5", "#dddddd"
 
 
 def check_plot(picture: Path) -> None:
@@ -62,14 +61,12 @@ def draw(contenders: Sequence[Contender], picture: Path) -> list[str]:
 
 def _panel(axis: Any, points: Sequence[Any], title: str, *, dense: str) -> None:
     axis.set_xlabel(title)
-    axis.grid(color=GRID, linewidth=0.6)
-    axis.set_axisbelow(True)
     axis.margins(0.25, 0.2)
     places = [across for _, across, *_ in points]
     low, width = min(places, default=0), max(places, default=0) - min(places, default=0)
     for label, across, nats, reach in points:
         first = label == dense
-        colour = DENSE_COLOUR if first else COLOUR
+        colour = INK if first else SERIES[0]
         axis.plot(across, nats, marker="D" if first else "o", color=colour, linestyle="none", gid=label)
         if reach is not None:
             axis.hlines(nats, *reach, color=colour, linewidth=1.2)

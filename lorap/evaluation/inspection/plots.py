@@ -1,55 +1,30 @@
-"""The pictures of an inspection. Needs matplotlib: ``pip install 'lorap[plot]'``.
-
-Colours can be told apart by colour-blind readers: viridis for depth, those of Okabe and Ito for names, which also differ in
-marker and dash.
-"""
+"""The pictures of an inspection. Needs matplotlib: ``pip install 'lorap[plot]'``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from PIL import Image  # comes with matplotlib
 
-from lorap.architectures import ATTENTION, MLP
 from lorap.evaluation.inspection.report import GROUPS, Inspection
 from lorap.evaluation.inspection.values import LEAST, LEVELS, SingularValues, random_matrix, sample_points
-from lorap.reports.plots import STYLE, save
+from lorap.reports.plots import INK, ROLE_LOOKS, SERIES, STYLE, depth_colours, save
 
-# Half a pixel: an SVG of 420 spectra stays small.
-THIN: dict[Any, Any] = {"lines.linewidth": 1.2, "path.simplify_threshold": 0.5}
-# The light end of viridis cannot be seen on white.
-DEPTH = LinearSegmentedColormap.from_list("depth", mpl.colormaps["viridis"]([index / 50 for index in range(45)]))
+DEPTH = depth_colours()
 GROUP_LOOKS: dict[str, Any] = {
-    "attention": {"color": "#0072B2", "marker": "o"},
-    "FFN": {"color": "#D55E00", "marker": "s"},
+    group: {"color": SERIES[index], "marker": "os"[index]} for index, group in enumerate(GROUPS)
 }
-ROLE_LOOKS: dict[str, Any] = dict(
-    zip(
-        ATTENTION + MLP,
-        (
-            {"color": "#0072B2", "marker": "o"},
-            {"color": "#56B4E9", "marker": "v"},
-            {"color": "#009E73", "marker": "^"},
-            {"color": "#000000", "marker": "D"},
-            {"color": "#D55E00", "marker": "s", "linestyle": "--"},
-            {"color": "#E69F00", "marker": "P", "linestyle": "--"},
-            {"color": "#CC79A7", "marker": "X", "linestyle": "--"},
-        ),
-        strict=True,
-    )
-)
-RANDOM: dict[str, Any] = {"color": "black", "linestyle": (0, (4, 2)), "linewidth": 1.0}
+# Half a pixel: an SVG of 420 spectra stays small.
+THIN: dict[Any, Any] = {"path.simplify_threshold": 0.5}
+RANDOM: dict[str, Any] = {"color": INK, "linestyle": (0, (4, 2)), "linewidth": 1.0}
 KIND_TITLES = {"plain": "plain weights", "weighted": "weighted by their inputs"}
-DPI = 120
 # The spectra of a panel end here, relative to the largest singular value.
 FLOOR = 1e-3
 
@@ -60,18 +35,11 @@ def write_plots(found: Inspection, folder: Path) -> list[Path]:
     for name, draw in FIGURES.items():
         with mpl.rc_context(STYLE | THIN):
             figure = draw(found)
-            written += [folder / f"{name}.svg", folder / f"{name}.png"]
-            save(figure, written[-2])
-            figure.set_layout_engine("none")  # what the first drawing has found stays, and takes no time again
-            _save_png(figure, written[-1])
+            for suffix in (".svg", ".png"):
+                save(figure, folder / f"{name}{suffix}")
+                figure.set_layout_engine("none")  # what the first drawing has found stays, and takes no time again
+                written.append(folder / f"{name}{suffix}")
     return written
-
-
-def _save_png(figure: Figure, path: Path) -> None:
-    """With a palette: a third of the size, and no difference to be seen."""
-    with BytesIO() as drawn:
-        figure.savefig(drawn, format="png", dpi=DPI)
-        Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def spectra(found: Inspection) -> Figure:
@@ -103,7 +71,6 @@ def _spectra_panel(axis: Any, found: Inspection, kind: str, role: str) -> None:
     if kind == "plain":
         axis.plot(*_curve(random_matrix(lines[0].shape)), **RANDOM)
     axis.set_title(f"{role}, {kind}")
-    axis.grid(alpha=0.25, linewidth=0.5)
 
 
 def _curve(line: SingularValues) -> tuple[list[float], tuple[float, ...]]:
@@ -127,7 +94,6 @@ def energy_ranks(found: Inspection) -> Figure:
             for group in GROUPS:
                 _group_lines(axis, found, kind, group, column)
             axis.set_title(f"{LEVELS[column]:.0%} of the energy, {KIND_TITLES[kind]}")
-            axis.grid(alpha=0.25, linewidth=0.5)
         axes[0].set_ylabel("rank / full rank")
     for axis in panels[-1]:
         _layer_axis(axis, found)
@@ -135,9 +101,9 @@ def energy_ranks(found: Inspection) -> Figure:
     panels[0, 0].yaxis.set_major_formatter(PercentFormatter(1))
     handles = [Line2D([], [], **look, markersize=3, label=f"{group}, mean") for group, look in GROUP_LOOKS.items()]
     handles.append(
-        Line2D([], [], color="grey", alpha=0.35, linewidth=6, label="from the lowest projection to the highest")
+        Line2D([], [], color=INK, alpha=0.35, linewidth=6, label="from the lowest projection to the highest")
     )
-    handles.append(Line2D([], [], color="grey", linestyle="--", label="random matrices of these shapes (plain)"))
+    handles.append(Line2D([], [], color=INK, linestyle="--", label="random matrices of these shapes (plain)"))
     figure.legend(handles=handles, loc="outside lower center", ncols=4)
     shares = {kind: [f"{found.shares(kind, group)[0]:.0%}" for group in GROUPS] for kind in found.kinds}
     told = "; ".join(f"{one} against {other} ({kind})" for kind, (one, other) in shares.items())
@@ -166,7 +132,6 @@ def effective_ranks(found: Inspection) -> Figure:
             shares = [one.effective_share for one in found.find(kind, roles=[role])]
             axis.plot(found.layers, shares, **look, markersize=3.5, linewidth=1, label=role)
         axis.set_title(KIND_TITLES[kind])
-        axis.grid(alpha=0.25, linewidth=0.5)
         _layer_axis(axis, found)
     axes[0].set(ylabel="effective rank / full rank", ylim=(0, 1))
     axes[0].yaxis.set_major_formatter(PercentFormatter(1))
@@ -195,8 +160,7 @@ def channels(found: Inspection) -> Figure:
         together.set_ylabel("share of all importance")
         together.plot([0, 1], [0, 1], **RANDOM)
         for axis in (single, together):
-            axis.axvline(LEAST, color="#D55E00", linewidth=1)
-            axis.grid(alpha=0.25, linewidth=0.5)
+            axis.axvline(LEAST, color=SERIES[5], linewidth=1)
     panels[0, 0].set(xscale="log", yscale="log", xlim=(1 / max(sizes), 1))
     low, high = panels[0, 0].get_ylim()
     panels[0, 0].set_ylim(min(low, 0.5), max(high, 2))  # small differences look small
@@ -204,7 +168,7 @@ def channels(found: Inspection) -> Figure:
     for axis in panels[-1]:
         axis.set_xlabel("share of the channels, the least important first")
     handles = [
-        Line2D([], [], color="#D55E00", label=f"least important {LEAST:.0%}"),
+        Line2D([], [], color=SERIES[5], label=f"least important {LEAST:.0%}"),
         Line2D([], [], **RANDOM, label="if all channels were alike"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2)
@@ -224,7 +188,7 @@ FIGURES: dict[str, Callable[[Inspection], Figure]] = {
 
 
 def _title(figure: Figure, found: Inspection, text: str) -> None:
-    figure.suptitle(f"{text}\n{found.model}", x=0.01, ha="left", fontsize=10)
+    figure.suptitle(f"{text}\n{found.model}", x=0.01, ha="left")
 
 
 def _depths(found: Inspection) -> Normalize:

@@ -1,212 +1,251 @@
-"""Charts of the report page as inline SVG: lines over an axis, and horizontal bars.
+"""Charts of the report page: what each shows in words, and how it is drawn where matplotlib is.
 
-A chart is 360 units wide, about as many pixels as a phone, so that its text is as large there as the text around it. Colours
-are classes of the page's style sheet (lorap/reports/html/style.py), so that one drawing serves light and dark. What the lines
-mean is said by a legend of HTML, which wraps where a legend inside the drawing would be cut.
+A chart is 360 units wide, about as many pixels as a phone, so that its text is as large there as the text around it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from html import escape
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-WIDTH, HEIGHT = 360, 210
-LEFT, RIGHT, TOP, BOTTOM = 48, 12, 24, 38
-BAR_HEIGHT, BAR_LEFT, BAR_RIGHT = 24, 92, 76
+import numpy as np
+
+from lorap.architectures import ATTENTION, MLP, PROJECTIONS
+from lorap.reports.plots import GROUND, INK, ROLE_LOOKS, SERIES, STYLE, depth_colours, page_svg
+from lorap.reports.run import CompressionReport, ProjectionReport
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SUBLAYERS = {"attention": ATTENTION, "FFN": MLP}
+WIDTH, HEIGHT, BAR_HEIGHT = 360, 226, 24
+# Smaller shares of the largest singular value are drawn at this one; larger numbers than the other have no scale.
+FAINT, HUGE = 1e-3, 1e300
 LABEL = 10  # characters
-MANY = 40  # points of a line from which on its markers are smaller
-# Paths of markers around (0, 0), by the number of the series: circle, square, triangle, diamond.
-MARKERS = (
-    "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0 -6 0z",
-    "M-2.6 -2.6h5.2v5.2h-5.2z",
-    "M0 -3.4L3.2 2.6H-3.2z",
-    "M0 -3.7L3.7 0L0 3.7L-3.7 0z",
-)
+Value = Callable[[ProjectionReport], float]
 
 
 @dataclass(frozen=True)
-class Axis:
-    """Numbers along one side of a chart.
+class Chart:
+    """One drawing.
 
     Args:
-        low, high: numbers at its two ends.
-        ticks: that are written beside it.
-        label: what the numbers are.
-        log: whether equal steps are equal factors.
-    """
-
-    low: float
-    high: float
-    ticks: tuple[float, ...]
-    label: str
-    log: bool = False
-
-    def share(self, value: float) -> float:
-        """Where a number lies between the ends, from 0 to 1; beyond them, at the end."""
-        scale = math.log10 if self.log else float
-        if self.log and value <= self.low:
-            return 0.0
-        low, high = scale(self.low), scale(self.high)
-        return min(1.0, max(0.0, (scale(value) - low) / (high - low)))
-
-
-@dataclass(frozen=True)
-class Series:
-    """One line of a chart.
-
-    Args:
-        name: for the legend and for what a marker says under the mouse.
-        points: (x, y) from left to right; those that are not finite are left out.
-        style: class of its colour, and its marker: the last digit.
-        hollow: x of points whose marker is only an outline.
-        marked: x of points that have a marker; None for all.
+        name: unique on the page.
+        title: what is shown.
+        about: what there is to see, for who does not see it.
+        draw: onto the axes.
+        height: in units.
+        margins: beside the axes, in units: left, below, right, above.
     """
 
     name: str
-    points: tuple[tuple[float, float], ...]
-    style: str
-    hollow: frozenset[float] = field(default_factory=frozenset)
-    marked: frozenset[float] | None = None
+    title: str
+    about: str
+    draw: Callable[[Axes], object]
+    height: float = HEIGHT
+    margins: tuple[float, float, float, float] = (46, 58, 22, 22)
+
+    def svg(self) -> str:
+        """As an element of the page; needs matplotlib."""
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+
+        left, below, right, above = self.margins
+        place = (left / WIDTH, below / self.height, 1 - (left + right) / WIDTH, 1 - (below + above) / self.height)
+        with (
+            mpl.rc_context(STYLE | {"font.size": 11.5, "axes.titlesize": 11.5, "axes.titley": 1.02}),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # a letter that matplotlib's font lacks is drawn by the browser's
+            figure = Figure(figsize=(WIDTH / 72, self.height / 72))
+            self.draw(figure.add_axes(place))
+            return page_svg(figure, self.name)
 
 
-def linear_axis(values: Iterable[float], label: str, *, whole: bool = False) -> Axis:
-    """From 0 to a round number not below the largest of ``values``, with two to six ticks.
-
-    Args:
-        values: that are to lie on it; NaN, infinity and what is not above 0 do not count.
-        label: of the axis.
-        whole: ticks at whole numbers only.
-    """
-    top = max((value for value in values if math.isfinite(value) and value > 0), default=1.0)
-    rough = top / 4
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= rough * (1 - 1e-9))
-    step = max(1.0, math.ceil(step)) if whole else step
-    count = math.ceil(top / step - 1e-9)
-    return Axis(0.0, count * step, tuple(index * step for index in range(count + 1)), label)
+def has_matplotlib() -> bool:
+    """Whether charts can be drawn: matplotlib is the extra ``plot``."""
+    return find_spec("matplotlib") is not None
 
 
-def index_axis(count: int, label: str) -> Axis:
-    """0 to ``count`` - 1, with a tick at every first, second, fifth, ... such that there are seven at most."""
-    steps = (step * 10**power for power in range(7) for step in (1, 2, 5))
-    step = next(step for step in steps if (count - 1) // step <= 6)
-    ticks = tuple(float(index) for index in range(0, count, step))
-    return Axis(-0.5, count - 0.5, ticks, label)
+def size_charts(report: CompressionReport) -> list[Chart]:
+    """Rank of each factor pair and width of each FFN, by layer."""
+    found = []
+    for name, roles in SUBLAYERS.items():
+        ours = [one for one in report.projections if one.role in roles]
+        if any(one.rank is not None for one in ours):
+            note = "Dense ones are hollow, at full rank."
+            found.append(
+                _by_layer(f"ranks-{name}", f"Rank in {name}", "rank", ours, _rank, lambda one: one.rank is None, note)
+            )
+    gates = report.by_role("gate_proj")
+    if gates and "ranks-FFN" not in [chart.name for chart in found]:  # whose FFN is low-rank keeps its width
+        title = f"FFN width, of {max(one.shape_before[0] for one in gates):,}"
+        found.append(_by_layer("widths", title, "channels", gates, _width, _has_full_width, "Full widths are hollow."))
+    return found
 
 
-def log_axis(low: float, high: float, label: str) -> Axis:
-    """Powers of ten from the one below ``low`` to ``high``, every second one and so on where they are many.
-
-    Args:
-        low: smallest value, above 0.
-        high: largest value.
-        label: of the axis.
-    """
-    first = math.floor(math.log10(low) + 1e-9)
-    powers = range(first, max(first + 1, math.floor(math.log10(high) + 1e-9)) + 1)
-    ticks = tuple(10.0**power for power in powers[:: math.ceil(len(powers) / 6)])
-    return Axis(10.0**first, max(high, ticks[-1]), ticks, label, log=True)
+def error_charts(report: CompressionReport) -> list[Chart]:
+    """Activation-weighted error of each projection, by layer."""
+    found = []
+    for name, roles in SUBLAYERS.items():
+        if ours := [one for one in report.projections if one.role in roles]:
+            note = "Unchanged ones are hollow."
+            found.append(
+                _by_layer(f"errors-{name}", f"Error in {name}", "relative error", ours, _error, _is_exact, note)
+            )
+    return found
 
 
-def line_chart(name: str, title: str, description: str, series: Sequence[Series], x: Axis, y: Axis) -> str:
-    """Lines with markers over a grid.
-
-    Args:
-        name: unique on the page; identifies title and description for screen readers.
-        title: what is shown.
-        description: what there is to see, for who does not see it.
-        series: the lines; at most four look different in their markers.
-        x, y: the axes.
-    """
-    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
-    parts = []
-    for tick in y.ticks:
-        at = _place(y.share(tick), bottom, TOP)
-        parts.append(
-            f'<path class="grid" d="M{LEFT} {at}H{right}"/>{_text(LEFT - 6, at, "end", number(tick), "0.32em")}'
-        )
-    for tick in x.ticks:
-        at = _place(x.share(tick), LEFT, right)
-        parts.append(f'<path class="tick" d="M{at} {bottom}v4"/>{_text(at, bottom + 15, "middle", number(tick))}')
-    parts.append(_text(0, 12, "start", y.label) + _text(right, HEIGHT - 4, "end", x.label))
-    for one in series:
-        places = [
-            (value, height, _place(x.share(value), LEFT, right), _place(y.share(height), bottom, TOP))
-            for value, height in one.points
-            if math.isfinite(height)
-        ]
-        line = " ".join(f"{across},{down}" for _, _, across, down in places)
-        parts.append(f'<polyline class="line {one.style}" points="{line}"/>')
-        parts += [_marker(one, *place) for place in places if one.marked is None or place[0] in one.marked]
-    return _svg(name, title, description, HEIGHT, parts)
+def spectrum_charts(report: CompressionReport) -> list[Chart]:
+    """Singular values of each kind of projection, a line for each layer, with a marker where the rank cut them."""
+    known = [one for one in report.projections if one.spectrum is not None]
+    layers = 1 + max((one.layer for one in known), default=0)
+    return [
+        _spectrum(role, ours, layers) for role in PROJECTIONS if (ours := [one for one in known if one.role == role])
+    ]
 
 
-def bar_chart(name: str, title: str, description: str, rows: Sequence[tuple[str, float, float, str]]) -> str:
+def bar_chart(name: str, title: str, about: str, rows: Sequence[tuple[str, float, float, str]]) -> Chart:
     """Horizontal bars, each inside the outline of another: what there was, and what is left of it.
 
     Args:
-        name, title, description: as in :func:`line_chart`.
-        rows: label, length of the outline, length of the bar, text behind it. Labels and texts have up to 10 characters; longer
-            labels are cut.
+        name, title, about: as in :class:`Chart`.
+        rows: label, length of the outline, length of the bar, text behind it; longer labels than 10 characters are cut.
     """
-    longest = max((outline for _, outline, _, _ in rows), default=0.0) or 1.0
-    space = WIDTH - BAR_LEFT - BAR_RIGHT
-    parts = []
-    for index, (label, outline, bar, text) in enumerate(rows):
-        top = index * BAR_HEIGHT + 4
-        parts.append(_text(BAR_LEFT - 8, top + 8, "end", _cut(label), "0.32em"))
-        for length, style in ((outline, "outline"), (bar, "bar")):
-            width = _place(length / longest, 0, space)
-            parts.append(f'<rect class="{style}" x="{BAR_LEFT}" y="{top}" width="{width}" height="16" rx="2"/>')
-        parts.append(_text(WIDTH, top + 8, "end", text, "0.32em"))
-    return _svg(name, title, description, len(rows) * BAR_HEIGHT, parts)
+
+    def draw(axis: Any) -> None:
+        places = range(len(rows))
+        labels = [label if len(label) <= LABEL else f"{label[: LABEL - 1]}\u2026" for label, *_ in rows]
+        outlines, bars = ([_drawable(row[column], 0.0) for row in rows] for column in (1, 2))
+        axis.barh(places, bars, 0.66, color=SERIES[0])
+        axis.barh(places, outlines, 0.66, color="none", edgecolor=INK, linewidth=0.8)
+        axis.set(xlim=(0, max(outlines, default=0.0) or 1.0), ylim=(len(rows) - 0.5, -0.5), xticks=[])
+        axis.set_yticks(places, labels)
+        axis.tick_params(length=0)
+        axis.grid(False)
+        axis.spines[:].set_visible(False)
+        for place, (*_, text) in zip(places, rows, strict=True):
+            axis.annotate(
+                text, (1, place), (72, 0), ("axes fraction", "data"), "offset points", ha="right", va="center"
+            )
+
+    return Chart(name, title, about, draw, max(1, len(rows)) * BAR_HEIGHT, (88, 1, 74, 1))
 
 
-def legend(entries: Sequence[tuple[str, str]]) -> str:
-    """What the lines of a chart are, as a list of HTML, from names and styles."""
-    items = []
-    for name, style in entries:
-        line = f'<path class="line {style}" d="M1 6H21"/>'
-        mark = f'<path class="mark {style}" transform="translate(11 6)" d="{_shape(style)}"/>'
-        swatch = f'<svg viewBox="0 0 22 12" width="22" height="12" aria-hidden="true">{line}{mark}</svg>'
-        items.append(f"<li>{swatch}{escape(name)}</li>")
-    return f'<ul class="legend">{"".join(items)}</ul>'
+def _by_layer(
+    name: str,
+    title: str,
+    unit: str,
+    found: Sequence[ProjectionReport],
+    value: Value,
+    same: Callable[..., bool],
+    note: str,
+) -> Chart:
+    """A line for each role; hollow where a projection is the ``same`` as it was."""
+    roles = [role for role in PROJECTIONS if any(one.role == role for one in found)]
+    changed = [one for one in found if not same(one)]
+    about = "Nothing changed."
+    if changed:
+        digits = 0 if unit != "relative error" else 4
+        least, most = (
+            f"{value(one):,.{digits}f} (layer {one.layer}{f', {one.role}' if roles[1:] else ''})"
+            for one in (min(changed, key=value), max(changed, key=value))
+        )
+        about = f"Smallest {least}, largest {most}."
+
+    def draw(axis: Any) -> None:
+        for role in roles:
+            ours = sorted((one for one in found if one.role == role), key=lambda one: one.layer)
+            numbers = [_drawable(value(one)) for one in ours]
+            axis.plot([one.layer for one in ours], numbers, label=role, gid=role, clip_on=False, **ROLE_LOOKS[role])
+            hollow = [(one.layer, number) for one, number in zip(ours, numbers, strict=True) if same(one)]
+            look = ROLE_LOOKS[role] | {"linestyle": "none", "markerfacecolor": GROUND, "zorder": 3, "clip_on": False}
+            axis.plot([layer for layer, _ in hollow], [number for _, number in hollow], gid=f"{role}-hollow", **look)
+        axis.set_xlim(-0.5, 0.5 + max(one.layer for one in found))
+        axis.set_ylim(0, 1.08 * max((top for one in found if (top := _drawable(value(one))) > 0), default=1.0))
+        _finish(axis, "layer", unit, len(roles))
+
+    return Chart(name, title, about if len(changed) == len(found) else f"{about} {note}", draw)
 
 
-def number(value: float) -> str:
-    """A number beside an axis: short, with commas."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
+def _spectrum(role: str, found: Sequence[ProjectionReport], layers: int) -> Chart:
+    cuts = {one.layer: _value_at_rank(one) for one in found}
+    low, high = min(cuts, key=cuts.__getitem__), max(cuts, key=cuts.__getitem__)
+    about = f"The last one kept has {cuts[low]:.2g} (layer {low}) to {cuts[high]:.2g} (layer {high}) of the largest."
+
+    def draw(axis: Any) -> None:
+        colours = depth_colours()
+        for one in found:
+            assert one.spectrum is not None
+            look = {"color": colours(one.layer / max(layers - 1, 1)), "marker": "o", "clip_on": False}
+            shown = {"label": f"layer {one.layer}"} if one in (found[0], found[-1]) else {}
+            values = np.clip(one.spectrum.values, FAINT, 1)
+            axis.plot(one.spectrum.indices, values, **(look | {"marker": "", "gid": f"{role}-{one.layer}"} | shown))
+            axis.plot(one.rank or one.spectrum.count, max(FAINT, cuts[one.layer]), **look)
+        axis.set(xscale="log", yscale="log", xlim=(1, None), ylim=(FAINT, 1.2))
+        _finish(axis, "number of the singular value", "share of the largest", 2)
+
+    return Chart(f"spectrum-{role}", role, about, draw)
 
 
-def _marker(series: Series, x: float, y: float, across: str, down: str) -> str:
-    hollow = " hollow" if x in series.hollow else ""
-    says = escape(f"{series.name}, {number(x)}: {y:,.5g}")
-    look = f'class="mark {series.style}{hollow}" d="{_shape(series.style)}"'
-    smaller = " scale(0.6)" if len(series.points) > MANY else ""
-    return f'<path {look} transform="translate({across} {down}){smaller}"><title>{says}</title></path>'
+def _value_at_rank(one: ProjectionReport) -> float:
+    """The last singular value kept, on straight lines between known ones on two logarithmic axes."""
+    assert one.spectrum is not None
+    values = np.maximum(one.spectrum.values, 1e-12)
+    rank = math.log(max(1, one.rank or one.spectrum.count))
+    return float(np.exp(np.interp(rank, np.log(one.spectrum.indices), np.log(values))))
 
 
-def _shape(style: str) -> str:
-    return MARKERS[int(style[-1]) % len(MARKERS)]
+def _finish(axis: Any, across: str, up: str, columns: int) -> None:
+    """Names of the axes, where they take no room from the lines, and a legend below."""
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
+    axis.set_title(up)
+    axis.set_xlabel(across, loc="right", labelpad=3)
+    axis.grid(axis="x", visible=False)
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_formatter(lambda value, _: f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}")
+        if side.get_scale() == "linear":
+            side.set_major_locator(
+                MaxNLocator(6, steps=[1, 2, 5, 10], integer=side is axis.xaxis or up != "relative error", min_n_ticks=1)
+            )
+        else:
+            side.set_minor_locator(NullLocator())
+    axis.legend(
+        loc="lower center",
+        bbox_to_anchor=(0.5, 0),
+        bbox_transform=axis.figure.transFigure,
+        ncols=columns,
+        columnspacing=1.2,
+        handletextpad=0.4,
+        borderpad=0.1,
+    )
 
 
-def _cut(label: str) -> str:
-    return label if len(label) <= LABEL else f"{label[: LABEL - 1]}\u2026"
+def _drawable(value: float, otherwise: float = math.nan) -> float:
+    return min(max(value, 0.0), HUGE) if math.isfinite(value) else otherwise
 
 
-def _place(share: float, start: float, end: float) -> str:
-    """A coordinate with one digit behind the point: finer than any screen shows."""
-    return f"{start + share * (end - start):.1f}".removesuffix(".0")
+def _rank(one: ProjectionReport) -> float:
+    """Of the factors, or of a dense matrix at most."""
+    return float(min(one.shape_after) if one.rank is None else one.rank)
 
 
-def _text(x: float | str, y: float | str, anchor: str, text: str, lower: str = "") -> str:
-    down = f' dy="{lower}"' if lower else ""
-    return f'<text x="{x}" y="{y}" text-anchor="{anchor}"{down}>{escape(text)}</text>'
+def _width(one: ProjectionReport) -> float:
+    return float(one.shape_after[0])
 
 
-def _svg(name: str, title: str, description: str, height: int, parts: Sequence[str]) -> str:
-    head = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(description)}</desc>'
-    labels = f'role="img" aria-labelledby="{name}-title" aria-describedby="{name}-desc"'
-    return f'<svg class="chart" id="{name}" viewBox="0 0 {WIDTH} {height}" {labels}>{head}{"".join(parts)}</svg>'
+def _error(one: ProjectionReport) -> float:
+    return one.error
+
+
+def _has_full_width(one: ProjectionReport) -> bool:
+    return one.shape_after == one.shape_before
+
+
+def _is_exact(one: ProjectionReport) -> bool:
+    return not one.error > 0
