@@ -120,7 +120,8 @@ def test_wheel_holds_code_texts_and_marker(built):
     files = set(zipfile.ZipFile(wheel).namelist())
     texts = {f"lorap/calibration/texts/{path.name}" for path in (ROOT / "lorap/calibration/texts").iterdir()}
     assert len(texts) == len(shipped_texts()) + 2  # the held-out text and SOURCES.md
-    assert texts | {"lorap/py.typed", "lorap/__main__.py", "lorap/kernels/__init__.py"} <= files
+    others = {"lorap/py.typed", "lorap/__main__.py", "lorap/kernels/__init__.py", "lorap/reports/html/page.html.j2"}
+    assert texts | others <= files
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "lorap").rglob("*.py")}
     assert modules <= files
     assert {name.split("/")[0] for name in files} == {"lorap", f"lorap-{lorap.__version__}.dist-info"}

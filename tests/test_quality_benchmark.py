@@ -11,6 +11,7 @@ import importlib
 import itertools
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,12 +25,14 @@ MODULES = (
     "ablation",
     "assets",
     "cells",
+    "documents",
     "jobs",
     "matrix",
     "paper",
     "paper_report",
     "plot",
     "records",
+    "results",
     "table",
     "tasks",
     "texts",
@@ -102,15 +105,15 @@ def cells(q):
 
 
 def test_ratios_to_the_baseline(cells):
-    assert cells.ratio("best", 0.2, "default", "web") == pytest.approx(0.5)
-    assert cells.ratio("best", 0.2, "wiki", "wiki") == pytest.approx(0.75)
-    assert cells.ratio("best", 0.2, "web", "wiki") is None
-    assert cells.ratio("best", 0.5, "wiki", "wiki") is None
+    assert cells.ratio("best", 0.2)["web"] == pytest.approx(0.5)
+    assert cells.ratio("best", 0.2, "wiki")["wiki"] == pytest.approx(0.75)
+    assert cells.ratio("best", 0.2, "web").isna().all()
+    assert cells.ratio("best", 0.5, "wiki").isna().all()
 
 
 def test_no_ratio_where_the_baseline_loses_nothing(q):
     cells = q.table.Cells([a_cell(name, "default", {"wiki": -0.01}) for name in ("lorap", "best")])
-    assert cells.ratio("best", 0.2, "default", "wiki") is None
+    assert math.isnan(cells.ratio("best", 0.2)["wiki"])
 
 
 def test_cross_table(q, cells):
@@ -137,12 +140,15 @@ def test_recipe_table_tells_what_a_recipe_costs(q, cells):
 
 
 def test_loss_without_a_dense_one_is_missing(q):
-    record = a_cell("lorap", "default", {"wiki": 0.5})
-    assert q.table.increase(record, "wiki") == pytest.approx(0.5)
-    assert q.table.increase(record, "wiki", (20_000, 1024)) == pytest.approx(0.25)
-    assert q.table.increase(record, "web") is None
+    record = a_cell("lorap", "default", {"wiki": 0.5, "web": 0.3})
+    cells = q.table.Cells([record])
+    assert dict(cells.increase("lorap", 0.2)) == pytest.approx({"wiki": 0.5, "web": 0.3})
+    assert cells.increase("lorap", 0.2, size=(20_000, 1024))["wiki"] == pytest.approx(0.25)
     record["texts"][0]["dense_nats"] = None
-    assert q.table.increase(record, "wiki") is None
+    found = q.table.Cells([record]).increase("lorap", 0.2)
+    assert math.isnan(found["wiki"])
+    assert found["web"] == pytest.approx(0.3)
+    assert math.isnan(q.table.mean(found)), "a mean over other texts is another number"
 
 
 def test_document_and_picture_are_written(q, cells, tmp_path):
@@ -352,7 +358,7 @@ def test_ablation_is_told_as_what_it_adds(q):
 def test_ablation_in_one_command(q, material, jobs_run, monkeypatch, tmp_path):
     label, overrides = q.ablation.ABLATIONS[0]
     document = tmp_path / "results.md"
-    document.write_text(f"{q.ablation.BEGIN}\n{q.ablation.END}\n")
+    document.write_text("<!-- ablation: begin -->\n<!-- ablation: end -->\n")
     monkeypatch.setattr(q.ablation, "ABLATIONS", [(label, overrides)])
     monkeypatch.setattr(q.ablation, "gather", lambda *_: material)
     monkeypatch.setattr(
@@ -373,7 +379,7 @@ def test_ablation_of_what_is_there(q, jobs_run, monkeypatch, tmp_path):
         cell = a_cell("best", "default", {"wiki": 0.5 + 0.1 * len(overrides)}, **overrides)
         (cells / f"{len(overrides)}.json").write_text(json.dumps(cell))
     document = tmp_path / "results.md"
-    document.write_text(f"{q.ablation.BEGIN}\n{q.ablation.END}\n")
+    document.write_text("<!-- ablation: begin -->\n<!-- ablation: end -->\n")
     told = ["--out", str(tmp_path), "--document", str(document), "--sparsities", "0.2", "--tables-only"]
     monkeypatch.setattr(sys, "argv", ["ablation.py", *told])
     assert q.ablation.main() == []
@@ -385,15 +391,33 @@ def test_ablation_of_what_is_there(q, jobs_run, monkeypatch, tmp_path):
     assert jobs_run == []
 
 
-def test_ablation_is_written_between_its_markers(q):
-    begin, end = q.ablation.BEGIN, q.ablation.END
-    document = f"before\n{begin}\nold\n{end}\nafter\n"
-    once = q.ablation.insert(document, "new")
+def test_tables_are_written_between_their_markers(q):
+    begin, end = "<!-- ablation: begin -->", "<!-- ablation: end -->"
+    once = q.documents.between(f"before\n{begin}\nold\n{end}\nafter\n", "ablation", "new")
     assert once == f"before\n{begin}\n\nnew\n\n{end}\nafter\n"
-    assert q.ablation.insert(once, "new") == once
-    assert q.ablation.insert(q.ablation.RESULTS.read_text(), "new").count("new\n") == 1
+    assert q.documents.between(once, "ablation", "new") == once
     with pytest.raises(ValueError, match="ablation: end"):
-        q.ablation.insert(f"{end} {begin}", "new")
+        q.documents.between(f"{end} {begin}", "ablation", "new")
+
+
+def test_one_command_makes_the_tables_that_are_in_the_document(q, monkeypatch, tmp_path):
+    """From the cells that are in the repository; pictures and the files beside the cells are not written here."""
+    document = tmp_path / "results.md"
+    tables = re.compile(r"(<!-- [\w ]+: begin -->\n).*?(\n<!-- [\w ]+: end -->)", re.DOTALL)
+    whole = q.results.RESULTS.read_text("utf-8")
+    document.write_text(tables.sub(r"\1\2", whole))
+    written = {}
+    monkeypatch.setattr(q.table.plot, "draw", lambda *_: None)
+    monkeypatch.setattr(q.table.plot, "draw_sizes", lambda *_: None)
+    write = Path.write_text
+    keep = lambda path, text, *rest: write(path, text, *rest) if path == document else written.update({path: text})  # noqa: E731
+    monkeypatch.setattr(Path, "write_text", keep)
+    q.results.write(document)
+    assert document.read_text("utf-8") == whole
+    assert len(tables.findall(whole)) == 5
+    assert [path.name for path in written] == ["table.md", "table.md", "tasks.md"]
+    for path, text in written.items():
+        assert path.read_text("utf-8") == text
 
 
 # The paper's studies.
@@ -451,7 +475,7 @@ def test_cells_of_several_studies_are_made_once(q, tmp_path):
 def paper_run(q, material, monkeypatch, tmp_path):
     """``paper_run(*options)``: the command in this process; returns the names of the measurements it made."""
     document = tmp_path / "paper.md"
-    document.write_text(f"{q.paper.BEGIN}\nold\n{q.paper.END}\n")
+    document.write_text("<!-- paper: begin -->\nold\n<!-- paper: end -->\n")
     usual = [
         "--out",
         tmp_path / "out",

@@ -26,7 +26,8 @@ WIDTH, HEIGHT, BAR_HEIGHT = 360, 226, 24
 # Smaller shares of the largest singular value are drawn at this one; larger numbers than the other have no scale.
 FAINT, HUGE = 1e-3, 1e300
 LABEL = 10  # characters
-Value = Callable[[ProjectionReport], float]
+ERROR = "relative error"
+Point = tuple[ProjectionReport, float, bool]  # and its number, and whether it is the same as it was
 
 
 @dataclass(frozen=True)
@@ -73,30 +74,28 @@ def has_matplotlib() -> bool:
 
 def size_charts(report: CompressionReport) -> list[Chart]:
     """Rank of each factor pair and width of each FFN, by layer."""
-    found = []
+    found = {}
     for name, roles in SUBLAYERS.items():
         ours = [one for one in report.projections if one.role in roles]
         if any(one.rank is not None for one in ours):
+            points = [(one, float(one.rank or min(one.shape_after)), one.rank is None) for one in ours]
             note = "Dense ones are hollow, at full rank."
-            found.append(
-                _by_layer(f"ranks-{name}", f"Rank in {name}", "rank", ours, _rank, lambda one: one.rank is None, note)
-            )
+            found[name] = _by_layer(f"ranks-{name}", f"Rank in {name}", "rank", points, note)
     gates = report.by_role("gate_proj")
-    if gates and "ranks-FFN" not in [chart.name for chart in found]:  # whose FFN is low-rank keeps its width
+    if gates and "FFN" not in found:  # whose FFN is low-rank keeps its width
+        points = [(one, float(one.shape_after[0]), one.shape_after == one.shape_before) for one in gates]
         title = f"FFN width, of {max(one.shape_before[0] for one in gates):,}"
-        found.append(_by_layer("widths", title, "channels", gates, _width, _has_full_width, "Full widths are hollow."))
-    return found
+        found["FFN"] = _by_layer("widths", title, "channels", points, "Full widths are hollow.")
+    return list(found.values())
 
 
 def error_charts(report: CompressionReport) -> list[Chart]:
     """Activation-weighted error of each projection, by layer."""
     found = []
     for name, roles in SUBLAYERS.items():
-        if ours := [one for one in report.projections if one.role in roles]:
+        if points := [(one, one.error, not one.error > 0) for one in report.projections if one.role in roles]:
             note = "Unchanged ones are hollow."
-            found.append(
-                _by_layer(f"errors-{name}", f"Error in {name}", "relative error", ours, _error, _is_exact, note)
-            )
+            found.append(_by_layer(f"errors-{name}", f"Error in {name}", ERROR, points, note))
     return found
 
 
@@ -120,7 +119,8 @@ def bar_chart(name: str, title: str, about: str, rows: Sequence[tuple[str, float
     def draw(axis: Any) -> None:
         places = range(len(rows))
         labels = [label if len(label) <= LABEL else f"{label[: LABEL - 1]}\u2026" for label, *_ in rows]
-        outlines, bars = ([_drawable(row[column], 0.0) for row in rows] for column in (1, 2))
+        outlines = [_drawable(outline, 0.0) for _, outline, _, _ in rows]
+        bars = [_drawable(bar, 0.0) for _, _, bar, _ in rows]
         axis.barh(places, bars, 0.66, color=SERIES[0])
         axis.barh(places, outlines, 0.66, color="none", edgecolor=INK, linewidth=0.8)
         axis.set(xlim=(0, max(outlines, default=0.0) or 1.0), ylim=(len(rows) - 0.5, -0.5), xticks=[])
@@ -136,40 +136,31 @@ def bar_chart(name: str, title: str, about: str, rows: Sequence[tuple[str, float
     return Chart(name, title, about, draw, max(1, len(rows)) * BAR_HEIGHT, (88, 1, 74, 1))
 
 
-def _by_layer(
-    name: str,
-    title: str,
-    unit: str,
-    found: Sequence[ProjectionReport],
-    value: Value,
-    same: Callable[..., bool],
-    note: str,
-) -> Chart:
-    """A line for each role; hollow where a projection is the ``same`` as it was."""
-    roles = [role for role in PROJECTIONS if any(one.role == role for one in found)]
-    changed = [one for one in found if not same(one)]
+def _by_layer(name: str, title: str, unit: str, points: Sequence[Point], note: str) -> Chart:
+    """A line for each role; hollow where a projection is the same as it was."""
+    roles = [role for role in PROJECTIONS if any(one.role == role for one, _, _ in points)]
+    changed = [(value, one) for one, value, same in points if not same]
     about = "Nothing changed."
     if changed:
-        digits = 0 if unit != "relative error" else 4
         least, most = (
-            f"{value(one):,.{digits}f} (layer {one.layer}{f', {one.role}' if roles[1:] else ''})"
-            for one in (min(changed, key=value), max(changed, key=value))
+            f"{value:,.{4 if unit == ERROR else 0}f} (layer {one.layer}{f', {one.role}' if roles[1:] else ''})"
+            for value, one in (pick(changed, key=lambda point: point[0]) for pick in (min, max))
         )
         about = f"Smallest {least}, largest {most}."
 
     def draw(axis: Any) -> None:
         for role in roles:
-            ours = sorted((one for one in found if one.role == role), key=lambda one: one.layer)
-            numbers = [_drawable(value(one)) for one in ours]
-            axis.plot([one.layer for one in ours], numbers, label=role, gid=role, clip_on=False, **ROLE_LOOKS[role])
-            hollow = [(one.layer, number) for one, number in zip(ours, numbers, strict=True) if same(one)]
-            look = ROLE_LOOKS[role] | {"linestyle": "none", "markerfacecolor": GROUND, "zorder": 3, "clip_on": False}
-            axis.plot([layer for layer, _ in hollow], [number for _, number in hollow], gid=f"{role}-hollow", **look)
-        axis.set_xlim(-0.5, 0.5 + max(one.layer for one in found))
-        axis.set_ylim(0, 1.08 * max((top for one in found if (top := _drawable(value(one))) > 0), default=1.0))
+            ours = sorted((one.layer, _drawable(value), same) for one, value, same in points if one.role == role)
+            look = ROLE_LOOKS[role] | {"clip_on": False}
+            axis.plot([layer for layer, _, _ in ours], [value for _, value, _ in ours], label=role, gid=role, **look)
+            hollow = [(layer, value) for layer, value, same in ours if same]
+            look |= {"linestyle": "none", "markerfacecolor": GROUND, "zorder": 3, "gid": f"{role}-hollow"}
+            axis.plot([layer for layer, _ in hollow], [value for _, value in hollow], **look)
+        axis.set_xlim(-0.5, 0.5 + max(one.layer for one, _, _ in points))
+        axis.set_ylim(0, 1.08 * max((top for _, value, _ in points if (top := _drawable(value)) > 0), default=1.0))
         _finish(axis, "layer", unit, len(roles))
 
-    return Chart(name, title, about if len(changed) == len(found) else f"{about} {note}", draw)
+    return Chart(name, title, about if len(changed) == len(points) else f"{about} {note}", draw)
 
 
 def _spectrum(role: str, found: Sequence[ProjectionReport], layers: int) -> Chart:
@@ -211,7 +202,7 @@ def _finish(axis: Any, across: str, up: str, columns: int) -> None:
         side.set_major_formatter(lambda value, _: f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}")
         if side.get_scale() == "linear":
             side.set_major_locator(
-                MaxNLocator(6, steps=[1, 2, 5, 10], integer=side is axis.xaxis or up != "relative error", min_n_ticks=1)
+                MaxNLocator(6, steps=[1, 2, 5, 10], integer=side is axis.xaxis or up != ERROR, min_n_ticks=1)
             )
         else:
             side.set_minor_locator(NullLocator())
@@ -228,24 +219,3 @@ def _finish(axis: Any, across: str, up: str, columns: int) -> None:
 
 def _drawable(value: float, otherwise: float = math.nan) -> float:
     return min(max(value, 0.0), HUGE) if math.isfinite(value) else otherwise
-
-
-def _rank(one: ProjectionReport) -> float:
-    """Of the factors, or of a dense matrix at most."""
-    return float(min(one.shape_after) if one.rank is None else one.rank)
-
-
-def _width(one: ProjectionReport) -> float:
-    return float(one.shape_after[0])
-
-
-def _error(one: ProjectionReport) -> float:
-    return one.error
-
-
-def _has_full_width(one: ProjectionReport) -> bool:
-    return one.shape_after == one.shape_before
-
-
-def _is_exact(one: ProjectionReport) -> bool:
-    return not one.error > 0
