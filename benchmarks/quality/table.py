@@ -62,10 +62,9 @@ class Cells:
     ) -> pd.Series:
         """By text; on its main windows, or on ``size`` = (tokens, seq_len)."""
         if size not in self._increases:
-            chosen = (
-                self.losses.main if size is None else (self.losses[["tokens_asked", "seq_len"]] == size).all(axis=1)
-            )
-            self._increases[size] = self.losses[chosen].pivot_table("increase", _KEY, "text", aggfunc="first")
+            losses = self.losses
+            chosen = losses.main if size is None else (losses.tokens_asked == size[0]) & (losses.seq_len == size[1])
+            self._increases[size] = losses[chosen].pivot_table("increase", _KEY, "text", aggfunc="first")
         wide, key = self._increases[size], (recipe, sparsity, calibration)
         found = wide.loc[key] if key in wide.index else pd.Series(dtype=float)
         return found.reindex(self.texts)
@@ -175,7 +174,7 @@ def text_table(cells: Cells) -> str:
 
 def render(cells: Cells) -> str:
     """The whole document."""
-    code = {record["code_sha256"] for record in cells.runs.values()}
+    code = {record["code_sha256"] for record in cells.records if record["cell"]["recipe"] != DENSE}
     parts = [
         "# Recipes compared",
         "Written by `benchmarks/quality/table.py` from the cells beside it. All losses are increases over the dense model in "
