@@ -42,6 +42,7 @@ MODULES = (
 @pytest.fixture(autouse=True)
 def q(monkeypatch):
     """The modules of benchmarks/quality by name; ``table`` is also the name of a file in benchmarks."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "quality"))
     before = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
     path = list(sys.path)
@@ -559,7 +560,7 @@ def study_results(q, losses, **more):
     cells = q.paper.STUDIES["attention"].cells({"sparsity": 0.2, "calibration": "web"}, windows=128)
     records = {"dense": a_cell("dense", "default", dict.fromkeys(DENSE_NATS, 0.0)) | {"name": "dense"}}
     for label, (wiki, web) in losses.items():
-        records[cells[label].name] = a_cell("lorap", "web", {"wiki": wiki, "web": web})
+        records[cells[label].name] = a_cell("lorap", "web", {"wiki": wiki, "web": web}, **cells[label].overrides)
     usual = {"tasks": {}, "texts": ("wiki", "web"), "tokens": 8000, "published": {}}
     return cells, q.paper_report.Results(records=records, **(usual | more))
 
