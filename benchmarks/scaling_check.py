@@ -1,23 +1,18 @@
-"""`lorap plan` beside `lorap compress` on models that are small enough to try: seconds by stage and peak memory.
+"""`lorap plan` beside `lorap compress` on models that are small enough to try: sizes, peak memory and time in one table.
 
-    python benchmarks/scaling_check.py                          a table of ratios, measured / planned
-    python benchmarks/scaling_check.py --write docs/scaling.md  and writes all that is kept between its markers
-    python benchmarks/scaling_check.py --models random --recipes lorap
-    python benchmarks/scaling_check.py --models --write docs/scaling.md     measures nothing
+    python benchmarks/scaling_check.py                          prints the table, of what was measured last of each run
+    python benchmarks/scaling_check.py --write docs/scaling.md  and writes it between its markers
+    python benchmarks/scaling_check.py --runs smollm2-best      measures this one alone
+    python benchmarks/scaling_check.py --runs --write docs/scaling.md     measures nothing
 
-What was measured last of each model and recipe is kept in results/scaling.json.
-
-The models are SmolLM2-135M (a GGUF file, float32, in memory as a whole), a random LLaMA of 4 layers, hidden size 512, in float32,
-whose weights stay in their files, and two random layers of LLaMA-7B's shapes in bfloat16 with 1,024 tokens. Each command is a
-process of its own. The rates are measured before and after each run, and the mean of both estimates counts: other work on the
-machine changes them. With --processor-time all seconds, those of the rates too, are those that the process has been given.
+What was measured last is kept in results/scaling.json. Each command is a process of its own. With --processor-time all seconds
+are those that the process has been given, as on a busy machine; with one thread these are what it would take alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -28,144 +23,133 @@ from typing import Any
 import assets
 import numpy as np
 import torch
-from scaling_table import markdown, write_between
 from streaming import llama_7b, make_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
-from lorap.checkpoint.load import find_model, load_tokenizer
-from lorap.compression.estimate.cost_terms import duration, quantity
+from lorap.checkpoint.load import find_model
+from lorap.compression.estimate.estimate import duration, quantity
+from lorap.evaluation.info import describe_model
 
 BEGIN, END = "<!-- begin: benchmarks/scaling_check.py -->", "<!-- end: benchmarks/scaling_check.py -->"
 RESULTS = Path(__file__).resolve().parent / "results" / "scaling.json"
-MODELS = ("smollm2", "random", "layers")
-# Stages of the plan, and those of the report that are the same; keeping finished layers is in no stage of a report.
-STAGES: Mapping[tuple[str, ...], tuple[str, ...]] = {
-    ("read and check",): ("load", "check", "tokenize"),
-    ("sample",): ("sample",),
-    ("evaluate before", "evaluate after"): ("evaluate",),
-    ("plan",): ("plan",),
-    ("calibrate",): ("calibrate",),
-    ("factorize",): ("factorize",),
-    ("prune and repair",): ("prune",),
-    ("correct",): ("correct",),
-    ("write",): ("save",),
+# By name: the model, the recipe, the sparsity, and windows of 128 tokens.
+RUNS = {
+    "smollm2-lorap": ("SmolLM2-135M", "lorap", 0.5, 64),
+    "smollm2-best": ("SmolLM2-135M", "best", 0.5, 64),
+    "7b-lorap": ("4 layers of LLaMA-2-7B", "lorap", 0.2, 16),
+    "1b-best": ("3 layers of Llama-3.2-1B", "best", 0.5, 32),
 }
 
 
-def random_model(folder: Path) -> Path:
-    """Four layers with SmolLM2's tokenizer, which has to be there."""
-    tokenizer = load_tokenizer(find_model(assets.MODEL))
-    assert tokenizer is not None
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
+def llama_1b(layers: int) -> LlamaConfig:
+    """Llama-3.2-1B but for its number of layers."""
+    return LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        dtype="bfloat16",
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def prepared(model: str, folder: Path) -> tuple[Path, list[object]]:
-    """Where the model is, and options that go with it."""
-    if model == "smollm2":
+    """Where the model is, and options that go with it: one with random weights has no tokenizer, so it reads token ids."""
+    if model.startswith("SmolLM2"):
+        assets.fetch()
         return assets.MODEL, []
-    if model == "random":
-        return random_model(folder / "hidden-512"), []
-    path, tokens = folder / "llama-7b-layers", folder / "tokens.npy"
-    make_model(path, llama_7b(2))
-    np.save(tokens, np.random.default_rng(0).integers(0, 32000, (8, 128)))
-    return path, ["--calibration", tokens, "--eval-text", "none", "--num-calibration-samples", 8]
+    layers = int(model.split()[0])
+    config = llama_7b(layers) if model.endswith("7B") else llama_1b(layers)
+    make_model(folder / "dense", config)
+    np.save(folder / "tokens.npy", np.random.default_rng(0).integers(0, config.vocab_size, (64, 128)))
+    return folder / "dense", [
+        "--calibration",
+        folder / "tokens.npy",
+        "--calibration",
+        "self",
+        "--eval-text",
+        folder / "tokens.npy",
+    ]
 
 
 def lorap(*arguments: object, clock: str) -> dict[str, Any]:
     """The last line of a command whose seconds are those of the given clock."""
     program = f"import time; time.perf_counter = time.{clock}; from lorap.cli import main; main()"
-    command = [sys.executable, "-c", program, *map(str, arguments), "--json"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    command = [sys.executable, "-c", program, *map(str, arguments), "--json", "--quiet"]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def measure(model: Path, recipe: str, folder: Path, options: list[object], clock: str) -> dict[str, Any]:
-    """Plan, run, plan."""
-    options = ["--recipe", recipe, "--sparsity", 0.5, *options]
-    plans = [lorap("plan", model, *options, "--out", folder, clock=clock)]
-    run = lorap("compress", model, folder / recipe, *options, "--quiet", "--overwrite", clock=clock)
-    plans.append(lorap("plan", model, *options, "--out", folder, clock=clock))
-    planned: dict[str, float] = {}
-    for plan in plans:
-        for stage in plan["stages"]:
-            planned[stage["name"]] = planned.get(stage["name"], 0.0) + stage["seconds"] / len(plans)
-    stages = {}
-    for names, measured in STAGES.items():
-        estimate = sum(planned.get(name, 0.0) for name in names)
-        seconds = sum(run["seconds"].get(name, 0.0) for name in measured)
-        if estimate:
-            stages[" and ".join(names)] = (estimate, seconds)
-    totals = [sum(column) for column in zip(*stages.values(), strict=True)]
-    stages["together"] = (totals[0], totals[1])
+def measure(model: str, recipe: str, sparsity: float, windows: int, *, clock: str) -> dict[str, Any]:
+    """Plan, then run."""
+    with tempfile.TemporaryDirectory() as name:
+        path, options = prepared(model, Path(name))
+        options += ["--recipe", recipe, "--sparsity", sparsity, "--num-calibration-samples", windows]
+        plan = lorap("plan", path, *options, "--out", name, clock=clock)
+        run = lorap("compress", path, Path(name) / "small", *options, clock=clock)
+        saved = describe_model(find_model(Path(name) / "small"))
     return {
-        "model": model.name,
+        "model": model,
         "recipe": recipe,
+        "sparsity": sparsity,
+        "windows": windows,
         "threads": torch.get_num_threads(),
         "clock": "processor time" if clock == "process_time" else "wall time",
-        "load": round(os.getloadavg()[0], 1),
-        "stages": {name: [round(each, 3) for each in pair] for name, pair in stages.items()},
-        "memory": [plans[0]["memory_bytes"], run["peak_memory_bytes"]],
+        "exact": plan["exact"],
+        "bytes": [plan["bytes"], saved["bytes"]],
+        "memory": [plan["memory_bytes"], run["peak_memory_bytes"]],
+        "seconds": [plan["seconds"], sum(run["seconds"].values())],
+        "stages": {
+            stage["name"]: [stage["seconds"], run["seconds"].get(stage["name"], 0.0)] for stage in plan["stages"]
+        },
+        "trial": {name: plan["trial"][name] for name in ("layers", "windows")}
+        | {"seconds": sum(plan["trial"]["tried"].values())},
     }
 
 
-def rows(found: Mapping[str, Any]) -> list[list[str]]:
-    lines = []
-    for stage, (planned, measured) in found["stages"].items():
-        lines.append([stage, duration(planned), duration(measured), f"{measured / planned:.2f}"])
-    planned, measured = found["memory"]
-    lines.append(["peak memory", quantity(planned, "B"), quantity(measured, "B"), f"{measured / planned:.2f}"])
-    return lines
+def row(found: Mapping[str, Any]) -> list[str]:
+    cells = [
+        found["model"],
+        f"`{found['recipe']}`, {found['sparsity']}, {found['windows']}",
+        duration(found["trial"]["seconds"]),
+    ]
+    for name, shown in (("bytes", quantity), ("memory", quantity), ("seconds", duration)):
+        planned, measured = (shown(value) if shown is duration else shown(value, "B") for value in found[name])
+        ratio = f"{found[name][0] / found[name][1]:.2f}"
+        if name == "bytes":
+            ratio = "equal" if found[name][0] == found[name][1] else f"{ratio}, by the budget"
+        cells += [planned, measured, ratio]
+    return cells
 
 
-def table(found: Mapping[str, Any]) -> str:
-    told = f"**{found['model']}**, recipe `{found['recipe']}`: {found['clock']} with {found['threads']} threads"
-    columns = ["", "planned", "measured", "measured / planned"]
-    return f"{told}, load {found['load']}\n\n{markdown(columns, rows(found))}"
-
-
-def keep(found: dict[str, Any]) -> None:
-    """In place of an earlier measurement of the same model and recipe."""
-    kept = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else []
-    others = [one for one in kept if (one["model"], one["recipe"]) != (found["model"], found["recipe"])]
-    everything = sorted([*others, found], key=lambda one: (one["model"], one["recipe"]))
-    RESULTS.write_text(json.dumps(everything, indent=1) + "\n", "utf-8")
+def table(kept: Mapping[str, Mapping[str, Any]]) -> str:
+    """One line for each run."""
+    header = ["model", "recipe, sparsity, windows", "plan took"]
+    header += [
+        f"{what}{part}" for what in ("bytes", "peak memory", "time") for part in (" planned", " measured", ", ratio")
+    ]
+    how = sorted({f"{found['clock']} with {found['threads']} threads" for found in kept.values()})
+    lines = [header, ["---"] * len(header), *(row(kept[name]) for name in RUNS if name in kept)]
+    return f"Times are {', '.join(how)}.\n\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="*", choices=MODELS, default=MODELS)
-    parser.add_argument("--recipes", nargs="+", default=["lorap", "best"])
+    parser.add_argument("--runs", nargs="*", choices=RUNS, default=RUNS)
     parser.add_argument("--processor-time", action="store_true", help="on a busy machine; with one thread")
     parser.add_argument("--write", type=Path, metavar="FILE", help="replace the text between the markers in FILE")
     options = parser.parse_args()
-    assets.fetch()
-    with tempfile.TemporaryDirectory() as name:
-        for model in options.models:
-            path, more = prepared(model, Path(name))
-            for recipe in options.recipes:
-                clock = "process_time" if options.processor_time else "perf_counter"
-                found = measure(path, recipe, Path(name), more, clock)
-                keep(found)
-                print(table(found), flush=True)
+    kept = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
+    for name in options.runs:
+        kept[name] = measure(*RUNS[name], clock="process_time" if options.processor_time else "perf_counter")
+        RESULTS.write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
+    print(table(kept))
     if options.write is not None:
-        kept = json.loads(RESULTS.read_text("utf-8"))
-        write_between(options.write, BEGIN, END, "\n".join(map(table, kept)))
+        before, _, rest = options.write.read_text("utf-8").partition(BEGIN)
+        options.write.write_text(f"{before}{BEGIN}\n{table(kept)}{END}{rest.partition(END)[2]}", "utf-8")
 
 
 if __name__ == "__main__":

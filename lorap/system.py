@@ -106,8 +106,10 @@ def parse_bytes(text: str | int) -> int:
     return int(float(found[1]) * units[found[2]])
 
 
-def available_memory_bytes() -> int:
-    """What programs can still have without swapping, the page cache included; 0 where the system does not tell."""
+def free_memory_bytes(device: torch.device) -> int:
+    """What programs can still have of a device's memory, without swapping; 0 where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))

@@ -53,7 +53,7 @@ print(json.dumps([run(command) for command in json.loads(sys.argv[1])]))
 """
 # As tqdm draws it, also where nothing is known of the end.
 BAR = re.compile(r"(.+: +)?(\d+%\||\d+\S* \[).*\]")
-WITH_BARS = {"compress", "eval", "compare", "recover", "inspect"}
+WITH_BARS = {"plan", "compress", "eval", "compare", "recover", "inspect"}
 
 
 def commands(model: Path, text: Path, folder: Path) -> list[list[Any]]:
@@ -61,7 +61,7 @@ def commands(model: Path, text: Path, folder: Path) -> list[list[Any]]:
     small, calibration = folder / "small", ["--num-calibration-samples", 8, "--calibration-seq-len", 32]
     texts = ["--seq-len", 32, "--max-tokens", 320, "--text", text]
     return [
-        ["plan", model, "--gpu", "h100"],
+        ["plan", model, "--calibration", text, "--eval-text", text, "--out", folder, *calibration],
         ["compress", model, small, "--sparsity", 0.4, "--calibration", text, "--eval-text", text, *calibration],
         ["eval", small, *texts, "--baseline", model],
         ["compare", model, small, *texts, "--prompt-tokens", 5, "--new-tokens", 2, "--rounds", 1],

@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 from lorap.architectures import Architecture, find_architecture
 from lorap.checkpoint.stored_tensors import STORED_DTYPES, StoredTensor
 from lorap.checkpoint.validate import CheckedFolder, empty_model, module_name
-from lorap.system import available_memory_bytes, release_freed_memory
+from lorap.system import free_memory_bytes, release_freed_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -124,9 +124,8 @@ def in_memory_throughout(
     paged = [unit for unit in (*ends, *layers) if offloaded_tensors(unit) is not None]
     size = sum(stored.info.nbytes for unit in paged for stored in unit.offloaded.tensors.values())  # type: ignore[union-attr]
     if limit_bytes is None:
-        on_gpu = bool(paged) and paged[0].offloaded.device.type == "cuda"  # type: ignore[union-attr]
-        free = torch.cuda.mem_get_info(paged[0].offloaded.device)[0] if on_gpu else available_memory_bytes()  # type: ignore[union-attr]
-        limit_bytes = free // 2
+        device = paged[0].offloaded.device if paged else torch.device("cpu")  # type: ignore[union-attr]
+        limit_bytes = free_memory_bytes(device) // 2
     fits = size <= limit_bytes
     if not fits:
         warnings.warn(

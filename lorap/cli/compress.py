@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -231,17 +231,12 @@ def compress_command(
     """
     with user_errors(debug, as_json, unfinished=partial(work_path, out)) as answer:
         be_quiet(quiet)
-        options = RunOptions(
-            calibration=[parse_source(text) for text in calibration or [DEFAULT_CALIBRATION]],
-            evaluation=[text for text in eval_text or [DEFAULT_EVALUATION] if text != "none"],
-            device=device,
-            dtype=dtype,
+        options = replace(
+            chosen_options(context.params),
             max_shard_size=parse_bytes(max_shard_size),
-            max_memory_bytes=None if max_memory is None else parse_bytes(max_memory),
             overwrite=overwrite,
             restart=restart,
             command=shlex.join(["lorap", *sys.argv[1:]]),
-            progress=not quiet,
         )
         report = compress_to_folder(model, out, chosen_config(context.params), options)
         if is_main_process():
@@ -263,6 +258,22 @@ def next_steps(model: str, out: Path, report: CompressionReport) -> list[tuple[s
         (f"lorap recover {folder} TUNED", "tune it for some minutes: better, and no larger"),
         (f"lorap export {folder} DEST{export}", "for llama.cpp" if stock else "for hosts without lorap, but larger"),
     ]
+
+
+def chosen_options(options: Mapping[str, Any]) -> RunOptions:
+    """Where a command line reads from and runs; what becomes of OUT is not among it.
+
+    Raises:
+        ConfigError: ``max_memory`` is no size.
+    """
+    return RunOptions(
+        calibration=[parse_source(text) for text in options["calibration"] or [DEFAULT_CALIBRATION]],
+        evaluation=[text for text in options["eval_text"] or [DEFAULT_EVALUATION] if text != "none"],
+        device=options["device"],
+        dtype=options["dtype"],
+        max_memory_bytes=None if options["max_memory"] is None else parse_bytes(options["max_memory"]),
+        progress=not options["quiet"],
+    )
 
 
 def chosen_config(options: Mapping[str, Any]) -> CompressionConfig:

@@ -1,24 +1,32 @@
-"""``lorap plan``: what ``lorap compress`` would leave of a model and take to do it, from headers alone."""
+"""``lorap plan``: what ``lorap compress`` would leave of a model and take to do it."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
-from lorap.calibration.mixtures import check_sources, parse_source
-from lorap.calibration.sources import DEFAULT_CALIBRATION, DEFAULT_EVALUATION
-from lorap.checkpoint.load import find_model
+from lorap.calibration.mixtures import check_sources
+from lorap.checkpoint.load import find_model, resolve_device
 from lorap.cli.common import AsJson, Debug, Model, be_quiet, user_errors
-from lorap.cli.compress import chosen_config, compress_command
-from lorap.compression.estimate import GPUS, ModelShape, estimate, find_gpu, this_machine
-from lorap.system import parse_bytes
+from lorap.cli.compress import chosen_config, chosen_options, compress_command
+from lorap.compression.estimate import ModelShape, Texts, estimate, try_layers
+from lorap.errors import ConfigError
+from lorap.system import free_memory_bytes
 
 # Options of compress that say what becomes of OUT; all others change what is done and are options here as well.
-LEFT_OUT = ("out", "overwrite", "max_shard_size", "device", "restart", "as_json", "debug")
+LEFT_OUT = ("out", "overwrite", "max_shard_size", "restart", "as_json", "debug")
+# Options of earlier versions, and what to do now.
+GONE = {
+    "gpu": "its times were never measured; run plan on a machine with that GPU (--device cuda), or with --no-time for sizes and "
+    "memory alone",
+    "processes": "times are of one process; torchrun shares calibration windows and factorizations (docs/long-runs.md)",
+}
+Gone = Annotated[Optional[str], typer.Option(hidden=True)]
 
 
 def with_compress_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -43,51 +51,49 @@ def with_compress_options(command: Callable[..., None]) -> Callable[..., None]:
 def plan_command(
     context: typer.Context,
     model: Model,
-    gpu: Annotated[
-        Optional[str],
+    time: Annotated[
+        bool,
         typer.Option(
-            help="Estimate for a GPU from published figures, instead of for this machine: "
-            f"{', '.join(GPUS)}, or name=NAME,memory=GB,bandwidth=GB/s,bf16=TFLOP/s,fp32=TFLOP/s,fp64=TFLOP/s,pcie=GB/s.",
-            metavar="NAME",
+            help="Compress some layers of MODEL to see how long it takes; without, nothing but headers is read."
         ),
-    ] = None,
-    processes: Annotated[
-        int, typer.Option(help="Processes that share the calibration windows and the factorizations.", min=1)
-    ] = 1,
+    ] = True,
     out: Annotated[
-        Path, typer.Option(help="A folder on the disk that OUT will be on; a file of 128 MB is tried there.")
+        Path,
+        typer.Option(help="A folder on the disk that OUT will be on; some layers are written there, and go again."),
     ] = Path("."),
+    gpu: Gone = None,
+    processes: Gone = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """What `lorap compress` with the same options would do to MODEL, and how long and how much memory it would take.
 
-    Only config.json and the headers of the weight files are read. Ranks and widths are exact where they follow from shapes
-    (allocation paper and even, target stock); else the budget is printed, and an even split of it. Seconds are what this machine
-    is seen to do in a few seconds, or what is published of a GPU, times the operations that are listed below the table.
+    Sizes and memory come from config.json and the headers of the weight files. Ranks and widths are exact where they follow from
+    shapes (allocation paper and even, target stock); else the budget is printed, and an even split of it. The time is measured on
+    this machine, now: some layers of MODEL, often one, are compressed for real with a few windows, and multiplied. --no-time
+    leaves that out.
 
     \b
     Example:
       lorap plan ./llama --sparsity 0.2
-      lorap plan ./llama --sparsity 0.5 --recipe lorap --gpu h100 --processes 8
+      lorap plan ./llama --sparsity 0.5 --recipe lorap --device cuda
+      lorap plan ./llama-405b --no-time
     """
     with user_errors(debug, as_json) as answer:
-        options = context.params
-        be_quiet(options["quiet"])
-        config = chosen_config(options)
-        calibration = [parse_source(text) for text in options["calibration"] or [DEFAULT_CALIBRATION]]
-        evaluation = [text for text in options["eval_text"] or [DEFAULT_EVALUATION] if text != "none"]
-        check_sources(calibration, *evaluation)
-        shape = ModelShape.read(find_model(model, fetch=False), dtype=options["dtype"])
-        machine = find_gpu(gpu, processes=processes) if gpu else this_machine(out, dtype=shape.dtype)
-        found = estimate(
-            shape,
-            config,
-            machine,
-            calibration=calibration,
-            evaluation_texts=len(evaluation),
-            processes=processes,
-            max_memory=parse_bytes(options["max_memory"]) if options["max_memory"] else None,
-        )
+        chosen = context.params
+        be_quiet(chosen["quiet"])
+        for name, instead in GONE.items():
+            if chosen[name] is not None:
+                raise ConfigError(f"plan has no --{name} any more: {instead}")
+        config, options = chosen_config(chosen), chosen_options(chosen)
+        check_sources(options.calibration, *options.evaluation)
+        source = find_model(model, fetch=False)
+        shape = ModelShape.read(source, dtype=options.dtype)
+        texts = Texts.of(config, options.calibration, evaluation_texts=len(options.evaluation))
+        room = free_memory_bytes(resolve_device(options.device))
+        found = estimate(shape, config, texts, room=room, max_memory=options.max_memory_bytes)
+        if time and found.fits:
+            trial = try_layers(source, shape, config, options, found.sizes, texts, folder=out)
+            found = replace(found, trial=trial)
         typer.echo(found.table())
         answer(found.to_dict())

@@ -13,7 +13,7 @@ from lorap.calibration.context import DecoderContext
 from lorap.calibration.mixtures import Sources
 from lorap.calibration.self_text import sample_windows
 from lorap.calibration.sources import Source
-from lorap.calibration.windows import TokenWindows, consecutive_windows, draw_with_spare, set_aside
+from lorap.calibration.windows import Sampler, TokenWindows, consecutive_windows, draw_with_spare, set_aside
 from lorap.checkpoint.paging import in_memory_throughout
 from lorap.config import CompressionConfig
 from lorap.system import Stopwatch
@@ -49,6 +49,8 @@ def read_windows(
     calibration: Sources,
     evaluation: Sequence[Source],
     watch: Stopwatch,
+    *,
+    sampler: Sampler | None = None,
 ) -> RunWindows:
     """All windows of a run; all processes get those of the main one.
 
@@ -59,6 +61,7 @@ def read_windows(
         calibration: as for :func:`lorap.compress`.
         evaluation: as for :func:`lorap.compress`.
         watch: takes the time of ``tokenize`` and ``sample``.
+        sampler: writes the source ``self``; None for the model.
 
     Raises:
         CalibrationError: a source cannot be used.
@@ -66,7 +69,7 @@ def read_windows(
     model, seq_len = context.model, config.calibration_seq_len
     vocab_size = context.vocab_size
 
-    def sampler(count: int, seq_len: int, seed: int) -> Tensor:
+    def written(count: int, seq_len: int, seed: int) -> Tensor:
         shows = context.progress and context.processes.is_main_process
         with watch("sample"), in_memory_throughout(model, context.layers):
             return sample_windows(model, tokenizer, count, seq_len, seed=seed, progress=shows)
@@ -81,7 +84,7 @@ def read_windows(
             seq_len=seq_len,
             seed=config.seed,
             vocab_size=vocab_size,
-            sampler=sampler,
+            sampler=sampler or written,
         )
         texts = [
             consecutive_windows(text, tokenizer, seq_len=seq_len, max_tokens=EVALUATION_TOKENS, vocab_size=vocab_size)

@@ -1,13 +1,13 @@
-"""What ``lorap compress`` would do to a model, and what it would take, before a weight is read.
+"""What ``lorap compress`` would do to a model, and what it would take.
 
-config.json and headers ──> ModelShape ──> Sizes        ranks, widths, parameters, bytes
-                                │            │
-Machine (tried, or published) ──┴────────────┴──> stages: seconds, memory, and the formula of each
+config.json and headers ──> ModelShape ──> Sizes           ranks, widths, parameters, bytes: exact where shapes decide
+                                │      └──> Memory         by stage, in a few terms
+a few of its layers ──> the run of compress ──> Trial      seconds by stage, multiplied out
 """
 
 from lorap.compression.estimate.estimate import Estimate, estimate
-from lorap.compression.estimate.gpus import GPUS, find_gpu
-from lorap.compression.estimate.rates import Machine, this_machine
 from lorap.compression.estimate.shapes import ModelShape
+from lorap.compression.estimate.texts import Texts
+from lorap.compression.estimate.trial import Trial, try_layers
 
-__all__ = ["GPUS", "Estimate", "Machine", "ModelShape", "estimate", "find_gpu", "this_machine"]
+__all__ = ["Estimate", "ModelShape", "Texts", "Trial", "estimate", "try_layers"]

@@ -1,31 +1,21 @@
-"""Sizes and stages of one run, as data and for people."""
+"""Sizes, memory and, where it was tried, time of one run, as data and for people."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorap.algorithms.step_schedule import schedule
 from lorap.architectures import PROJECTIONS
-from lorap.calibration.mixtures import Sources
-from lorap.calibration.sources import DEFAULT_CALIBRATION
-from lorap.compression.estimate.cost import Stage, corrected_bytes, metric_bytes, stages
-from lorap.compression.estimate.cost_terms import duration, quantity
-from lorap.compression.estimate.memory import Memory
-from lorap.compression.estimate.passes import Passes
-from lorap.compression.estimate.rates import Machine
+from lorap.compression.estimate.memory import Memory, resident_bytes
 from lorap.compression.estimate.shapes import ModelShape
 from lorap.compression.estimate.sizes import Sizes, planned_sizes
 from lorap.compression.estimate.texts import Texts
-from lorap.compression.estimate.work import FOLDS
+from lorap.compression.estimate.trial import Trial
 from lorap.config import CompressionConfig
 from lorap.evaluation.info import KINDS
 from lorap.reports.run import format_table, shortage
-from lorap.requirements import needs_folds
-
-# Parts of a stage that are listed: from this share of its seconds on.
-LISTED_SHARE = 0.03
 
 
 @dataclass(frozen=True)
@@ -35,34 +25,41 @@ class Estimate:
     Args:
         shape: the dense model.
         config: what is asked for.
+        texts: how much is read.
         sizes: what will be left.
-        machine: where.
-        processes: how many share the work.
-        stages: in order.
+        memory: bytes at the fullest moment of each stage.
+        room: bytes that the process can have in all; 0 where nobody knows.
         disk_bytes: written besides the model that is read: finished layers, the folder, and hidden states beyond the budget.
+        trial: some layers that were compressed; None where none was.
     """
 
     shape: ModelShape
     config: CompressionConfig
+    texts: Texts
     sizes: Sizes
-    machine: Machine
-    processes: int
-    stages: Sequence[Stage]
+    memory: Mapping[str, int]
+    room: int
     disk_bytes: int
+    trial: Trial | None = None
 
     @property
-    def seconds(self) -> float:
-        """Of all stages."""
-        return sum(stage.seconds for stage in self.stages)
+    def seconds(self) -> float | None:
+        """Of all stages; None where nothing was tried."""
+        return sum(self.trial.stages.values()) if self.trial else None
 
     @property
     def memory_bytes(self) -> int:
-        """The fullest moment of all stages, per process."""
-        return max(stage.memory_bytes for stage in self.stages)
+        """The fullest moment of all stages."""
+        return max(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is memory enough, as far as anybody knows."""
+        return not 0 < self.room < self.memory_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        shape, sizes = self.shape, self.sizes
+        shape, sizes, stages = self.shape, self.sizes, self.trial.stages if self.trial else {}
         return {
             "model": shape.name,
             "config": self.config.to_dict(),
@@ -85,102 +82,59 @@ class Estimate:
             "bytes_before": sum(shape.stored_bytes.values()),
             "bytes": sum(sizes.nbytes.values()),
             "index_bytes": sizes.index_bytes,
-            "machine": self.machine.to_dict(),
-            "processes": self.processes,
             "stages": [
-                {
-                    "name": stage.name,
-                    "seconds": stage.seconds,
-                    "memory_bytes": stage.memory_bytes,
-                    "parts": [asdict(part) for part in stage.parts],
-                }
-                for stage in self.stages
+                {"name": name, "seconds": stages.get(name), "memory_bytes": self.memory.get(name)}
+                for name in dict.fromkeys((*stages, *self.memory))
             ],
             "seconds": self.seconds,
             "memory_bytes": self.memory_bytes,
             "disk_bytes": self.disk_bytes,
+            "trial": asdict(self.trial) if self.trial else None,
         }
 
     def table(self) -> str:
-        """Sizes, then stages, then the formula of each part."""
-        return "\n\n".join([size_table(self.shape, self.config, self.sizes), self._stage_table(), self._formulas()])
-
-    def _stage_table(self) -> str:
-        rows = [[stage.name, duration(stage.seconds), quantity(stage.memory_bytes, "B")] for stage in self.stages]
-        rows.append(["together", duration(self.seconds), quantity(self.memory_bytes, "B")])
-        where = f"{self.machine.name}, {self.machine.kind} rates"
-        if self.processes > 1:
-            where += f", {self.processes} processes; memory is that of each"
-        lines = [f"on {where}, in {self.shape.dtype}:", format_table(["", "seconds", "peak memory"], rows), ""]
+        """Sizes, then time and memory."""
+        lines = [size_table(self.shape, self.config, self.sizes), ""]
+        if self.trial:
+            lines += [self._stage_table(self.trial), ""]
+        lines.append(f"peak memory: {quantity(self.memory_bytes, 'B')}")
         lines.append(f"disk: {quantity(self.disk_bytes, 'B')} beside the model that is read")
-        lines += [f"assumed, not measured: {sentence}" for sentence in self.machine.assumptions]
-        if self.memory_bytes > self.machine.memory_bytes > 0:
-            have = quantity(self.machine.memory_bytes, "B")
-            lines.append(f"This does not fit: the memory is {have}.")
+        if not self.fits:
+            lines.append(f"This does not fit: {quantity(self.room, 'B')} of memory can be had.")
         return "\n".join(lines)
 
-    def _formulas(self) -> str:
-        lines = ["where the seconds come from (all of it with --json):"]
-        for stage in self.stages:
-            lines.append(f"  {stage.name}, {duration(stage.seconds)}")
-            told = [part for part in stage.parts if part.seconds >= LISTED_SHARE * stage.seconds]
-            for part in told:
-                amount = "" if part.unit == "s" else f" = {quantity(part.amount, part.unit)}"
-                lines.append(f"    {duration(part.seconds):>7}  {part.what}: {part.formula}{amount} at {part.rate}")
-            rest = stage.seconds - sum(part.seconds for part in told)
-            if len(told) < len(stage.parts):
-                lines.append(f"    {duration(rest):>7}  {len(stage.parts) - len(told)} smaller parts")
-        return "\n".join(lines)
+    def _stage_table(self, trial: Trial) -> str:
+        where, threads = trial.environment["device"], trial.environment["threads"]
+        machine = f"{threads} threads" if where == "cpu" else where
+        kept = {name: seconds for name, seconds in trial.stages.items() if seconds > 0}
+        rows = [[name, duration(seconds)] for name, seconds in kept.items()]
+        rows.append(["together", duration(sum(kept.values()))])
+        took = duration(sum(trial.tried.values()))
+        tried = f"{trial.layers} of {self.shape.num_layers} layers, {trial.windows} of {self.texts.windows} windows"
+        told = f"Measured on this machine ({machine}), now: {tried}, in {took}. For all of them that makes:"
+        return f"{told}\n{format_table(['', 'time'], rows)}"
 
 
 def estimate(
-    shape: ModelShape,
-    config: CompressionConfig,
-    machine: Machine,
-    *,
-    calibration: Sources = DEFAULT_CALIBRATION,
-    evaluation_texts: int = 1,
-    processes: int = 1,
-    max_memory: int | None = None,
+    shape: ModelShape, config: CompressionConfig, texts: Texts, *, room: int = 0, max_memory: int | None = None
 ) -> Estimate:
-    """What ``lorap compress`` with these choices would leave, and take on ``machine``.
+    """What ``lorap compress`` with these choices would leave, and the memory that it would take; no weight is read.
 
     Args:
         shape: of the dense model.
         config: as for :func:`lorap.compress`.
-        machine: rates of one process.
-        calibration: as for :func:`lorap.compress`; no text is read.
-        evaluation_texts: on how many the perplexity is measured.
-        processes: how many share windows and factorizations.
+        texts: how much is read.
+        room: bytes that are free for it; 0 where nobody knows.
         max_memory: bytes of hidden states that stay in memory.
 
     Raises:
         ConfigError: the sparsity leaves too little.
-        CalibrationError: the sources or their weights are no mixture.
     """
     sizes = planned_sizes(shape, config)
-    texts = Texts.of(config, calibration, evaluation_texts=evaluation_texts)
-    share = -(-texts.windows // processes)
-    steps, step_tokens = texts.step_tokens(config.correction_steps)
-    memory = Memory(
-        shape=shape,
-        config=config,
-        layer=sizes.layer,
-        machine=machine,
-        tokens=share * texts.seq_len,
-        evaluation_tokens=-(-texts.evaluation_tokens // processes),
-        planning_tokens=min(texts.planning_tokens, share * texts.seq_len),
-        steps=steps,
-        step_tokens=-(-step_tokens // processes),
-        folds=FOLDS if needs_folds(config) else 1,
-        budget=max_memory,
-        resident=not shape.paged,
-    )
-    run = Passes(shape, config, sizes, texts, machine, memory, processes=processes)
-    spilled = processes * (memory.hidden_bytes - memory.in_memory(memory.hidden_bytes))
-    # A finished layer lies there twice while the folder is being written.
-    disk = 2 * sum(sizes.nbytes.values()) + max(spilled, metric_bytes(run)) + corrected_bytes(run)
-    return Estimate(shape, config, sizes, machine, processes, list(stages(run)), disk)
+    base = resident_bytes()
+    room = room and room + base
+    memory = Memory(shape, config, sizes, texts, base=base, room=room, budget=max_memory)
+    return Estimate(shape, config, texts, sizes, memory.by_stage(), room, memory.disk_bytes())
 
 
 def size_table(shape: ModelShape, config: CompressionConfig, sizes: Sizes) -> str:
@@ -221,3 +175,27 @@ def size_table(shape: ModelShape, config: CompressionConfig, sizes: Sizes) -> st
         plan = schedule(windows, config.calibration_seq_len, asked)
         lines += shortage(windows, plan.steps, asked, plan.enough)
     return "\n".join(lines)
+
+
+def quantity(value: float, unit: str) -> str:
+    """Three digits and a prefix: 1.23 TFLOP."""
+    for prefix, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{_three(value / size)} {prefix}{unit}"
+    return f"{_three(value)} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """With a unit that suits it; two digits are more than an estimate has."""
+    for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0)):
+        if seconds >= 2 * size or (unit == "s" and seconds >= 1):
+            return f"{_two(seconds / size)} {unit}"
+    return f"{_two(seconds * 1e3)} ms" if seconds >= 1e-3 else f"{_two(seconds * 1e6)} us"
+
+
+def _two(value: float) -> str:
+    return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}"
+
+
+def _three(value: float) -> str:
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"

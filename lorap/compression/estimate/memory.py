@@ -1,257 +1,217 @@
-"""Peak memory by stage, in bytes, from sizes alone: one decoder layer at a time, whatever their number.
+"""Peak memory by stage, from sizes: what a process holds anyway, one decoder layer, hidden states, and the work on one layer.
 
-GPU and CPU are not distinguished: what is counted is the memory in which layers are worked on.
+GPU and CPU are not distinguished: what is counted is the memory in which layers are worked on. Small terms are left out, and a
+term that is only sometimes there is counted as if it always were.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from lorap.algorithms.factorization.memory import Footprint, working_bytes
+from lorap.algorithms.factorization.solvers import CPU
 from lorap.algorithms.moments import IN_PLACE_FROM
 from lorap.algorithms.pruning import CHANNELS
+from lorap.architectures import PROJECTIONS, SHARED_INPUTS
 from lorap.calibration.backward import BATCH_TOKENS as BACKWARD_TOKENS
+from lorap.calibration.sensitivity import WIDE as PRICES_WIDE
+from lorap.calibration.statistics import WIDE
 from lorap.calibration.stream import BATCH_TOKENS
-from lorap.compression.allocation import LayerPlan
 from lorap.compression.distillation import EXACT_NUMBERS
-from lorap.compression.estimate.rates import Machine
 from lorap.compression.estimate.shapes import ModelShape
+from lorap.compression.estimate.sizes import Sizes
 from lorap.compression.estimate.texts import Texts
-from lorap.compression.estimate.work import metric_axes, sums_dtype
 from lorap.compression.shrinkage import JUDGED_OUTPUTS
 from lorap.config import CompressionConfig
-from lorap.evaluation.perplexity import BATCH_TOKENS as EVALUATION_BATCH
-from lorap.kernels.reference import CHUNK_TOKENS
-from lorap.requirements import roles_with_output_metric
+from lorap.requirements import (
+    allocates_by_loss,
+    compressed_roles,
+    needs_folds,
+    roles_needing_gradients,
+    roles_with_output_metric,
+    sums_of,
+)
 
 DOUBLE = 8
-# Float32 copies of the logits of a batch that the loss makes, and that a backward pass makes besides.
-LOGIT_COPIES, LOGIT_GRADIENTS = 2, 2
-# The same of one token of each window, to draw the next.
-DRAW_COPIES = 6
 # Tokenizer, texts and the model without weights, beside what a process holds with everything imported: measured with a vocabulary
 # of 49,152.
 TOKENIZER = 60 * 10**6
 # Tensors as wide as the hidden state, and as the FFN, that a layer holds at once going forward, and keeps for going backward.
-FORWARD_HIDDEN, FORWARD_INNER = 6, 3
-BACKWARD_HIDDEN, BACKWARD_INNER = 14, 6
+FORWARD, BACKWARD = (6, 3), (14, 6)
+# Float32 copies of the logits that a loss makes, that its gradient makes besides, and that drawing the next token makes.
+LOSS_COPIES, GRADIENT_COPIES, DRAW_COPIES = 2, 2, 6
+
+
+def resident_bytes() -> int:
+    """What this process holds, with everything imported and no model open."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 450 * 10**6  # as measured on Linux
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What the stages hold at once.
+    """What one run holds at once.
 
     Args:
-        shape, config, layer: the model, and what becomes of its layers.
-        machine: gives the memory that is taken before any model is open.
-        tokens: of calibration, on one process.
-        evaluation_tokens: that go through the layers beside them, on one process.
-        planning_tokens: of the backward pass.
-        steps, step_tokens: of the correction, on one process.
-        folds: halves of the calibration text whose sums are kept apart.
-        budget: bytes of hidden states that stay in memory; the rest is on the disk. None for no bound.
-        resident: the whole model is in memory, instead of a layer at a time.
+        shape, config, sizes, texts: the model, what is asked for, what will be left, and how much is read.
+        base: held before a model is open.
+        room: bytes that a process can have; in half of it a whole model may be, to write samples.
+        budget: bytes of hidden states that stay in memory; None for no bound.
     """
 
     shape: ModelShape
     config: CompressionConfig
-    layer: LayerPlan
-    machine: Machine
-    tokens: int
-    evaluation_tokens: int
-    planning_tokens: int
-    steps: int
-    step_tokens: int
-    folds: int
-    budget: int | None
-    resident: bool
+    sizes: Sizes
+    texts: Texts
+    base: int
+    room: int
+    budget: int | None = None
 
-    @property
-    def layer_bytes(self) -> int:
-        """The largest module that is in memory as a whole: a decoder layer, the embedding or the head."""
-        return max(self.shape.layer_params, self.shape.head_params) * self.shape.itemsize
-
-    @property
-    def base(self) -> int:
-        """Before a weight is read."""
-        return self.machine.base_bytes + TOKENIZER
-
-    @property
-    def held(self) -> int:
-        """In every stage."""
-        model = self.shape.computed_bytes if self.resident else self.shape.layer_params * self.shape.itemsize
-        return self.base + model
-
-    @property
-    def followed_tokens(self) -> int:
-        """What correction steps read, behind the dense model, and what judges them, behind the dense and the compressed one."""
-        return (self.steps + 2) * self.step_tokens if self.config.corrects and self.steps else 0
-
-    @property
-    def hidden_bytes(self) -> int:
-        """Hidden states of all windows between two layers; those of the dense model beside them where it is followed."""
-        return (
-            (self.tokens + self.followed_tokens + self.evaluation_tokens) * self.shape.hidden_size * self.shape.itemsize
-        )
-
-    def in_memory(self, hidden: int) -> int:
-        """What the budget leaves there of that many bytes of hidden states."""
-        return hidden if self.budget is None else min(hidden, self.budget)
-
-    def read(self) -> int:
-        """A file is looked through in pieces; the embedding or a layer may be there as a whole."""
-        return max(self.held, self.base + self.layer_bytes) + self.shape.head_params
-
-    def sample(self, texts: Texts, *, whole: bool) -> int:
-        """Windows written at once, with their keys and values; the whole model where it fits, else a layer and both ends."""
-        shape, windows = self.shape, min(texts.own_windows, texts.sample_windows)
-        cache = windows * texts.seq_len * shape.num_layers * 2 * shape.projections["k_proj"][0] * shape.itemsize
-        # Embedding and head come from the files one by one, also where they are tied.
-        ends = 2 * shape.head_params * shape.itemsize
-        layers = shape.num_layers if whole else 1
-        model = shape.computed_bytes if self.resident else ends + layers * shape.layer_params * shape.itemsize
-        return self.base + model + cache + DRAW_COPIES * windows * shape.vocab_size * 4
-
-    def evaluate(self, text_tokens: int) -> int:
-        """The head with the logits of one batch, beside the hidden states of the text."""
-        shape = self.shape
-        batch = min(EVALUATION_BATCH, text_tokens)
-        loss = self._head(batch, shape.itemsize + 4 * LOGIT_COPIES)
-        hidden = self.in_memory(text_tokens * shape.hidden_size * shape.itemsize)
-        return self.held + hidden + max(loss, self._forward(batch))
-
-    def plan(self) -> int:
-        """The hidden states before every layer, and the sums and spectra of one; metrics of outputs are on the disk."""
-        shape, config = self.shape, self.config
-        if config.allocation == "flap":
-            return self.held + self.in_memory(self.hidden_bytes) + self._forward(min(BATCH_TOKENS, self.tokens))
-        batch = min(BACKWARD_TOKENS, self.planning_tokens)
-        states, backward = self._backward(self.planning_tokens)
-        loss = self._head(batch, shape.itemsize + 4 * (LOGIT_COPIES + LOGIT_GRADIENTS))
-        roles = ["down_proj"] if config.target == "stock" else ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
-        sizes = [size for role in roles for size in shape.projections[role]]
-        sums = sum(self._sums(size, prices=True) for size in sizes)
-        update = max(self._updating(size, batch, prices=True) for size in sizes)
-        pricing = 0 if config.allocation != "loss" or config.target == "stock" else self._pricing()
-        return self.held + self.in_memory(states) + max(sums + max(backward + update, pricing), loss)
-
-    def calibrate(self) -> int:
-        """Hidden states, a batch on its way through a layer, and the sums of its inputs."""
-        batch = min(BATCH_TOKENS, self.tokens)
-        inputs = self._summed_inputs()
-        sums = [self.folds * self._sums(size) for size in inputs]
-        together = sum(sums) if self.config.sequential == "layer" else max(sums, default=0)
-        updating = max((self._updating(size, batch) for size in inputs), default=0)
-        return self.held + self.in_memory(self.hidden_bytes) + together + self._forward(batch) + updating
-
-    def factorize(self) -> int:
-        """One problem at a time, with its weight in float64 and the metric that it is judged on."""
-        shape, config = self.shape, self.config
-        most = 0
-        for role, rank in self.layer.ranks.items():
-            out, inner = shape.projections[role]
-            weighed = role in roles_with_output_metric(config)
-            print_of = Footprint(
-                out,
-                inner,
-                rank,
-                method=self.machine.rule.choose(min(out, inner), rank, spectrum=False),
-                metric=metric_axes(config),
-                output_metric=weighed,
-                converted=False,
-            )
-            metric = self.folds * self._sums(inner) + 3 * DOUBLE * inner**2 if metric_axes(config) == 2 else 0
-            metric += DOUBLE * out**2 if weighed else 0
-            together = 3 if role in ("q_proj", "k_proj", "v_proj") else 1
-            weights = together * DOUBLE * out * inner
-            after = 2 * DOUBLE * rank * (out + inner) + 4 * DOUBLE * out * inner
-            most = max(most, metric + weights + max(working_bytes([print_of]), after))
-        others = self._other_sums()
-        return self.held + self.in_memory(self.hidden_bytes) + most + others
-
-    def prune(self) -> int:
-        """Scores piece by piece; ridges judged on a sample of outputs beside both folds; the refit beside their sum.
-
-        Refits are solved in place; LAPACK copies the matrix while it is small.
-        """
-        hidden, width = self.shape.projections["down_proj"]
-        kept = self.layer.intermediate_size
-        size = 4 if sums_dtype(width) == "float32" else DOUBLE
-        held = self.held + self.in_memory(self.hidden_bytes) + self._other_sums()
-        scoring = 3 * DOUBLE * hidden * min(CHANNELS, width)
-        if not self.config.repair:
-            return held + scoring
-        solving = (1 if kept >= IN_PLACE_FROM else 2) * kept**2
-        judging = self.folds * width**2 + solving + 4 * min(JUDGED_OUTPUTS, hidden) * width
-        refitting = width**2 + solving + 4 * hidden * width
-        return held + max(self.folds * width**2 * size + scoring, max(judging, refitting) * size)
-
-    def correct(self, layer_params: int) -> int:
-        """The hidden states of one step before every layer, those of the dense model, the gradients of one layer by fold, and a
-        batch on its way back.
-
-        Args:
-            layer_params: of one compressed layer, that move.
-        """
-        shape, tokens = self.shape, self.step_tokens
-        states, backward = self._backward(tokens)
-        states += self.followed_tokens * shape.hidden_size * shape.itemsize
-        loss = self._head(min(BACKWARD_TOKENS, tokens), 2 * (shape.itemsize + 4))
-        largest = shape.hidden_size * max(shape.hidden_size, self.layer.intermediate_size)
-        gradients = self.folds * layer_params * (DOUBLE if largest <= EXACT_NUMBERS else 4)
-        copies = 4 * shape.num_layers * layer_params if self.resident and shape.itemsize < 4 else 0
-        layer = gradients + backward + 2 * 4 * largest  # a product, or signs, beside an exact weight
-        return self.held + copies + self.in_memory(states) + max(layer, loss)
-
-    def _head(self, tokens: int, word_bytes: int) -> int:
-        """A batch in the head, with so many bytes for each word of each token."""
-        head = 0 if self.resident else self.shape.head_params * self.shape.itemsize
-        return head + tokens * self.shape.vocab_size * word_bytes
-
-    def _backward(self, tokens: int) -> tuple[int, int]:
-        """Hidden states before every layer, and a batch on its way back through one."""
-        shape, batch = self.shape, min(BACKWARD_TOKENS, tokens)
-        states = tokens * shape.hidden_size * shape.itemsize * (shape.num_layers + 2)
-        layer = batch * (BACKWARD_HIDDEN * shape.hidden_size + BACKWARD_INNER * shape.width) * shape.itemsize
-        return states, layer
-
-    def _forward(self, tokens: int) -> int:
-        wide = FORWARD_HIDDEN * self.shape.hidden_size + FORWARD_INNER * self.shape.width
-        return tokens * wide * self.shape.itemsize
-
-    def _sums(self, features: int, *, prices: bool = False) -> int:
-        return features**2 * (4 if sums_dtype(features, prices=prices) == "float32" else DOUBLE)
-
-    def _updating(self, features: int, tokens: int, *, prices: bool = False) -> int:
-        """Products in float64 are made beside the sums, those in float32 in place; tokens are converted in chunks."""
-        wide = sums_dtype(features, prices=prices) == "float32"
-        chunk = min(CHUNK_TOKENS, tokens) * features * (4 if wide else DOUBLE)
-        return tokens * features * 4 + chunk + (0 if wide else 2 * self._sums(features))
-
-    def _summed_inputs(self) -> list[int]:
-        """Channels of the inputs whose outer products are summed up, all of a layer."""
-        config, projections = self.config, self.shape.projections
-        found = []
-        if metric_axes(config) == 2:
-            roles = ("q_proj", "o_proj", "gate_proj", "down_proj")
-            found += [projections[role][1] for role in roles if role in self.layer.ranks]
-        if config.repair and config.mlp_method == "prune" and self.layer.intermediate_size < self.shape.width:
-            found.append(self.shape.width)
+    def by_stage(self) -> Mapping[str, int]:
+        """The fullest moment of each stage, in bytes, by the names that a report has for them."""
+        held = self.base + TOKENIZER
+        model = self.shape.layer_params * self.shape.itemsize if self.shape.paged else self.shape.computed_bytes
+        everything = self._states(self.texts.tokens + self.texts.evaluation_tokens + self._followed)
+        found = {"sample": held + self._sampling()} if self.texts.own_windows else {}
+        held += model
+        if tokens := self.texts.evaluation_tokens:
+            found["evaluate"] = held + self._states(tokens) + self._logits(LOSS_COPIES)
+        if roles_needing_gradients(self.config):
+            found["plan"] = held + self._planning()
+        found["calibrate"] = held + everything + self._sums_of_inputs() + self._activations(BATCH_TOKENS, FORWARD)
+        if self.sizes.layer.ranks:
+            found["factorize"] = held + everything + self._factorizing()
+        if self._prunes:
+            found["prune"] = held + everything + self._refitting()
+        if self._followed:
+            found["correct"] = held + self._correcting()
         return found
 
-    def _other_sums(self) -> int:
-        """Of inputs whose turn comes later, where all are observed at once; those of a pruned FFN, the largest, go first."""
-        if self.config.sequential != "layer":
-            return 0
-        inputs = self._summed_inputs()
-        if self.config.mlp_method == "prune" and self.layer.intermediate_size < self.shape.width and self.config.repair:
-            inputs.remove(self.shape.width)
-        return sum(self.folds * self._sums(size) for size in inputs)
+    def disk_bytes(self) -> int:
+        """Written besides the model that is read: each layer as it is finished, once more when it is corrected, and the folder;
+        hidden states beyond the budget, or the metrics of outputs that wait for their layer.
+        """
+        saved = sum(self.sizes.nbytes.values())
+        layers = sum(self.sizes.nbytes[role] for role in PROJECTIONS)
+        tokens = self.texts.tokens + self.texts.evaluation_tokens + self._followed
+        spilled = tokens * self.shape.hidden_size * self.shape.itemsize - self._states(tokens)
+        metrics = sum(4 * self.shape.projections[role][0] ** 2 for role in roles_with_output_metric(self.config))
+        return 2 * saved + max(spilled, self.shape.num_layers * metrics) + (layers if self._followed else 0)
 
-    def _pricing(self) -> int:
-        """The larger of a spectrum and of the FFN's Cholesky factor."""
+    @property
+    def _prunes(self) -> bool:
+        return self.config.mlp_method == "prune" and self.sizes.layer.intermediate_size < self.shape.width
+
+    @property
+    def _folds(self) -> int:
+        return 2 if needs_folds(self.config) else 1
+
+    @property
+    def _followed(self) -> int:
+        """Tokens of correction steps and of what judges them, which go through the dense layers beside the others."""
+        steps, step_tokens = self.texts.step_tokens(self.config.correction_steps)
+        return (steps + 2) * step_tokens if self.config.corrects and steps else 0
+
+    def _states(self, tokens: int) -> int:
+        """Hidden states, of which the budget leaves so much in memory."""
+        nbytes = tokens * self.shape.hidden_size * self.shape.itemsize
+        return nbytes if self.budget is None else min(nbytes, self.budget)
+
+    def _logits(self, copies: int) -> int:
+        """A batch in the head, which comes from its file."""
+        head = self.shape.head_params * self.shape.itemsize if self.shape.paged else 0
+        return head + BACKWARD_TOKENS * self.shape.vocab_size * (self.shape.itemsize + 4 * copies)
+
+    def _activations(self, tokens: int, widths: tuple[int, int]) -> int:
+        hidden, inner = widths
+        tokens = min(tokens, self.texts.tokens)
+        return tokens * (hidden * self.shape.hidden_size + inner * self.shape.width) * self.shape.itemsize
+
+    def _sampling(self) -> int:
+        """The whole model where it fits, else both ends and a layer; keys and values of the windows that are written at once."""
+        shape, windows = self.shape, min(self.texts.own_windows, self.texts.sample_windows)
+        fits = shape.computed_bytes <= self.room // 2
+        layers = (shape.num_layers if fits else 1) * shape.layer_params
+        model = (layers + 2 * shape.head_params) * shape.itemsize if shape.paged else shape.computed_bytes
+        keys = 2 * shape.num_layers * shape.projections["k_proj"][0] * shape.itemsize
+        return model + windows * (self.texts.seq_len * keys + DRAW_COPIES * shape.vocab_size * 4)
+
+    def _planning(self) -> int:
+        """Hidden states before every layer; sums of inputs and gradients of one, and a batch on its way back, or prices."""
+        shape, texts = self.shape, self.texts
+        roles = roles_needing_gradients(self.config)
+        features = [size for role in roles for size in shape.projections[role]]
+        hidden, width = shape.projections["down_proj"]
+        out, inner = shape.projections["q_proj"]
+        pricing = 0
+        if allocates_by_loss(self.config):
+            ffn = 4 * ((1 if width >= IN_PLACE_FROM else 2) * width**2 + 3 * hidden * width)
+            pricing = max(ffn, DOUBLE * (4 * out * inner + 2 * inner**2 + 3 * out**2))
+        update = max(_update(size, wide=PRICES_WIDE) for size in features)
+        work = sum(_sums(size, wide=PRICES_WIDE) for size in features)
+        work += max(update + self._activations(BACKWARD_TOKENS, BACKWARD), pricing)
+        states = self._states(texts.planning_tokens * (shape.num_layers + 2))
+        return states + max(work, self._logits(LOSS_COPIES + GRADIENT_COPIES))
+
+    def _summed(self) -> list[int]:
+        """Channels of the inputs whose outer products are summed up."""
+        readers = {name: SHARED_INPUTS[name][0] for name in SHARED_INPUTS if sums_of(self.config, name)[1]}
+        wanted = {*self.sizes.layer.ranks, *(["down_proj"] if self._prunes else [])}
+        return [self.shape.projections[role][1] for role in readers.values() if role in wanted]
+
+    def _sums_of_inputs(self) -> int:
+        sums = [self._folds * _sums(size) for size in self._summed()]
+        together = sum(sums) if self.config.sequential == "layer" else max(sums, default=0)
+        return together + max(map(_update, self._summed()), default=0)
+
+    def _factorizing(self) -> int:
+        """The largest factorization, one at a time: its weight in float64, its metrics, and what the solver works on."""
+        most, axes = 0, {"svd": 0, "awsvd": 1}.get(self.config.attention_method, 2)
+        for role, rank in self.sizes.layer.ranks.items():
+            out, inner = self.shape.projections[role]
+            weighed = role in roles_with_output_metric(self.config)
+            method = CPU.choose(min(out, inner), rank, spectrum=False)
+            footprint = Footprint(out, inner, rank, method=method, metric=axes, output_metric=weighed, converted=False)
+            metrics = self._folds * _sums(inner) + 3 * DOUBLE * inner**2 if axes == 2 else 0
+            metrics += DOUBLE * out**2 if weighed else 0
+            storing = DOUBLE * (2 * rank * (out + inner) + 4 * out * inner)
+            most = max(most, metrics + DOUBLE * out * inner + max(working_bytes([footprint]), storing))
+        return most
+
+    def _refitting(self) -> int:
+        """Scores of channels piece by piece; both folds beside the refit that judges a ridge, or one sum beside the last."""
         hidden, width = self.shape.projections["down_proj"]
-        ffn = (1 if width >= IN_PLACE_FROM else 2) * width**2 * 4 + 3 * hidden * width * 4
-        out, inner = self.shape.projections["q_proj"]
-        spectrum = DOUBLE * (4 * out * inner + 2 * inner**2 + 3 * out**2)
-        return max(ffn, spectrum)
+        kept = self.sizes.layer.intermediate_size
+        scoring = 3 * DOUBLE * hidden * min(CHANNELS, width)
+        if not self.config.repair:
+            return scoring
+        solving = (1 if kept >= IN_PLACE_FROM else 2) * kept**2  # LAPACK copies the matrix while it is small
+        judging = self._folds * width**2 + solving + 4 * min(JUDGED_OUTPUTS, hidden) * width
+        size = _sums(width) // width**2
+        return max(self._folds * _sums(width) + scoring, size * max(judging, width**2 + solving + 4 * hidden * width))
+
+    def _correcting(self) -> int:
+        """Hidden states of a step before every layer, and the dense ones; gradients of one layer by fold; exact weights."""
+        shape, (_, step_tokens) = self.shape, self.texts.step_tokens(self.config.correction_steps)
+        largest = shape.hidden_size * max(shape.hidden_size, self.sizes.layer.intermediate_size)
+        params = sum(self.sizes.params[role] for role in compressed_roles(self.config)) // shape.num_layers
+        work = self._folds * params * (DOUBLE if largest <= EXACT_NUMBERS else 4) + 2 * 4 * largest
+        work += self._activations(BACKWARD_TOKENS, BACKWARD)
+        exact = 0 if shape.paged or shape.itemsize == 4 else 4 * shape.num_layers * params
+        states = self._states(step_tokens * (shape.num_layers + 2) + self._followed)
+        return states + exact + max(work, self._logits(LOSS_COPIES))
+
+
+def _sums(features: int, *, wide: int = WIDE) -> int:
+    """Bytes of one sum of outer products: float32 for many channels."""
+    return features**2 * (4 if features > wide else DOUBLE)
+
+
+def _update(features: int, *, wide: int = WIDE) -> int:
+    """Working copies while products are added: in float64 beside the sums, in float32 in place."""
+    return 0 if features > wide else 2 * _sums(features)

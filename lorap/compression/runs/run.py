@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,22 +101,32 @@ def compress_to_folder(
     if is_main_process() and (options.restart or not is_complete(out)):
         check_output(out, source=source.folder, overwrite=options.overwrite)
     with joined() as processes, open_journal(out, restart=options.restart, processes=processes) as journal:
-        return _FolderRun(source, out, config, options, journal).run()
+        return FolderRun(source, out, config, options, journal).run()
 
 
 @dataclass
-class _FolderRun:
-    """A run to a folder, within its journal."""
+class FolderRun:
+    """A run to a folder, within its journal.
+
+    Args:
+        source: the model.
+        out: the folder to write.
+        config: what to do.
+        options: everything else.
+        journal: of this run, open.
+        watch: takes the time by stage.
+    """
 
     source: ModelSource
     out: Path
     config: CompressionConfig
     options: RunOptions
     journal: Journal
+    watch: Stopwatch = field(default_factory=Stopwatch)
 
     def run(self) -> CompressionReport:
-        watch = Stopwatch()
-        processes = self.journal.processes
+        """All of it; errors as :func:`compress_to_folder`."""
+        watch, processes = self.watch, self.journal.processes
         with watch("load"):
             device = _own_device(self.options.device)
             tokenizer = load_tokenizer(self.source)
@@ -133,6 +143,7 @@ class _FolderRun:
                 processes=processes,
                 progress=self.options.progress,
             )
+            context = self.prepared(context, tokenizer)
             store = JournalStore(self.journal, context.architecture)
             run = Run(context, self.source.name, tokenizer, self.config, watch, store)
             report = run.compress(self.options.calibration, self.options.evaluation)
@@ -143,6 +154,10 @@ class _FolderRun:
             finish(self.journal)
         processes.barrier()
         return report
+
+    def prepared(self, context: DecoderContext, _tokenizer: Any) -> DecoderContext:
+        """Called before the first step; a run on trial takes the time of each layer from here on."""
+        return context
 
     def _finished(self) -> CompressionReport | None:
         """What an earlier process has completed, if it is packed as this command wants it."""
