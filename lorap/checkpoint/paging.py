@@ -171,7 +171,7 @@ def paged_model(checked: CheckedFolder, *, dtype: torch.dtype | None, device: to
         CheckpointError: a file cannot be read.
         ArchitectureError: the model is of a family that is not known.
     """
-    wanted = dtype or getattr(checked.config, "dtype", None) or _main_dtype(checked.tensors)
+    wanted = dtype or getattr(checked.config, "dtype", None) or main_dtype(checked.tensors)
     model = empty_model(checked.config, wanted).eval()
     architecture = find_architecture(model)
     model.config._name_or_path = str(checked.folder)
@@ -230,6 +230,7 @@ def renew_buffers(model: nn.Module, device: torch.device) -> None:
             model.set_submodule(name, type(module)(config=model.config).to(device))  # type: ignore[call-arg]
 
 
-def _main_dtype(files: Mapping[str, StoredTensor]) -> torch.dtype:
+def main_dtype(files: Mapping[str, StoredTensor]) -> torch.dtype:
+    """That of the largest tensor: what a model is computed in whose config does not say."""
     largest = max(files.values(), key=lambda stored: stored.info.nbytes)
     return STORED_DTYPES.get(largest.info.dtype, torch.float32)

@@ -159,7 +159,7 @@ def size_table(shape: ModelShape, config: CompressionConfig, sizes: Sizes) -> st
     rows.append([*whole, quantity(stored, "B"), quantity(saved, "B")])
     header = ["", "parameters before", "after", "kept", "rank", "width", "stored", "saved"]
     lines = [
-        f"{shape.name}: {shape.model_type}, {shape.num_layers} layers, recipe {config.recipe}, sparsity {config.sparsity}",
+        f"{shape.name}: {shape.config.model_type}, {shape.num_layers} layers, recipe {config.recipe}, sparsity {config.sparsity}",
         "",
         format_table(header, rows),
     ]

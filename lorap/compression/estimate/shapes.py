@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorap.architectures import ARCHITECTURES, PROJECTIONS
-from lorap.checkpoint.folders import TensorInfo
+from lorap.architectures import find_architecture
 from lorap.checkpoint.gguf.header import read_gguf
 from lorap.checkpoint.gguf.reading import gguf_config
 from lorap.checkpoint.load import DTYPES, ModelSource, dtype_name
+from lorap.checkpoint.paging import main_dtype
+from lorap.checkpoint.validate import empty_model
 from lorap.compression.allocation import Shape
+from lorap.compression.planning import shapes_of
 from lorap.errors import ArchitectureError, CheckpointError
 from lorap.evaluation.info import gguf_tensors, kind_of
-
-# safetensors' names for what a model can be computed in.
-HEADER_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-# Where llama.cpp keeps its decoder layers.
-GGUF_LAYERS = "blk"
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,7 @@ class ModelShape:
 
     Args:
         name: what to call the model.
-        model_type: as ``config.json`` has it.
+        config: of transformers.
         dtype: in which it is computed and saved.
         num_layers: decoder layers.
         projections: (out_features, in_features) by role.
@@ -41,7 +38,7 @@ class ModelShape:
     """
 
     name: str
-    model_type: str
+    config: Any
     dtype: str
     num_layers: int
     projections: Mapping[str, Shape]
@@ -58,75 +55,49 @@ class ModelShape:
         """The shape of a local model.
 
         Raises:
-            CheckpointError: the model is not local, or its files are damaged.
+            CheckpointError: the model is not local.
             ArchitectureError: the family is unknown, or a projection is missing, fused, quantized or already compressed.
             ConfigError: there is no such dtype.
         """
+        wanted = DTYPES.get(dtype_name(dtype))
         if source.folder is None:
             raise CheckpointError(f"no model folder {source.location}; `plan` reads local folders and .gguf files only")
         if source.checked:
-            config = {**source.checked.settings, "tie_word_embeddings": source.checked.config.tie_word_embeddings}
-            return cls.from_tensors(source.name, config, source.checked.headers, dtype=dtype)
-        assert source.gguf_file is not None
-        path = source.folder / source.gguf_file
-        tensors, config = gguf_tensors(path), {"model_type": gguf_config(read_gguf(path)).model_type}
-        dtype = "float32" if dtype_name(dtype) == "auto" else dtype
-        return cls.from_tensors(source.name, config, tensors, dtype=dtype, layers=GGUF_LAYERS, paged=False)
-
-    @classmethod
-    def from_tensors(
-        cls,
-        name: str,
-        config: Mapping[str, Any],
-        tensors: Mapping[str, TensorInfo],
-        *,
-        dtype: str = "auto",
-        layers: str | None = None,
-        paged: bool = True,
-    ) -> ModelShape:
-        """The same from what a config and headers say; errors as :meth:`read`.
-
-        Args:
-            name: of the model, for messages.
-            config: of the model.
-            tensors: what headers say, by names with the roles of Hugging Face.
-            dtype: to compute in; ``auto`` for the checkpoint's own.
-            layers: path to the decoder layers in these names; None for that of the family.
-            paged: whether layers are read when they are used.
-        """
-        _check_family(config)
-        prefix = f"{layers or ARCHITECTURES[config['model_type']].layers}."
-        numbers = {key.removeprefix(prefix).split(".")[0] for key in tensors if key.startswith(prefix)}
-        found = [_projections(tensors, f"{prefix}{number}.") for number in sorted(numbers, key=int)]
-        if not found or any(one != found[0] for one in found):
+            config, tensors = source.checked.config, source.checked.headers
+            wanted = wanted or getattr(config, "dtype", None) or main_dtype(source.checked.tensors)
+        else:
+            path = source.folder / str(source.gguf_file)
+            config, tensors = gguf_config(read_gguf(path)), gguf_tensors(path)
+            wanted = wanted or DTYPES["float32"]
+        model = empty_model(config, wanted)
+        architecture = find_architecture(model)
+        layers = architecture.decoder_layers(model)
+        shapes = shapes_of(layers, architecture)
+        if not shapes or any(each != shapes[0] for each in shapes):
             raise ArchitectureError(
-                f"{name} has no decoder layers, or layers of different shapes, which plan does not know"
+                f"{source.name} has no decoder layers, or layers of different shapes, which plan does not know"
             )
-        embedding = next((info for key, info in tensors.items() if kind_of(key) == "embed_tokens"), None)
-        if embedding is None:
-            raise CheckpointError(f"{name} is incomplete: it has no embed_tokens")
-        tied = bool(config.get("tie_word_embeddings", not any(kind_of(key) == "lm_head" for key in tensors)))
-        params: dict[str, int] = defaultdict(int)
-        stored: dict[str, int] = defaultdict(int)
+        params, stored = Counter[str](), Counter[str]()
+        for key, parameter in model.named_parameters():
+            params[kind_of(key)] += parameter.numel()
         for key, info in tensors.items():
             stored[kind_of(key)] += info.nbytes
-            if not (tied and kind_of(key) == "lm_head"):
-                params[kind_of(key)] += info.numel
-        shapes, biases = found[0]
-        own = config.get("dtype") or config.get("torch_dtype") or HEADER_DTYPES.get(embedding.dtype, "float32")
+        vocab_size, hidden_size = model.get_input_embeddings().weight.shape
         return cls(
-            name=name,
-            model_type=config["model_type"],
-            dtype=dtype_name(own if dtype_name(dtype) == "auto" else dtype),
-            num_layers=len(found),
-            projections=shapes,
-            biases=biases,
-            hidden_size=embedding.shape[1],
-            vocab_size=embedding.shape[0],
-            tied=tied,
+            name=source.name,
+            config=config,
+            dtype=str(model.dtype).removeprefix("torch."),
+            num_layers=len(shapes),
+            projections=shapes[0],
+            biases=frozenset(
+                role for role, linear in architecture.linears(layers[0]).items() if linear.bias is not None
+            ),
+            hidden_size=hidden_size,
+            vocab_size=vocab_size,
+            tied=bool(config.tie_word_embeddings),
             params=params,
             stored_bytes=stored,
-            paged=paged,
+            paged=source.checked is not None,
         )
 
     @property
@@ -153,38 +124,3 @@ class ModelShape:
     def computed_bytes(self) -> int:
         """Of the whole model in memory."""
         return sum(self.params.values()) * self.itemsize
-
-
-def _check_family(config: Mapping[str, Any]) -> None:
-    model_type = config.get("model_type")
-    if model_type not in ARCHITECTURES:
-        raise ArchitectureError(f"cannot compress model type {model_type!r}; supported: {', '.join(ARCHITECTURES)}")
-    quantization = config.get("quantization_config") or {}
-    if quantization.get("quant_method") == "lorap":
-        raise ArchitectureError(
-            "this model was compressed by lorap already; start from the dense model and ask for a higher sparsity instead"
-        )
-    if quantization:
-        raise ArchitectureError(
-            f"the model is quantized ({quantization.get('quant_method')}); start from the dense one"
-        )
-
-
-def _projections(tensors: Mapping[str, TensorInfo], prefix: str) -> tuple[dict[str, Shape], frozenset[str]]:
-    """Shapes by role of one layer, and the roles that have a bias."""
-    shapes, biases = {}, set()
-    for key, info in tensors.items():
-        role = kind_of(key)
-        if not key.startswith(prefix) or role not in PROJECTIONS:
-            continue
-        if key.endswith(f"{role}.weight") and len(info.shape) == 2:
-            shapes[role] = (info.shape[0], info.shape[1])
-        elif key.endswith(f"{role}.bias"):
-            biases.add(role)
-    missing = [role for role in PROJECTIONS if role not in shapes]
-    if missing:
-        raise ArchitectureError(
-            f"{prefix}{missing[0]} does not exist: the projections of this model are fused or named otherwise; "
-            "lorap needs separate q, k, v, o, gate, up and down"
-        )
-    return {role: shapes[role] for role in PROJECTIONS}, frozenset(biases)

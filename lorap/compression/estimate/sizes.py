@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from types import SimpleNamespace
-from typing import cast
-
-from transformers import PreTrainedConfig
 
 from lorap.architectures import MLP
 from lorap.compression.allocation import LayerPlan, plan_layer
@@ -106,14 +102,11 @@ def _planned_layer(shape: ModelShape, config: CompressionConfig) -> tuple[LayerP
     layers = [shape.projections] * shape.num_layers
     if config.sparsity == 0:
         return LayerPlan(ranks={}, intermediate_size=shape.width), ""
-    # The families differ in whether a stock model may gain a bias; nothing else is asked of the model.
-    described = SimpleNamespace(mlp_bias=set(MLP) <= shape.biases, model_type=shape.model_type)
-    model_config = cast(PreTrainedConfig, described)
-    check_sizes(model_config, layers, config)
+    check_sizes(shape.config, layers, config)
     if config.allocation == "flap":
         width = shape.width - round(channels_to_drop(config, layers) / shape.num_layers)
         return LayerPlan(ranks={}, intermediate_size=width), "one threshold on the channel scores of all layers"
-    by_shape = plan_by_shape(model_config, layers, config)
+    by_shape = plan_by_shape(shape.config, layers, config)
     if by_shape is not None:
         return by_shape[0], ""
     return plan_layer(shape.projections, replace(config, allocation="even")), "the loss, by a backward pass"

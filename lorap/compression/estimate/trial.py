@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from lorap.algorithms.step_schedule import schedule
@@ -31,6 +30,7 @@ from lorap.checkpoint.write import Writable, write_tensors
 from lorap.compression.estimate.shapes import ModelShape
 from lorap.compression.estimate.sizes import Sizes
 from lorap.compression.estimate.texts import Texts
+from lorap.compression.estimate.watch import IN_LAYER, LayerWatch, TimedContext
 from lorap.compression.runs.journal import open_journal
 from lorap.compression.runs.run import FolderRun, RunOptions
 from lorap.compression.runs.steps import JournalStore
@@ -52,7 +52,6 @@ SAMPLED_TOKENS = 16
 QUICK_SECONDS = 20.0
 # Fields of config.json with one entry for each layer.
 LAYER_FIELDS = ("layer_types", "no_rope_layers")
-IN_LAYER = " (layers)"
 
 
 @dataclass(frozen=True)
@@ -71,42 +70,6 @@ class Trial:
     tried: Mapping[str, float]
     stages: Mapping[str, float]
     environment: Mapping[str, Any]
-
-
-class LayerWatch(Stopwatch):
-    """Seconds by stage, with those in which a decoder layer was in memory apart: under the stage's name and ``IN_LAYER``.
-
-    Args:
-        bar: shows the stage.
-    """
-
-    def __init__(self, bar: Any = None) -> None:
-        super().__init__()
-        self._bar = bar
-        self._open: list[str] = []
-        self._layers = 0
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        self._open.append(stage)
-        if self._bar is not None:
-            self._bar.set_postfix_str(stage, refresh=False)
-            self._bar.update()
-        try:
-            with super().__call__(f"{stage}{IN_LAYER}" if self._layers else stage):
-                yield
-        finally:
-            self._open.pop()
-
-    @contextmanager
-    def layer(self) -> Iterator[None]:
-        """What follows is done in a layer, of whatever stage is open."""
-        self._layers += 1
-        try:
-            with self(self._open[-1]) if self._open else nullcontext():
-                yield
-        finally:
-            self._layers -= 1
 
 
 def try_layers(
@@ -189,7 +152,7 @@ def _write_layers(
     for name in LAYER_FIELDS:
         if isinstance(settings.get(name), list):
             settings[name] = [settings[name][layer] for layer in layers]
-    prefix = f"{ARCHITECTURES[shape.model_type].layers}."
+    prefix = f"{ARCHITECTURES[shape.config.model_type].layers}."
     found = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
     if shape.tied:
         found.pop("lm_head.weight", None)
@@ -217,7 +180,7 @@ class _TrialRun(FolderRun):
     def prepared(self, context: DecoderContext, tokenizer: Any) -> DecoderContext:
         """With a watch on each layer. The model writes a little; then the texts are read, and most of their windows left out."""
         assert isinstance(self.watch, LayerWatch)
-        context = _TimedContext(**vars(context), watch=self.watch)
+        context = TimedContext(**vars(context), watch=self.watch)
         self._sample(context, tokenizer)
 
         def any_tokens(count: int, seq_len: int, seed: int) -> Tensor:
@@ -242,36 +205,17 @@ class _TrialRun(FolderRun):
         }
         return context
 
-    def _sample(self, context: DecoderContext, tokenizer: Any) -> None:
+    def _sample(self, context: TimedContext, tokenizer: Any) -> None:
         """Some tokens of as many windows as are written at once."""
-        texts, watch = self.texts, self.watch
+        texts = self.texts
         if not texts.own_windows:
             return
         length = min(SAMPLED_TOKENS, texts.seq_len)
         count = min(texts.own_windows, texts.sample_windows)
         few = replace(self.config, num_calibration_samples=count, calibration_seq_len=length)
-        with ExitStack() as hooks:
-            for layer in context.layers:
-                _watch_calls(layer, watch, hooks)
-            read_windows(context, tokenizer, few, OWN_SAMPLES, (), watch)
+        with context.watched_calls():
+            read_windows(context, tokenizer, few, OWN_SAMPLES, (), context.watch)
         self.times["sample"] = -(-texts.own_windows // texts.sample_windows) * texts.seq_len / length
-
-
-@dataclass(frozen=True)
-class _TimedContext(DecoderContext):
-    watch: LayerWatch = field(kw_only=True)
-
-    @contextmanager
-    def on_device(self, index: int) -> Iterator[None]:
-        with self.watch.layer(), super().on_device(index):
-            yield
-
-
-def _watch_calls(layer: nn.Module, watch: LayerWatch, hooks: ExitStack) -> None:
-    """Sampling calls layers as the model does."""
-    calls = ExitStack()
-    hooks.callback(layer.register_forward_pre_hook(lambda *_: calls.enter_context(watch.layer())).remove)
-    hooks.callback(layer.register_forward_hook(lambda *_: calls.close()).remove)
 
 
 def _some(windows: TokenWindows, count: int) -> TokenWindows:
