@@ -35,9 +35,9 @@ RESULTS = Path(__file__).resolve().parent / "results" / "scaling.json"
 # By name: the model, the recipe, the sparsity, and windows of 128 tokens.
 RUNS = {
     "smollm2-lorap": ("SmolLM2-135M", "lorap", 0.5, 64),
-    "smollm2-best": ("SmolLM2-135M", "best", 0.5, 64),
-    "7b-lorap": ("4 layers of LLaMA-2-7B", "lorap", 0.2, 16),
-    "1b-best": ("3 layers of Llama-3.2-1B", "best", 0.5, 32),
+    "smollm2-best": ("SmolLM2-135M", "best", 0.5, 40),
+    "7b": ("4 layers of LLaMA-2-7B", "lorap", 0.2, 16),
+    "1b": ("6 layers of Llama-3.2-1B", "lorap", 0.5, 64),
 }
 
 
@@ -64,13 +64,14 @@ def prepared(model: str, folder: Path) -> tuple[Path, list[object]]:
     config = llama_7b(layers) if model.endswith("7B") else llama_1b(layers)
     make_model(folder / "dense", config)
     np.save(folder / "tokens.npy", np.random.default_rng(0).integers(0, config.vocab_size, (64, 128)))
+    np.save(folder / "others.npy", np.random.default_rng(1).integers(0, config.vocab_size, (8, 128)))
     return folder / "dense", [
         "--calibration",
         folder / "tokens.npy",
         "--calibration",
         "self",
         "--eval-text",
-        folder / "tokens.npy",
+        folder / "others.npy",
     ]
 
 

@@ -307,6 +307,15 @@ def test_memory_is_a_bound_and_not_far_from_it(make_model, shape_of, tokens, opt
     assert peak + shape.computed_bytes <= max(bound.values()) <= 2 * (peak + shape.computed_bytes)
 
 
+def test_a_model_too_large_to_write_in_memory_is_told(shape_of) -> None:
+    shape = replace(shape_of("llama-gqa"), num_layers=30_000, params={"q_proj": 10**9})
+    config = CompressionConfig(recipe="lorap")
+    small, large = (planned(shape, config, ["self"], room=room) for room in (6 * 10**9, 9 * 10**9))
+    assert "4.00 GB, more than half of" in small.remarks[0]
+    assert "--calibration FILE" in small.remarks[0]
+    assert large.remarks == planned(shape, config, room=6 * 10**9).remarks == []
+
+
 @pytest.mark.parametrize("recipe", ["best", "lorap"])
 def test_memory_does_not_grow_with_the_layers(shape_of, recipe: str) -> None:
     few = shape_of("llama-mha")
@@ -340,7 +349,8 @@ def test_what_does_not_fit_is_told_and_not_tried(model_folder: Path, monkeypatch
     result = run("plan", model_folder, "--json")
     found = last_json(result)
     assert (found["seconds"], found["trial"]) == (None, None)
-    assert "This does not fit:" in result.stderr
+    assert found["remarks"][0].startswith("This does not fit: ")
+    assert found["remarks"][0] in result.stderr
     assert f"peak memory: {quantity(found['memory_bytes'], 'B')}" in result.stderr
 
 

@@ -57,6 +57,21 @@ class Estimate:
         """Whether there is memory enough, as far as anybody knows."""
         return not 0 < self.room < self.memory_bytes
 
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences on what no number tells."""
+        if not self.fits:
+            return [f"This does not fit: {quantity(self.room, 'B')} of memory can be had."]
+        writes = self.shape.paged and self.texts.own_windows
+        if writes and 0 < self.room // 2 < self.shape.computed_bytes:
+            takes, have = quantity(self.shape.computed_bytes, "B"), quantity(self.room, "B")
+            return [
+                f"The model takes {takes}, more than half of the {have} that can be had, so each token that it writes for `self` "
+                "reads all weights from the disk, and `sample` takes far longer than planned; texts of your own do without: "
+                "--calibration FILE"
+            ]
+        return []
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         shape, sizes, stages = self.shape, self.sizes, self.trial.stages if self.trial else {}
@@ -89,6 +104,7 @@ class Estimate:
             "seconds": self.seconds,
             "memory_bytes": self.memory_bytes,
             "disk_bytes": self.disk_bytes,
+            "remarks": self.remarks,
             "trial": asdict(self.trial) if self.trial else None,
         }
 
@@ -99,9 +115,7 @@ class Estimate:
             lines += [self._stage_table(self.trial), ""]
         lines.append(f"peak memory: {quantity(self.memory_bytes, 'B')}")
         lines.append(f"disk: {quantity(self.disk_bytes, 'B')} beside the model that is read")
-        if not self.fits:
-            lines.append(f"This does not fit: {quantity(self.room, 'B')} of memory can be had.")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.remarks])
 
     def _stage_table(self, trial: Trial) -> str:
         where, threads = trial.environment["device"], trial.environment["threads"]

@@ -17,6 +17,7 @@ from lorap.algorithms.moments import IN_PLACE_FROM
 from lorap.algorithms.pruning import CHANNELS
 from lorap.architectures import PROJECTIONS, SHARED_INPUTS
 from lorap.calibration.backward import BATCH_TOKENS as BACKWARD_TOKENS
+from lorap.calibration.self_text import BATCH_WINDOWS
 from lorap.calibration.sensitivity import WIDE as PRICES_WIDE
 from lorap.calibration.statistics import WIDE
 from lorap.calibration.stream import BATCH_TOKENS
@@ -134,7 +135,7 @@ class Memory:
 
     def _sampling(self) -> int:
         """The whole model where it fits, else both ends and a layer; keys and values of the windows that are written at once."""
-        shape, windows = self.shape, min(self.texts.own_windows, self.texts.sample_windows)
+        shape, windows = self.shape, min(self.texts.own_windows, BATCH_WINDOWS)
         fits = shape.computed_bytes <= self.room // 2
         layers = (shape.num_layers if fits else 1) * shape.layer_params
         model = (layers + 2 * shape.head_params) * shape.itemsize if shape.paged else shape.computed_bytes

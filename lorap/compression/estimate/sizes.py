@@ -26,7 +26,6 @@ class Sizes:
         budget: parameters of the compressed sub-layers' matrices that stay at most.
         params: by kind, of the whole model.
         index_bytes: of row numbers, which are no parameters.
-        guard_bytes: of what keeps hosts without lorap from loading low-rank layers.
         nbytes: by kind, as saved, index and guards included.
     """
 
@@ -35,7 +34,6 @@ class Sizes:
     budget: int
     params: Mapping[str, int]
     index_bytes: int
-    guard_bytes: int
     nbytes: Mapping[str, int]
 
     @property
@@ -51,51 +49,23 @@ def planned_sizes(shape: ModelShape, config: CompressionConfig) -> Sizes:
         ConfigError: the sparsity leaves too little.
     """
     layer, decided_by = _planned_layer(shape, config)
-    params, nbytes = dict(shape.params), {}
-    index_bytes = guard_bytes = 0
-    for role in shape.projections:
-        count = matrix_params(shape, config, layer, role)
-        bias = _bias_after(shape, config, layer, role)
-        params[role] = shape.num_layers * (count + bias)
-        nbytes[role] = params[role] * shape.itemsize
+    params = dict(shape.params)
+    nbytes = {kind: count * shape.itemsize for kind, count in params.items()}
+    index_bytes = 0
+    for role, (out_features, in_features) in shape.projections.items():
+        extra = 0  # bytes that are no parameters
         if role in layer.ranks:
-            stored = _stored(shape, config, layer, role)
-            index = stored.index_bytes
-            index_bytes += shape.num_layers * index
-            guards = len(stored.guards) * shape.itemsize
-            guard_bytes += shape.num_layers * guards
-            nbytes[role] += shape.num_layers * (index + guards)
-    roles = compressed_roles(config)
-    matrices = shape.num_layers * sum(prod(shape.projections[role]) for role in roles)
-    return Sizes(
-        layer=layer,
-        decided_by=decided_by,
-        budget=int((1 - config.sparsity) * matrices),
-        params=params,
-        index_bytes=index_bytes,
-        guard_bytes=guard_bytes,
-        nbytes={kind: nbytes.get(kind, count * shape.itemsize) for kind, count in params.items()},
-    )
-
-
-def matrix_params(shape: ModelShape, config: CompressionConfig, layer: LayerPlan, role: str) -> int:
-    """Parameters of one projection of one layer once it is compressed, without its bias.
-
-    Args:
-        shape: of the dense model.
-        config: what is asked for.
-        layer: what becomes of a decoder layer.
-        role: of the projection.
-    """
-    if role in layer.ranks:
-        return _stored(shape, config, layer, role).factor_params
-    if role in MLP:
-        return layer.intermediate_size * shape.hidden_size
-    return prod(shape.projections[role])
-
-
-def _stored(shape: ModelShape, config: CompressionConfig, layer: LayerPlan, role: str) -> LowRankTensors:
-    return LowRankTensors(*shape.projections[role], layer.ranks[role], pivoted=config.storage == "pivoted")
+            stored = LowRankTensors(out_features, in_features, layer.ranks[role], pivoted=config.storage == "pivoted")
+            count = stored.factor_params
+            extra = stored.index_bytes + len(stored.guards) * shape.itemsize
+            index_bytes += shape.num_layers * stored.index_bytes
+        else:
+            count = layer.intermediate_size * shape.hidden_size if role in MLP else out_features * in_features
+        params[role] = shape.num_layers * (count + _bias_after(shape, config, layer, role))
+        nbytes[role] = params[role] * shape.itemsize + shape.num_layers * extra
+    matrices = shape.num_layers * sum(prod(shape.projections[role]) for role in compressed_roles(config))
+    budget = int((1 - config.sparsity) * matrices)
+    return Sizes(layer, decided_by, budget, params, index_bytes, nbytes)
 
 
 def _planned_layer(shape: ModelShape, config: CompressionConfig) -> tuple[LayerPlan, str]:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from lorap.algorithms.step_schedule import schedule
 from lorap.calibration.mixtures import Sources, split_by_weight, weighted_sources
-from lorap.calibration.self_text import BATCH_WINDOWS
 from lorap.calibration.sources import OWN_SAMPLES
 from lorap.compression.planning import SENSITIVITY_TOKENS
 from lorap.compression.windows import EVALUATION_TOKENS
@@ -21,14 +20,12 @@ class Texts:
         windows, seq_len: of calibration.
         own_windows: those of them that the model writes itself.
         evaluation_tokens: of all texts that the perplexity is measured on.
-        sample_windows: that are written at once.
     """
 
     windows: int
     seq_len: int
     own_windows: int
     evaluation_tokens: int
-    sample_windows: int = BATCH_WINDOWS
 
     @classmethod
     def of(cls, config: CompressionConfig, calibration: Sources, *, evaluation_texts: int) -> Texts:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from lorap.algorithms.step_schedule import schedule
 from lorap.architectures import ARCHITECTURES
 from lorap.calibration.context import DecoderContext
+from lorap.calibration.self_text import BATCH_WINDOWS
 from lorap.calibration.sources import OWN_SAMPLES
 from lorap.calibration.windows import TokenWindows
 from lorap.checkpoint.folders import CONFIG
@@ -211,11 +212,11 @@ class _TrialRun(FolderRun):
         if not texts.own_windows:
             return
         length = min(SAMPLED_TOKENS, texts.seq_len)
-        count = min(texts.own_windows, texts.sample_windows)
+        count = min(texts.own_windows, BATCH_WINDOWS)
         few = replace(self.config, num_calibration_samples=count, calibration_seq_len=length)
         with context.watched_calls():
             read_windows(context, tokenizer, few, OWN_SAMPLES, (), context.watch)
-        self.times["sample"] = -(-texts.own_windows // texts.sample_windows) * texts.seq_len / length
+        self.times["sample"] = -(-texts.own_windows // BATCH_WINDOWS) * texts.seq_len / length
 
 
 def _some(windows: TokenWindows, count: int) -> TokenWindows:
