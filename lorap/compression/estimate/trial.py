@@ -35,7 +35,7 @@ from lorap.compression.estimate.watch import IN_LAYER, LayerWatch, TimedContext
 from lorap.compression.runs.journal import open_journal
 from lorap.compression.runs.run import FolderRun, RunOptions
 from lorap.compression.runs.steps import JournalStore
-from lorap.compression.windows import read_windows
+from lorap.compression.windows import RunWindows, read_windows
 from lorap.config import CompressionConfig
 from lorap.errors import CheckpointError
 from lorap.files import reason
@@ -188,21 +188,23 @@ class _TrialRun(FolderRun):
             return torch.randint(context.vocab_size, (count, seq_len), generator=torch.Generator().manual_seed(seed))
 
         options, config = self.options, self.config
-        drawn, *texts = read_windows(
+        found = read_windows(
             context, tokenizer, config, options.calibration, options.evaluation, self.watch, sampler=any_tokens
         )
+        drawn, texts = found.calibration, found.texts
         tokens = TRIED_TOKENS_GPU if context.device.type == "cuda" else TRIED_TOKENS
         few = _some(drawn, max(TRIED_WINDOWS, tokens // drawn.input_ids.shape[1]))
         less = [_some(text, max(1, EVALUATED_TOKENS // text.input_ids.shape[1])) for text in texts[:1]]
-        JournalStore(self.journal, context.architecture).save_windows([few, *less], {})
+        corrected = _corrected(drawn, config.correction_steps) / _corrected(few, config.correction_steps)
+        judges = found.judges and _some(found.judges, max(2, round(len(found.judges.input_ids) / corrected)))
+        JournalStore(self.journal, context.architecture).save_windows(RunWindows(few, judges, less), {})
         self.windows = len(few.input_ids)
         calibrated = drawn.tokens / few.tokens
-        steps = [_corrected(each, config.correction_steps) for each in (drawn, few)]
         self.times |= {
             "evaluate": sum(text.tokens for text in texts) / less[0].tokens if less else 1.0,
             "plan": calibrated if config.allocation == "flap" else 1.0,
             "calibrate": calibrated,
-            "correct": steps[0] / steps[1] if steps[1] else 1.0,
+            "correct": corrected,
         }
         return context
 
@@ -221,16 +223,16 @@ class _TrialRun(FolderRun):
 
 def _some(windows: TokenWindows, count: int) -> TokenWindows:
     """So many of the windows, evenly spread, each of the group that it was of."""
-    rows = torch.linspace(0, len(windows.input_ids) - 1, min(count, len(windows.input_ids))).round().long()
-    groups = None if windows.groups is None else windows.groups[rows]
-    return replace(windows.rows(rows), groups=groups, group_names=windows.group_names)
+    every = len(windows.input_ids)
+    rows = torch.linspace(0, every - 1, min(count, every)).round().long()
+    return replace(windows.rows(rows), groups=None if windows.groups is None else windows.groups[rows])
 
 
 def _corrected(windows: TokenWindows, steps: int) -> float:
-    """Windows that correction steps take, and those that judge them."""
+    """Windows that so many correction steps take; 1 where there are none."""
     count, seq_len = windows.input_ids.shape
     plan = schedule(count, seq_len, steps)
-    return (plan.steps + 1) * count / plan.parts if plan.steps else 0.0
+    return plan.steps * count / plan.parts or 1.0
 
 
 def _nbytes(folder: Path) -> int:
