@@ -395,7 +395,9 @@ def test_tasks_of_the_harness_and_of_files_are_scored_alike(bigram, words, harne
     manager, questions = harness_tasks
     write_requests(request_folder / "piqa.jsonl.gz", questions)
     file = open_source(["piqa"], data=str(request_folder)).run(bigram, words)["piqa"]
-    hub = TaskSource(from_hub(["piqa"], manager=manager)).run(bigram, words)["piqa"]
+    asked = from_hub(["piqa"], manager=manager)
+    assert asked[0].task.get_config("num_fewshot") == 0, "examples do not change what a bigram says"
+    hub = TaskSource(asked).run(bigram, words)["piqa"]
     assert hub.correct == file.correct
     assert 0 < sum(hub.correct["acc_norm"]) < 6
     assert "lm-evaluation-harness" in hub.prompts
