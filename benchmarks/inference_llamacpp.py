@@ -44,8 +44,9 @@ SHARES = (0.6, 1.0, 1.4, 1.0)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+    """Bytes, and one merge, without which llama.cpp opens no file."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
+    bpe = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, [("a", "b")]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return PreTrainedTokenizerFast(tokenizer_object=bpe)
 
