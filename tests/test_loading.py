@@ -406,6 +406,14 @@ def test_other_files_are_refused(field, dense):
     assert f"{field} names other files than lorap checks" in refusal(dense)
 
 
+@pytest.mark.parametrize("values", [{"1": {"skip": ["mlp"]}}, {"0": {"intermediate_size": 37}}, 3])
+def test_values_by_layer_are_refused(values, dense):
+    """transformers 5.24 takes the first and computes the FFN all the same."""
+    edit(dense, per_layer_config=values)
+    assert "per_layer_config is " in refusal(dense)
+    assert "start from the dense model" in refusal(dense)
+
+
 def test_an_adapter_beside_the_weights_is_refused(dense):
     (dense / "adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "base_model_name_or_path": "some/other"})

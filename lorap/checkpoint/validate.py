@@ -74,6 +74,12 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{path}: model type {named(model_type)} needs code from its own folder, which lorap never runs; "
             "use a version of transformers that knows this model type"
         )
+    if model_type in ARCHITECTURES and (layers := config.get("per_layer_config")):
+        # transformers takes it (5.24), and builds layers of these families without it, or fails on a field that it has.
+        raise CheckpointError(
+            f"{path}: per_layer_config is {shown(layers)}, and layers of {model_type} models do not follow it in transformers; "
+            "remove the field if all layers are alike, or start from the dense model"
+        )
     for name, value in _fields(config):
         if name in OTHER_FILES:
             raise CheckpointError(f"{path}: {name} names other files than lorap checks; remove the field")
