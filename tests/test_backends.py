@@ -255,6 +255,22 @@ def test_self_check_tries_one_token_and_a_long_k(monkeypatch: pytest.MonkeyPatch
     assert problem.endswith("with 1 tokens of 8208 features, more than 1e-05")
 
 
+def test_self_check_of_a_form_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    run = implementations.implementation("low_rank_linear", "reference")
+    monkeypatch.setitem(
+        implementations.IMPLEMENTATIONS["triton"],
+        "low_rank_linear",
+        lambda x, *rest: seen.append(len(x)) or run(x, *rest),
+    )
+    for tokens, expected in ((1, {1}), (5, {2, 3, 7}), (30, {20}), (None, {1, 2, 3, 7, 20})):
+        seen.clear()
+        assert (
+            dispatch.self_check("low_rank_linear", "triton", torch.device("cpu"), torch.float32, tokens=tokens) is None
+        )
+        assert set(seen) == expected
+
+
 def test_self_check_refuses_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = broken(monkeypatch, lambda x, weight: (x @ weight.T).index_fill(0, torch.tensor(0), torch.nan))
     assert problem.startswith("relative error nan")
@@ -281,8 +297,8 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """``checks["problem"]`` is what self_check answers, ``checks["calls"]`` what it was asked."""
     state: dict[str, Any] = {"problem": None, "calls": []}
 
-    def self_check(*key: Any) -> str | None:
-        state["calls"].append(key)
+    def self_check(*key: Any, tokens: int) -> str | None:
+        state["calls"].append((*key, tokens))
         return state["problem"]
 
     monkeypatch.setattr(dispatch, "self_check", self_check)
@@ -292,10 +308,12 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_a_gpu_kernel_is_checked_once_per_device_and_dtype(gpu_x: Any, checks: dict[str, Any]) -> None:
     for _ in range(3):
         assert dispatch.choose("low_rank_linear", gpu_x, 1) == "triton"
-    assert checks["calls"] == [("low_rank_linear", "triton", gpu_x.device, torch.bfloat16)]
+    assert checks["calls"] == [("low_rank_linear", "triton", gpu_x.device, torch.bfloat16, 1)]
+    assert [dispatch.choose("low_rank_linear", gpu_x, tokens) for tokens in (2, 16, 9, 17, 32)] == ["triton"] * 5
+    assert [call[-1] for call in checks["calls"]] == [1, 2, 17]  # each form of the kernels by itself
     gpu_x.device = torch.device("cuda", 1)
     assert dispatch.choose("low_rank_linear", gpu_x, 1) == "triton"
-    assert len(checks["calls"]) == 2
+    assert len(checks["calls"]) == 4
 
 
 def test_a_gpu_kernel_that_fails_is_never_used_and_warned_of_once(gpu_x: Any, checks: dict[str, Any]) -> None:

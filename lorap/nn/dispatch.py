@@ -31,6 +31,7 @@ from lorap.nn.implementations import (
     LINEAR_OPS,
     PIVOTED_OPS,
     example,
+    form_of,
     implementation,
 )
 
@@ -141,7 +142,7 @@ def choose(op: str, x: Tensor, tokens: int) -> str:
     backend = _best(op, device, x.dtype, tokens) if forced == "auto" else _able(forced, op, x)
     if backend == "triton" and forced == "auto" and op in graphs.OPS and not graphs.wanted():
         return "reference"
-    if backend in ("triton", "cuda") and not _trusted(op, backend, x, forced):
+    if backend in ("triton", "cuda") and not _trusted(op, backend, x, tokens, forced):
         return "reference"
     return backend
 
@@ -197,18 +198,18 @@ def _interpreting() -> bool:
 
 
 # What is wrong with a kernel on a device; None where it has passed.
-_verdicts: dict[tuple[str, str, torch.device, torch.dtype], str | None] = {}
+_verdicts: dict[tuple[str, str, torch.device, torch.dtype, int], str | None] = {}
 
 
-def _trusted(op: str, backend: str, x: Tensor, forced: str) -> bool:
+def _trusted(op: str, backend: str, x: Tensor, tokens: int, forced: str) -> bool:
     if x.device.type == "cpu":
         return True  # the interpreter
-    key = (op, backend, x.device, x.dtype)
+    key = (op, backend, x.device, x.dtype, form_of(tokens) if op in LINEAR_OPS else 0)
     first = key not in _verdicts
     if first:
         if torch.cuda.is_current_stream_capturing():
             return False  # compiling and comparing inside a graph capture would break it; warm up before capturing
-        _verdicts[key] = self_check(op, backend, x.device, x.dtype)
+        _verdicts[key] = self_check(op, backend, x.device, x.dtype, tokens=tokens)
     problem = _verdicts[key]
     if problem is None:
         return True
@@ -220,7 +221,9 @@ def _trusted(op: str, backend: str, x: Tensor, forced: str) -> bool:
     return False
 
 
-def self_check(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def self_check(
+    op: str, backend: str, device: torch.device, dtype: torch.dtype, *, tokens: int | None = None
+) -> str | None:
     """Run small examples of an op beside the float64 reference.
 
     Args:
@@ -228,15 +231,17 @@ def self_check(op: str, backend: str, device: torch.device, dtype: torch.dtype) 
         backend: that has it.
         device: to run on.
         dtype: of the arguments.
+        tokens: check the form of the kernels for so many, which takes a few compilations; None for all forms.
 
     Returns:
         What is wrong with the results, in words, or None.
     """
     limit = 1e-5 if dtype == torch.float32 else 3e-2
-    for tokens, k, pivoted in EXAMPLES:
-        if pivoted and op not in PIVOTED_OPS:
+    for count, k, pivoted in EXAMPLES if op in LINEAR_OPS else EXAMPLES[:1]:
+        other = tokens is not None and op in LINEAR_OPS and form_of(tokens) != form_of(count)
+        if other or (pivoted and op not in PIVOTED_OPS):
             continue
-        arguments = example(op, device, dtype, tokens, k, pivoted)
+        arguments = example(op, device, dtype, count, k, pivoted)
         try:
             got = _as_tuple(implementation(op, backend)(*arguments))
             exact = _as_tuple(implementation(op, "reference")(*_to_double(arguments)))
@@ -244,7 +249,7 @@ def self_check(op: str, backend: str, device: torch.device, dtype: torch.dtype) 
         except Exception as failure:  # whatever a driver or compiler throws must not stop a model that torch can run
             return f"{type(failure).__name__}: {failure}"
         if not error <= limit:
-            case = f"{tokens} tokens of {k} features" + ", pivoted" * pivoted
+            case = f"{count} tokens of {k} features" + ", pivoted" * pivoted
             return f"relative error {error:.3g} with {case}, more than {limit:g}"
     return None
 

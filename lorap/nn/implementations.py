@@ -194,6 +194,11 @@ EXAMPLES = (
 PIVOTED_OPS = ("low_rank_linear", "low_rank_linear_group")
 
 
+def form_of(tokens: int) -> int:
+    """Kernels for one token, for at most 16 and for more have nothing in common: the largest number that shares theirs."""
+    return 1 if tokens == 1 else 16 if tokens <= 16 else 32
+
+
 def example(
     op: str, device: torch.device, dtype: torch.dtype, tokens: int = 3, k: int = 176, pivoted: bool = False
 ) -> tuple[Any, ...]:
