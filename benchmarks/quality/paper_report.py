@@ -183,6 +183,7 @@ def draw(
             bars = axis.bar(list(cells[name]), losses, color=colours)
             axis.bar_label(bars, [number(one, ".2f") for one in losses], fontsize=7)
             axis.set_title(study.title)
+            axis.grid(axis="x", visible=False)
             axis.tick_params(axis="x", length=0, labelrotation=25 if len(cells[name]) > 3 else 0)
             axis.margins(y=0.15)
         for axis in axes[len(studies) :]:

@@ -20,14 +20,13 @@ def draw(cells: Any, picture: Path) -> None:
     found = {one: _losses(cells, one) for one in cells.sparsities if _losses(cells, one).notna().any(axis=None)}
     if not found:
         return
-    with mpl.rc_context(STYLE | {"axes.prop_cycle": mpl.cycler(color=(INK, *SERIES)), "axes.grid.axis": "y"}):
+    with mpl.rc_context(STYLE | {"axes.prop_cycle": mpl.cycler(color=(INK, *SERIES))}):
         figure = Figure(figsize=(9.5, 2.6 * len(found) + 0.5), layout="constrained")
         for axis, (sparsity, losses) in zip(
             figure.subplots(len(found), squeeze=False)[:, 0], found.items(), strict=True
         ):
             losses.plot.bar(ax=axis, width=0.8, rot=0, legend=False, title=f"sparsity {sparsity:g}", xlabel="")
-            axis.set_title(axis.get_title("center"), loc="left")
-            axis.set_title("", loc="center")
+            axis.grid(axis="x", visible=False)
             for bars in axis.containers:
                 axis.bar_label(bars, fmt=lambda loss: f"{loss:.2f}", fontsize=6.5)
             axis.tick_params(axis="x", length=0)
