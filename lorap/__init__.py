@@ -9,6 +9,7 @@ import lorap.integrations.preparation  # noqa: F401 (first of all)
 # isort: split
 import importlib
 import importlib.util
+import logging
 from typing import TYPE_CHECKING, Any
 
 from lorap.errors import (
@@ -109,6 +110,9 @@ _HOMES = {
     "lorap.reports.run": ("CompressionReport",),
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}
+
+# What lorap has to say goes to the loggers of its modules, and nowhere until a program, such as the command, listens.
+logging.getLogger("lorap").addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:

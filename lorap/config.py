@@ -6,30 +6,17 @@ one place, and replaced by hand.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
-from typing import Any, Final, Union
+from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Interval, MinLen
 
 from lorap.errors import ConfigError
+from lorap.jsonio import Count, Size, check_fields, shown
 
 SUBLAYERS = ("self_attn", "mlp")
-# Options that name one of a few ways of doing something.
-CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "allocation": ("paper", "even", "loss", "flap"),
-        "shapes": ("free", "uniform"),
-        "attention_method": ("awsvd", "svd", "afm", "second_moment"),
-        "mlp_method": ("prune", "factorize"),
-        "channel_score": ("lorap", "output", "fluctuation"),
-        "output_weighting": ("none", "loss"),
-        "token_weighting": ("none", "residual"),
-        "sequential": ("layer", "sublayer"),
-        "storage": ("factors", "pivoted"),
-        "target": ("lorap", "stock"),
-    }
-)
 DEFAULT_RECIPE = "best"
 
 # The paper, exactly (arXiv 2404.09695, sections 3 and 4).
@@ -93,7 +80,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 
-Auto = Union[float, str]
+Auto = Literal["auto"]
 _FROM_RECIPE: Final[Any] = None
 
 
@@ -154,33 +141,34 @@ class CompressionConfig:
     """
 
     recipe: str = DEFAULT_RECIPE
-    sparsity: float = 0.2
-    sublayers: tuple[str, ...] = _FROM_RECIPE
-    allocation: str = _FROM_RECIPE
-    vo_to_qk_ratio: float = _FROM_RECIPE
-    shapes: str = _FROM_RECIPE
-    rank_multiple: Union[int, str] = _FROM_RECIPE
-    width_multiple: Union[int, str] = _FROM_RECIPE
-    attention_method: str = _FROM_RECIPE
-    metric_shrinkage: Auto = _FROM_RECIPE
-    output_weighting: str = _FROM_RECIPE
-    token_weighting: str = _FROM_RECIPE
-    mlp_method: str = _FROM_RECIPE
-    channel_score: str = _FROM_RECIPE
-    least_important_kept: float = _FROM_RECIPE
+    sparsity: Annotated[float, Interval(ge=0, lt=1)] = 0.2
+    sublayers: Annotated[tuple[Literal["self_attn", "mlp"], ...], MinLen(1)] = _FROM_RECIPE
+    allocation: Literal["paper", "even", "loss", "flap"] = _FROM_RECIPE
+    vo_to_qk_ratio: Annotated[float, Gt(0)] = _FROM_RECIPE
+    shapes: Literal["free", "uniform"] = _FROM_RECIPE
+    rank_multiple: Union[Size, Auto] = _FROM_RECIPE
+    width_multiple: Union[Size, Auto] = _FROM_RECIPE
+    attention_method: Literal["awsvd", "svd", "afm", "second_moment"] = _FROM_RECIPE
+    metric_shrinkage: Union[Annotated[float, Interval(ge=0, le=1)], Auto] = _FROM_RECIPE
+    output_weighting: Literal["none", "loss"] = _FROM_RECIPE
+    token_weighting: Literal["none", "residual"] = _FROM_RECIPE
+    mlp_method: Literal["prune", "factorize"] = _FROM_RECIPE
+    channel_score: Literal["lorap", "output", "fluctuation"] = _FROM_RECIPE
+    least_important_kept: Annotated[float, Interval(ge=0, lt=1)] = _FROM_RECIPE
     repair: bool = _FROM_RECIPE
-    repair_ridge: Auto = _FROM_RECIPE
+    repair_ridge: Union[Annotated[float, Ge(0)], Auto] = _FROM_RECIPE
     bias_compensation: bool = _FROM_RECIPE
-    sequential: str = _FROM_RECIPE
-    storage: str = _FROM_RECIPE
-    correction_steps: int = _FROM_RECIPE
-    target: str = _FROM_RECIPE
-    num_calibration_samples: int = 128
-    calibration_seq_len: int = 128
-    seed: int = 0
+    sequential: Literal["layer", "sublayer"] = _FROM_RECIPE
+    storage: Literal["factors", "pivoted"] = _FROM_RECIPE
+    correction_steps: Count = _FROM_RECIPE
+    target: Literal["lorap", "stock"] = _FROM_RECIPE
+    num_calibration_samples: Size = 128
+    calibration_seq_len: Annotated[int, Interval(ge=2, lt=2**63)] = 128
+    seed: Count = 0
 
     def __post_init__(self) -> None:
-        _check(self.recipe in RECIPES, f"unknown recipe {self.recipe!r}; known: {', '.join(RECIPES)}")
+        known = isinstance(self.recipe, str) and self.recipe in RECIPES
+        _check(known, f"unknown recipe {shown(self.recipe)}; known: {', '.join(RECIPES)}")
         shapes, width_multiple = self.shapes, self.width_multiple
         for name, value in RECIPES[self.recipe].items():
             if getattr(self, name) is _FROM_RECIPE:
@@ -190,55 +178,10 @@ class CompressionConfig:
         if self.target == "stock" and width_multiple is _FROM_RECIPE:
             object.__setattr__(self, "width_multiple", "auto")
         names = self.sublayers
-        object.__setattr__(self, "sublayers", (names,) if isinstance(names, str) else tuple(names))
-        _check(
-            _is_number(self.sparsity) and 0 <= self.sparsity < 1,
-            f"sparsity is {self.sparsity}; it is the fraction of parameters to remove and must lie in [0, 1), "
-            "so 0.2 removes 20 %",
-        )
-        unknown = [name for name in self.sublayers if name not in SUBLAYERS]
-        _check(not unknown, f"unknown sub-layer {unknown}; choose from {', '.join(SUBLAYERS)}")
-        _check(bool(self.sublayers), f"no sub-layer to compress; choose from {', '.join(SUBLAYERS)}")
-        for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            _check(value in choices, f"unknown {name.replace('_', ' ')} {value!r}; choose from {', '.join(choices)}")
-        self._check_numbers()
+        names = (names,) if isinstance(names, str) else tuple(names) if isinstance(names, Iterable) else names
+        object.__setattr__(self, "sublayers", names)
+        check_fields(self)
         self._check_combinations()
-
-    def _check_numbers(self) -> None:
-        _check(
-            _is_number(self.vo_to_qk_ratio) and self.vo_to_qk_ratio > 0,
-            f"vo_to_qk_ratio is {self.vo_to_qk_ratio}; it must be above 0 (the paper uses 3)",
-        )
-        _check(
-            _is_number(self.least_important_kept) and 0 <= self.least_important_kept < 1,
-            f"least_important_kept is {self.least_important_kept}; it must lie in [0, 1) (the paper uses 0.01)",
-        )
-        shrinkage, ridge = self.metric_shrinkage, self.repair_ridge
-        _check(
-            shrinkage == "auto" or (_is_number(shrinkage) and 0 <= float(shrinkage) <= 1),
-            f"metric_shrinkage is {shrinkage}; it must lie in [0, 1] or be auto",
-        )
-        _check(
-            ridge == "auto" or (_is_number(ridge) and float(ridge) >= 0),
-            f"repair_ridge is {ridge}; it must be 0 or more, or auto",
-        )
-        for name in ("repair", "bias_compensation"):
-            _check(
-                isinstance(getattr(self, name), bool), f"{name} is {getattr(self, name)!r}; it must be true or false"
-            )
-        for name in ("rank_multiple", "width_multiple"):
-            value = getattr(self, name)
-            _check(
-                value == "auto" or _is_whole(value, least=1),
-                f"{name} is {value}; it must be a whole number >= 1 or auto",
-            )
-        for name, least in (("num_calibration_samples", 1), ("calibration_seq_len", 2), ("correction_steps", 0)):
-            value = getattr(self, name)
-            _check(_is_whole(value, least=least), f"{name} is {value}; it must be a whole number >= {least}")
-        _check(
-            _is_whole(self.seed, least=0) and self.seed < 2**63, f"seed is {self.seed}; it must be a whole number >= 0"
-        )
 
     def _check_combinations(self) -> None:
         _check(
@@ -299,9 +242,7 @@ def _check(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_whole(value: object, *, least: int) -> bool:
-    return type(value) is int and value >= least
+# Options that name one of a few ways of doing something.
+CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {name: get_args(hint) for name, hint in get_type_hints(CompressionConfig).items() if get_origin(hint) is Literal}
+)

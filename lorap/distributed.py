@@ -6,8 +6,8 @@ the processes and ends them all when one dies.
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +22,7 @@ from torch import distributed as dist
 
 from lorap.errors import LoRAPError, ProcessError
 
+_logger = logging.getLogger(__name__)
 T = TypeVar("T")
 # Others wait this long for a process; one factorization of the largest matrices takes minutes on two cores.
 TIMEOUT = timedelta(hours=2)
@@ -176,9 +177,7 @@ def _join(backend: str, launch: Launch) -> None:
             raise ProcessError(f"{whom}, and after {waited / 60:.0f} minutes not all were there; {_WAY_OUT}")
         if waited > TOLD_SECONDS and waiting.is_alive() and not told:
             told = True
-            print(
-                f"lorap: {whom}, for {JOIN_SECONDS / 60:.0f} minutes at most; {_WAY_OUT}", file=sys.stderr, flush=True
-            )
+            _logger.warning("%s, for %.0f minutes at most; %s", whom, JOIN_SECONDS / 60, _WAY_OUT)
     if failures:
         raise failures[0]
 

@@ -11,7 +11,7 @@ def shown(text: object, length: int = 200) -> str:
     return "".join(sign if sign.isprintable() else "?" for sign in line[:length])
 
 
-class ConfigError(LoRAPError):
+class ConfigError(LoRAPError, ValueError):
     """An option is out of range, or options contradict each other."""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
@@ -129,30 +128,32 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
-def lock_file(path: Path, what: Path) -> int:
-    """The open file ``path``, locked by this process; the system lets go of it when the process dies, however it dies.
+@contextmanager
+def locked(path: Path, what: Path) -> Iterator[None]:
+    """The file ``path`` is locked by this process meanwhile. The system lets go of it when the process dies, however it dies.
 
     Raises:
         JournalError: another process holds it, and so writes ``what``.
         CheckpointError: it cannot be made.
     """
-    while True:
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path, timeout=0, mode=0o600)
+    holder = ""
+    try:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            if path.exists():
+                holder = path.read_text("utf-8", errors="replace")[:20]
+            lock.acquire()
+            path.write_text(str(os.getpid()), "utf-8")
+        except Timeout:
+            raise JournalError(
+                f"process {holder or 'another one'} is writing {what} already; wait for it, or choose another output"
+            ) from None
         except OSError as error:
             folder = path.parent.parent
             raise CheckpointError(f"cannot write into {folder}: {error.strerror}; choose another output") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(lock, 20, 0).decode(errors="replace") or "another one"
-            os.close(lock)
-            raise JournalError(
-                f"process {holder} is writing {what} already; wait for it, or choose another output"
-            ) from None
-        if path.exists() and os.fstat(lock).st_ino == path.stat().st_ino:
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, str(os.getpid()).encode(), 0)
-            return lock
-        os.close(lock)  # of a folder that its last user removed in this moment
+        yield
+    finally:
+        lock.release()

@@ -3,29 +3,36 @@
 Python's parser keeps the last of two equal keys, takes NaN for a number and UTF-16 for text, and leaves halves of surrogate pairs
 in strings, on which the first ``print`` fails. None of that is ever meant in a model folder.
 
-:func:`read_as` turns plain values into the dataclasses that a program wants, checked on the way.
+:func:`read_as` turns plain values into the dataclasses that a program wants, and :func:`check_fields` looks at those
+that a program made. Both are pydantic's work, which is imported when something is read: that takes a tenth of a second.
 """
 
 from __future__ import annotations
 
 import json
-import types
-import typing
-from collections.abc import Container
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Container, Sequence
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
-from typing import Any, Union
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
-from lorap.errors import CheckpointError, LoRAPError
+from annotated_types import Interval
+
+from lorap.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 # Config files have kilobytes; the index of a model with 90,000 tensors has 9 MB.
 MAX_BYTES = 100_000_000
 # transformers copies and prints configs recursively; real ones are 4 deep.
 MAX_DEPTH = 32
 INFINITY = ("Infinity", "-Infinity")
-# Of whole numbers: nothing that is counted here comes near it, and floats can hold it.
-LARGEST = 2**63
-_SCALARS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+# How pydantic begins.
+SHOULD = "Input should be "
+# Nothing that is counted here comes near the end, and floats can hold it.
+Count = Annotated[int, Interval(ge=0, lt=2**63)]
+Size = Annotated[int, Interval(ge=1, lt=2**63)]
 
 
 def parse_object(data: bytes, constants: Container[str] = ()) -> dict[str, Any]:
@@ -66,36 +73,98 @@ def read_json(path: Path, *, constants: Container[str] = ("NaN", *INFINITY)) -> 
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
 
 
+def write_json(path: Path, value: Any, **options: Any) -> None:
+    """A JSON file, indented by 2 unless ``options``, which are those of ``json.dumps``, say otherwise.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.write_text(json.dumps(value, **{"indent": 2, **options}) + "\n", "utf-8")
+
+
 def read_as(kind: Any, value: Any, where: str) -> Any:
     """``value`` as ``kind``, with lists as tuples and objects as dataclasses where ``kind`` says so.
 
+    Types are strict, but a float may be whole. A dataclass has no fields but its own.
+
     Args:
-        kind: a dataclass, a scalar type, or ``tuple``, ``list``, ``dict``, ``Union`` or ``Any`` of such. A float may be whole.
+        kind: what pydantic knows: dataclasses, tuples, lists, dicts and unions of such and of scalars, annotated with limits.
         value: of what ``json.loads`` returns.
         where: what to call the value in messages.
 
     Raises:
-        CheckpointError: the value does not fit; a field is missing that has no default, or is unknown.
+        CheckpointError: the value does not fit; the message says what does not, what it should be and what it is.
     """
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return value
-    if origin in (Union, types.UnionType):
-        return _one_of(parts, value, where)
-    if is_dataclass(kind):
-        return _dataclass(kind, value, where)
-    if origin is dict:
-        _expect(isinstance(value, dict), "an object", value, where)
-        return {name: read_as(parts[1], entry, f"{where}.{named(name)}") for name, entry in value.items()}
-    if origin in (tuple, list):
-        _expect(isinstance(value, list), "a list", value, where)
-        if origin is list or parts[-1] is Ellipsis:
-            parts = (parts[0],) * len(value)
-        _expect(len(value) == len(parts), f"a list of {len(parts)}", value, where)
-        listed = enumerate(zip(parts, value, strict=True))
-        return origin(read_as(part, entry, f"{where}[{index}]") for index, (part, entry) in listed)
-    _expect(_is_scalar(kind, value), _SCALARS.get(kind, "null"), value, where)
-    return value
+    from pydantic import ValidationError
+
+    try:
+        # As JSON: of Python's own objects strict types would want tuples and dataclasses already.
+        return _reader(kind).validate_json(json.dumps([value]))[0]
+    except ValidationError as error:
+        raise CheckpointError(_told(error, [value], where, skip=1)) from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is no JSON: {error}") from None
+
+
+def check_fields(instance: Any) -> None:
+    """Refuse a dataclass that was made with other values than the annotations of its fields allow, NaN and infinity among them.
+
+    Raises:
+        ConfigError: the message says which field, what it should be and what it is.
+    """
+    from pydantic import ValidationError
+
+    kind: Any = type(instance)
+    try:
+        _checker(kind).model_validate(vars(instance))
+    except ValidationError as error:
+        raise ConfigError(_told(error, vars(instance), "")) from None
+
+
+@cache
+def _reader(kind: Any) -> Any:
+    from pydantic import ConfigDict, TypeAdapter
+
+    # In a list, because only there the config is handed down to dataclasses.
+    return TypeAdapter(list[kind], config=ConfigDict(strict=True, extra="forbid"))
+
+
+@cache
+def _checker(kind: type) -> Any:
+    from pydantic import ConfigDict, create_model
+
+    hints = get_type_hints(kind, include_extras=True)
+    wanted: Any = {field.name: (hints[field.name], ...) for field in fields(kind)}
+    return create_model(kind.__name__, __config__=ConfigDict(strict=True, allow_inf_nan=False), **wanted)
+
+
+def _told(error: ValidationError, value: Any, where: str, *, skip: int = 0) -> str:
+    """One sentence on the first thing that pydantic found; where a value may be of several types, on all of them."""
+    found = [(_path(value, each["loc"], where, skip), each) for each in error.errors(include_url=False)]
+    path, first = found[0]
+    other = "another version of lorap may have written it"
+    if first["type"] == "missing":
+        return f"{path} has no entry {named(first['loc'][-1])}; {other}"
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"{path} is an unknown entry; {other}"
+    if first["type"] == "value_error":
+        return f"{path}: {first['ctx']['error']}"
+    if not first["msg"].startswith(SHOULD):
+        return f"{path}: {first['msg']}"
+    wanted = [each["msg"].removeprefix(SHOULD) for place, each in found if place == path]
+    return f"{path} should be {' or '.join(dict.fromkeys(wanted))} and is {shown(first['input'])}"
+
+
+def _path(value: Any, loc: Sequence[int | str], where: str, skip: int) -> str:
+    """Where in ``value`` an error is, as Python would write it. The name of a type among several is not part of a path."""
+    for depth, part in enumerate(loc):
+        try:
+            value = value[part]
+        except (LookupError, TypeError):
+            break
+        if depth >= skip:
+            where += f"[{part}]" if isinstance(part, int) else f".{named(part)}"
+    return where.removeprefix(".")
 
 
 def shown(value: object) -> str:
@@ -140,47 +209,3 @@ def _check_values(value: Any) -> None:
             elif isinstance(item, list):
                 below += item
         level = below
-
-
-def _is_scalar(kind: type, value: Any) -> bool:
-    if isinstance(value, bool) or kind is bool:
-        return isinstance(value, bool) and kind is bool
-    if isinstance(value, int):
-        return kind in (int, float) and abs(value) < LARGEST
-    return isinstance(value, kind)
-
-
-def _one_of(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
-    """The first of ``kinds`` that fits; if none does, what the last says."""
-    kinds = tuple(kind for kind in kinds if kind is not types.NoneType) if value is not None else kinds
-    for kind in kinds[:-1]:
-        try:
-            return read_as(kind, value, where)
-        except CheckpointError:
-            continue
-    return read_as(kinds[-1], value, where)
-
-
-def _dataclass(kind: Any, value: Any, where: str) -> Any:
-    _expect(isinstance(value, dict), "an object", value, where)
-    known = {field.name: field for field in fields(kind)}
-    missing = [
-        name
-        for name, field in known.items()
-        if name not in value and field.default is MISSING and field.default_factory is MISSING
-    ]
-    unknown = sorted(value.keys() - known.keys())
-    for names, what in ((missing, "has no entry"), (unknown, "has an unknown entry")):
-        if names:
-            raise CheckpointError(f"{where} {what} {named(names[0])}; another version of lorap may have written it")
-    hints = typing.get_type_hints(kind)
-    entries = {name: read_as(hints[name], entry, f"{where}.{name}") for name, entry in value.items()}
-    try:
-        return kind(**entries)
-    except LoRAPError as error:
-        raise CheckpointError(f"{where}: {error}") from error
-
-
-def _expect(condition: bool, what: str, value: Any, where: str) -> None:
-    if not condition:
-        raise CheckpointError(f"{where} should be {what} and is {shown(value)}")

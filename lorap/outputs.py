@@ -25,7 +25,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from lorap.errors import CheckpointError
-from lorap.files import PARTIAL, existing, lock_file, move, reason, remove, share, sync, sync_tree
+from lorap.files import PARTIAL, existing, locked, move, reason, remove, share, sync, sync_tree
 
 INSIDE = ".lorap"
 LOCK = "lock"
@@ -237,18 +237,17 @@ def work_folder(out: str | Path) -> Iterator[WorkFolder]:
         CheckpointError: the folder cannot be made.
     """
     work = WorkFolder(resolved(out), work_path(out))
-    lock = lock_file(work.path / LOCK, work.out)
-    try:
+    with locked(work.path / LOCK, work.out):
         try:
             work.restore()
         except OSError as error:
             raise CheckpointError(f"cannot bring back what was in {out}: {error}; it is in {work.path}") from error
         shutil.rmtree(work.path / WRITTEN, ignore_errors=True)
-        yield work
-    finally:
-        if {path.name for path in work.path.glob("*")} <= {LOCK}:
-            shutil.rmtree(work.path, ignore_errors=True)
-        os.close(lock)
+        try:
+            yield work
+        finally:
+            if {path.name for path in work.path.glob("*")} <= {LOCK}:
+                shutil.rmtree(work.path, ignore_errors=True)
 
 
 @contextmanager

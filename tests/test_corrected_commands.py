@@ -235,14 +235,14 @@ def test_a_refusal_after_the_windows_leaves_nothing_unless_a_layer_is_finished(
 
 
 def test_another_number_of_threads_is_told(
-    model_folder: Path, tokens: Path, tmp_path: Path, monkeypatch: Any, capfd: Any
+    model_folder: Path, tokens: Path, tmp_path: Path, monkeypatch: Any, caplog: Any
 ) -> None:
     arguments = (model_folder, tmp_path / "out", small(), options(tokens))
     interrupted("layer-00000", monkeypatch, *arguments)
     threads = torch.get_num_threads()
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
     compress_to_folder(*arguments)
-    assert f"begun with {threads} threads and going on with {threads + 1}" in capfd.readouterr().err
+    assert f"begun with {threads} threads and going on with {threads + 1}" in caplog.text
 
 
 # ----------------------------------------------------------------------------------------------------------------------

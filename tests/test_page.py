@@ -245,7 +245,7 @@ def test_compress_leaves_a_page_and_report_writes_it_anew(model_folder: Path, tm
         ("{", "is not valid JSON"),
         ("[]", "is not valid JSON: it is not a JSON object"),
         ("{}", "report has no entry model; another version of lorap may have written it"),
-        ('{"model": 3, "config": {}, "calibration": {}}', "report.model should be a text and is 3"),
+        ('{"model": 3, "config": {}, "calibration": {}}', "report.model should be a valid string and is 3"),
     ],
     ids=["missing", "cut", "list", "empty", "wrong"],
 )

@@ -320,8 +320,8 @@ Q = "model.layers.0.self_attn.q_proj"
     ("change", "message"),
     [
         pytest.param({"format_version": 99}, "format version 99 and this lorap reads 1", id="newer-format"),
-        pytest.param({"colour": "red"}, "unknown field in quantization_config: colour", id="unknown-field"),
-        pytest.param({"ranks": {Q: 0}}, f"{Q} is 0, not a positive whole number", id="rank-0"),
+        pytest.param({"colour": "red"}, "quantization_config.colour is an unknown entry", id="unknown-field"),
+        pytest.param({"ranks": {Q: 0}}, f"ranks.{Q} should be greater than or equal to 1 and is 0", id="rank-0"),
         pytest.param({"ranks": {Q: 64}}, f"rank 64 of {Q} does not fit its shape (64, 64)", id="rank-too-high"),
         pytest.param({"ranks": {"model.nowhere": 4}}, "model.nowhere, but the model has no such", id="unknown-module"),
         pytest.param({"ranks": {"model.norm": 4}}, "not a linear layer", id="not-linear"),
@@ -441,7 +441,7 @@ def test_versions_and_storages():
     [
         ({"format_version": 1}, "pivoted storage and format version 1, which has none; it must be 2"),
         ({"format_version": 5}, "format version 5 and this lorap reads 1 to 4"),
-        ({"storage": "shuffled"}, "quantization_config.storage is 'shuffled'; known: factors, pivoted"),
+        ({"storage": "shuffled"}, "quantization_config.storage should be 'factors' or 'pivoted' and is 'shuffled'"),
         ({"ranks": {Q: 64}}, f"rank 64 of {Q} does not fit its shape (64, 64)"),
     ],
 )

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from lorap.calibration.chats import LAYOUTS
 from lorap.calibration.packing import packing_of, unpacked
-from lorap.calibration.places import PACKED_SUFFIXES, Place
+from lorap.calibration.places import DATA_SUFFIXES, MARKUP_SUFFIXES, PACKED_SUFFIXES, SETTINGS_SUFFIXES, Place
 from lorap.errors import CalibrationError
 
 # A file tells what it is within so many bytes.
@@ -23,8 +23,6 @@ HEAD = 2**16
 
 TEXT, JSON, JSON_LINES, CSV, TSV = "text", "JSON", "JSON lines", "CSV", "TSV"
 PARQUET, ARROW, TOKENS = "Parquet", "Arrow", "tokens"
-NAMED = {".json": JSON, ".jsonl": JSON_LINES, ".ndjson": JSON_LINES, ".csv": CSV, ".tsv": TSV}
-NAMED |= {".parquet": PARQUET, ".arrow": ARROW, ".feather": ARROW, ".npy": TOKENS, ".safetensors": TOKENS}
 
 # First bytes of what is no text, what it is, and what to do about it.
 _FOREIGN = [
@@ -50,8 +48,6 @@ _UNICODE += [(codecs.BOM_UTF16_BE, "utf-16")]
 _TABLE = re.compile(rb"\"?[\w.-]+\"?(?:([,\t])\"?[\w.-]+\"?)(?:\1\"?[\w.-]+\"?)*\r?$")
 # How pages, feeds and dumps begin; Markdown may begin with a single tag.
 _MARKUP = re.compile(rb"<(\?xml|!doctype|html|mediawiki|rss)\b", re.IGNORECASE)
-MARKUP_NAMES = (".html", ".htm", ".xhtml", ".xml", ".svg", ".rss", ".atom")
-SETTINGS_NAMES = (".yaml", ".yml", ".toml", ".ini", ".cfg")
 _OBJECT = re.compile(rb'\{\s*("(?:[^"\\]|\\.){0,200}"\s*:|\}\s*$)', re.DOTALL)
 _LIST_OF_OBJECTS = re.compile(rb'\[\s*\{\s*"(?:[^"\\]|\\.){0,200}"\s*:', re.DOTALL)
 
@@ -108,7 +104,7 @@ def look(place: Place) -> Content:
     if head.startswith((b"PAR1\x15", b"ARROW1\0", b"\xff\xff\xff\xff")):
         return Content(place, PARQUET if head.startswith(b"PAR1") else ARROW, packing)
     suffix = suffixes[-1] if suffixes else ""
-    named = NAMED.get(suffix, TEXT)
+    named = DATA_SUFFIXES.get(suffix, TEXT)
     if head.startswith(b"\x93NUMPY") or named == TOKENS:
         return Content(place, TOKENS, packing)
     if named in (PARQUET, ARROW) and head:
@@ -135,7 +131,7 @@ _WAY_OUT = "give the text alone, or, where just this is wanted, a JSONL file wit
 def _kind(place: Place, named: str, suffix: str, head: bytes) -> str:
     """JSON and markup are known by how they begin, whatever the name; tables by their name, for prose has commas too."""
     start = head.lstrip()
-    if _MARKUP.match(start) or (suffix in MARKUP_NAMES and start.startswith(b"<")):
+    if _MARKUP.match(start) or (suffix in MARKUP_SUFFIXES and start.startswith(b"<")):
         raise CalibrationError(
             f"{place.name} holds markup, a web page or XML: most of what the model would read is tags; {_WAY_OUT}"
         )
@@ -154,7 +150,7 @@ def _kind(place: Place, named: str, suffix: str, head: bytes) -> str:
     first = start.partition(b"\n")[0]
     if (table := _TABLE.match(first)) and _known_names(first, table[1]):
         return CSV if table[1] == b"," else TSV
-    if suffix in SETTINGS_NAMES:
+    if suffix in SETTINGS_SUFFIXES:
         raise CalibrationError(f"{place.name} holds settings ({suffix[1:].upper()}) and no text; {_WAY_OUT}")
     return TEXT
 

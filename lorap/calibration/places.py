@@ -22,14 +22,26 @@ from lorap.errors import CalibrationError
 STDIN = "-"
 # A longer name is no name but a text given by mistake.
 MAX_NAME = 1000
+# What a name says about a file, and what its first bytes may deny (lorap/calibration/files.py).
+DATA_SUFFIXES = {".json": "JSON", ".jsonl": "JSON lines", ".ndjson": "JSON lines", ".csv": "CSV", ".tsv": "TSV"}
+DATA_SUFFIXES |= {".parquet": "Parquet", ".arrow": "Arrow", ".feather": "Arrow"}
+DATA_SUFFIXES |= {".npy": "tokens", ".safetensors": "tokens"}
+MARKUP_SUFFIXES = (".html", ".htm", ".xhtml", ".xml", ".svg", ".rss", ".atom")
+SETTINGS_SUFFIXES = (".yaml", ".yml", ".toml", ".ini", ".cfg")
 # A name that ends like this means a file, here or nowhere; packed ones may end in one of PACKED_SUFFIXES as well.
-FILE_SUFFIXES = (
-    *(".txt", ".text", ".md", ".rst", ".log", ".tex", ".py"),
-    *(".html", ".htm", ".xhtml", ".xml", ".svg", ".rss", ".atom"),
-    *(".yaml", ".yml", ".toml", ".ini", ".cfg", ".rtf"),
-    *(".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".feather"),
-    *(".npy", ".safetensors", ".gguf", ".pdf", ".docx", ".xlsx", ".zip", ".tar", ".tgz"),
-)
+FILE_SUFFIXES = {
+    *DATA_SUFFIXES,
+    *MARKUP_SUFFIXES,
+    *SETTINGS_SUFFIXES,
+    ".txt",
+    ".text",
+    ".md",
+    ".rst",
+    ".log",
+    ".tex",
+    ".py",
+}
+FILE_SUFFIXES |= {".rtf", ".gguf", ".pdf", ".docx", ".xlsx", ".zip", ".tar", ".tgz"}
 PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".lzma")
 
 # Copies of what pipes have said, by the pipe: each can be read only once in the life of this process.

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lorap.jsonio import write_json
+
 # What transformers 5 calls a tokenizer of no class of its own, and the name that both versions know.
 TOKENIZER_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 
@@ -35,7 +37,7 @@ def _rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     before = dict(fields)
     change(fields)
     if fields != before:
-        path.write_text(json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+        write_json(path, fields, sort_keys=True, ensure_ascii=False)
 
 
 def _old_config(config: dict[str, Any]) -> None:

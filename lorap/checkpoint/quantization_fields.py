@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Final, Literal
+
+from annotated_types import Interval
 
 from lorap.errors import CheckpointError
-from lorap.jsonio import named, shown
+from lorap.jsonio import named, read_as, shown
 
-QUANT_METHOD = "lorap"
+QUANT_METHOD: Final = "lorap"
 # How low-rank layers are stored, and the first format version that has it.
 STORAGES = {"factors": 1, "pivoted": 2}
 # The same for how weights are stored: in the model's dtype, or as int8 (lorap/nn/int8.py).
@@ -19,9 +21,27 @@ FORMAT_VERSIONS = (1, 2, 3, 4)
 GUARDED = 4
 # Ranks and widths beyond this are damage: the largest matrices have some 100,000 rows.
 MAX_SIZE = 2**31 - 1
+Width = Annotated[int, Interval(ge=1, le=MAX_SIZE)]
 
 
-class QuantizationFields:
+@dataclass(eq=False)
+class _Fields:
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"strict": True, "extra": "forbid", "allow_inf_nan": False}
+
+    quant_method: Literal["lorap"] = QUANT_METHOD
+    recipe: str | None = None
+    lorap_version: str | None = None
+    storage: Literal["factors", "pivoted"] = "factors"
+    weights: Literal["float", "int8"] = "float"
+    biases: list[str] = field(default_factory=list)
+    ranks: dict[str, Width] = field(default_factory=dict)
+    intermediate_sizes: dict[str, Width] = field(default_factory=dict)
+    format_version: int | None = None
+    dense_intermediate_size: Width | None = None
+    sparsity: float | None = None
+
+
+class QuantizationFields(_Fields):
     """The shapes of a compressed checkpoint, as stored in config.json under ``quantization_config``, checked.
 
     Args:
@@ -41,44 +61,14 @@ class QuantizationFields:
             other, or a size is not a positive whole number.
     """
 
-    def __init__(
-        self,
-        /,  # so that a field called "self" is an unknown field, not a TypeError
-        format_version: int | None = None,
-        ranks: Mapping[str, int] | None = None,
-        intermediate_sizes: Mapping[str, int] | None = None,
-        biases: Sequence[str] = (),
-        dense_intermediate_size: int | None = None,
-        sparsity: float | None = None,
-        recipe: str | None = None,
-        lorap_version: str | None = None,
-        storage: str = "factors",
-        weights: str = "float",
-        quant_method: str = QUANT_METHOD,
-        **unknown: Any,
-    ) -> None:
-        self.quant_method = _one_of((QUANT_METHOD,), quant_method, "quant_method")
-        self.recipe = _text(recipe, "recipe")
-        self.lorap_version = _text(lorap_version, "lorap_version")
-        _check_version(format_version, self.lorap_version)
-        if unknown:
-            fields = ", ".join(named(field) for field in sorted(unknown)[:5])
-            raise CheckpointError(f"unknown field in quantization_config: {fields}")
-        self.storage = _one_of(STORAGES, storage, "storage")
-        self.weights = _one_of(WEIGHTS, weights, "weights")
-        self.biases = _names(biases, "biases")
-        self.ranks = _sizes(ranks, "ranks")
-        self.intermediate_sizes = _sizes(intermediate_sizes, "intermediate_sizes")
-        if format_version is None and self.needs_lorap:
-            format_version = GUARDED
-        self.format_version = _format_version(format_version, self.storage, self.weights, self.biases)
-        if dense_intermediate_size is not None and not _is_size(dense_intermediate_size):
-            size = shown(dense_intermediate_size)
-            raise CheckpointError(f"quantization_config.dense_intermediate_size is {size}, not a positive whole number")
-        self.dense_intermediate_size = dense_intermediate_size
-        if sparsity is not None and not _is_finite(sparsity):
-            raise CheckpointError(f"quantization_config.sparsity is {shown(sparsity)}, not a number")
-        self.sparsity = sparsity
+    def __init__(self, /, **fields: Any) -> None:  # "/", so that a field called "self" is an unknown field
+        _check_version(fields.get("format_version"), fields.get("lorap_version"))
+        super().__init__(**vars(read_as(_Fields, fields, "quantization_config")))
+        if len(set(self.biases)) < len(self.biases):
+            raise CheckpointError(f"quantization_config.biases has a name twice: {shown(self.biases)}")
+        if self.format_version is None and self.needs_lorap:
+            self.format_version = GUARDED
+        self.format_version = _format_version(self.format_version, self.storage, self.weights, self.biases)
 
     @property
     def needs_lorap(self) -> bool:
@@ -88,10 +78,10 @@ class QuantizationFields:
     @property
     def is_guarded(self) -> bool:
         """Whether the checkpoint carries the guards in words (lorap/checkpoint/guards.py)."""
-        return self.needs_lorap and self.format_version >= GUARDED
+        return self.needs_lorap and (self.format_version or 0) >= GUARDED
 
 
-def _check_version(version: Any, written_by: str | None) -> None:
+def _check_version(version: Any, written_by: Any) -> None:
     if version is not None and (type(version) is not int or version not in FORMAT_VERSIONS):
         raise CheckpointError(
             f"this checkpoint has format version {shown(version)} and this lorap reads "
@@ -110,47 +100,3 @@ def _format_version(version: int | None, storage: str, weights: str, biases: Seq
             f"it must be {lowest}"
         )
     return lowest if version is None else version
-
-
-def _one_of(known: Sequence[str] | Mapping[str, int], value: Any, field: str) -> str:
-    if not isinstance(value, str) or value not in known:
-        raise CheckpointError(f"quantization_config.{field} is {shown(value)}; known: {', '.join(known)}")
-    return value
-
-
-def _text(value: Any, field: str) -> str | None:
-    if value is not None and not isinstance(value, str):
-        raise CheckpointError(f"quantization_config.{field} is {shown(value)}, not a string")
-    return value
-
-
-def _names(value: Any, field: str) -> list[str]:
-    wanted = isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
-    if not wanted or len(set(value)) < len(value):
-        raise CheckpointError(f"quantization_config.{field} is {shown(value)}, not a list of different module names")
-    return list(value)
-
-
-def _sizes(value: Any, field: str) -> dict[str, int]:
-    value = {} if value is None else value
-    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
-        raise CheckpointError(f"quantization_config.{field} is {shown(value)}, not an object of module names and sizes")
-    for name, size in value.items():
-        if not _is_size(size):
-            raise CheckpointError(
-                f"quantization_config.{field}: {named(name)} is {shown(size)}, not a positive whole number"
-                f"{f' up to {MAX_SIZE:,}' if _is_integer(size) and size > 0 else ''}"
-            )
-    return dict(value)
-
-
-def _is_size(value: Any) -> bool:
-    return _is_integer(value) and 1 <= value <= MAX_SIZE
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite(value: Any) -> bool:
-    return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))

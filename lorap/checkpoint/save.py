@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from lorap.checkpoint.folders import stored_parameters
 from lorap.checkpoint.write import write_model, write_settings
 from lorap.errors import CheckpointError
 from lorap.files import reason
+from lorap.jsonio import write_json
 from lorap.outputs import staged_folder
 from lorap.reports.html.page import write_page
 from lorap.reports.model_card import model_card
@@ -91,6 +91,6 @@ def try_settings(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
 
 def write_reports(report: CompressionReport, folder: Path) -> None:
     """What the run did, for programs and for people."""
-    (folder / REPORT).write_text(json.dumps(report.to_dict(), indent=2) + "\n", "utf-8")
+    write_json(folder / REPORT, report.to_dict())
     (folder / "README.md").write_text(model_card(report), "utf-8")
     write_page(report, folder)

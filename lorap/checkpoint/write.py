@@ -16,6 +16,7 @@ from torch import Tensor
 from lorap.checkpoint.folders import INDEX
 from lorap.checkpoint.paging import OffloadedTensors, offloaded_tensors
 from lorap.checkpoint.stored_tensors import STORED_DTYPES, StoredTensor, read_pieces
+from lorap.jsonio import write_json
 from lorap.system import parse_bytes
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def write_model(model: PreTrainedModel, folder: Path, *, max_shard_size: str | i
         write_tensors(folder / file, {name: tensors[name] for name in names})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
+        write_json(folder / INDEX, index, sort_keys=True)
 
 
 def write_settings(model: PreTrainedModel, folder: Path) -> None:

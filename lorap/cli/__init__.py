@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import lorap
-from lorap.cli.common import interrupt, tell_what_is_read
+from lorap.cli.common import interrupt, listen
 from lorap.integrations.preparation import leave
 
 # In the order of `lorap --help`, which imports none of them: the module, and what the help begins with.
@@ -59,6 +59,28 @@ COMMANDS = {
 }
 
 
+def _verbose(
+    times: Annotated[
+        int,
+        typer.Option(
+            "--verbose",
+            "-v",
+            count=True,
+            callback=lambda times: times and listen(times),
+            help="Tell what is done, with times; -vv: and what other libraries log.",
+            show_default=False,
+        ),
+    ] = 0,
+) -> None:
+    """The option that every command has and none needs to know of."""
+
+
+def _command(name: str, function: Any) -> Any:
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    alone.command(name)(function)
+    return typer.main.get_command(alone)
+
+
 class _Commands(MutableMapping[str, Any]):
     """The commands by name, each imported when it is first asked for: most take torch and transformers, seconds of work."""
 
@@ -69,9 +91,10 @@ class _Commands(MutableMapping[str, Any]):
         if name not in self._imported:
             module, _ = COMMANDS[name]
             function = getattr(importlib.import_module(f"lorap.cli.{module}"), f"{module}_command")
-            alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-            alone.command(name)(function)
-            self._imported[name] = typer.main.get_command(alone)
+            command, more = _command(name, function), _command(name, _verbose).params[0]
+            more.expose_value = False
+            command.params.append(more)
+            self._imported[name] = command
         return self._imported[name]
 
     def __setitem__(self, name: str, command: Any) -> None:
@@ -123,7 +146,7 @@ def root(
     signal.signal(signal.SIGTERM, interrupt)
     if signal.getsignal(signal.SIGINT) is leave:  # the command is imported
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    tell_what_is_read()
+    listen()
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -21,8 +22,13 @@ from lorap.errors import LoRAPError
 from lorap.integrations.after_import import after_import
 from lorap.recovery.config import TuningConfig
 
-# Not imported here: what only prints help or reads headers does without transformers.
-TRANSFORMERS_LOGGING = "transformers.utils.logging"
+# Modules that set up what libraries say, by name: what only prints help or reads headers imports none of them.
+LOGGING = ("transformers.utils.logging", "datasets.utils.logging", "huggingface_hub.utils.logging")
+BARS = {
+    "transformers.utils.logging": "disable_progress_bar",
+    "datasets.utils.tqdm": "disable_progress_bars",
+    "huggingface_hub.utils.tqdm": "disable_progress_bars",
+}
 # A source of text, in the help of every option that takes one.
 SOURCE_HELP = (
     "FILE (text; JSONL, JSON, CSV, TSV, Parquet or Arrow with a field `text`, or chats in `messages` and the like; .gz, .xz, "
@@ -43,23 +49,34 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars, no hints
 
 
 def be_quiet(quiet: bool) -> None:
-    """With ``--quiet``, no progress bars of transformers either, and nothing of what was read."""
+    """With ``--quiet``, no progress bars of libraries either, and of what lorap has to say only what went wrong."""
     if quiet:
-        after_import(TRANSFORMERS_LOGGING, lambda: sys.modules[TRANSFORMERS_LOGGING].disable_progress_bar())
+        for name, silence in BARS.items():
+            after_import(name, partial(_call, name, silence))
         logging.getLogger("lorap").setLevel(logging.WARNING)
 
 
-def tell_what_is_read() -> None:
-    """What the library logs goes to stderr, each line once, from one process of a run; transformers logs errors only."""
+def listen(verbosity: int = 0) -> None:
+    """What the library logs goes to stderr, each line once, from one process of a run; transformers logs errors only.
+
+    Args:
+        verbosity: 1 (``-v``) for what is of use to a developer as well, with times; 2 (``-vv``) for what other libraries log too.
+    """
     logger = logging.getLogger("lorap")
-    logger.setLevel(logging.INFO)
-    logger.handlers = [_Teller()]
-    after_import(TRANSFORMERS_LOGGING, lambda: sys.modules[TRANSFORMERS_LOGGING].set_verbosity_error())
+    logger.setLevel(logging.DEBUG if verbosity else logging.INFO)
+    logger.handlers = [_Teller(verbosity)]
+    for name in LOGGING if verbosity > 1 else LOGGING[:1]:
+        after_import(name, partial(_call, name, "set_verbosity", logging.INFO if verbosity > 1 else logging.ERROR))
+
+
+def _call(module: str, function: str, *arguments: Any) -> None:
+    getattr(sys.modules[module], function)(*arguments)
 
 
 class _Teller(logging.Handler):
-    def __init__(self) -> None:
+    def __init__(self, verbosity: int) -> None:
         super().__init__()
+        self.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s" if verbosity else "%(message)s"))
         self.told: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -67,7 +84,7 @@ class _Teller(logging.Handler):
 
         if record.levelno < logging.WARNING and not is_main_process():
             return
-        line = record.getMessage()
+        line = ("lorap: " if record.levelno >= logging.WARNING else "") + self.format(record)
         if line not in self.told:
             self.told.add(line)
             typer.echo(line, err=True)
@@ -137,6 +154,7 @@ def as_options(message: str) -> str:
     """
     names = {field.name for config in (CompressionConfig, TuningConfig) for field in fields(config)}
     words = [name for name in sorted(names, reverse=True) if "_" in name]
+    words += [f"{name}(?= should )" for name in names]
     words += [f"{name}(?= (?:{'|'.join(values)})\\b)" for name, values in CHOICES.items() if "_" not in name]
     pattern = rf"(?<![\w./'\"`-])(?:{'|'.join(words)})(?![\w./'\"`-])"
     return re.sub(pattern, lambda found: "--" + found[0].replace("_", "-"), message)

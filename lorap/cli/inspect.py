@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Optional
@@ -26,6 +25,7 @@ from lorap.cli.common import (
 from lorap.cli.models import open_model
 from lorap.errors import ConfigError
 from lorap.evaluation.inspection.inspect import inspect_model
+from lorap.jsonio import write_json
 from lorap.outputs import check_output, staged_folder
 
 NUMBERS = "inspection.json"
@@ -97,7 +97,7 @@ def inspect_command(
             progress=not quiet,
         )
         with staged_folder(out, overwrite=overwrite) as stage:
-            (stage / NUMBERS).write_text(json.dumps(found.to_dict()) + "\n", "utf-8")
+            write_json(stage / NUMBERS, found.to_dict(), indent=None)
             if plots:
                 from lorap.evaluation.inspection.plots import write_plots
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from lorap.errors import CheckpointError
-from lorap.jsonio import read_as
+from lorap.jsonio import Count, read_as
 
 TUNED_HEADER = ("nats per token on", "dense", "compressed", "tuned", "recovered")
 # Entries that follow from the projections.
@@ -33,8 +33,8 @@ class Evaluation:
     text: str
     nats: float
     perplexity: float
-    tokens: int
-    seq_len: int
+    tokens: Count
+    seq_len: Count
     seconds: float
 
 
@@ -50,15 +50,15 @@ class Share:
 
     name: str
     weight: float
-    windows: int
+    windows: Count
 
 
 @dataclass(frozen=True)
 class _Calibration:
     name: str
-    windows: int
-    seq_len: int
-    tokens: int
+    windows: Count
+    seq_len: Count
+    tokens: Count
     sha256: str
     sources: list[Share] = field(default_factory=list)
 
@@ -122,19 +122,14 @@ def read_evaluations(values: Any) -> Iterator[tuple[Evaluation | None, Evaluatio
 
 
 def check_projections(projections: Sequence[Any], compressed: Sequence[str]) -> None:
-    """Some are of the kinds that were ``compressed``; each has parameters, and none lies in a layer that there cannot be."""
+    """Some are of the kinds that were ``compressed``, and none lies in a layer that there cannot be."""
     if not {projection.role for projection in projections} & set(compressed):
         raise CheckpointError(
             f"report.projections has none of {', '.join(compressed)}, which the config says were compressed"
         )
-    for index, projection in enumerate(projections):
-        where = f"report.projections[{index}]"
-        if projection.params_before <= 0:
-            raise CheckpointError(f"{where} had {projection.params_before} parameters before, which cannot be")
-        if not 0 <= projection.layer < len(projections):
-            raise CheckpointError(
-                f"{where} is in layer {projection.layer}, but there are {len(projections)} projections"
-            )
+    last = max(projection.layer for projection in projections)
+    if last >= len(projections):
+        raise CheckpointError(f"report.projections has a layer {last}, but {len(projections)} entries")
 
 
 def check_sums(told: Mapping[str, Any], found: Mapping[str, float]) -> None:

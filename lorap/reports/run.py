@@ -11,7 +11,7 @@ from typing import Any
 
 from lorap.architectures import PROJECTIONS
 from lorap.config import CompressionConfig
-from lorap.jsonio import read_as
+from lorap.jsonio import Count, Size, read_as
 from lorap.reports.records import (
     SUMS,
     Evaluation,
@@ -54,13 +54,13 @@ class ProjectionReport:
         largest_input: largest magnitude of what it read during calibration; 0 where that was not observed.
     """
 
-    layer: int
+    layer: Count
     role: str
-    shape_before: tuple[int, int]
-    shape_after: tuple[int, int]
-    rank: int | None
-    params_before: int
-    params_after: int
+    shape_before: tuple[Size, Size]
+    shape_after: tuple[Size, Size]
+    rank: Size | None
+    params_before: Size
+    params_after: Count
     error: float
     storage_error: float = 0.0
     solver: str | None = None
@@ -85,12 +85,12 @@ class CorrectionReport:
         fraction: of the way that the steps went, where the weights are now; 0 where they were undone.
     """
 
-    asked: int
-    tried: int
-    taken: int = 0
-    windows: int = 0
-    enough: int = 0
-    unseen_tokens: int = 0
+    asked: Count
+    tried: Count
+    taken: Count = 0
+    windows: Count = 0
+    enough: Count = 0
+    unseen_tokens: Count = 0
     before: tuple[float, ...] = ()
     after: tuple[float, ...] = ()
     fraction: float = 1.0
@@ -121,12 +121,12 @@ class CompressionReport:
     config: CompressionConfig
     calibration: dict[str, Any]
     projections: list[ProjectionReport] = field(default_factory=list)
-    params_total_before: int = 0
-    params_saved: int = 0
+    params_total_before: Count = 0
+    params_saved: Count = 0
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
-    peak_memory_bytes: int = 0
-    peak_device_memory_bytes: int = 0
+    peak_memory_bytes: Count = 0
+    peak_device_memory_bytes: Count = 0
     environment: dict[str, Any] = field(default_factory=dict)
     command: str = ""
     tunings: list[Tuning] = field(default_factory=list)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorap.errors import CheckpointError
+from lorap.jsonio import Count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,16 +23,16 @@ class Spectrum:
         values: those at :func:`spectrum_indices` of ``count``, each divided by the largest; all 0 where that is 0.
 
     Raises:
-        CheckpointError: there are more or fewer values than ``count`` asks for.
+        ValueError: there are more or fewer values than ``count`` asks for.
     """
 
-    count: int
+    count: Count
     values: tuple[float, ...]
 
     def __post_init__(self) -> None:
         wanted = len(self.indices)
         if len(self.values) != wanted or not wanted:
-            raise CheckpointError(
+            raise ValueError(
                 f"a sample of {self.count} singular values has {wanted} numbers, but {len(self.values)} were given"
             )
 

@@ -301,7 +301,7 @@ def test_a_checkpoint_that_cannot_be_served_is_refused(small, small_prompts, tmp
     cases = [
         (damaged(good, tmp_path / "newer", format_version=99), "has format version 99"),
         (damaged(good, tmp_path / "int8", **int8), "has int8 weights"),
-        (damaged(good, tmp_path / "field", surprise=1), "unknown field in quantization_config: surprise"),
+        (damaged(good, tmp_path / "field", surprise=1), "quantization_config.surprise is an unknown entry"),
         (damaged(good, tmp_path / "left", drop=f"{q_proj}.left.weight"), f"{q_proj}.left.weight is missing"),
         (damaged(good, tmp_path / "norm", drop="model.norm.weight"), "model.norm.weight is missing"),
         (damaged(good, tmp_path / "rank", reshape=f"{q_proj}.right.weight"), "has shape (40, 128)"),

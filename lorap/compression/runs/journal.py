@@ -18,12 +18,12 @@ a step whose JSON is there is done.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lorap.checkpoint.folders import read_json
 from lorap.checkpoint.stored_tensors import StoredTensor, stored_tensors
@@ -31,6 +31,7 @@ from lorap.checkpoint.write import Writable, write_tensors
 from lorap.distributed import SINGLE_PROCESS, Processes
 from lorap.errors import CheckpointError, JournalError, LoRAPError, ProcessError
 from lorap.files import reason, remove, replacing
+from lorap.jsonio import read_as, write_json
 from lorap.outputs import LOCK, WorkFolder, work_folder, work_path
 
 IDENTITY = "identity"
@@ -44,6 +45,9 @@ NOT_OURS = (LOCK, "recovery")
 PREPARATIONS = (IDENTITY, "weights")
 # After these the same command may well succeed.
 NO_REFUSAL = (CheckpointError, JournalError, ProcessError)
+
+_logger = logging.getLogger(__name__)
+Kind = TypeVar("Kind")
 
 
 class Journal:
@@ -76,6 +80,11 @@ class Journal:
         """
         return read_json(self._path(step, "json"))
 
+    def read_as(self, kind: type[Kind], step: str) -> Kind:
+        """The same as a dataclass; errors also where it does not fit, as in :func:`lorap.jsonio.read_as`."""
+        found: Kind = read_as(kind, self.read(step), str(self._path(step, "json")))
+        return found
+
     def tensors(self, step: str) -> dict[str, StoredTensor]:
         """The tensors of a step, still in their file; errors as :meth:`read`."""
         return stored_tensors(self._path(step, "safetensors"))
@@ -106,7 +115,7 @@ class Journal:
         if tensors is not None:
             self.keep_tensors(step, tensors)
         with self._writing(step, "json") as path:
-            path.write_text(json.dumps(value), "utf-8")
+            write_json(path, value, indent=None)
 
     def keep_tensors(self, step: str, tensors: Mapping[str, Writable]) -> None:
         """Write tensors of a step that is not done yet; errors as :meth:`keep`."""
@@ -215,7 +224,7 @@ def check_identity(journal: Journal, identity: Mapping[str, Any], *, threads: in
         if before.get(name) != now.get(name)
     ]
     if changes and not journal.has_layers():
-        _tell(
+        _logger.warning(
             "an earlier run to this output had other options and no finished layer; what it had prepared is thrown away"
         )
         _begin(journal, {**identity, THREADS: threads})
@@ -225,19 +234,18 @@ def check_identity(journal: Journal, identity: Mapping[str, Any], *, threads: in
             "choose another output, or pass --restart to throw away what it has done"
         )
     elif begun_with != threads:
-        _tell(
-            f"begun with {begun_with} threads and going on with {threads}: as good, but not the bytes of a run with one number "
-            f"of threads (OMP_NUM_THREADS={begun_with} gives those)"
+        _logger.warning(
+            "begun with %s threads and going on with %s: as good, but not the bytes of a run with one number of threads "
+            "(OMP_NUM_THREADS=%s gives those)",
+            begun_with,
+            threads,
+            begun_with,
         )
 
 
 def _begin(journal: Journal, identity: Mapping[str, Any]) -> None:
     clear(journal.folder)
     journal.keep_alone(IDENTITY, identity)
-
-
-def _tell(sentence: str) -> None:
-    print(f"lorap: {sentence}", file=sys.stderr, flush=True)
 
 
 def _has_layers(folder: Path) -> bool:

@@ -25,6 +25,7 @@ from lorap.errors import LoRAPError
 from lorap.evaluation.perplexity import evaluate
 from lorap.evaluation.tasks import open_source
 from lorap.files import replacing
+from lorap.jsonio import write_json
 from lorap.nn.fused import optimize_for_inference
 from lorap.nn.linear import embedding_weight
 from lorap.system import describe_environment, peak_memory_bytes
@@ -126,7 +127,7 @@ def main(argument: str) -> None:
     except LoRAPError as error:
         raise SystemExit(str(error)) from None
     with replacing(Path(request["out"])) as draft:
-        draft.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+        write_json(draft, found, indent=1)
 
 
 if __name__ == "__main__":
