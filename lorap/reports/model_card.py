@@ -76,7 +76,7 @@ def method_text(config: CompressionConfig, correction: CorrectionReport | None =
         if config.bias_compensation:
             sentences.append("The mean output of the channels that went is now a bias ({2312.11983}).")
     # The ratio is between projections of attention; where attention is left alone, `paper` is `even`.
-    sizes = "even" if config.allocation == "paper" and "self_attn" not in config.sublayers else config.allocation
+    sizes: str = "even" if config.allocation == "paper" and "self_attn" not in config.sublayers else config.allocation
     sizes = "stock" if config.target == "stock" else sizes
     sentences.append(_SIZES[sizes].format(ratio=config.vo_to_qk_ratio))
     if roles_with_output_metric(config):

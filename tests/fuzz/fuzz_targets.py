@@ -6,11 +6,14 @@ hypothesis's own generator or with atheris, which is guided by the branches that
 
 from __future__ import annotations
 
+import json
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from fuzz_inputs import (
     KINDS,
     VALUES,
     Checkpoint,
+    Q,
     broken_bytes,
     broken_json,
     broken_weights,
@@ -33,6 +37,7 @@ from fuzz_inputs import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from made_reports import made_report
 from safetensors import safe_open
 
 from lorap.checkpoint.folders import INDEX, read_header, read_tensors, weight_files
@@ -40,8 +45,11 @@ from lorap.checkpoint.format import LoRAPConfig
 from lorap.checkpoint.load import find_model, load_model, load_tokenizer
 from lorap.checkpoint.stored_tensors import stored_tensors
 from lorap.compression.estimate.shapes import ModelShape
+from lorap.compression.runs.steps import LayerStep, PlanStep, WindowsStep
 from lorap.errors import LoRAPError
 from lorap.evaluation.info import describe_model, format_info
+from lorap.jsonio import read_as, read_json
+from lorap.reports.run import CompressionReport
 from lorap.system import peak_memory_bytes
 
 SECONDS, MEGABYTES = 5.0, 300
@@ -210,6 +218,38 @@ class Folders:
 
         return quantization_config
 
+    def reports(self) -> Callable[[], None]:
+        """``lorap_report.json`` as ``lorap report`` reads it, and each kind of step of a journal."""
+        path = self.place / "lorap_report.json"
+        report = made_report(2).to_dict()
+        seconds, share = {"load": 1.5}, {"name": "x", "weight": 1.0, "windows": 3}
+        window = {"name": "x", "sha256": "0", "group_names": ["x"], "shares": [share]}
+        documents: list[tuple[Any, dict[str, Any]]] = [
+            (CompressionReport, report),
+            (WindowsStep, {"windows": [window], "seconds": seconds}),
+            (
+                PlanStep,
+                {"layers": [{"ranks": {Q: 3}, "intermediate_size": 5}], "metrics": [[0, "q_proj"]], "seconds": seconds},
+            ),
+            (LayerStep, {"projections": report["projections"][:2], "seconds": seconds}),
+        ]
+        damaged = [broken_json(document).map(partial(_pair, kind)) for kind, document in documents]
+
+        @given(st.one_of(damaged))
+        def reports(damaged: tuple[Any, bytes]) -> None:
+            kind, data = damaged
+            path.write_bytes(data)
+            with bounded("reports"):
+                values = read_json(path)
+                if kind is not CompressionReport:
+                    json.dumps(asdict(read_as(kind, values, "step")))
+                    return
+                found = CompressionReport.from_dict(values)
+                assert found.table()
+                assert CompressionReport.from_dict(found.to_dict()).to_dict().keys() == found.to_dict().keys()
+
+        return reports
+
     def load(self) -> Callable[[], None]:
         @given(self._damaged())
         def load(damaged: tuple[str, bytes | None, bytes | None]) -> None:
@@ -272,6 +312,10 @@ def open_gguf(path: Path) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) <= path.stat().st_size
 
 
+def _pair(kind: Any, data: bytes) -> tuple[Any, bytes]:
+    return kind, data
+
+
 def _with_marks(config: dict[str, Any], marks: Any) -> bytes:
     return dump(config | {"quantization_config": marks})
 
@@ -294,4 +338,4 @@ def _sharded(folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
     return weight_map
 
 
-TARGETS = ("header", "pickle", "gguf", "index", "info", "quantization_config", "load", "doors", "texts")
+TARGETS = ("header", "pickle", "gguf", "index", "info", "quantization_config", "load", "doors", "texts", "reports")

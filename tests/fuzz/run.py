@@ -24,7 +24,7 @@ from typing import Any
 
 # Shares of the time: opening a model takes 20 ms, the others a few.
 SHARES = {"header": 0.1, "pickle": 0.1, "index": 0.1, "info": 0.1, "quantization_config": 0.1, "load": 0.15}
-SHARES |= {"doors": 0.1, "texts": 0.15, "gguf": 0.1}
+SHARES |= {"doors": 0.1, "texts": 0.1, "gguf": 0.1, "reports": 0.05}
 GIBIBYTES = 2  # of address space beyond what the process has after its imports
 HANG_SECONDS = 60
 
@@ -75,6 +75,7 @@ def _fuzz(target: str, engine: str, seconds: float, seed: int, place: Path) -> N
 
         with atheris.instrument_imports(include=["lorap"]):
             import lorap.checkpoint.load  # noqa: F401
+    sys.path.append(str(Path(__file__).parents[1]))
     import fuzz_targets
     from hypothesis import HealthCheck, settings
     from hypothesis import seed as with_seed

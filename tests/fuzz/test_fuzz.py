@@ -11,7 +11,7 @@ from fuzz_targets import TARGETS, Folders, outcomes
 from hypothesis import HealthCheck, settings
 
 EXAMPLES = {"header": 800, "pickle": 400, "index": 600, "info": 500, "quantization_config": 800, "load": 400}
-EXAMPLES |= {"doors": 150, "texts": 300, "gguf": 100}
+EXAMPLES |= {"doors": 150, "texts": 300, "gguf": 100, "reports": 300}
 
 
 @pytest.fixture(scope="module")
