@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import platform
 import re
 import sys
@@ -18,6 +19,8 @@ import transformers
 
 from lorap.errors import ConfigError
 from lorap.version import __version__
+
+_logger = logging.getLogger(__name__)
 
 
 class Stopwatch:
@@ -49,6 +52,7 @@ class Stopwatch:
             seconds = time.perf_counter() - start
             self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds - self._inside.pop()
             self._inside[-1] += seconds
+            _logger.debug("%s took %.2f s", stage, seconds)
 
 
 def peak_memory_bytes() -> int:

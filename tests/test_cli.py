@@ -7,6 +7,7 @@ without a traceback and leave no output folder; an interrupted or killed run exi
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -26,7 +28,7 @@ from typer.testing import CliRunner
 import lorap
 from lorap.checkpoint.folders import WEIGHTS, read_tensors
 from lorap.cli import app
-from lorap.cli.common import as_options
+from lorap.cli.common import as_options, be_quiet, listen
 from lorap.cli.compress import chosen_config
 from lorap.config import CHOICES, RECIPES
 
@@ -233,6 +235,58 @@ def test_values_that_are_no_choice(option, value, message, model_folder, tmp_pat
 )
 def test_fields_are_told_as_options(said, shown):
     assert as_options(said) == shown
+
+
+@pytest.fixture
+def library(monkeypatch) -> Iterator[logging.Logger]:
+    """The logger of the library, as it was before, afterwards."""
+    logger = logging.getLogger("lorap")
+    before = logger.handlers, logger.level
+    yield logging.getLogger("lorap.some.module")
+    logger.handlers, level = before
+    logger.setLevel(level)
+
+
+def test_what_the_library_logs_is_told_once_and_by_level(library, capsys):
+    for verbosity, level in ((0, "info"), (1, "debug")):
+        listen(verbosity)
+        library.debug("kept")
+        library.info("read %d records", 7)
+        library.info("read %d records", 7)
+        library.warning("begun anew")
+        told = capsys.readouterr()
+        lines = told.err.splitlines()
+        assert told.out == ""
+        assert len(lines) == (3 if level == "debug" else 2)
+        assert lines[-2].endswith("read 7 records")
+        assert lines[-1].startswith("lorap: ")
+        assert ("some.module: kept" in lines[0]) == (level == "debug")
+    be_quiet(True)
+    library.info("read another")
+    assert capsys.readouterr().err == ""
+
+
+def test_libraries_log_as_loudly_as_asked_and_quiet_silences_their_bars(library, monkeypatch):
+    modules = [transformers.utils.logging, huggingface_hub.utils.logging]
+    before = [module.get_verbosity() for module in modules]
+    try:
+        listen(2)
+        assert [module.get_verbosity() for module in modules] == [logging.INFO, logging.INFO]
+        be_quiet(True)
+        assert huggingface_hub.utils.are_progress_bars_disabled()
+        assert not transformers.utils.logging.is_progress_bar_enabled()
+    finally:
+        for module, level in zip(modules, before, strict=True):
+            module.set_verbosity(level)
+        huggingface_hub.utils.enable_progress_bars()
+        transformers.utils.logging.enable_progress_bar()
+
+
+def test_every_command_takes_verbose(model_folder):
+    for name, command in typer.main.get_command(app).commands.items():
+        assert "--verbose" in command.get_help(typer.Context(command, info_name=name)), name
+    result = run("info", model_folder, "-vv")
+    assert result.exit_code == 0, result.output
 
 
 def test_help_says_what_each_recipe_and_option_is():

@@ -116,6 +116,7 @@ class Journal:
             self.keep_tensors(step, tensors)
         with self._writing(step, "json") as path:
             write_json(path, value, indent=None)
+        _logger.debug("%s is kept in %s", step, self.folder)
 
     def keep_tensors(self, step: str, tensors: Mapping[str, Writable]) -> None:
         """Write tensors of a step that is not done yet; errors as :meth:`keep`."""
