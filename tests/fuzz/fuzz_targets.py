@@ -12,7 +12,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,12 +43,15 @@ from lorap.checkpoint.folders import INDEX, read_header, read_tensors, weight_fi
 from lorap.checkpoint.format import LoRAPConfig
 from lorap.checkpoint.load import find_model, load_model, load_tokenizer
 from lorap.checkpoint.stored_tensors import stored_tensors
+from lorap.compression.allocation import LayerPlan
 from lorap.compression.estimate.shapes import ModelShape
-from lorap.compression.runs.steps import LayerStep, PlanStep, WindowsStep
+from lorap.compression.planning import Key
+from lorap.compression.runs.journal import Journal
+from lorap.compression.runs.steps import WindowsRecord
 from lorap.errors import LoRAPError
 from lorap.evaluation.info import describe_model, format_info
-from lorap.jsonio import read_as, read_json
-from lorap.reports.run import CompressionReport
+from lorap.jsonio import read_json
+from lorap.reports.run import CompressionReport, ProjectionReport
 from lorap.system import peak_memory_bytes
 
 SECONDS, MEGABYTES = 5.0, 300
@@ -224,15 +226,14 @@ class Folders:
         report = made_report(2).to_dict()
         seconds, share = {"load": 1.5}, {"name": "x", "weight": 1.0, "windows": 3}
         window = {"name": "x", "sha256": "0", "group_names": ["x"], "shares": [share]}
-        documents: list[tuple[Any, dict[str, Any]]] = [
-            (CompressionReport, report),
-            (WindowsStep, {"windows": [window], "seconds": seconds}),
-            (
-                PlanStep,
-                {"layers": [{"ranks": {Q: 3}, "intermediate_size": 5}], "metrics": [[0, "q_proj"]], "seconds": seconds},
-            ),
-            (LayerStep, {"projections": report["projections"][:2], "seconds": seconds}),
+        plan = [{"ranks": {Q: 3}, "intermediate_size": 5}], [[0, "q_proj"]]
+        steps: list[tuple[Any, Any]] = [
+            (tuple[list[WindowsRecord], bool], ([window], True)),
+            (tuple[list[LayerPlan], list[Key]], plan),
+            (list[ProjectionReport], report["projections"][:2]),
         ]
+        documents = [(CompressionReport, report)]
+        documents += [(kind, {"finished": json.loads(json.dumps([left, seconds]))}) for kind, left in steps]
         damaged = [broken_json(document).map(partial(_pair, kind)) for kind, document in documents]
 
         @given(st.one_of(damaged))
@@ -242,7 +243,8 @@ class Folders:
             with bounded("reports"):
                 values = read_json(path)
                 if kind is not CompressionReport:
-                    json.dumps(asdict(read_as(kind, values, "step")))
+                    (self.place / "step.json").write_bytes(data)
+                    Journal(self.place).finished(kind, "step")
                     return
                 found = CompressionReport.from_dict(values)
                 assert found.table()

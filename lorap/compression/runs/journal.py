@@ -22,8 +22,9 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from lorap.checkpoint.folders import read_json
 from lorap.checkpoint.stored_tensors import StoredTensor, stored_tensors
@@ -47,7 +48,6 @@ PREPARATIONS = (IDENTITY, "weights")
 NO_REFUSAL = (CheckpointError, JournalError, ProcessError)
 
 _logger = logging.getLogger(__name__)
-Kind = TypeVar("Kind")
 
 
 class Journal:
@@ -80,10 +80,28 @@ class Journal:
         """
         return read_json(self._path(step, "json"))
 
-    def read_as(self, kind: type[Kind], step: str) -> Kind:
-        """The same as a dataclass; errors also where it does not fit, as in :func:`lorap.jsonio.read_as`."""
-        found: Kind = read_as(kind, self.read(step), str(self._path(step, "json")))
-        return found
+    def finished(self, kind: Any, step: str) -> Any:
+        """What :meth:`keep_finished` was given: a value, as ``kind``, and seconds by stage; None where the step is not done.
+
+        Raises:
+            CheckpointError: its file is damaged, or holds something else.
+        """
+        if not self.has(step):
+            return None
+        return read_as(tuple[kind, dict[str, float]], self.read(step).get("finished"), str(self._path(step, "json")))
+
+    def keep_finished(
+        self, step: str, value: Any, seconds: Mapping[str, float], tensors: Mapping[str, Writable] | None = None
+    ) -> None:
+        """:meth:`keep` a step as a value, of dataclasses and what JSON holds, and the seconds it took by stage.
+
+        Args:
+            step: its name.
+            value: what it left.
+            seconds: of each stage.
+            tensors: written before; None for none.
+        """
+        self.keep(step, {"finished": (value, dict(seconds))}, tensors)
 
     def tensors(self, step: str) -> dict[str, StoredTensor]:
         """The tensors of a step, still in their file; errors as :meth:`read`."""
@@ -115,7 +133,7 @@ class Journal:
         if tensors is not None:
             self.keep_tensors(step, tensors)
         with self._writing(step, "json") as path:
-            write_json(path, value, indent=None)
+            write_json(path, value, indent=None, default=asdict)
         _logger.debug("%s is kept in %s", step, self.folder)
 
     def keep_tensors(self, step: str, tensors: Mapping[str, Writable]) -> None:

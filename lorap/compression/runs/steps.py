@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,13 +18,22 @@ from lorap.compression.planning import Key, Plan
 from lorap.compression.runs.journal import Journal
 from lorap.compression.store import Finished, RunStore
 from lorap.compression.windows import RunWindows
-from lorap.jsonio import read_as
 from lorap.nn.linear import LowRankLinear
 from lorap.nn.low_rank_tensors import RIGHT, LowRankTensors
 from lorap.reports.records import Evaluation, Share
 from lorap.reports.run import CorrectionReport, ProjectionReport
 
 WINDOWS, LOSSES, PLAN, CORRECTED = "windows", "before", "plan", "corrected"
+
+
+@dataclass(frozen=True)
+class WindowsRecord:
+    """What is not a tensor of a :class:`TokenWindows`."""
+
+    name: str
+    sha256: str
+    group_names: tuple[str, ...]
+    shares: tuple[Share, ...]
 
 
 class JournalStore(RunStore):
@@ -41,28 +50,28 @@ class JournalStore(RunStore):
 
     def load_windows(self) -> Finished[RunWindows] | None:
         """Windows to calibrate on, and those to judge by; None where they are not drawn yet."""
-        if not self.journal.has(WINDOWS):
+        found = self.journal.finished(tuple[list[WindowsRecord], bool], WINDOWS)
+        if found is None:
             return None
-        step, stored = self.journal.read(WINDOWS), self.journal.tensors(WINDOWS)
+        ((records, judges), seconds), stored = found, self.journal.tensors(WINDOWS)
 
         def tensor(index: int, name: str) -> Any:
-            found = stored.get(f"{index}.{name}")
-            return None if found is None else found.read()
+            one = stored.get(f"{index}.{name}")
+            return None if one is None else one.read()
 
         windows = [
             TokenWindows(
                 tensor(index, "input_ids"),
-                each["name"],
-                each["sha256"],
+                each.name,
+                each.sha256,
                 tensor(index, "attention_mask"),
                 tensor(index, "groups"),
-                tuple(each["group_names"]),
-                tuple(Share(**share) for share in each["shares"]),
+                each.group_names,
+                each.shares,
             )
-            for index, each in enumerate(step["windows"])
+            for index, each in enumerate(records)
         ]
-        first = 2 if step["judges"] else 1
-        return RunWindows(windows[0], windows[1] if step["judges"] else None, windows[first:]), step["seconds"]
+        return RunWindows(windows[0], windows[1] if judges else None, windows[1 + judges :]), seconds
 
     def save_windows(self, windows: RunWindows, seconds: Mapping[str, float]) -> None:
         """The tensors of all windows in one file, the rest as JSON."""
@@ -72,20 +81,16 @@ class JournalStore(RunStore):
             for name in ("input_ids", "attention_mask", "groups"):
                 if (tensor := getattr(each, name)) is not None:
                     tensors[f"{index}.{name}"] = tensor
-            names = {"name": each.name, "sha256": each.sha256, "group_names": each.group_names}
-            described.append({**names, "shares": [asdict(share) for share in each.shares]})
-        self.journal.keep(WINDOWS, {"windows": described, "judges": bool(judges), "seconds": seconds}, tensors)
+            described.append(WindowsRecord(each.name, each.sha256, each.group_names, each.shares))
+        self.journal.keep_finished(WINDOWS, (described, bool(judges)), seconds, tensors)
 
     def load_losses(self) -> Finished[list[Evaluation]] | None:
         """Of the dense model; None where they are not measured yet."""
-        if not self.journal.has(LOSSES):
-            return None
-        step = self.journal.read(LOSSES)
-        return read_as(list[Evaluation], step["losses"], LOSSES), step["seconds"]
+        return self.journal.finished(list[Evaluation], LOSSES)
 
     def save_losses(self, losses: Sequence[Evaluation], seconds: Mapping[str, float]) -> None:
         """As JSON."""
-        self.journal.keep(LOSSES, {"losses": [asdict(loss) for loss in losses], "seconds": seconds})
+        self.journal.keep_finished(LOSSES, losses, seconds)
 
     def output_metrics(self) -> MutableMapping[Key, Tensor]:
         """Metrics of the outputs, each in a file of its own."""
@@ -93,28 +98,28 @@ class JournalStore(RunStore):
 
     def load_plan(self, metrics: MutableMapping[Key, Tensor]) -> Finished[Plan] | None:
         """The plan; None where there is none yet. ``metrics`` finds its files again."""
-        if not self.journal.has(PLAN):
+        found = self.journal.finished(tuple[list[LayerPlan], list[Key]], PLAN)
+        if found is None:
             return None
-        step = self.journal.read(PLAN)
+        (layers, keys), seconds = found
         assert isinstance(metrics, _StoredMetrics)
-        metrics.restore([(index, role) for index, role in step["metrics"]])
-        return Plan([LayerPlan(**layer) for layer in step["layers"]], metrics), step["seconds"]
+        metrics.restore(keys)
+        return Plan(layers, metrics), seconds
 
     def save_plan(self, plan: Plan, seconds: Mapping[str, float]) -> None:
         """As JSON; the metrics are in their files already."""
-        layers = [asdict(layer) for layer in plan.layers]
-        self.journal.keep(PLAN, {"layers": layers, "metrics": list(plan.output_metrics), "seconds": seconds})
+        self.journal.keep_finished(PLAN, (plan.layers, list(plan.output_metrics)), seconds)
 
     def load_layer(self, index: int, layer: nn.Module) -> Finished[list[ProjectionReport]] | None:
         """Put the compressed projections into a dense ``layer``; None where it is not compressed yet."""
         name = _layer(index)
-        if not self.journal.has(name):
+        found = self.journal.finished(list[ProjectionReport], name)
+        if found is None:
             return None
         source_device = next(layer.parameters()).device
         put_projections(layer, self.journal.tensors(name), self.architecture)
         self._reload(name, layer, source_device)
-        step = self.journal.read(name)
-        return read_as(list[ProjectionReport], step.get("projections"), name), step["seconds"]
+        return found
 
     def save_layer(
         self, index: int, layer: nn.Module, projections: Sequence[ProjectionReport], seconds: Mapping[str, float]
@@ -127,8 +132,7 @@ class JournalStore(RunStore):
             projections: what its projections became.
             seconds: of each stage.
         """
-        reports = [asdict(report) for report in projections]
-        self.journal.keep(_layer(index), {"projections": reports, "seconds": seconds}, layer.state_dict())
+        self.journal.keep_finished(_layer(index), projections, seconds, layer.state_dict())
         self._offload_from(_layer(index), layer)
 
     @property
@@ -138,17 +142,14 @@ class JournalStore(RunStore):
 
     def load_correction(self, layers: Sequence[nn.Module]) -> Finished[CorrectionReport] | None:
         """Give the layers the weights that the steps made of them; None where the steps are not over."""
-        if not self.is_corrected:
-            return None
-        step = self.journal.read(CORRECTED)
-        report: CorrectionReport = read_as(CorrectionReport, step.get("correction"), CORRECTED)
-        for index, layer in enumerate(layers if report.taken else ()):
+        found = self.journal.finished(CorrectionReport, CORRECTED)
+        for index, layer in enumerate(layers if found is not None and found[0].taken else ()):
             self._reload(_corrected(index), layer)
-        return report, step["seconds"]
+        return found
 
     def save_correction(self, correction: CorrectionReport, seconds: Mapping[str, float]) -> None:
         """As JSON; where the steps were undone, their weights go."""
-        self.journal.keep(CORRECTED, {"correction": asdict(correction), "seconds": seconds})
+        self.journal.keep_finished(CORRECTED, correction, seconds)
         if not correction.taken:
             for name in self.journal.tensor_steps(f"{CORRECTED}-"):
                 self.journal.forget_tensors(name)
