@@ -6,12 +6,13 @@ one place, and replaced by hand.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
-from annotated_types import Ge, Gt, Interval, MinLen
+from annotated_types import Interval, MinLen
 
 from lorap.errors import ConfigError
 from lorap.jsonio import Count, Size, check_fields, shown
@@ -144,7 +145,7 @@ class CompressionConfig:
     sparsity: Annotated[float, Interval(ge=0, lt=1)] = 0.2
     sublayers: Annotated[tuple[Literal["self_attn", "mlp"], ...], MinLen(1)] = _FROM_RECIPE
     allocation: Literal["paper", "even", "loss", "flap"] = _FROM_RECIPE
-    vo_to_qk_ratio: Annotated[float, Gt(0)] = _FROM_RECIPE
+    vo_to_qk_ratio: Annotated[float, Interval(gt=0, lt=math.inf)] = _FROM_RECIPE
     shapes: Literal["free", "uniform"] = _FROM_RECIPE
     rank_multiple: Union[Size, Auto] = _FROM_RECIPE
     width_multiple: Union[Size, Auto] = _FROM_RECIPE
@@ -156,7 +157,7 @@ class CompressionConfig:
     channel_score: Literal["lorap", "output", "fluctuation"] = _FROM_RECIPE
     least_important_kept: Annotated[float, Interval(ge=0, lt=1)] = _FROM_RECIPE
     repair: bool = _FROM_RECIPE
-    repair_ridge: Union[Annotated[float, Ge(0)], Auto] = _FROM_RECIPE
+    repair_ridge: Union[Annotated[float, Interval(ge=0, lt=math.inf)], Auto] = _FROM_RECIPE
     bias_compensation: bool = _FROM_RECIPE
     sequential: Literal["layer", "sublayer"] = _FROM_RECIPE
     storage: Literal["factors", "pivoted"] = _FROM_RECIPE

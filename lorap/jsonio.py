@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Container, Sequence
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from annotated_types import Interval
 
-from lorap.errors import CheckpointError, ConfigError
+from lorap.errors import CheckpointError, ConfigError, LoRAPError
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -82,7 +81,7 @@ def write_json(path: Path, value: Any, **options: Any) -> None:
     path.write_text(json.dumps(value, **{"indent": 2, **options}) + "\n", "utf-8")
 
 
-def read_as(kind: Any, value: Any, where: str) -> Any:
+def read_as(kind: Any, value: Any, where: str, error: type[LoRAPError] = CheckpointError) -> Any:
     """``value`` as ``kind``, with lists as tuples and objects as dataclasses where ``kind`` says so.
 
     Types are strict, but a float may be whole. A dataclass has no fields but its own.
@@ -91,34 +90,36 @@ def read_as(kind: Any, value: Any, where: str) -> Any:
         kind: what pydantic knows: dataclasses, tuples, lists, dicts and unions of such and of scalars, annotated with limits.
         value: of what ``json.loads`` returns.
         where: what to call the value in messages.
+        error: what is raised.
 
     Raises:
-        CheckpointError: the value does not fit; the message says what does not, what it should be and what it is.
+        LoRAPError: the value does not fit; the message says what does not, what it should be and what it is.
     """
     from pydantic import ValidationError
 
     try:
         # As JSON: of Python's own objects strict types would want tuples and dataclasses already.
         return _reader(kind).validate_json(json.dumps([value]))[0]
-    except ValidationError as error:
-        raise CheckpointError(_told(error, [value], where, skip=1)) from None
-    except (TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is no JSON: {error}") from None
+    except ValidationError as found:
+        raise error(_told(found, value, where)) from None
+    except (TypeError, ValueError, RecursionError) as found:
+        raise error(f"{where} is no JSON: {found}") from None
 
 
 def check_fields(instance: Any) -> None:
-    """Refuse a dataclass that was made with other values than the annotations of its fields allow, NaN and infinity among them.
+    """Refuse a dataclass that was made with other values than the annotations of its fields allow.
 
     Raises:
         ConfigError: the message says which field, what it should be and what it is.
     """
-    from pydantic import ValidationError
+    hints = _hints(type(instance))
+    for name, value in vars(instance).items():
+        read_as(hints[name], value, name, ConfigError)
 
-    kind: Any = type(instance)
-    try:
-        _checker(kind).model_validate(vars(instance))
-    except ValidationError as error:
-        raise ConfigError(_told(error, vars(instance), "")) from None
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
 
 
 @cache
@@ -129,23 +130,14 @@ def _reader(kind: Any) -> Any:
     return TypeAdapter(list[kind], config=ConfigDict(strict=True, extra="forbid"))
 
 
-@cache
-def _checker(kind: type) -> Any:
-    from pydantic import ConfigDict, create_model
-
-    hints = get_type_hints(kind, include_extras=True)
-    wanted: Any = {field.name: (hints[field.name], ...) for field in fields(kind)}
-    return create_model(kind.__name__, __config__=ConfigDict(strict=True, allow_inf_nan=False), **wanted)
-
-
-def _told(error: ValidationError, value: Any, where: str, *, skip: int = 0) -> str:
+def _told(error: ValidationError, value: Any, where: str) -> str:
     """One sentence on the first thing that pydantic found; where a value may be of several types, on all of them."""
-    found = [(_path(value, each["loc"], where, skip), each) for each in error.errors(include_url=False)]
+    found = [(_path(value, each["loc"][1:], where), each) for each in error.errors(include_url=False)]
     path, first = found[0]
     other = "another version of lorap may have written it"
     if first["type"] == "missing":
         return f"{path} has no entry {named(first['loc'][-1])}; {other}"
-    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+    if first["type"] == "unexpected_keyword_argument":
         return f"{path} is an unknown entry; {other}"
     if first["type"] == "value_error":
         return f"{path}: {first['ctx']['error']}"
@@ -155,16 +147,15 @@ def _told(error: ValidationError, value: Any, where: str, *, skip: int = 0) -> s
     return f"{path} should be {' or '.join(dict.fromkeys(wanted))} and is {shown(first['input'])}"
 
 
-def _path(value: Any, loc: Sequence[int | str], where: str, skip: int) -> str:
+def _path(value: Any, loc: Sequence[int | str], where: str) -> str:
     """Where in ``value`` an error is, as Python would write it. The name of a type among several is not part of a path."""
-    for depth, part in enumerate(loc):
+    for part in loc:
         try:
             value = value[part]
         except (LookupError, TypeError):
             break
-        if depth >= skip:
-            where += f"[{part}]" if isinstance(part, int) else f".{named(part)}"
-    return where.removeprefix(".")
+        where += f"[{part}]" if isinstance(part, int) else f".{named(part)}"
+    return where
 
 
 def shown(value: object) -> str:

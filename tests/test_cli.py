@@ -210,7 +210,7 @@ def test_auto_and_yes_where_the_recipe_says_otherwise():
     [
         ("--rank-multiple", "eight", "--rank-multiple should be a valid integer or 'auto' and is 'eight'"),
         ("--rank-multiple", "8.0", "--rank-multiple should be a valid integer or 'auto' and is 8.0"),
-        ("--metric-shrinkage", "nan", "--metric-shrinkage should be a finite number or 'auto' and is nan"),
+        ("--metric-shrinkage", "nan", "--metric-shrinkage should be less than or equal to 1 or 'auto' and is nan"),
         ("--repair-ridge", "-0.1", "--repair-ridge should be greater than or equal to 0 or 'auto' and is -0.1"),
         ("--shapes", "square", "--shapes should be 'free' or 'uniform' and is 'square'"),
         ("--mlp-method", "factorize", "--allocation loss decides on FFN widths, but --mlp-method is factorize"),

@@ -14,7 +14,7 @@ from lorap.errors import ConfigError
     [
         ({"sparsity": -0.1}, ["sparsity should be greater than or equal to 0 and is -0.1"]),
         ({"sparsity": 20}, ["sparsity should be less than 1 and is 20"]),
-        ({"sparsity": float("nan")}, ["sparsity", "finite", "nan"]),
+        ({"sparsity": float("nan")}, ["sparsity should be less than 1 and is nan"]),
         ({"sparsity": "0.2"}, ["sparsity", "number", "'0.2'"]),
         ({"sparsity": True}, ["sparsity", "number", "True"]),
         ({"recipe": "nope"}, ["recipe 'nope'", "lorap"]),
@@ -29,7 +29,7 @@ from lorap.errors import ConfigError
         ({"width_multiple": True}, ["width_multiple", "True"]),
         ({"metric_shrinkage": 1.1}, ["metric_shrinkage", "1 or 'auto' and is 1.1"]),
         ({"metric_shrinkage": "half"}, ["metric_shrinkage", "'auto'", "'half'"]),
-        ({"repair_ridge": float("inf")}, ["repair_ridge", "finite"]),
+        ({"repair_ridge": float("inf")}, ["repair_ridge", "less than inf", "is inf"]),
         ({"repair": 1}, ["repair", "boolean", "1"]),
         ({"mlp_method": "factorize"}, ["allocation loss", "mlp_method is factorize", "paper or even"]),
         ({"allocation": "flap", "mlp_method": "factorize"}, ["allocation flap", "paper or even"]),
