@@ -90,16 +90,6 @@ class _Teller(logging.Handler):
             typer.echo(line, err=True)
 
 
-def tell_unless(quiet: bool) -> Callable[[str], None]:
-    """What takes a remark, for stderr; with ``--quiet`` it is dropped."""
-
-    def tell(line: str) -> None:
-        if not quiet:
-            typer.echo(line, err=True)
-
-    return tell
-
-
 def tell_next(steps: Sequence[tuple[str, str]], *, quiet: bool, as_json: bool) -> None:
     """What can be done now, a command and what it is for in each line; neither with ``--quiet`` nor with ``--json``."""
     if quiet or as_json:

@@ -13,7 +13,7 @@ import typer
 
 from lorap.calibration.sources import DEFAULT_EVALUATION
 from lorap.checkpoint.load import resolve_device
-from lorap.cli.common import AsJson, Debug, Device, Dtype, Quiet, be_quiet, exit_code, tell_unless, user_errors
+from lorap.cli.common import AsJson, Debug, Device, Dtype, Quiet, be_quiet, exit_code, user_errors
 from lorap.cli.tasks import percent
 from lorap.errors import ConfigError
 from lorap.evaluation.comparison.compare import DECODE, PREFILL, ComparisonOptions, Contender, compare, find_contenders
@@ -74,7 +74,7 @@ def compare_command(
             texts=tuple(text or [DEFAULT_EVALUATION]),
             seq_len=seq_len,
             max_tokens=max_tokens,
-            tasks=_task_names(models, tasks, task_data, limit, quiet),
+            tasks=_task_names(models, tasks, task_data, limit),
             task_data=task_data,
             limit=limit,
             prompt_tokens=prompt_tokens,
@@ -96,9 +96,7 @@ def compare_command(
             raise typer.Exit(1)
 
 
-def _task_names(
-    models: Sequence[str], tasks: str | None, task_data: str, limit: int | None, quiet: bool
-) -> tuple[str, ...]:
+def _task_names(models: Sequence[str], tasks: str | None, task_data: str, limit: int | None) -> tuple[str, ...]:
     """The tasks, after making sure that there are models and questions."""
     if tasks is None:
         if limit is not None or task_data != "auto":
@@ -106,7 +104,7 @@ def _task_names(
         return ()
     find_contenders(models)  # a model that cannot be opened is refused before the hub is asked for questions
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
-    open_source(names, data=task_data, limit=limit, tell=tell_unless(quiet))
+    open_source(names, data=task_data, limit=limit)
     return names
 
 

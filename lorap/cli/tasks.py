@@ -11,7 +11,6 @@ from typing import Any
 import typer
 
 from lorap.checkpoint.load import ModelSource, find_model
-from lorap.cli.common import tell_unless
 from lorap.cli.models import open_model
 from lorap.errors import ConfigError
 from lorap.evaluation.tasks import Estimate, TaskResult, TaskSource, difference, open_source
@@ -35,7 +34,7 @@ def evaluate_tasks(model: str, baseline: str | None, options: TaskOptions) -> di
     """Ask one model, then the other, print a table, and return everything for ``--json``."""
     names = [name.strip() for name in options.tasks if name.strip()]
     where, other_where = find_model(model), None if baseline is None else find_model(baseline)
-    source = open_source(names, data=options.data, limit=options.limit, tell=tell_unless(not options.progress))
+    source = open_source(names, data=options.data, limit=options.limit)
     name, found, seconds = _ask(where, source, options)
     results: dict[str, Any] = {task: result.to_dict() for task, result in found.items()}
     told: dict[str, Any] = {"model": name, "tasks": results, "seconds": seconds}

