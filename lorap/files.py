@@ -143,14 +143,13 @@ def locked(path: Path, what: Path) -> Iterator[None]:
     try:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists():
+            if path.exists():  # some versions of filelock empty a file that they fail to lock
                 holder = path.read_text("utf-8", errors="replace")[:20]
             lock.acquire()
             path.write_text(str(os.getpid()), "utf-8")
-        except Timeout:
-            raise JournalError(
-                f"process {holder or 'another one'} is writing {what} already; wait for it, or choose another output"
-            ) from None
+        except (Timeout, FileNotFoundError):  # it is held, or its folder went with its last user in this moment
+            whose = f"process {holder}" if holder else "another process"
+            raise JournalError(f"{whose} is writing {what} already; wait for it, or choose another output") from None
         except OSError as error:
             folder = path.parent.parent
             raise CheckpointError(f"cannot write into {folder}: {error.strerror}; choose another output") from error

@@ -113,6 +113,12 @@ def test_files_and_folders_are_renamed_in_two_modules():
     assert renaming == {"files.py", "outputs.py"}
 
 
+def test_only_the_command_prints():
+    """A library has loggers."""
+    outside = [path for path in ROOT.rglob("*.py") if ROOT / "cli" not in path.parents]
+    assert [path.name for path in outside if re.search(r"(?<![\w.])print\(", path.read_text("utf-8"))] == []
+
+
 def test_few_modules_at_the_top():
     assert len(list(ROOT.glob("*.py"))) <= 12
 

@@ -111,6 +111,16 @@ def test_an_action_waits_for_its_module_and_leaves_no_trace(watched):
     assert module.done == ["code", "action", "now"]
 
 
+def test_two_may_wait_for_one_module(watched):
+    before, done = list(sys.meta_path), []
+    for number in (1, 2):
+        after_import(watched, lambda number=number: done.append(number))
+    module = importlib.import_module(watched)
+    assert done == [1, 2]
+    assert sys.meta_path == before
+    assert type(module.__loader__).__name__ == type(module.__spec__.loader).__name__ == "SourceFileLoader"
+
+
 def test_an_import_that_fails_can_be_tried_again(watched, tmp_path):
     path, done = tmp_path / f"{watched}.py", []
     path.write_text("raise ImportError('not today, nor tomorrow')\n")
