@@ -1,6 +1,7 @@
 """Fill docs/dependencies.md in: of each dependency the installed version, its licence, its megabytes, and how long it imports.
 
-    python benchmarks/dependencies.py
+    python benchmarks/dependencies.py            all rows
+    python benchmarks/dependencies.py NAME ...   these, beside torch, which the times are compared with
 
 The words are the document's own. A dependency of pyproject.toml without a row there, or the other way round, is an error.
 """
@@ -22,7 +23,7 @@ ROW = re.compile(r"^\| `([\w-]+)` \| (.*) \|$", re.MULTILINE)
 def floors() -> dict[str, str]:
     """The lowest version of each dependency in pyproject.toml, by name."""
     text = (ROOT / "pyproject.toml").read_text("utf-8")
-    return {name.replace("_", "-"): least for name, least in re.findall(r'"([\w-]+)>=([\d.]+)"', text)}
+    return {name.replace("_", "-"): least for name, least in re.findall(r'"([\w-]+)(?:\[\w+\])?[>=]=([\d.]+)"', text)}
 
 
 def licence(dist: Distribution) -> str:
@@ -39,32 +40,31 @@ def megabytes(dist: Distribution) -> float:
 
 
 def import_seconds(name: str) -> float | None:
-    """Processor time of a fresh interpreter that imports it, with an empty one's taken off; None for what is no module."""
-    empty, wanted = (_processor_seconds(code) for code in ("pass", f"import {name.replace('-', '_')}"))
-    return None if wanted is None else wanted - (empty or 0.0)
-
-
-def _processor_seconds(code: str) -> float | None:
+    """Processor time of a fresh interpreter that imports it; None for what is no module."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    code = f"import {name.replace('-', '_')}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return None if done.returncode else after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def main() -> None:
-    least, text, torch_seconds = floors(), DOCUMENT.read_text("utf-8"), import_seconds("torch")
+    least, text, empty = floors(), DOCUMENT.read_text("utf-8"), import_seconds("sys") or 0.0
+    torch_seconds = (import_seconds("torch") or 1.0) - empty
     if odd := sorted({name for name, _ in ROW.findall(text)} ^ least.keys()):
         raise SystemExit(f"{', '.join(odd)}: either in pyproject.toml or in {DOCUMENT.name}, and not in both")
 
     def filled(row: re.Match[str]) -> str:
         name, words = row[1], row[2].split(" | ")[:2]
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            return row[0]
         try:
             dist = distribution(name)
         except PackageNotFoundError:
             print(f"{name} is not installed; its row stays", file=sys.stderr)
             return row[0]
         seconds = import_seconds(name)
-        share = "" if seconds is None else f"{seconds / (torch_seconds or 1):.2f}"
+        share = "" if seconds is None else f"{max(0.0, seconds - empty) / torch_seconds:.2f}"
         cells = [*words, least[name], dist.version, licence(dist), f"{megabytes(dist):,.1f}", share]
         return f"| `{name}` | {' | '.join(cells)} |"
 
