@@ -112,9 +112,9 @@ def check_fields(instance: Any) -> None:
     Raises:
         ConfigError: the message says which field, what it should be and what it is.
     """
-    hints = _hints(type(instance))
+    kind: Any = type(instance)
     for name, value in vars(instance).items():
-        read_as(hints[name], value, name, ConfigError)
+        read_as(_hints(kind)[name], value, name, ConfigError)
 
 
 @cache
