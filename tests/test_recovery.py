@@ -14,11 +14,13 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -32,10 +34,11 @@ from lorap.cli import app
 from lorap.errors import ArchitectureError, CalibrationError, CheckpointError, ConfigError
 from lorap.outputs import work_path
 from lorap.recovery import recover as recovery_module
-from lorap.recovery.files import RECOVERY, SETTINGS
+from lorap.recovery import trainer
+from lorap.recovery.config import TuningConfig
+from lorap.recovery.files import RECOVERY, SETTINGS, merge_into_copy
 from lorap.recovery.recover import Recovery, recover, target_names
 from lorap.recovery.report import RecoveryReport, dense_evaluation, tuned_card
-from lorap.recovery.training import TuningConfig
 from lorap.reports.records import Evaluation
 from lorap.reports.run import RECOVERY_REPORT
 
@@ -91,12 +94,13 @@ def test_the_stored_model_is_the_tuned_one_in_the_old_shapes(kind, compressed, t
     folder, out, seen = compressed(kind), tmp_path / "new", {}
     before = contents(folder)
 
-    def keep_logits(tuned, *arguments):
+    def keep_logits(tuned, *arguments, **options):
+        done = train(tuned, *arguments, **options)
         seen["logits"] = tuned(tokens).logits.detach()
-        return merge(tuned, *arguments)
+        return done
 
-    merge = recovery_module.merge_into_copy
-    monkeypatch.setattr(recovery_module, "merge_into_copy", keep_logits)
+    train = trainer.train
+    monkeypatch.setattr(trainer, "train", keep_logits)
     report = quiet_recover(folder, out, settings(tokens))
     assert contents(folder) == before
     old, new = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, out))
@@ -202,8 +206,21 @@ def test_files_that_another_program_wrote_are_tuned_too(compressed, tokens, tmp_
     }
 
 
-def test_what_is_measured_is_what_is_stored(compressed, tokens, tmp_path):
-    folder = compressed(dtype=torch.bfloat16)
+def test_what_is_measured_is_what_is_stored(compressed, tokens, tmp_path, monkeypatch):
+    """By a model read anew, when that which was trained has gone."""
+    folder, seen = compressed(dtype=torch.bfloat16), []
+
+    def train_and_see(tuned, *arguments, **options):
+        seen.append(weakref.ref(tuned))
+        return train(tuned, *arguments, **options)
+
+    def merge(*arguments):
+        assert seen[0]() is None
+        merge_into_copy(*arguments)
+
+    train = trainer.train
+    monkeypatch.setattr(trainer, "train", train_and_see)
+    monkeypatch.setattr(recovery_module, "merge_into_copy", merge)
     report = quiet_recover(folder, tmp_path / "new", settings(tokens), evaluation=[tokens])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype=torch.float32)
     logits = model(tokens).logits[:, :-1].detach()
@@ -287,18 +304,18 @@ def test_a_killed_run_ends_at_the_weights_of_one_that_was_not(compressed, small_
 def kill_while_tuning(arguments: list[Any], work: Path) -> None:
     """Run the command with a state after every step, slowly, and SIGKILL it between the first and the last."""
     slow = (
-        "import time, torch, lorap.recovery.recover as r\n"
+        "import time, torch, lorap.recovery.trainer as r\n"
         "real = r.train\n"
         "def train(*args, **options):\n"
         "    step = torch.optim.AdamW.step\n"
-        "    torch.optim.AdamW.step = lambda self: (time.sleep(0.2), step(self))[1]\n"
+        "    torch.optim.AdamW.step = lambda self, *_: (time.sleep(0.2), step(self))[1]\n"
         "    return real(*args, **(options | {'save_seconds': 0}))\n"
         "r.train = train\n"
         "from lorap.cli import main\n"
         "main()\n"
     )
     process = subprocess.Popen([sys.executable, "-c", slow, *map(str, arguments)], env=os.environ)
-    state, deadline = work / "state.safetensors", time.monotonic() + 120
+    state, deadline = work / "state.safetensors", time.monotonic() + 600
     while not state.exists():
         assert process.poll() is None, "it ended before there was a state"
         assert time.monotonic() < deadline
@@ -307,6 +324,41 @@ def kill_while_tuning(arguments: list[Any], work: Path) -> None:
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert 1 <= len(load_file(state)["losses"]) < 40
+
+
+def test_two_processes_come_to_the_weights_of_one(compressed, model_folder, tmp_path):
+    """And speak with one voice. The first tokens of the second process's windows are not those of the first."""
+    folder, tokens = compressed(), tmp_path / "tokens.npy"
+    np.save(tokens, np.random.default_rng(0).integers(0, 500, (8, 31)))
+    options = [
+        "--text",
+        tokens,
+        "--steps",
+        4,
+        "--batch-size",
+        2,
+        "--seq-len",
+        31,
+        "--rank",
+        3,
+        "--teacher",
+        model_folder,
+    ]
+    options += ["--eval-text", tokens, "--device", "cpu", "--precision", "float32", "--quiet"]
+    alone = run("recover", folder, tmp_path / "1", *options)
+    assert alone.exit_code == 0, alone.output
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lorap"]
+    command += map(str, ["recover", folder, tmp_path / "2", *options])
+    two = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert two.returncode == 0, two.stderr[-3000:]
+    assert two.stdout.count("saved to") == 1
+    before, one, other = (load_file(path / WEIGHTS) for path in (folder, tmp_path / "1", tmp_path / "2"))
+    for name in before:
+        off, moved = (other[name] - one[name]).abs().max(), (one[name] - before[name]).abs().max()
+        assert off <= 0.01 * moved, name
+    reports = [json.loads((tmp_path / name / RECOVERY_REPORT).read_text()) for name in "12"]
+    assert reports[1]["losses"] == pytest.approx(reports[0]["losses"], rel=1e-5)
+    assert reports[1]["tokens"] == reports[0]["tokens"] == 4 * 2 * 31
 
 
 def test_other_settings_are_refused_until_restart(compressed, tokens, tmp_path, monkeypatch):
@@ -376,6 +428,22 @@ def test_all_chat_templates_go_along(compressed, tokens, tmp_path) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Mistakes
+
+
+@pytest.mark.parametrize(
+    ("variable", "device", "message"),
+    [
+        ("ACCELERATE_USE_FSDP", "cpu", "ACCELERATE_USE_FSDP asks for a model in parts.*start with torchrun"),
+        ("UNRELATED", "cuda:1", "device is cuda:1, .* give CUDA_VISIBLE_DEVICES=1"),
+    ],
+)
+def test_what_the_trainer_would_do_silently_is_refused(
+    variable, device, message, compressed, tokens, tmp_path, monkeypatch
+):
+    monkeypatch.setenv(variable, "true")
+    monkeypatch.setattr(recovery_module, "own_device", torch.device)
+    with pytest.raises(ConfigError, match=message):
+        quiet_recover(compressed(), tmp_path / "new", settings(tokens), device=device)
 
 
 def test_without_peft_the_command_says_what_to_install(compressed, tmp_path, monkeypatch):

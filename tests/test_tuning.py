@@ -1,19 +1,30 @@
-"""The training loop: it learns, counts padding out, ends where it should, and goes on exactly where it was."""
+"""The training: the steps of a plain loop, an end where it should be, and a state that it goes on from exactly."""
 
 from __future__ import annotations
 
 import math
+import os
+import pickle
+import random
 import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy
 import pytest
 import torch
-from torch.nn import functional as F
+from safetensors.torch import load_file
 
 from lorap.calibration.windows import TokenWindows
+from lorap.distributed import Processes
 from lorap.errors import CalibrationError, CheckpointError, ConfigError
-from lorap.recovery import training
+from lorap.recovery import trainer
+from lorap.recovery.config import TuningConfig
 from lorap.recovery.recover import target_names
-from lorap.recovery.training import TuningConfig, add_adapters, autocast_dtype, hold_weights, train
+from lorap.recovery.state import write_state
+from lorap.recovery.trainer import train
+from lorap.recovery.training import add_adapters, autocast_dtype, hold_weights
 
 FAST = {"batch_size": 3, "seq_len": 32, "rank": 5, "precision": "float32", "learning_rate": 3e-3}
 
@@ -27,10 +38,15 @@ def windows(tokens):
 @pytest.fixture
 def make_tuned(make_model):
     def make(family="llama-gqa", **options):
-        model = make_model(family)
+        model = make_model(family, **options)
         return add_adapters(model, target_names(model), rank=5, seed=0)
 
     return make
+
+
+@pytest.fixture
+def state(tmp_path):
+    return tmp_path / "state.safetensors"
 
 
 def trained(tuned):
@@ -53,61 +69,59 @@ def test_adapters_change_nothing_at_first_and_only_they_are_trained(make_model, 
     assert shapes == {f"{prefix}.lora_A.default.weight": (5, 64), f"{prefix}.lora_B.default.weight": (100, 5)}
 
 
-def test_training_reduces_the_loss_of_what_it_sees(make_tuned, tokens):
-    tuned = make_tuned()
-    windows = TokenWindows(tokens[:3], "tokens", "")
-    frozen = {name: p.clone() for name, p in tuned.named_parameters() if not p.requires_grad}
-    done = train(tuned, windows, TuningConfig(steps=20, **FAST))
-    assert done.steps == 20
-    assert done.losses[-1] < done.losses[0] - 0.3
-    assert all(torch.equal(p, frozen[name]) for name, p in tuned.named_parameters() if name in frozen)
+def plain_loop(model: Any, ids: torch.Tensor, mask: torch.Tensor, config: TuningConfig, teacher: Any) -> list[float]:
+    """The training written down literally in float64; returns the losses."""
+    model.double().eval()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.0)
+    losses = []
+    for step in range(config.steps):
+        rows = [(step * config.batch_size + i) % len(ids) for i in range(config.batch_size)]
+        counted = mask[rows, 1:] & mask[rows, :-1]
+        log_q = model(ids[rows], attention_mask=mask[rows]).logits[:, :-1].log_softmax(-1)
+        if teacher is None:
+            each = -log_q.gather(-1, ids[rows, 1:, None])[..., 0]
+        else:
+            log_p = teacher.double()(ids[rows], attention_mask=mask[rows]).logits[:, :-1].log_softmax(-1).detach()
+            each = (log_p.exp() * (log_p - log_q)).sum(-1)
+        loss = (each * counted).sum() / counted.sum()
+        loss.backward()
+        norm = torch.stack([p.grad.norm() for p in parameters]).norm()
+        for p in parameters:
+            p.grad *= min(1.0, 1.0 / float(norm))
+        warm_up = min(1.0, (step + 1) / max(1, min(8, config.steps // 10)))
+        optimizer.param_groups[0]["lr"] = config.learning_rate * warm_up * (1 - step / config.steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
 
 
-def test_the_first_loss_is_the_mean_over_predicted_tokens_that_are_real(make_tuned, tokens, monkeypatch):
-    tuned = make_tuned()
-    mask = torch.ones(8, 32, dtype=torch.bool)
-    mask[1, 20:] = False
-    logits = tuned(tokens[:3]).logits.double()
-    each = F.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:3, 1:], reduction="none").detach()
-    counted = mask[:3, 1:]
-    expected = float((each * counted).sum() / counted.sum())
-    monkeypatch.setattr(training, "PIECE_TOKENS", 64)  # two windows, then one
-    done = train(tuned, TokenWindows(tokens, "", "", attention_mask=mask), TuningConfig(steps=1, **FAST))
-    assert done.losses[0] == pytest.approx(expected, rel=1e-5)
-    assert abs(expected - float(each.mean())) > 1e-3
+@pytest.mark.parametrize("learns_from", ["text", "teacher"])
+def test_steps_are_those_of_a_plain_loop_in_float64(learns_from, make_model, make_tuned, tokens, state, monkeypatch):
+    """Which windows, padding left out, pieces of one window, clipping, the learning rate, the loss; and no dropout."""
+    teacher = make_model("llama-mha") if learns_from == "teacher" else None
+    config = TuningConfig(steps=20, **(FAST | {"seq_len": 31}))
+    ids, mask = tokens[:, :31], torch.ones(8, 31, dtype=torch.bool)
+    mask[1, 20:] = mask[4, :3] = False
+    monkeypatch.setattr(trainer, "PIECE_TOKENS", 61)
+    one, other = (make_tuned(attention_dropout=0.5) for _ in range(2))
+    frozen = {name: p.clone() for name, p in one.named_parameters() if not p.requires_grad}
+    before = trained(one)
+    done = train(one, TokenWindows(ids, "", "", attention_mask=mask), config, state=state, teacher=teacher)
+    assert all(torch.equal(p, frozen[name]) for name, p in one.named_parameters() if name in frozen)
+    losses = plain_loop(other, ids, mask, config, teacher)
+    assert done.losses == pytest.approx(losses, rel=1e-4)
+    assert losses[16] < losses[0]  # on the same windows
+    for name, expected in trained(other).items():
+        moved, off = (expected - before[name]).norm(), (trained(one)[name] - expected).norm()
+        assert off < 0.01 * moved, name
 
 
-def test_pieces_give_the_gradients_of_the_whole(make_tuned, windows, monkeypatch):
-    results = []
-    for piece_tokens in (32, 1024):
-        monkeypatch.setattr(training, "PIECE_TOKENS", piece_tokens)
-        tuned = make_tuned()
-        train(tuned, windows, TuningConfig(steps=2, **(FAST | {"learning_rate": 1e-3})))
-        results.append(trained(tuned))
-    for name, value in results[0].items():
-        torch.testing.assert_close(value, results[1][name], rtol=1e-3, atol=1e-5)
-
-
-@torch.no_grad()
-def divergence(teacher, student, ids):
-    """Mean over predictions of KL(teacher || student), written down literally."""
-    p, q = (model(ids).logits[:, :-1].double().log_softmax(-1) for model in (teacher, student))
-    return float((p.exp() * (p - q)).sum(-1).mean())
-
-
-def test_a_teacher_is_what_is_learned(make_model, make_tuned, tokens):
-    teacher = make_model("llama-mha")
-    tuned = make_tuned()
-    expected = divergence(teacher, tuned, tokens[:3])
-    done = train(tuned, TokenWindows(tokens[:3], "", ""), TuningConfig(steps=20, **FAST), teacher=teacher)
-    assert done.losses[0] == pytest.approx(expected, rel=1e-4)
-    assert done.losses[-1] < 0.9 * done.losses[0]
-
-
-def test_going_on_from_a_state_ends_at_the_same_weights(make_tuned, windows, tmp_path, monkeypatch):
+def test_going_on_from_a_state_ends_at_the_same_weights(make_tuned, windows, state, tmp_path, monkeypatch):
     config = TuningConfig(steps=7, **FAST)
     whole = make_tuned()
-    expected = train(whole, windows, config)
+    expected = train(whole, windows, config, state=tmp_path / "whole.safetensors")
 
     class Killed(Exception):
         pass
@@ -115,52 +129,79 @@ def test_going_on_from_a_state_ends_at_the_same_weights(make_tuned, windows, tmp
     def die_at_fifth(path, parameters, optimizer, done):
         if done.steps == 5:
             raise Killed
-        write(path, parameters, optimizer, done)
+        write_state(path, parameters, optimizer, done)
 
-    write = training.write_state
-    state = tmp_path / "state.safetensors"
-    monkeypatch.setattr(training, "write_state", die_at_fifth)
+    monkeypatch.setattr(trainer, "write_state", die_at_fifth)
     with pytest.raises(Killed):
         train(make_tuned(), windows, config, state=state, save_seconds=0)
-    monkeypatch.setattr(training, "write_state", write)
+    assert len(load_file(state)["losses"]) == 4
+    monkeypatch.setattr(trainer, "write_state", write_state)
     again = make_tuned()
     done = train(again, windows, config, state=state)
     assert done.losses == expected.losses
     assert_same(trained(again), trained(whole))
+    finished = make_tuned()  # only read
+    assert train(finished, windows, config, state=state).steps == 7
+    assert_same(trained(finished), trained(whole))
 
 
-def test_a_finished_state_is_only_read(make_tuned, windows, tmp_path):
+class Planted:
+    """A pickle that makes a file when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_no_pickle_is_read(make_tuned, windows, state, tmp_path):
+    config, proof = TuningConfig(steps=2, **FAST), tmp_path / "executed"
+    planted = pickle.dumps(Planted(proof))
+    pickle.loads(planted)
+    proof.unlink()
+    for folder in (tmp_path, tmp_path / "checkpoint-1"):
+        folder.mkdir(exist_ok=True)
+        (folder / "trainer_state.json").write_text('{"global_step": 1}')
+        for name in (
+            "optimizer.pt",
+            "scheduler.pt",
+            "scaler.pt",
+            "rng_state.pth",
+            "training_args.bin",
+            "adapter_model.bin",
+        ):
+            (folder / name).write_bytes(planted)
+    assert train(make_tuned(), windows, config, state=state).steps == 2
+    state.write_bytes(planted)
+    with pytest.raises(CheckpointError, match="begin anew with --restart"):
+        train(make_tuned(), windows, config, state=state)
+    assert not proof.exists()
+
+
+def test_a_damaged_or_foreign_state_is_refused(make_tuned, make_model, windows, state):
     config = TuningConfig(steps=2, **FAST)
-    first, state = make_tuned(), tmp_path / "state.safetensors"
-    train(first, windows, config, state=state)
-    again = make_tuned()
-    assert train(again, windows, config, state=state).steps == 2
-    assert_same(trained(again), trained(first))
-
-
-def test_a_damaged_or_foreign_state_is_refused(make_tuned, make_model, windows, tmp_path):
-    config, state = TuningConfig(steps=2, **FAST), tmp_path / "state.safetensors"
     train(make_tuned(), windows, config, state=state)
     raw = state.read_bytes()
     state.write_bytes(raw[:-7])
     with pytest.raises(CheckpointError, match="begin anew with --restart"):
         train(make_tuned(), windows, config, state=state)
-    state.write_bytes(raw)
     model = make_model("llama-gqa")
+    state.write_bytes(raw)
     other = add_adapters(model, target_names(model), rank=6, seed=0)
     with pytest.raises(CheckpointError, match="no state of this training"):
         train(other, windows, config, state=state)
 
 
-def test_minutes_end_the_training_and_the_learning_rate(make_tuned, windows, monkeypatch):
+def test_minutes_end_the_training_and_the_learning_rate(make_tuned, windows, state, monkeypatch):
     rates = []
     step = torch.optim.AdamW.step
     monkeypatch.setattr(
-        torch.optim.AdamW, "step", lambda self: (rates.append(self.param_groups[0]["lr"]), step(self))[1]
+        torch.optim.AdamW, "step", lambda self, *_: (rates.append(self.param_groups[0]["lr"]), step(self))[1]
     )
     clock = iter(range(0, 1000, 15))  # a step takes 15 seconds
-    monkeypatch.setattr(training.time, "perf_counter", lambda: next(clock))
-    done = train(make_tuned(), windows, TuningConfig(steps=1000, minutes=1.0, **FAST))
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    done = train(make_tuned(), windows, TuningConfig(steps=1000, minutes=1.0, **FAST), state=state)
     assert done.steps == 4
     assert done.seconds == 60
     assert rates == pytest.approx(
@@ -168,58 +209,59 @@ def test_minutes_end_the_training_and_the_learning_rate(make_tuned, windows, mon
     )
 
 
-def test_the_learning_rate_rises_and_falls(make_tuned, windows, monkeypatch):
-    rates = []
-    step = torch.optim.AdamW.step
-    monkeypatch.setattr(
-        torch.optim.AdamW, "step", lambda self: (rates.append(self.param_groups[0]["lr"]), step(self))[1]
-    )
-    train(make_tuned(), windows, TuningConfig(steps=20, **(FAST | {"batch_size": 1})))
-    expected = [3e-3 * min(1, (i + 1) / 2) * (1 - i / 20) for i in range(20)]
-    assert rates == pytest.approx(expected)
-
-
-def test_after_the_last_window_comes_the_first(make_tuned, tokens):
-    results = []
-    for ids in (tokens[:2], tokens[[0, 1, 0, 1, 0, 1]]):
-        tuned = make_tuned()
-        train(tuned, TokenWindows(ids, "", ""), TuningConfig(steps=2, **FAST))
-        results.append(trained(tuned))
-    assert_same(*results)
-
-
-def test_a_loss_that_is_not_finite_ends_it(make_tuned, windows):
+def test_a_loss_that_is_not_finite_ends_it_and_is_not_kept(make_tuned, windows, state):
     tuned = make_tuned()
     with torch.no_grad():
         tuned.get_input_embeddings().weight[:] = math.nan
-    with pytest.raises(CalibrationError, match="nan at step 1"):
-        train(tuned, windows, TuningConfig(steps=2, **FAST))
+    with pytest.raises(CalibrationError, match="nan at step 1; lower the learning rate"):
+        train(tuned, windows, TuningConfig(steps=2, **FAST), state=state, save_seconds=0)
+    assert not state.exists()
 
 
-def test_bfloat16_computes_in_bfloat16(make_tuned, windows):
-    seen = []
+def test_nothing_around_the_training_is_changed_or_listened_to(
+    make_tuned, windows, state, tmp_path, monkeypatch, capfd
+):
+    """Left-over variables of launchers and of accelerate; the generators of whoever calls; stdout; other files."""
+    expected = make_tuned()
+    train(expected, windows, TuningConfig(steps=2, **FAST), state=tmp_path / "other.safetensors")
+    left = {"ACCELERATE_MIXED_PRECISION": "bf16", "WORLD_SIZE": "2", "OMPI_COMM_WORLD_SIZE": "3", "LOCAL_RANK": "1"}
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    random.seed(1), numpy.random.seed(1), torch.manual_seed(1)
+    drawn = [random.random(), numpy.random.random(), float(torch.rand(()))]
     tuned = make_tuned()
-    tuned.get_submodule("base_model.model.model.layers.0.mlp.down_proj.base_layer").register_forward_hook(
-        lambda module, args, output: seen.append(output.dtype)
-    )
-    done = train(tuned, windows, TuningConfig(steps=2, **(FAST | {"precision": "bfloat16"})))
-    assert set(seen) == {torch.bfloat16}
-    assert all(p.dtype == torch.float32 for p in trained(tuned).values())
-    assert math.isfinite(done.losses[-1])
+    random.seed(1), numpy.random.seed(1), torch.manual_seed(1)
+    train(tuned, windows, TuningConfig(steps=2, **FAST), state=state)
+    assert_same(trained(tuned), trained(expected))
+    assert [random.random(), numpy.random.random(), float(torch.rand(()))] == drawn
+    assert {name: os.environ[name] for name in left} == left
+    assert capfd.readouterr().out == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.safetensors", "state.safetensors"]
 
 
-def test_weights_held_in_bfloat16_give_the_same_results(make_model, windows):
-    config, results = TuningConfig(steps=3, **(FAST | {"precision": "bfloat16"})), []
+def test_a_step_that_processes_cannot_share_is_refused(make_tuned, windows, state):
+    with pytest.raises(ConfigError, match=r"batch_size is 3, and 2 processes .* choose a multiple of 2"):
+        train(make_tuned(), windows, TuningConfig(steps=2, **FAST), state=state, processes=Processes(0, 2))
+
+
+def test_weights_held_in_bfloat16_give_the_same_results(make_model, windows, state, tmp_path):
+    config, results, seen = TuningConfig(steps=3, **(FAST | {"precision": "bfloat16"})), [], []
+    teacher = make_model("llama-mha")
+    teacher.model.layers[0].mlp.down_proj.register_forward_hook(lambda _, args, output: seen.append(output.dtype))
     for held in (False, True):
         model = make_model("llama-biases")
         names = target_names(model)
         tuned = add_adapters(model, names, rank=5, seed=0)
         if held:
-            hold_weights(tuned.get_base_model(), names, torch.bfloat16)
+            hold_weights(model, names, torch.bfloat16)
             assert model.get_submodule(names[3]).base_layer.weight.dtype == torch.bfloat16
-        train(tuned, windows, config)
+        layer = model.get_submodule("model.layers.0.mlp.down_proj.base_layer")
+        layer.register_forward_hook(lambda _, args, output: seen.append(output.dtype))
+        train(tuned, windows, config, state=tmp_path / f"{held}.safetensors", teacher=teacher)
         results.append(trained(tuned))
     assert_same(*results)
+    assert set(seen) == {torch.bfloat16}
+    assert all(p.dtype == torch.float32 for p in results[0].values())
 
 
 def test_auto_precision_is_what_the_processor_multiplies(monkeypatch):
@@ -249,7 +291,8 @@ def test_settings_out_of_range_are_refused(wrong):
         TuningConfig(**wrong)
 
 
-def test_without_peft_there_is_one_sentence(make_model, monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ConfigError, match=r"pip install 'lorap\[recover\]'"):
+@pytest.mark.parametrize("package", ["peft", "accelerate"])
+def test_without_a_library_there_is_one_sentence(package, make_model, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=rf"the package `{package}` .*pip install 'lorap\[recover\]'"):
         add_adapters(make_model("llama-gqa"), ["lm_head"], rank=2, seed=0)

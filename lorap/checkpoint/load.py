@@ -24,6 +24,7 @@ from lorap.checkpoint.gguf.tokenizer import load_gguf_tokenizer
 from lorap.checkpoint.paging import paged_model
 from lorap.checkpoint.unused_tensors import check_unused
 from lorap.checkpoint.validate import CheckedFolder, check_folder
+from lorap.distributed import local_rank
 from lorap.errors import CheckpointError, ConfigError, LoRAPError
 from lorap.jsonio import named
 
@@ -234,6 +235,18 @@ def resolve_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {device!r} cannot be used: {_first_lines(error)}") from error
     return resolved
+
+
+def own_device(device: str) -> torch.device:
+    """:func:`resolve_device` for this process: among several that torchrun started, each has a GPU of its own.
+
+    Raises:
+        ConfigError: as :func:`resolve_device`.
+    """
+    local = local_rank()
+    if local is not None and device in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", local)
+    return resolve_device(device)
 
 
 def _first_lines(error: BaseException) -> str:

@@ -11,6 +11,7 @@ import typer
 from lorap.calibration.mixtures import parse_source
 from lorap.calibration.sources import DEFAULT_CALIBRATION, DEFAULT_EVALUATION
 from lorap.cli.common import SOURCE_HELP, AsJson, Debug, Device, Quiet, be_quiet, tell_next, user_errors
+from lorap.distributed import is_main_process
 from lorap.outputs import work_path
 from lorap.recovery.config import PRECISIONS, TuningConfig
 from lorap.recovery.files import RECOVERY
@@ -89,6 +90,7 @@ def recover_command(
       lorap recover ./small ./tuned
       lorap recover ./small ./tuned --text chats.jsonl=2 --text default --minutes 15
       lorap recover ./small ./tuned --teacher HuggingFaceTB/SmolLM2-135M --steps 1000
+      torchrun --nproc-per-node 2 -m lorap recover ./small ./tuned
     """
     with user_errors(debug, as_json, unfinished=lambda: work_path(new) / RECOVERY) as answer:
         be_quiet(quiet)
@@ -114,6 +116,8 @@ def recover_command(
             restart=restart,
             progress=not quiet,
         )
+        if not is_main_process():
+            return
         typer.echo(report.table())
         typer.echo(f"saved to {new}")
         folder = shlex.quote(str(new))

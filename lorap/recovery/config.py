@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from lorap.errors import ConfigError
 
+# A state is written so often; what a kill costs at most.
+SAVE_SECONDS = 60.0
+# The learning rate rises over so many steps, or a tenth of them where that is less, and then falls to 0 in a straight line.
+WARM_UP_STEPS = 8
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
@@ -52,3 +56,13 @@ class TuningConfig:
     def tokens_per_step(self) -> int:
         """Padding included."""
         return self.batch_size * self.seq_len
+
+    def used_up(self, steps: int, seconds: float) -> float:
+        """Share of the steps or the minutes, whichever is more; at 1 the training ends."""
+        by_time = 0.0 if self.minutes is None else seconds / (60 * self.minutes)
+        return max(steps / self.steps, by_time)
+
+    def share_of_rate(self, step: int, seconds: float) -> float:
+        """Of the highest learning rate, in the step after ``step`` others that took ``seconds``."""
+        warm_up = max(1, min(WARM_UP_STEPS, self.steps // 10))
+        return min(1.0, (step + 1) / warm_up) * max(0.0, 1 - self.used_up(step, seconds))

@@ -11,11 +11,11 @@ from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from lorap.checkpoint.folders import read_json, read_tensors, weight_files
 from lorap.errors import CheckpointError, ConfigError
 from lorap.files import replacing
-from lorap.nn.linear import embedding_weight
 from lorap.outputs import WorkFolder
 
 RECOVERY = "recovery"  # in the work folder of the output
@@ -53,38 +53,34 @@ def state_folder(work: WorkFolder, settings: Mapping[str, Any], *, restart: bool
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def merge_into_copy(tuned: Any, names: Sequence[str], origin: Path, stage: Path) -> Any:
-    """Copy the folder ``origin`` to ``stage``, with the adapters of ``tuned`` added to the weights of ``names``.
+def merge_into_copy(trained: Mapping[str, Tensor], names: Sequence[str], origin: Path, stage: Path) -> None:
+    """Copy the folder ``origin`` to ``stage``, with adapters added to the weights of ``names``.
 
     All else is copied as it is, so that nothing about the checkpoint can change but these numbers.
 
     Args:
-        tuned: what :func:`lorap.recovery.training.add_adapters` returned, trained.
+        trained: the adapters, by the names that PEFT gives them.
         names: the layers that have adapters.
-        origin: the checkpoint that ``tuned`` was loaded from.
+        origin: the checkpoint that was tuned.
         stage: an empty folder.
-
-    Returns:
-        The model without adapters, its weights as they were stored.
 
     Raises:
         CheckpointError: a weight is not in the files.
     """
-    deltas = {f"{name}.weight": _delta(tuned, name) for name in names}
-    model = tuned.unload()
-    parameters, like = dict(model.named_parameters()), embedding_weight(model)
+    left = {f"{name}.weight": f"base_model.model.{name}." for name in names}
     files = weight_files(origin)
     _copy_others(origin, stage, {file.name for file in files})
     for file in files:
         with safe_open(file, "pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - it is no mapping
             metadata = stored.metadata()
-        for name in sorted(tensors.keys() & deltas.keys()):
-            tensors[name] = (tensors[name].float() + deltas.pop(name)).to(tensors[name].dtype)
-            parameters[name].data = tensors[name].to(like)
+        for name in tensors.keys() & left.keys():
+            adapter = left.pop(name)
+            delta = trained[f"{adapter}lora_B.default.weight"] @ trained[f"{adapter}lora_A.default.weight"]
+            tensors[name] = (tensors[name].float() + delta).to(tensors[name].dtype)
         save_file(tensors, stage / file.name, metadata=metadata)
-    if deltas:
-        raise CheckpointError(f"{origin} has no tensor {min(deltas)}, although the model was loaded from it")
+    if left:
+        raise CheckpointError(f"{origin} has no tensor {min(left)}, although the model was loaded from it")
     before, after = (
         {name: (tensor.dtype, tensor.shape) for name, tensor in read_tensors(folder).items()}
         for folder in (origin, stage)
@@ -94,13 +90,6 @@ def merge_into_copy(tuned: Any, names: Sequence[str], origin: Path, stage: Path)
         raise CheckpointError(
             f"{changed[0]} was {before.get(changed[0])} and would be written as {after.get(changed[0])}"
         )
-    return model
-
-
-def _delta(tuned: Any, name: str) -> Any:
-    """(out_features, in_features) float32 on the CPU: what the adapter of a layer adds to its weight."""
-    layer = tuned.get_base_model().get_submodule(name)
-    return layer.get_delta_weight("default").detach().float().cpu()
 
 
 def _copy_others(origin: Path, stage: Path, weights: set[str]) -> None:

@@ -8,7 +8,9 @@ Merged, each is an addition to a matrix that is there already, so ranks, widths,
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -30,28 +32,23 @@ from lorap.checkpoint.load import (
     find_model,
     load_model,
     load_tokenizer,
-    resolve_device,
+    own_device,
 )
 from lorap.checkpoint.save import SPARE_BYTES
 from lorap.checkpoint.validate import CONFIG, lorap_config
+from lorap.distributed import Processes, is_main_process, joined, local_rank
 from lorap.errors import CheckpointError, ConfigError
 from lorap.evaluation.perplexity import evaluate
 from lorap.files import hash_files
 from lorap.nn.linear import LowRankLinear, embedding_weight
 from lorap.nn.low_rank_tensors import FACTORS
-from lorap.outputs import WorkFolder, check_output, work_folder
-from lorap.recovery.files import STATE, merge_into_copy, state_folder
+from lorap.outputs import WorkFolder, check_output, work_folder, work_path
+from lorap.recovery.config import SAVE_SECONDS, TuningConfig
+from lorap.recovery.files import RECOVERY, STATE, merge_into_copy, state_folder
 from lorap.recovery.report import RecoveryReport, dense_evaluation, tuned_card
+from lorap.recovery.state import Progress
 from lorap.recovery.text import training_windows
-from lorap.recovery.training import (
-    SAVE_SECONDS,
-    TuningConfig,
-    add_adapters,
-    autocast_dtype,
-    hold_weights,
-    require_peft,
-    train,
-)
+from lorap.recovery.training import add_adapters, autocast_dtype, hold_weights, require_libraries
 from lorap.reports.html.page import write_page
 from lorap.reports.run import PAGE, RECOVERY_REPORT, REPORT, CompressionReport
 from lorap.system import Stopwatch, describe_environment, peak_memory_bytes
@@ -107,6 +104,7 @@ def recover(
 
     While it runs, its state is in the hidden work folder of ``out`` (:mod:`lorap.outputs`). After an interruption or a kill the
     same call goes on from there, and ends with the same weights as if it had not been stopped, unless ``minutes`` limits it.
+    Under ``torchrun`` the processes share the windows of each step.
 
     Args:
         folder: what :func:`lorap.save` wrote.
@@ -120,31 +118,30 @@ def recover(
         progress: show bars on stderr.
 
     Raises:
-        ConfigError: peft is missing, a setting is out of range, or other settings than those of the run to be resumed.
+        ConfigError: peft or accelerate is missing, a setting is out of range, or other settings than those of the run to be
+            resumed.
         CheckpointError: a folder cannot be read or written.
         CalibrationError: a text cannot be used.
         ArchitectureError: the model is of an unknown family.
         JournalError: another process is writing ``out``.
     """
-    require_peft()
-    watch, where = Stopwatch(), resolve_device(device)
+    require_libraries()
+    watch, where = Stopwatch(), own_device(device)
+    _check_launch(where)
     recovery = _settled(recovery or Recovery(), where)
     check_sources(recovery.text, *evaluation)
     source, origin = _local(folder)
     teacher = None if recovery.teacher is None else find_model(recovery.teacher)
-    needed_bytes = sum(tensor.nbytes for tensor in read_tensors(origin).values()) + SPARE_BYTES
-    check_output(out, source=origin, overwrite=overwrite, needed_bytes=needed_bytes)
-    with work_folder(out) as work:
-        with watch("load"):
-            run = _gather(source, origin, teacher, recovery, evaluation, where, progress)
-        settings = _settings(recovery, teacher)
-        report = RecoveryReport(source.name, settings, _describe(run.windows), stored_parameters(origin))
-        report.environment = describe_environment(where, recovery.dtype)
-        made_from = _made_from(source, teacher, run.windows)
-        with state_folder(work, settings | made_from, restart=restart) as state:
-            _tune_and_write(run, recovery, work, state / STATE, report, watch, save_seconds, progress)
-            shutil.rmtree(state, ignore_errors=True)
-    return report
+    if is_main_process():
+        needed_bytes = sum(tensor.nbytes for tensor in read_tensors(origin).values()) + SPARE_BYTES
+        check_output(out, source=origin, overwrite=overwrite, needed_bytes=needed_bytes)
+    with joined() as processes:
+        progress = progress and processes.is_main_process
+        run = _Run(source, origin, teacher, recovery, evaluation, where, processes, watch, save_seconds, progress)
+        if not processes.is_main_process:
+            return run.help(work_path(out) / RECOVERY / STATE)
+        with work_folder(out) as work:
+            return run.lead(work, restart=restart)
 
 
 def target_names(model: PreTrainedModel, modules: str = "all") -> list[str]:
@@ -160,6 +157,21 @@ def target_names(model: PreTrainedModel, modules: str = "all") -> list[str]:
             factors = isinstance(model.get_submodule(name), LowRankLinear)
             names += [f"{name}.{factor}" for factor in FACTORS] if factors else [name]
     return names
+
+
+def _check_launch(device: torch.device) -> None:
+    """What the Trainer would silently do otherwise."""
+    if device.type == "cuda" and device.index not in (None, local_rank() or 0):
+        raise ConfigError(
+            f"device is {device}, and tuning runs on the first GPU that it sees; give CUDA_VISIBLE_DEVICES={device.index} "
+            "and device cuda"
+        )
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true"):
+            raise ConfigError(
+                f"ACCELERATE_USE_{name} asks for a model in parts, and each process of `recover` holds all of it; start with "
+                "torchrun instead, which shares the windows of each step"
+            )
 
 
 def _settled(recovery: Recovery, device: torch.device) -> Recovery:
@@ -190,109 +202,121 @@ def _local(folder: str | Path) -> tuple[ModelSource, Path]:
     return source, source.folder
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Run:
-    """What a run works with; ``origin`` is the model's folder, ``names`` are the layers to tune, ``texts`` those to judge by."""
+    """A run in one of its processes. ``origin`` is the model's folder."""
 
+    source: ModelSource
     origin: Path
-    model: PreTrainedModel
-    teacher: Any
-    names: list[str]
-    windows: TokenWindows
-    texts: list[TokenWindows]
+    teacher_source: ModelSource | None
+    recovery: Recovery
+    evaluation: Sequence[Source]
+    device: torch.device
+    processes: Processes
+    watch: Stopwatch
+    save_seconds: float
+    progress: bool
+    model: Any = None
+    teacher: Any = None
 
+    def lead(self, work: WorkFolder, *, restart: bool) -> RecoveryReport:
+        """In the process that reads the texts and writes."""
+        with self.watch("load"):
+            tokenizer = load_tokenizer(self.source)
+            self._load()
+            check_tokenizer(tokenizer, _vocab_size(self.model))
+            windows = self._training_windows(tokenizer)
+            texts = [_evaluation_windows(text, tokenizer, self.model) for text in self.evaluation]
+        settings = _settings(self.recovery, self.teacher_source)
+        report = RecoveryReport(self.source.name, settings, _describe(windows), stored_parameters(self.origin))
+        report.environment = describe_environment(self.device, self.recovery.dtype)
+        made_from = _made_from(self.source, self.teacher_source, windows)
+        with state_folder(work, settings | made_from, restart=restart) as folder:
+            with self.watch("evaluate"):
+                dense, before = (self._evaluate(model, texts) for model in (self.teacher, self.model))
+            names = target_names(self.model, self.recovery.modules)
+            with self.watch("tune"):
+                done, trained = self._tune(self.processes.broadcast(windows), folder / STATE)
+            tuning = self.recovery.tuning
+            report.add_training(done.losses, done.seconds, tokens_per_step=tuning.tokens_per_step)
+            with work.staged() as stage:
+                with self.watch("merge"):
+                    merge_into_copy(trained, names, self.origin, stage)
+                with self.watch("evaluate"):
+                    # What is stored, read again.
+                    dtype, device = self.recovery.dtype, self.device
+                    model = load_model(find_model(stage), dtype=dtype, device=device) if texts else None
+                    for reference, old, new in zip(dense, before, self._evaluate(model, texts), strict=True):
+                        reference = reference or dense_evaluation(_compression(self.origin), old)
+                        report.add_evaluation(reference, old, new)
+                report.seconds, report.peak_memory_bytes = self.watch.seconds, peak_memory_bytes()
+                _write_report(stage, report)
+            shutil.rmtree(folder, ignore_errors=True)
+        return self.processes.broadcast(report)
 
-def _gather(
-    source: ModelSource,
-    origin: Path,
-    teacher_source: ModelSource | None,
-    recovery: Recovery,
-    evaluation: Sequence[Source],
-    device: torch.device,
-    progress: bool,
-) -> _Run:
-    model, tokenizer = load_model(source, dtype=recovery.dtype, device=device), load_tokenizer(source)
-    check_tokenizer(tokenizer, _vocab_size(model))
-    names = target_names(model, recovery.modules)
-    teacher = _open_teacher(teacher_source, recovery, model, device)
-    windows = _training_windows(recovery, tokenizer, model, teacher, progress)
-    texts = [_evaluation_windows(text, tokenizer, model) for text in evaluation]
-    return _Run(origin, model, teacher, names, windows, texts)
+    def help(self, state: Path) -> RecoveryReport:
+        """In another process: a share of every step."""
+        from_the_first: Any = None
+        self._load()
+        self._tune(self.processes.broadcast(from_the_first), state)
+        return self.processes.broadcast(from_the_first)
 
+    def _load(self) -> None:
+        dtype, device = self.recovery.dtype, self.device
+        self.model = load_model(self.source, dtype=dtype, device=device)
+        if self.teacher_source is not None:
+            self.teacher = load_model(self.teacher_source, dtype=dtype, device=device).requires_grad_(False)
+            if _vocab_size(self.teacher) != _vocab_size(self.model):
+                raise ConfigError(
+                    f"the teacher {self.recovery.teacher} has {_vocab_size(self.teacher):,} tokens and the model "
+                    f"{_vocab_size(self.model):,}; give the dense model that was compressed"
+                )
 
-def _tune_and_write(
-    run: _Run,
-    recovery: Recovery,
-    work: WorkFolder,
-    state: Path,
-    report: RecoveryReport,
-    watch: Stopwatch,
-    save_seconds: float,
-    progress: bool,
-) -> None:
-    """The tuned model in its place."""
-    with watch("evaluate"):
-        dense = [None if run.teacher is None else evaluate(run.teacher, text, progress=progress) for text in run.texts]
-        before = [evaluate(run.model, text, progress=progress) for text in run.texts]
-    with watch("tune"):
-        tuned = _tune(run, recovery, state, save_seconds, report, progress)
-    with work.staged() as stage:
-        with watch("merge"):
-            model = merge_into_copy(tuned, run.names, run.origin, stage)
-        with watch("evaluate"):
-            for text, reference, old in zip(run.texts, dense, before, strict=True):
-                reference = reference or dense_evaluation(_compression(run.origin), old)
-                report.add_evaluation(reference, old, evaluate(model, text, progress=progress))
-        report.seconds, report.peak_memory_bytes = watch.seconds, peak_memory_bytes()
-        _write_report(stage, report)
+    def _training_windows(self, tokenizer: Any) -> TokenWindows:
+        tuning, teacher = self.recovery.tuning, self.teacher
 
+        def write(count: int, seq_len: int, seed: int) -> torch.Tensor:
+            return sample_windows(teacher, tokenizer, count, seq_len, seed=seed, progress=self.progress)
 
-def _tune(
-    run: _Run, recovery: Recovery, state: Path, save_seconds: float, report: RecoveryReport, progress: bool
-) -> Any:
-    """The model with trained adapters; the report learns how it went."""
-    tuning = recovery.tuning
-    tuned = add_adapters(run.model, run.names, rank=tuning.rank, seed=tuning.seed)
-    if tuning.precision == "bfloat16":
-        hold_weights(tuned.get_base_model(), run.names, torch.bfloat16)
-        if run.teacher is not None:
-            hold_weights(run.teacher, target_names(run.teacher), torch.bfloat16)
-    done = train(
-        tuned, run.windows, tuning, teacher=run.teacher, state=state, save_seconds=save_seconds, progress=progress
-    )
-    report.add_training(done.losses, done.seconds, tokens_per_step=tuning.tokens_per_step)
-    return tuned
-
-
-def _open_teacher(source: ModelSource | None, recovery: Recovery, model: PreTrainedModel, device: torch.device) -> Any:
-    if source is None:
-        return None
-    teacher = load_model(source, dtype=recovery.dtype, device=device).requires_grad_(False)
-    if _vocab_size(teacher) != _vocab_size(model):
-        raise ConfigError(
-            f"the teacher {recovery.teacher} has {_vocab_size(teacher):,} tokens and the model {_vocab_size(model):,}; "
-            "give the dense model that was compressed"
+        return training_windows(
+            self.recovery.text,
+            tokenizer,
+            count=tuning.steps * tuning.batch_size,
+            seq_len=tuning.seq_len,
+            seed=tuning.seed,
+            vocab_size=_vocab_size(self.model),
+            sampler=None if teacher is None else write,
         )
-    return teacher
 
+    def _evaluate(self, model: PreTrainedModel | None, texts: Sequence[TokenWindows]) -> list[Any]:
+        """By text; None without a model."""
+        return [None if model is None else evaluate(model, text, progress=self.progress) for text in texts]
 
-def _training_windows(
-    recovery: Recovery, tokenizer: Any, model: PreTrainedModel, teacher: Any, progress: bool
-) -> TokenWindows:
-    tuning = recovery.tuning
+    def _tune(self, windows: TokenWindows, state: Path) -> tuple[Progress, dict[str, torch.Tensor]]:
+        """Train, and let go of the models; how it went, and the adapters."""
+        tuning, names = self.recovery.tuning, target_names(self.model, self.recovery.modules)
+        tuned = add_adapters(self.model, names, rank=tuning.rank, seed=tuning.seed)
+        if tuning.precision == "bfloat16":
+            hold_weights(self.model, names, torch.bfloat16)
+            if self.teacher is not None:
+                hold_weights(self.teacher, target_names(self.teacher), torch.bfloat16)
+        from lorap.recovery.trainer import train  # transformers' Trainer, which only tuning needs
 
-    def write(count: int, seq_len: int, seed: int) -> torch.Tensor:
-        return sample_windows(teacher, tokenizer, count, seq_len, seed=seed, progress=progress)
-
-    return training_windows(
-        recovery.text,
-        tokenizer,
-        count=tuning.steps * tuning.batch_size,
-        seq_len=tuning.seq_len,
-        seed=tuning.seed,
-        vocab_size=_vocab_size(model),
-        sampler=None if teacher is None else write,
-    )
+        done = train(
+            tuned,
+            windows,
+            tuning,
+            state=state,
+            teacher=self.teacher,
+            save_seconds=self.save_seconds,
+            progress=self.progress,
+            processes=self.processes,
+        )
+        trained = {name: p.detach().cpu() for name, p in tuned.named_parameters() if p.requires_grad}
+        self.model = self.teacher = tuned = None
+        gc.collect()  # the Trainer holds it in a circle
+        self.processes.barrier()
+        return done, trained
 
 
 def _evaluation_windows(text: Source, tokenizer: Any, model: PreTrainedModel) -> TokenWindows:

@@ -22,7 +22,7 @@ from lorap.calibration.offload import HiddenStateStore
 from lorap.calibration.sources import DEFAULT_CALIBRATION, Source
 from lorap.checkpoint import host_keys
 from lorap.checkpoint.folders import stored_parameters
-from lorap.checkpoint.load import ModelSource, check_tokenizer, find_model, load_model, load_tokenizer, resolve_device
+from lorap.checkpoint.load import ModelSource, check_tokenizer, find_model, load_model, load_tokenizer, own_device
 from lorap.checkpoint.save import try_settings, write_reports
 from lorap.checkpoint.write import write_model
 from lorap.compression.pipeline import Run
@@ -31,7 +31,7 @@ from lorap.compression.runs.fingerprints import check_weights, identity_of
 from lorap.compression.runs.journal import COMPLETE, STAGE, Journal, check_identity, finish, is_complete, open_journal
 from lorap.compression.runs.steps import JournalStore
 from lorap.config import CompressionConfig
-from lorap.distributed import is_main_process, joined, local_rank
+from lorap.distributed import is_main_process, joined
 from lorap.errors import CheckpointError
 from lorap.files import reason, sync_tree
 from lorap.nn.linear import count_parameters, embedding_weight
@@ -128,7 +128,7 @@ class FolderRun:
         """All of it; errors as :func:`compress_to_folder`."""
         watch, processes = self.watch, self.journal.processes
         with watch("load"):
-            device = _own_device(self.options.device)
+            device = own_device(self.options.device)
             tokenizer = load_tokenizer(self.source)
             model = load_model(self.source, dtype=self.options.dtype, device=device, paged=True)
             check_tokenizer(tokenizer, len(embedding_weight(model)))
@@ -228,11 +228,3 @@ class FolderRun:
         if saved != report.params_saved:
             raise CheckpointError(f"{saved:,} parameters reached the disk, but the model has {report.params_saved:,}")
         self.journal.keep_alone(COMPLETE, {"report": report.to_dict(), PACKAGING: self._packaging()})
-
-
-def _own_device(device: str) -> torch.device:
-    """That of this process: among several, each has a GPU of its own."""
-    local = local_rank()
-    if local is not None and device in ("auto", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda", local)
-    return resolve_device(device)
