@@ -35,9 +35,9 @@ RESULTS = Path(__file__).resolve().parent / "results" / "scaling.json"
 # By name: the model, the recipe, the sparsity, and windows of 128 tokens.
 RUNS = {
     "smollm2-lorap": ("SmolLM2-135M", "lorap", 0.5, 64),
-    "smollm2-best": ("SmolLM2-135M", "best", 0.5, 40),
-    "7b": ("4 layers of LLaMA-2-7B", "lorap", 0.2, 16),
-    "1b": ("6 layers of Llama-3.2-1B", "lorap", 0.5, 64),
+    "smollm2-best": ("SmolLM2-135M", "best", 0.5, 24),
+    "7b": ("4 layers of LLaMA-2-7B", "lorap", 0.2, 8),
+    "1b": ("4 layers of Llama-3.2-1B", "lorap", 0.5, 32),
 }
 
 
@@ -55,7 +55,7 @@ def llama_1b(layers: int) -> LlamaConfig:
     )
 
 
-def prepared(model: str, folder: Path) -> tuple[Path, list[object]]:
+def prepared(model: str, folder: Path, *, windows: int) -> tuple[Path, list[object]]:
     """Where the model is, and options that go with it: one with random weights has no tokenizer, so it reads token ids."""
     if model.startswith("SmolLM2"):
         assets.fetch()
@@ -63,16 +63,10 @@ def prepared(model: str, folder: Path) -> tuple[Path, list[object]]:
     layers = int(model.split()[0])
     config = llama_7b(layers) if model.endswith("7B") else llama_1b(layers)
     make_model(folder / "dense", config)
-    np.save(folder / "tokens.npy", np.random.default_rng(0).integers(0, config.vocab_size, (64, 128)))
-    np.save(folder / "others.npy", np.random.default_rng(1).integers(0, config.vocab_size, (8, 128)))
-    return folder / "dense", [
-        "--calibration",
-        folder / "tokens.npy",
-        "--calibration",
-        "self",
-        "--eval-text",
-        folder / "others.npy",
-    ]
+    np.save(folder / "tokens.npy", np.random.default_rng(0).integers(0, config.vocab_size, (windows, 128)))
+    np.save(folder / "others.npy", np.random.default_rng(1).integers(0, config.vocab_size, (4, 128)))
+    texts = ["--calibration", folder / "tokens.npy", "--eval-text", folder / "others.npy", "--dtype", "float32"]
+    return folder / "dense", texts
 
 
 def lorap(*arguments: object, clock: str) -> dict[str, Any]:
@@ -87,7 +81,7 @@ def lorap(*arguments: object, clock: str) -> dict[str, Any]:
 def measure(model: str, recipe: str, sparsity: float, windows: int, *, clock: str) -> dict[str, Any]:
     """Plan, then run."""
     with tempfile.TemporaryDirectory() as name:
-        path, options = prepared(model, Path(name))
+        path, options = prepared(model, Path(name), windows=windows)
         options += ["--recipe", recipe, "--sparsity", sparsity, "--num-calibration-samples", windows]
         plan = lorap("plan", path, *options, "--out", name, clock=clock)
         run = lorap("compress", path, Path(name) / "small", *options, clock=clock)
@@ -130,9 +124,11 @@ def table(kept: Mapping[str, Mapping[str, Any]]) -> str:
     """One line for each run."""
     header = ["model", "recipe, sparsity, windows", "plan took"]
     header += [
-        f"{what}{part}" for what in ("bytes", "peak memory", "time") for part in (" planned", " measured", ", ratio")
+        f"{what}{part}"
+        for what in ("bytes", "peak memory", "time")
+        for part in (" planned", " measured", ", planned / measured")
     ]
-    how = sorted({f"{found['clock']} with {found['threads']} threads" for found in kept.values()})
+    how = sorted({f"{found['clock']} of {found['threads']} thread(s)" for found in kept.values()})
     lines = [header, ["---"] * len(header), *(row(kept[name]) for name in RUNS if name in kept)]
     return f"Times are {', '.join(how)}.\n\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
@@ -143,10 +139,11 @@ def main() -> None:
     parser.add_argument("--processor-time", action="store_true", help="on a busy machine; with one thread")
     parser.add_argument("--write", type=Path, metavar="FILE", help="replace the text between the markers in FILE")
     options = parser.parse_args()
-    kept = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
     for name in options.runs:
-        kept[name] = measure(*RUNS[name], clock="process_time" if options.processor_time else "perf_counter")
+        found = measure(*RUNS[name], clock="process_time" if options.processor_time else "perf_counter")
+        kept = (json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}) | {name: found}
         RESULTS.write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
+    kept = json.loads(RESULTS.read_text("utf-8"))
     print(table(kept))
     if options.write is not None:
         before, _, rest = options.write.read_text("utf-8").partition(BEGIN)

@@ -119,13 +119,13 @@ class Estimate:
 
     def _stage_table(self, trial: Trial) -> str:
         where, threads = trial.environment["device"], trial.environment["threads"]
-        machine = f"{threads} threads" if where == "cpu" else where
+        machine = where if where != "cpu" else "1 thread" if threads == 1 else f"{threads} threads"
         kept = {name: seconds for name, seconds in trial.stages.items() if seconds > 0}
         rows = [[name, duration(seconds)] for name, seconds in kept.items()]
         rows.append(["together", duration(sum(kept.values()))])
         took = duration(sum(trial.tried.values()))
         tried = f"{trial.layers} of {self.shape.num_layers} layers, {trial.windows} of {self.texts.windows} windows"
-        told = f"Measured on this machine ({machine}), now: {tried}, in {took}. For all of them that makes:"
+        told = f"Measured on this machine ({machine}), now: {tried}, in {took}. That makes for the whole run:"
         return f"{told}\n{format_table(['', 'time'], rows)}"
 
 
