@@ -110,7 +110,7 @@ def test_a_spectrum_is_cut_at_the_rank():
 
 @pytest.mark.parametrize("evil", [math.nan, math.inf, -math.inf, -1.0, 0.0, 1e308, 5e-324])
 def test_whatever_the_numbers_are_there_is_a_drawing(evil):
-    report = made_report(2, seconds={HOSTILE: evil, "$x$ and $\\frac$ \u6a21": 1.0})
+    report = made_report(2, seconds={HOSTILE: evil, "$\\frac$ \u6a21": 1.0})
     report.projections = [
         replace(
             one, error=evil, spectrum=one.spectrum and replace(one.spectrum, values=(evil,) * len(one.spectrum.values))
@@ -124,7 +124,7 @@ def test_whatever_the_numbers_are_there_is_a_drawing(evil):
     assert len(page.all("svg", _class="chart")) == 7
     texts = [one["text"].strip() for one in page.all("text")]
     assert HOSTILE[:9] + "\u2026" in texts
-    assert "$x$ and $\u2026" in texts
+    assert "$\\frac$ \u6a21" in texts
 
 
 def test_charts_can_be_heard():
