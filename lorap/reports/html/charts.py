@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from lorap.architectures import ATTENTION, MLP, PROJECTIONS
 from lorap.reports.plots import GROUND, INK, ROLE_LOOKS, SERIES, STYLE, depth_colours, page_svg
 from lorap.reports.run import CompressionReport, ProjectionReport
@@ -174,7 +172,7 @@ def _spectrum(role: str, found: Sequence[ProjectionReport], layers: int) -> Char
             assert one.spectrum is not None
             look = {"color": colours(one.layer / max(layers - 1, 1)), "marker": "o", "clip_on": False}
             shown = {"label": f"layer {one.layer}"} if one in (found[0], found[-1]) else {}
-            values = np.clip(one.spectrum.values, FAINT, 1)
+            values = [min(1.0, max(FAINT, value)) for value in one.spectrum.values]
             axis.plot(one.spectrum.indices, values, **(look | {"marker": "", "gid": f"{role}-{one.layer}"} | shown))
             axis.plot(one.rank or one.spectrum.count, max(FAINT, cuts[one.layer]), **look)
         axis.set(xscale="log", yscale="log", xlim=(1, None), ylim=(FAINT, 1.2))
@@ -185,6 +183,8 @@ def _spectrum(role: str, found: Sequence[ProjectionReport], layers: int) -> Char
 
 def _value_at_rank(one: ProjectionReport) -> float:
     """The last singular value kept, on straight lines between known ones on two logarithmic axes."""
+    import numpy as np
+
     assert one.spectrum is not None
     values = np.maximum(one.spectrum.values, 1e-12)
     rank = math.log(max(1, one.rank or one.spectrum.count))
