@@ -165,7 +165,7 @@ def test_llama_cpp_says_the_same(best, text, tmp_path):
     question = tokenizer("The capital of France is")["input_ids"]
     answer = model.generate(torch.tensor([question]), max_new_tokens=8, do_sample=False)[0, len(question) :].tolist()
     file = lorap.export_gguf(model.half(), tmp_path / "file", tokenizer=tokenizer) / "file-F16.gguf"
-    assert len(set(read_gguf(file).values["deci.feed_forward_length"])) > 10
+    assert len(set(read_gguf(file).values["deci.feed_forward_length"])) > 2
     host = Host(file)
     assert sum(host.losses(ids, 32)) / 32 == pytest.approx(losses.item(), abs=0.01)
     assert host.greedy(question, 8) == answer

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import lorap
 from lorap.calibration import read_source
 from lorap.checkpoint.load import find_model, load_model, load_tokenizer
+from lorap.nn.linear import new_linear
 
 TEXT = read_source("default")
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
@@ -54,9 +55,9 @@ def make_tokenizer() -> Any:
     return tokenizer
 
 
-def make_model(prefix: str, rope: dict[str, Any], vocab_size: int) -> Any:
+def make_model(prefix: str, rope: dict[str, Any], vocab_size: int, width: int = 160) -> Any:
     config = getattr(transformers, f"{prefix}Config")(
-        vocab_size=vocab_size, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=vocab_size, hidden_size=64, intermediate_size=width, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=False, rope_parameters=rope,
         bos_token_id=None, eos_token_id=0,
     )  # fmt: skip
@@ -72,9 +73,23 @@ def make_model(prefix: str, rope: dict[str, Any], vocab_size: int) -> Any:
 
 @torch.no_grad()
 def expectation(folder: Path, tokens: torch.Tensor) -> dict[str, Any]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return losses_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), tokens)
+
+
+@torch.no_grad()
+def losses_of(model: Any, tokens: torch.Tensor) -> dict[str, Any]:
     losses = torch.nn.functional.cross_entropy(model(tokens).logits[0, :-1], tokens[0, 1:], reduction="none")
     return {"tokens": tokens[0].tolist(), "losses": losses.tolist()}
+
+
+def make_deci(out: Path, vocab_size: int, tokens: torch.Tensor) -> None:
+    """A folder with a width per layer, multiples of 256 as hosts of `ffn_mult` want them, and what is expected of it."""
+    model = make_model(*KINDS["llama3"], vocab_size, width=512)
+    mlp = model.model.layers[1].mlp
+    for role, axis in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+        setattr(mlp, role, new_linear(getattr(mlp, role).weight.data.narrow(axis, 0, 256), None))
+    (out / "deci.json").write_text(json.dumps(losses_of(model, tokens)), "utf-8")
+    lorap.export_deci(model, out / "deci")
 
 
 def main(out: Path) -> None:
@@ -91,6 +106,7 @@ def main(out: Path) -> None:
             lorap.save(model, out / "compressed", report=report, tokenizer=tokenizer)
         lorap.export_stock(model, out / name, tokenizer=tokenizer)
         expected[name] = expectation(out / name, tokens[:1])
+    make_deci(out, len(tokenizer), tokens[:1])
     if any(REAL.glob("*.gguf")):
         source = find_model(REAL)
         model, tokenizer = load_model(source), load_tokenizer(source)

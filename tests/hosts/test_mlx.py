@@ -17,12 +17,14 @@ EXPECTED = json.loads((FOLDERS / "expected.json").read_text("utf-8"))
 TEXT = EXPECTED.pop("text")
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", [*EXPECTED, "deci"])
 def test_losses_are_those_of_transformers_5(name: str) -> None:
+    """Also of a folder with a width per layer, whose Python mlx-lm does not run."""
+    expected = EXPECTED.get(name) or json.loads((FOLDERS / "deci.json").read_text("utf-8"))
     model, _ = load_model(FOLDERS / name)
-    tokens = mx.array([EXPECTED[name]["tokens"]])
+    tokens = mx.array([expected["tokens"]])
     found = nn.losses.cross_entropy(model(tokens)[0, :-1], tokens[0, 1:])
-    difference = mx.abs(found - mx.array(EXPECTED[name]["losses"])).max().item()
+    difference = mx.abs(found - mx.array(expected["losses"])).max().item()
     print(f"{name}: loss {found.mean().item():.6f}, largest difference of a token {difference:.1e}")
     assert difference < 1e-3
 
