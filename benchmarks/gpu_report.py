@@ -156,10 +156,13 @@ def summary(steps: dict[str, dict[str, Any]]) -> list[str]:
     wrong = sum(row.get("ok") is False for row in rows)
     right = sum(row.get("ok") is True for row in rows)
     absent = sum("not_run" in row for row in rows)
-    unfinished = [f"{name} ({step['state']})" for name, step in steps.items() if step["state"] != "finished"]
     lines = [f"{right} checks right, {wrong} WRONG, {absent} rows not run"]
     lines += [f"    WRONG: {json.dumps(row)}" for row in rows if row.get("ok") is False][:20]
-    return lines + ([f"steps that did not finish: {'; '.join(unfinished)}"] if unfinished else [])
+    unfinished: dict[str, list[str]] = {}
+    for name, step in steps.items():
+        if step["state"] != "finished":
+            unfinished.setdefault(step["state"], []).append(name)
+    return lines + [f"steps that are {state}: {', '.join(names)}" for state, names in unfinished.items()]
 
 
 def finish(work: Path, *, dry_run: bool) -> bool:
