@@ -22,6 +22,7 @@ from lorap.checkpoint.write import write_model
 from lorap.errors import ArchitectureError
 from lorap.integrations import configuration_deci
 from lorap.integrations.stock import give_biases
+from lorap.jsonio import write_json
 from lorap.nn.linear import count_parameters
 from lorap.outputs import staged_folder
 from lorap.reports.model_card import stock_card
@@ -94,7 +95,7 @@ def export_deci(
         host_keys.complete(stage, tokenizer)
         path = stage / "config.json"
         fields = _config(model, roles, json.loads(path.read_text("utf-8")))
-        path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", "utf-8")
+        write_json(path, fields, sort_keys=True)
         (stage / CONFIG_FILE).write_bytes(Path(configuration_deci.__file__).read_bytes())
         text = stock_card(
             card, out.name, "a DeciLMForCausalLM with an FFN width per layer, for vLLM", count_parameters(model),
