@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch import Tensor
 from lorap.checkpoint.folders import read_json, read_tensors, weight_files
 from lorap.errors import CheckpointError, ConfigError
 from lorap.files import replacing
+from lorap.jsonio import write_json
 from lorap.outputs import WorkFolder
 
 RECOVERY = "recovery"  # in the work folder of the output
@@ -43,7 +43,7 @@ def state_folder(work: WorkFolder, settings: Mapping[str, Any], *, restart: bool
         else:
             folder.mkdir()
             with replacing(folder / SETTINGS) as draft:
-                draft.write_text(json.dumps(dict(settings), indent=2) + "\n", "utf-8")
+                write_json(draft, dict(settings))
     except OSError as error:
         raise CheckpointError(f"cannot write into {folder}: {error.strerror}") from error
     try:

@@ -9,7 +9,6 @@ Merged, each is an addition to a matrix that is there already, so ranks, widths,
 from __future__ import annotations
 
 import gc
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -40,6 +39,7 @@ from lorap.distributed import Processes, is_main_process, joined, local_rank
 from lorap.errors import CheckpointError, ConfigError
 from lorap.evaluation.perplexity import evaluate
 from lorap.files import hash_files
+from lorap.jsonio import write_json
 from lorap.nn.linear import LowRankLinear, embedding_weight
 from lorap.nn.low_rank_tensors import FACTORS
 from lorap.outputs import WorkFolder, check_output, work_folder, work_path
@@ -363,9 +363,9 @@ def _write_report(stage: Path, report: RecoveryReport) -> None:
             (stage / PAGE).unlink(missing_ok=True)
         else:
             compression.tunings.append(report.record())
-            (stage / REPORT).write_text(json.dumps(compression.to_dict(), indent=2) + "\n", "utf-8")
+            write_json(stage / REPORT, compression.to_dict())
             write_page(compression, stage)
-    (stage / RECOVERY_REPORT).write_text(json.dumps(report.to_dict(), indent=2) + "\n", "utf-8")
+    write_json(stage / RECOVERY_REPORT, report.to_dict())
     card = stage / "README.md"
     card.write_text(tuned_card(card.read_text("utf-8") if card.exists() else "", report), "utf-8")
 
