@@ -224,6 +224,7 @@ class Folders:
         """``lorap_report.json`` as ``lorap report`` reads it, and each kind of step of a journal."""
         path = self.place / "lorap_report.json"
         report = made_report(2).to_dict()
+        CompressionReport.from_dict(report)  # imports of the first time are nobody's fault
         seconds, share = {"load": 1.5}, {"name": "x", "weight": 1.0, "windows": 3}
         window = {"name": "x", "sha256": "0", "group_names": ["x"], "shares": [share]}
         plan = [{"ranks": {Q: 3}, "intermediate_size": 5}], [[0, "q_proj"]]
