@@ -1,5 +1,6 @@
-// low_rank_decode.cu on a GPU without torch: values against double, one cudaMalloc for each tensor, so that compute-sanitizer sees
-// the first byte beyond each, and starts in a second. Also times a launch in a graph. benchmarks/gpu_check.sh builds and runs it:
+// low_rank_decode.cu on a GPU without torch: values against double, one cudaMalloc for each tensor, so that
+// compute-sanitizer sees the first byte beyond each, and starts in a second. Also times a launch in a graph.
+// benchmarks/gpu_check.sh builds and runs it:
 //
 //   check_decode [quick]      quick: without the large shapes, for a sanitizer
 //
@@ -130,8 +131,17 @@ bool run(const Case& c, bool time) {
   const Device<T> on_x(x), on_right(right), on_left(left), on_bias(bias), on_y(y);
   const Device<float> shrunk(std::vector<float>(c.m * c.r, NAN));
   const Device<int64_t> on_pivots(pivots);
-  const lorap::LowRankDecode problem{on_x.data, on_right.data, on_left.data, c.bias ? on_bias.data : nullptr,
-                                     c.pivoted ? on_pivots.data : nullptr, shrunk.data, on_y.data, c.m, c.n, c.k, c.r};
+  const lorap::LowRankDecode problem{on_x.data,
+                                     on_right.data,
+                                     on_left.data,
+                                     c.bias ? on_bias.data : nullptr,
+                                     c.pivoted ? on_pivots.data : nullptr,
+                                     shrunk.data,
+                                     on_y.data,
+                                     c.m,
+                                     c.n,
+                                     c.k,
+                                     c.r};
   cudaStream_t stream;
   CHECK(cudaStreamCreate(&stream));
   bool differs = false;
@@ -170,7 +180,9 @@ int main(int count, char**) {
     }
   wrong += !run<__nv_bfloat16>({8, 264, 1536, 11008, true, false}, false);  // left fits shared memory in part
   for (int m : {1, 4, 8})
-    for (Case c : {Case{m, 4096, 512, 4096, false, false}, {m, 4096, 1024, 4096, false, true}, {m, 4096, 1632, 4096, false, false}})
+    for (Case c : {Case{m, 4096, 512, 4096, false, false},
+                   {m, 4096, 1024, 4096, false, true},
+                   {m, 4096, 1632, 4096, false, false}})
       if (!quick) wrong += !run<__nv_bfloat16>(c, true);
   std::printf("%d wrong\n", wrong);
   return wrong ? 1 : 0;

@@ -178,7 +178,8 @@ __device__ void store(const Problem& p, int m, int64_t row, float sum) {
   narrow(sum, static_cast<Scalar*>(p.y)[m * p.n + row]);
 }
 
-// Where in y a row of left is: it comes after all pivots with pivots[i] - i <= row, of which there are more with each i.
+// Where in y a row of left is: it comes after all pivots with pivots[i] - i <= row, of which there are more with each
+// i.
 __device__ int64_t output_row(const Problem& p, const int64_t* pivots, int64_t row) {
   if (p.pivots == nullptr) return row;
   int before = 0, end = int(p.r);
@@ -195,7 +196,8 @@ __device__ int64_t output_row(const Problem& p, const int64_t* pivots, int64_t r
 
 // Outputs that are `shrunk` itself: those of this block's rows of right.
 template <typename Scalar, int M>
-__device__ void copy_pivots(const Problem& p, const float4* shrunk, const int64_t* pivots, int64_t first_row, int rows) {
+__device__ void copy_pivots(const Problem& p, const float4* shrunk, const int64_t* pivots, int64_t first_row,
+                            int rows) {
   if (p.pivots == nullptr) return;
   const int vectors = p.r / kVector;
   for (int i = threadIdx.x; i < rows * M; i += kThreads) {
@@ -254,7 +256,8 @@ __global__ void __launch_bounds__(kThreads, 1) low_rank_decode_kernel(Problem p)
   uint4* pivots = shared_memory + p.exchange_floats / 4;
   uint4* prefetched = pivots + p.pivot_vectors;
   const int64_t first_right = int64_t(blockIdx.x) * p.right_rows, first_left = int64_t(blockIdx.x) * p.left_rows;
-  const int right_rows = share(p.r, first_right, p.right_rows), left_rows = share(p.left_total, first_left, p.left_rows);
+  const int right_rows = share(p.r, first_right, p.right_rows),
+            left_rows = share(p.left_total, first_left, p.left_rows);
   const uint4* right = static_cast<const uint4*>(p.right) + first_right * (p.k / kVector);
   const uint4* left = static_cast<const uint4*>(p.left) + first_left * (p.r / kVector);
 

@@ -14,16 +14,16 @@ constexpr int64_t kMaxDecodeTokens = 8;
 
 enum class DecodeType { kBFloat16, kFloat16 };
 
-// All tensors are contiguous and start at a multiple of 16 bytes; K and R are multiples of 8, and 1 <= M <= 8. In pivoted
-// storage output row pivots[i] is shrunk[i] itself, and left has the other rows of y in their order.
+// All tensors are contiguous and start at a multiple of 16 bytes; K and R are multiples of 8, and 1 <= M <= 8. In
+// pivoted storage output row pivots[i] is shrunk[i] itself, and left has the other rows of y in their order.
 struct LowRankDecode {
-  const void* x;      // (M, K)
-  const void* right;  // (R, K)
-  const void* left;   // (N, R), or (N - R, R) with pivots
-  const void* bias;   // (N,), or null
+  const void* x;          // (M, K)
+  const void* right;      // (R, K)
+  const void* left;       // (N, R), or (N - R, R) with pivots
+  const void* bias;       // (N,), or null
   const int64_t* pivots;  // (R,), ascending, each less than N; or null
-  float* shrunk;      // (M, R), written by the launch and no other that may run at the same time
-  void* y;            // (M, N)
+  float* shrunk;          // (M, R), written by the launch and no other that may run at the same time
+  void* y;                // (M, N)
   int64_t m, n, k, r;
 };
 

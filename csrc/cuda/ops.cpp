@@ -32,8 +32,8 @@ void check_matrix(const char* name, const Tensor& tensor, const Tensor& x) {
                   " must start at a multiple of 16 bytes");
 }
 
-// x (..., K) with at most 8 tokens, right (R, K), left (N, R), bias (N,) -> (..., N). With pivot_rows (R,), ascending and less
-// than N, left is (N - R, R).
+// x (..., K) with at most 8 tokens, right (R, K), left (N, R), bias (N,) -> (..., N). With pivot_rows (R,), ascending
+// and less than N, left is (N - R, R).
 Tensor low_rank_linear(Tensor x, Tensor right, Tensor left, std::optional<Tensor> bias,
                        std::optional<Tensor> pivot_rows) {
   STD_TORCH_CHECK(x.dim() >= 1 && right.dim() == 2 && left.dim() == 2,

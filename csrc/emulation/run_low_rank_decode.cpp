@@ -73,8 +73,17 @@ int check(int64_t m, int64_t k, int64_t r, int64_t n, bool with_bias, int pivote
   for (int64_t o = 0, next = 0; o < n; ++o) row_of_left[o] = pivot_of[o] < 0 ? next++ : -1;
 
   std::vector<Scalar> first;
-  const LowRankDecode problem{x.data, right.data, left.data, with_bias ? bias.data : nullptr,
-                              pivoted ? pivots.data : nullptr, shrunk.data, y.data, m, n, k, r};
+  const LowRankDecode problem{x.data,
+                              right.data,
+                              left.data,
+                              with_bias ? bias.data : nullptr,
+                              pivoted ? pivots.data : nullptr,
+                              shrunk.data,
+                              y.data,
+                              m,
+                              n,
+                              k,
+                              r};
   for (int launch = 0; launch < 4; ++launch) {
     std::fill(shrunk.data, shrunk.data + shrunk.size, std::numeric_limits<float>::quiet_NaN());
     std::fill(y.data, y.data + y.size, Type::narrow(std::numeric_limits<float>::quiet_NaN()));
