@@ -301,7 +301,8 @@ def test_table_of_make_bench(module, tmp_path):
     assert groups["q"]["lorap"]["seconds"] == pytest.approx(1e-3)
     assert groups["q"]["dense"]["ratio"] == pytest.approx(3)
     assert groups["q"]["lorap"]["share_of_bandwidth"] == pytest.approx(0.5)
-    assert table.table(groups).splitlines()[2].split() == ["dense", "3", "ms", "3.00", "0.7", "17%", "0.3"]
+    (row,) = (line.split() for line in table.table(groups).splitlines() if line.split()[:1] == ["dense"])
+    assert row == ["dense", "3", "ms", "3.00", "0.7", "17%", "0.3"]
     found = table.machine(run) | {"machine": "Some CPU (R) @ 2 GHz"}
     path = table.write(tmp_path, found, groups)
     assert path.name == "some-cpu-r-2-ghz.json"

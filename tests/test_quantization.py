@@ -168,7 +168,9 @@ def test_versions_of_int8() -> None:
     assert (again.weights, again.storage, again.format_version) == ("int8", "pivoted", 4)
     with pytest.raises(lorap.CheckpointError, match="int8 weights and format version 2, which has none; it must be 3"):
         LoRAPConfig(weights="int8", format_version=2)
-    with pytest.raises(lorap.CheckpointError, match=r"quantization_config\.weights is 'int4'; known: float, int8"):
+    with pytest.raises(
+        lorap.CheckpointError, match=r"quantization_config\.weights should be 'float' or 'int8' and is 'int4'"
+    ):
         LoRAPConfig(weights="int4")
 
 
