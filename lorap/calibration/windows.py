@@ -245,14 +245,13 @@ def _order(available: int, seed: int) -> Tensor:
 
 def _select(windows: TokenWindows, rows: Tensor) -> TokenWindows:
     """The windows that ``rows``, (windows,) bool, says; each knows where it came from."""
-    ids, groups = windows.input_ids[rows], windows.groups
-    mask = None if windows.attention_mask is None else windows.attention_mask[rows]
-    groups = None if groups is None else groups[rows]
-    counts = [len(ids)]
+    part = windows.rows(rows)
+    groups = None if windows.groups is None else windows.groups[rows]
+    counts = [len(part.input_ids)]
     if len(windows.shares) > 1 and groups is not None:
         counts = torch.bincount(groups, minlength=len(windows.shares)).tolist()
     shares = tuple(replace(share, windows=count) for share, count in zip(windows.shares, counts, strict=False))
-    return replace(windows, input_ids=ids, sha256=hash_ids(ids), attention_mask=mask, groups=groups, shares=shares)
+    return replace(part, sha256=hash_ids(part.input_ids), groups=groups, group_names=windows.group_names, shares=shares)
 
 
 def _check_lengths(streams: Sequence[_Stream]) -> None:
