@@ -13,7 +13,6 @@ its own per contender, which builds the model in place and generates.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import subprocess
@@ -32,6 +31,7 @@ from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 import lorap
+from lorap.jsonio import write_json
 from lorap.nn import native
 from lorap.system import peak_memory_bytes
 
@@ -173,7 +173,7 @@ def main() -> None:
         rows += measure(size, rounds=options.rounds, new_tokens=options.new_tokens, label=label)
     found = {"environment": environment(options), "rows": rows}
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "inference-transformers.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+    write_json(options.out / "inference-transformers.json", found)
     (options.out / "inference-transformers.md").write_text(table(rows) + "\n", "utf-8")
     print(table(rows))
 

@@ -14,7 +14,6 @@ llama.cpp's own: decoding is 32 tokens behind 16, prefill 512 tokens.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -31,6 +30,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import lorap
+from lorap.jsonio import write_json
 from lorap.nn.linear import new_linear
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -134,7 +134,7 @@ def main() -> None:
     environment = {"xllamacpp": version("xllamacpp"), "lorap": version("lorap"), "python": platform.python_version()}
     found = {"environment": environment | {"threads": options.threads, "rounds": options.rounds}, "rows": rows}
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "inference-llamacpp.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+    write_json(options.out / "inference-llamacpp.json", found)
     (options.out / "inference-llamacpp.md").write_text(table(rows) + "\n", "utf-8")
     print(table(rows))
 

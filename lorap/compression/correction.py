@@ -152,8 +152,7 @@ class Correction:
 
     def _held_out_stream(self) -> CalibrationStream:
         assert self.held_out is not None
-        folds = fold_of(self.held_out)
-        halves = folds if len(folds.unique()) == 2 else None
+        halves = _if_two(fold_of(self.held_out))
         return CalibrationStream.from_windows(
             self.context, self.held_out, fold_of=halves, batch_tokens=EVALUATION_BATCH
         )
@@ -193,4 +192,9 @@ def step_windows(windows: TokenWindows, folds: Tensor, plan: Schedule) -> Iterat
     for step in range(plan.steps):
         # Every so many-th window: each part has some of all sources, and of both folds where it can.
         rows = order[step * plan.parts // plan.steps :: plan.parts]
-        yield windows.rows(rows), folds[rows] if len(folds[rows].unique()) == 2 else None
+        yield windows.rows(rows), _if_two(folds[rows])
+
+
+def _if_two(folds: Tensor) -> Tensor | None:
+    """The fold of each window; None where all are of one."""
+    return folds if len(folds.unique()) == 2 else None
