@@ -288,6 +288,37 @@ def test_other_tokenizers_are_refused_and_nothing_is_left(make_model, tmp_path) 
         assert not list(tmp_path.iterdir())
 
 
+def changed(tokenizer: Any, **model: Any) -> Any:
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"] |= model
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<eos>")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"merges": []}, "this tokenizer has no merges"),
+        ({"end_of_word_suffix": "e"}, "has end_of_word_suffix, 'e'"),
+        ({"dropout": 0.5}, "has dropout, 0.5"),
+    ],
+)
+def test_merging_that_gguf_cannot_say_is_refused(fields, message, make_model, tokenizer, tmp_path) -> None:
+    with pytest.raises(lorap.ArchitectureError, match=message):
+        lorap.export_gguf(make_model("qwen2"), tmp_path / "small", tokenizer=changed(tokenizer, **fields))
+
+
+def test_words_that_are_tokens_are_split_as_by_the_tokenizer_or_refused(make_model, tokenizer, tmp_path) -> None:
+    """Without the merge that makes it, a token is found by ``ignore_merges`` alone, which ``gpt-2`` does not stand for."""
+    lorap.export_gguf(make_model("qwen2"), tmp_path / "same", tokenizer=changed(tokenizer, ignore_merges=True))
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    *others, last = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    unmade = changed(tokenizer, ignore_merges=True, merges=others)
+    word = last.replace(" ", "")
+    message = rf"ignore_merges is True, llama.cpp merges as if it were False, and then splits 1 tokens, {word!r}"
+    with pytest.raises(lorap.ArchitectureError, match=message):
+        lorap.export_gguf(make_model("qwen2"), tmp_path / "other", tokenizer=unmade)
+
+
 @pytest.mark.real_model
 def test_smollm2_s_tokenizer_survives(tmp_path) -> None:
     """Read from one GGUF file, written to another: numbers are split into digits by both."""

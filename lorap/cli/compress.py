@@ -249,14 +249,18 @@ def compress_command(
 def next_steps(model: str, out: Path, report: CompressionReport) -> list[tuple[str, str]]:
     """What to do with a compressed model."""
     dense, folder = shlex.quote(model), shlex.quote(str(out))
-    stock = report.config.target == "stock"
     widths = {projection.shape_after for projection in report.by_role("down_proj")}
-    export = " --format gguf" if stock else " --pad-widths" if len(widths) > 1 else ""
+    stock = report.config.target == "stock"
+    gguf = stock or len(widths) > 1
+    host = ("llama.cpp" if gguf else "hosts without lorap") + ("" if stock else ", but larger")
     return [
         (f"lorap eval {folder} --baseline {dense}", "how much worse it predicts"),
         (f'lorap generate {folder} --prompt "..."', "what it says"),
         (f"lorap recover {folder} TUNED", "tune it for some minutes: better, and no larger"),
-        (f"lorap export {folder} DEST{export}", "for llama.cpp" if stock else "for hosts without lorap, but larger"),
+        (
+            f"lorap export {folder} DEST{' --format gguf' * gguf}",
+            f"for {host}",
+        ),
     ]
 
 

@@ -11,6 +11,8 @@ from lorap.errors import ArchitectureError
 
 # How a byte-level tokenizer splits text before merging, and llama.cpp's name for it.
 PRE_TOKENIZERS = {LLAMA3_SPLIT: "llama-bpe", QWEN2_SPLIT: "qwen2", TEKKEN_SPLIT: "tekken"}
+# Those with which llama.cpp takes a word that is a token as it stands, without merging.
+WHOLE_WORDS_FIRST = ("llama-bpe", "tekken")
 # Normalizers that the names stand for, or that change no text which is normalized already.
 NORMALIZERS = ("NFC", "Prepend", "Replace")
 
@@ -35,6 +37,7 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
         )
     _check_normalizer(state.get("normalizer"))
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in state["model"]["merges"]]
+    _check_merging(state["model"], merges)
     tokens, types = _vocabulary(tokenizer, state, vocab_size)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
@@ -47,7 +50,9 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
         writer.add_add_space_prefix(tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).tokens == ["▁a"])
     else:
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(pre_tokenizer_name(state.get("pre_tokenizer")))
+        name = pre_tokenizer_name(state.get("pre_tokenizer"))
+        _check_whole_words(state, whole_first=name in WHOLE_WORDS_FIRST)
+        writer.add_tokenizer_pre(name)
         writer.add_token_merges([" ".join(merge) for merge in merges])
     for kind in ("bos", "eos", "pad", "unk"):
         found = getattr(tokenizer, f"{kind}_token_id")
@@ -61,6 +66,36 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
         writer.add_chat_template([{"name": name, "template": text} for name, text in templates])
     elif tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def _check_merging(model: dict[str, Any], merges: list[tuple[str, ...]]) -> None:
+    if not merges and any(len(token) > 1 for token in model["vocab"]):
+        raise ArchitectureError(
+            "this tokenizer has no merges, by which alone llama.cpp makes tokens of more than a letter; use --format stock"
+        )
+    for field in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(field):
+            raise ArchitectureError(
+                f"this tokenizer has {field}, {model[field]!r}, which GGUF cannot say; use --format stock"
+            )
+
+
+def _check_whole_words(state: dict[str, Any], *, whole_first: bool) -> None:
+    """``ignore_merges`` has no field in GGUF, it goes by the name of the split; and is nothing where merging ends at the same."""
+    if bool(state["model"].get("ignore_merges")) == whole_first:
+        return
+    from tokenizers import Tokenizer
+
+    bare = {"version": "1.0", "added_tokens": [], "model": state["model"] | {"ignore_merges": False}}
+    added = {token["content"] for token in state["added_tokens"]}
+    words = [word for word in state["model"]["vocab"] if word not in added]
+    encoded = Tokenizer.from_str(json.dumps(bare)).encode_batch(words)
+    other = [word for word, found in zip(words, encoded, strict=True) if found.tokens != [word]]
+    if other:
+        raise ArchitectureError(
+            f"this tokenizer's ignore_merges is {not whole_first}, llama.cpp merges as if it were {whole_first}, and then splits "
+            f"{len(other):,} tokens, {other[0]!r} for one; use --format stock"
+        )
 
 
 def _check_normalizer(normalizer: dict[str, Any] | None) -> None:
