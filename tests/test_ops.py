@@ -26,7 +26,7 @@ from lorap.nn import dispatch, implementations, native, ops
 
 OPS = list(ops.SCHEMAS)
 STATISTICS = ["channel_sq_norm", "second_moment"]
-MATMULS = [op for op in OPS if op not in STATISTICS]
+MATMULS = list(implementations.LINEAR_OPS)
 BACKENDS = ["reference", *(["cpu"] if native.HAS_CPU else [])]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOKENS, FEATURES, RANKS, OUTPUTS = (1, 2, 3, 5, 16, 17, 37), (1, 63, 100, 576), (1, 17, 64), (1, 63, 100)

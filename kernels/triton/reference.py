@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorap.kernels.packing import dequantize
+
 # float32 sums run over at most this many tokens before they are added up in float64: over 2^21 tokens one float32
 # accumulator is off by 7e-4, this way by 2e-6.
 CHUNK_TOKENS = 1024
@@ -127,6 +129,60 @@ def low_rank_silu_gated_linear(
     """
     gate, up = (low_rank_linear(x, right[i], left[i], _item(bias, i)) for i in range(2))
     return F.silu(gate) * up
+
+
+def quantized_linear(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, bits: int, group: int) -> Tensor:
+    """:func:`linear` with a weight of whole numbers and scales: x @ (q * scale).T + bias.
+
+    Args:
+        x: (..., K).
+        packed: (N, ceil(K * bits / 32)) int32, see :mod:`lorap.kernels.packing`.
+        scales: (N, ceil(K / group)), floating point; taken in the dtype of x.
+        bias: (N,) or None.
+        bits: of a number: 4 or 8.
+        group: how many numbers of a row share a scale, a multiple of 32; the last group may have fewer.
+
+    Returns:
+        (..., N).
+    """
+    return F.linear(x, dequantize(packed, scales, bits, group, x.shape[-1], x.dtype), bias)
+
+
+def quantized_low_rank_linear(
+    x: Tensor,
+    left_packed: Tensor,
+    left_scales: Tensor,
+    right_packed: Tensor,
+    right_scales: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group: int,
+) -> Tensor:
+    """:func:`low_rank_linear` with both factors as in :func:`quantized_linear`: (x @ right.T) @ left.T + bias.
+
+    Args:
+        x: (..., K).
+        left_packed: (N, ceil(R * bits / 32)) int32.
+        left_scales: (N, ceil(R / group)).
+        right_packed: (R, ceil(K * bits / 32)) int32.
+        right_scales: (R, ceil(K / group)).
+        bias: (N,) or None.
+        bits: of a number, in both factors: 4 or 8.
+        group: of both factors, as in :func:`quantized_linear`.
+
+    Returns:
+        (..., N).
+    """
+    shrunk = quantized_linear(x, right_packed, right_scales, None, bits, group)
+    return quantized_linear(shrunk, left_packed, left_scales, bias, bits, group)
+
+
+def quantized_silu_gated_linear(
+    x: Tensor, gate_packed: Tensor, gate_scales: Tensor, up_packed: Tensor, up_scales: Tensor, bits: int, group: int
+) -> Tensor:
+    """:func:`silu_gated_linear` without biases, gate and up as in :func:`quantized_linear`; x (..., K) to (..., N)."""
+    gate = quantized_linear(x, gate_packed, gate_scales, None, bits, group)
+    return F.silu(gate) * quantized_linear(x, up_packed, up_scales, None, bits, group)
 
 
 def channel_sq_norm(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

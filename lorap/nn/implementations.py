@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lorap.algorithms.symmetric import add_outer_products
-from lorap.kernels import reference
+from lorap.kernels import packing, reference
 from lorap.nn import native
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
 LINEAR_OPS = ("linear", "low_rank_linear", "low_rank_linear_group", "silu_gated_linear", "low_rank_silu_gated_linear")
-OPS = (*LINEAR_OPS, "channel_sq_norm", "second_moment")
+QUANTIZED_OPS = ("quantized_linear", "quantized_low_rank_linear", "quantized_silu_gated_linear")
+OPS = (*LINEAR_OPS, *QUANTIZED_OPS, "channel_sq_norm", "second_moment")
 # Adding K^2 sums up in float64 takes a GPU longer than multiplying 1,024 tokens in 16 bits: modelled 78 us beside 45 at K = 4096.
 TENSOR_CORE_TOKENS = 8192
 
@@ -218,6 +219,12 @@ def example(
         return torch.randn(*size, generator=generator).mul(size[-1] ** -0.5).to(device, dtype)
 
     rank, n, wide = 48, 112, 8512 if k == 176 and tokens != 3 else 48  # so many rows that a GPU gets larger tiles
+
+    def quantized(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        numbers = torch.randint(-8, 8, (rows, columns), generator=generator)
+        scales = torch.rand(rows, -(-columns // 32), generator=generator).add(0.5).mul(0.2 * columns**-0.5)
+        return packing.pack(numbers, 4).to(device), scales.to(device, dtype)
+
     x = random(tokens, k)
     right, left = [random(rank, k), random(rank + 16, k)], [random(n, rank), random(n, rank + 16)]
     third, rows = (random(rank + 32, k), random(80, rank + 32)), torch.arange(rank, device=device) * 2 + 3
@@ -233,6 +240,9 @@ def example(
         "low_rank_linear_group": (x, [*right, third[0]], [*left, third[1]], [random(n), random(n), random(80)], []),
         "silu_gated_linear": (x, random(wide, k), random(wide, k)),
         "low_rank_silu_gated_linear": (x, right, left, []),
+        "quantized_linear": (x, *quantized(n, k), random(n), 4, 32),
+        "quantized_low_rank_linear": (x, *quantized(n, rank), *quantized(rank, k), random(n), 4, 32),
+        "quantized_silu_gated_linear": (x, *quantized(n, k), *quantized(n, k), 4, 32),
         "channel_sq_norm": (random(100, k), torch.arange(100, device=device) % 3 > 0),
         "second_moment": (random(100, k), torch.arange(100, device=device) % 3 > 0),
     }

@@ -8,6 +8,9 @@ op                                computes                                      
 ``low_rank_linear_group``         several of them on one x, side by side              (..., N_1 + N_2 + ...)
 ``silu_gated_linear``             silu(x gate^T) * (x up^T)                           (..., N)
 ``low_rank_silu_gated_linear``    the same with low-rank gate and up                  (..., N)
+``quantized_linear``              x weight^T + bias, weight in 4 or 8 bits             (..., N)
+``quantized_low_rank_linear``     x right^T left^T + bias, both in 4 or 8 bits        (..., N)
+``quantized_silu_gated_linear``   silu(x gate^T) * (x up^T), both in 4 or 8 bits      (..., N)
 ``channel_sq_norm``               sum over tokens of x_j^2, token count               (K,) float64, () int64
 ``second_moment``                 sum over tokens of x x^T, token count               (K, K) float64, () int64
 ================================  ==================================================  ==========================
@@ -36,6 +39,11 @@ from lorap.kernels import reference
 from lorap.nn import dispatch, graphs, implementations, shape_checks
 from lorap.nn.implementations import tokens_of
 
+
+def _quantized(name: str) -> str:
+    return f"Tensor {name}packed, Tensor {name}scales"
+
+
 # Lists have no defaults: torch 2.13 refuses gradients of a list op that was called without one of its arguments.
 _LOW_RANK_LISTS = "Tensor x, Tensor[] right, Tensor[] left, Tensor[] bias"
 SCHEMAS = {
@@ -44,6 +52,13 @@ SCHEMAS = {
     "low_rank_linear_group": f"({_LOW_RANK_LISTS}, Tensor[] pivot_rows) -> Tensor",
     "silu_gated_linear": "(Tensor x, Tensor gate, Tensor up, Tensor? gate_bias=None, Tensor? up_bias=None) -> Tensor",
     "low_rank_silu_gated_linear": f"({_LOW_RANK_LISTS}) -> Tensor",
+    "quantized_linear": f"(Tensor x, {_quantized('')}, Tensor? bias, int bits, int group) -> Tensor",
+    "quantized_low_rank_linear": (
+        f"(Tensor x, {_quantized('left_')}, {_quantized('right_')}, Tensor? bias, int bits, int group) -> Tensor"
+    ),
+    "quantized_silu_gated_linear": (
+        f"(Tensor x, {_quantized('gate_')}, {_quantized('up_')}, int bits, int group) -> Tensor"
+    ),
     "channel_sq_norm": "(Tensor x, Tensor? mask=None) -> (Tensor, Tensor)",
     "second_moment": "(Tensor x, Tensor? mask=None) -> (Tensor, Tensor)",
 }
@@ -153,6 +168,69 @@ def low_rank_silu_gated_linear(
     return _call("low_rank_silu_gated_linear", x, list(right), list(left), list(bias))
 
 
+def quantized_linear(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, bits: int, group: int) -> Tensor:
+    """x weight^T + bias, with a weight of whole numbers in 4 or 8 bits and scales, see :mod:`lorap.kernels.packing`.
+
+    Args:
+        x: (..., K).
+        packed: (N, ceil(K * bits / 32)) int32.
+        scales: (N, ceil(K / group)), floating point.
+        bias: (N,) or None.
+        bits: 4 or 8.
+        group: how many numbers of a row share a scale, a multiple of 32; the last group may have fewer.
+
+    Returns:
+        (..., N), in the dtype of x.
+
+    Raises:
+        ShapeError: the tensors do not fit together.
+    """
+    return _call("quantized_linear", x, packed, scales, bias, bits, group)
+
+
+def quantized_low_rank_linear(
+    x: Tensor,
+    left_packed: Tensor,
+    left_scales: Tensor,
+    right_packed: Tensor,
+    right_scales: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group: int,
+) -> Tensor:
+    """:func:`low_rank_linear` of plain factors, both as in :func:`quantized_linear`.
+
+    Args:
+        x: (..., K).
+        left_packed: (N, ceil(R * bits / 32)) int32.
+        left_scales: (N, ceil(R / group)).
+        right_packed: (R, ceil(K * bits / 32)) int32.
+        right_scales: (R, ceil(K / group)).
+        bias: (N,) or None.
+        bits: of both factors.
+        group: of both factors.
+
+    Returns:
+        (..., N), in the dtype of x.
+
+    Raises:
+        ShapeError: the tensors do not fit together.
+    """
+    weights = (left_packed, left_scales, right_packed, right_scales)
+    return _call("quantized_low_rank_linear", x, *weights, bias, bits, group)
+
+
+def quantized_silu_gated_linear(
+    x: Tensor, gate_packed: Tensor, gate_scales: Tensor, up_packed: Tensor, up_scales: Tensor, bits: int, group: int
+) -> Tensor:
+    """silu(x gate^T) * (x up^T), gate and up as in :func:`quantized_linear`; x (..., K) to (..., N), in the dtype of x.
+
+    Raises:
+        ShapeError: the tensors do not fit together.
+    """
+    return _call("quantized_silu_gated_linear", x, gate_packed, gate_scales, up_packed, up_scales, bits, group)
+
+
 def channel_sq_norm(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(sum over tokens of x_j^2, token count) of x (..., K): (K,) float64 and () int64; mask (...) marks what counts."""
     return _call("channel_sq_norm", x, mask)
@@ -227,7 +305,8 @@ def _fake(op: str, x: Tensor, *rest: Any) -> Any:
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     leaves, ctx.structure = tree_flatten(list(inputs))
-    ctx.save_for_backward(*leaves)
+    ctx.numbers = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, int)}
+    ctx.save_for_backward(*(None if i in ctx.numbers else leaf for i, leaf in enumerate(leaves)))
 
 
 class _Backward:
@@ -238,7 +317,7 @@ class _Backward:
 
     def __call__(self, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         again = torch.is_grad_enabled()  # create_graph: the result is differentiated once more
-        leaves = list(ctx.saved_tensors)
+        leaves = [ctx.numbers.get(i, leaf) for i, leaf in enumerate(ctx.saved_tensors)]
         wanted = [i for i, needed in enumerate(tree_flatten(list(ctx.needs_input_grad))[0]) if needed]
         with torch.enable_grad():
             for i in wanted:

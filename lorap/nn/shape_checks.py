@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lorap.errors import ShapeError
+from lorap.kernels import packing
 
 
 def _require(condition: bool, message: str) -> None:
@@ -93,6 +94,59 @@ def low_rank_silu_gated_linear(
     return left[0].shape[0]
 
 
+def quantized_linear(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, bits: int, group: int) -> int:
+    """Arguments of :func:`lorap.nn.ops.quantized_linear`; returns N."""
+    _require(x.dim() >= 1, "x is a scalar; its last axis must hold the features")
+    return _check_quantized("packed", packed, scales, x.shape[-1], bias, bits, group)
+
+
+def _check_quantized(
+    name: str, packed: Tensor, scales: Tensor, columns: int, bias: Tensor | None, bits: int, group: int
+) -> int:
+    """One weight of ``columns`` columns; returns its rows."""
+    _require(bits in packing.BITS, f"{name} has numbers of {bits} bits; it must be 4 or 8")
+    _require(group > 0 and group % 32 == 0, f"{name} has groups of {group} numbers; it must be a multiple of 32")
+    _require(packed.dtype == torch.int32, f"{name} is {packed.dtype}, not int32")
+    _require(scales.is_floating_point(), f"the scales of {name} are {scales.dtype}, not floating point")
+    rows = packed.shape[0] if packed.dim() else 0
+    wanted = (rows, packing.words(columns, bits)), (rows, -(-columns // group))
+    for what, tensor, shape in ((name, packed, wanted[0]), (f"the scales of {name}", scales, wanted[1])):
+        _require(
+            tuple(tensor.shape) == shape,
+            f"{what}: shape {tuple(tensor.shape)}, but {columns} columns of {bits} bits in groups of {group} make {shape}",
+        )
+    _check_bias(bias, rows)
+    return rows
+
+
+def quantized_low_rank_linear(
+    x: Tensor,
+    left_packed: Tensor,
+    left_scales: Tensor,
+    right_packed: Tensor,
+    right_scales: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group: int,
+) -> int:
+    """Arguments of :func:`lorap.nn.ops.quantized_low_rank_linear`; returns N."""
+    _require(x.dim() >= 1, "x is a scalar; its last axis must hold the features")
+    rank = _check_quantized("right_packed", right_packed, right_scales, x.shape[-1], None, bits, group)
+    return _check_quantized("left_packed", left_packed, left_scales, rank, bias, bits, group)
+
+
+def quantized_silu_gated_linear(
+    x: Tensor, gate_packed: Tensor, gate_scales: Tensor, up_packed: Tensor, up_scales: Tensor, bits: int, group: int
+) -> int:
+    """Arguments of :func:`lorap.nn.ops.quantized_silu_gated_linear`; returns N."""
+    _require(
+        gate_packed.shape == up_packed.shape,
+        f"gate_packed has shape {tuple(gate_packed.shape)}, up_packed has {tuple(up_packed.shape)}",
+    )
+    width = quantized_linear(x, gate_packed, gate_scales, None, bits, group)
+    return max(width, quantized_linear(x, up_packed, up_scales, None, bits, group))
+
+
 def statistics(x: Tensor, mask: Tensor | None = None) -> int:
     """Arguments of :func:`lorap.nn.ops.channel_sq_norm` and ``second_moment``; returns K."""
     _require(x.dim() >= 1, "x is a scalar; its last axis must hold the channels")
@@ -108,6 +162,9 @@ CHECKS: dict[str, Callable[..., int]] = {
     "low_rank_linear_group": low_rank_linear_group,
     "silu_gated_linear": silu_gated_linear,
     "low_rank_silu_gated_linear": low_rank_silu_gated_linear,
+    "quantized_linear": quantized_linear,
+    "quantized_low_rank_linear": quantized_low_rank_linear,
+    "quantized_silu_gated_linear": quantized_silu_gated_linear,
     "channel_sq_norm": statistics,
     "second_moment": statistics,
 }
