@@ -27,7 +27,8 @@ from lorap.checkpoint.load import ModelSource
 from lorap.cli import app
 from lorap.cli.compare import render
 from lorap.evaluation.comparison import cells, worker
-from lorap.evaluation.comparison.compare import DECODE, PREFILL, ComparisonOptions, Contender, compare
+from lorap.evaluation.comparison.compare import ComparisonOptions, compare
+from lorap.evaluation.comparison.contender import DECODE, PREFILL, Contender
 from lorap.evaluation.comparison.plot import draw
 from lorap.evaluation.tasks import TaskResult
 

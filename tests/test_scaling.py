@@ -344,8 +344,8 @@ def test_a_model_that_cannot_be_paged_is_held_as_a_whole(shape_of) -> None:
 
 
 def test_what_does_not_fit_is_told_and_not_tried(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorap.cli.plan.free_memory_bytes", lambda device: 10**6)
-    monkeypatch.setattr("lorap.cli.plan.try_layers", None)
+    monkeypatch.setattr("lorap.system.free_memory_bytes", lambda device: 10**6)
+    monkeypatch.setattr("lorap.compression.estimate.try_layers", None)
     result = run("plan", model_folder, "--json")
     found = last_json(result)
     assert (found["seconds"], found["trial"]) == (None, None)

@@ -159,25 +159,44 @@ def test_torch_is_imported_for_a_name_that_needs_it_and_the_plug_in_registers_it
 # ----------------------------------------------------------------------------------------------------------------------
 # Commands
 
-# Runs the command line in this process, and tells what it imported.
+# Runs the command line in this process, and tells what it imported; stderr is for what nobody expects.
 IMPORTED = """
-import sys
+import io, sys
+from contextlib import redirect_stderr
 from lorap.cli import app
-for words in {runs!r}:
+for words, code, part in {runs!r}:
+    said = io.StringIO()
     try:
-        app(words)
+        with redirect_stderr(said):
+            app(words)
     except SystemExit as end:
-        assert not end.code, words
+        assert (end.code or 0) == code, (words, end.code)
+    assert part in said.getvalue(), (words, said.getvalue())
 heavy = sorted({{"torch", "transformers"}} & set(sys.modules))
 assert not heavy, heavy
 """
 
 
-def test_help_imports_no_command():
-    help_text = python(IMPORTED.format(runs=[["--help"], ["--version"], ["-h"]]))
-    assert help_text.count("Commands:") == 2
+# Mistakes that a command tells by its words alone.
+MISTAKES = (
+    (["compress", "model", "out", "--sparsity", "2"], "--sparsity"),
+    (["plan", "model", "--gpu", "h100"], "plan has no --gpu any more"),
+    (["export", "model", "dest", "--format", "onnx"], "unknown format 'onnx'"),
+    (["eval", "model", "--limit", "5"], "--limit and --task-data belong to --tasks"),
+    (["inspect", "model", "out", "--layers", "x"], "--layers x"),
+)
+
+
+def test_what_needs_no_model_imports_neither_torch_nor_transformers():
+    runs = [(words, 0, "") for words in (["--help"], ["--version"], ["-h"])]
+    runs += [([name, "--help"], 0, "") for name in COMMANDS]
+    runs += [([name, "--nothing"], 2, "No such option: --nothing") for name in COMMANDS]
+    runs += [(words, 2, message) for words, message in MISTAKES]
+    said = python(IMPORTED.format(runs=runs))
+    assert said.count("Commands:") == 2
     for name in COMMANDS:
-        assert f"\n  {name} " in help_text
+        assert f"\n  {name} " in said
+        assert f"Usage: -c {name} " in said
 
 
 def test_help_says_of_each_command_what_the_command_says():

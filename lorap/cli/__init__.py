@@ -82,7 +82,7 @@ def _command(name: str, function: Any) -> Any:
 
 
 class _Commands(MutableMapping[str, Any]):
-    """The commands by name, each imported when it is first asked for: most take torch and transformers, seconds of work."""
+    """The commands by name, each imported when it is first asked for; torch and transformers only when it runs."""
 
     def __init__(self) -> None:
         self._imported: dict[str, Any] = {}
@@ -144,7 +144,7 @@ def root(
         typer.echo(f"lorap {lorap.__version__}")
         raise typer.Exit
     signal.signal(signal.SIGTERM, interrupt)
-    if signal.getsignal(signal.SIGINT) is leave:  # the command is imported
+    if signal.getsignal(signal.SIGINT) is leave:  # commands are light until they run (lorap.cli.common.loading)
         signal.signal(signal.SIGINT, signal.default_int_handler)
     listen()
     if context.invoked_subcommand is None:

@@ -20,6 +20,7 @@ import typer
 from lorap.config import CHOICES, CompressionConfig
 from lorap.errors import LoRAPError
 from lorap.integrations.after_import import after_import
+from lorap.integrations.preparation import leave
 from lorap.recovery.config import TuningConfig
 
 # Modules that set up what libraries say, by name: what only prints help or reads headers imports none of them.
@@ -96,6 +97,23 @@ def tell_next(steps: Sequence[tuple[str, str]], *, quiet: bool, as_json: bool) -
         return
     width = max(len(command) for command, _ in steps)
     typer.echo("\nnext:\n" + "\n".join(f"  {command.ljust(width)}  # {purpose}" for command, purpose in steps))
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Around the imports of what a command runs, behind what can be said without: torch and transformers take seconds.
+
+    A signal ends the process meanwhile, with nothing but its exit code: no exception goes through the middle of an import.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if handlers[signal.SIGINT] is signal.default_int_handler:  # else a shell had it ignored, and it stays so
+        signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

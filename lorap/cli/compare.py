@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from lorap.calibration.sources import DEFAULT_EVALUATION
-from lorap.checkpoint.load import resolve_device
-from lorap.cli.common import AsJson, Debug, Device, Dtype, Quiet, be_quiet, exit_code, user_errors
-from lorap.cli.tasks import percent
+from lorap.cli.common import AsJson, Debug, Device, Dtype, Quiet, be_quiet, exit_code, loading, user_errors
 from lorap.errors import ConfigError
-from lorap.evaluation.comparison.compare import DECODE, PREFILL, ComparisonOptions, Contender, compare, find_contenders
+from lorap.evaluation.comparison.contender import DECODE, PREFILL, Contender
 from lorap.evaluation.comparison.plot import check_plot, draw
 from lorap.evaluation.tasks import TASKS, Estimate, open_source
 from lorap.reports.run import markdown_table
+
+if TYPE_CHECKING:
+    from lorap.evaluation.comparison.compare import ComparisonOptions
 
 # Ratios of one model that differ by more between rounds say little about it.
 BUSY = 1.25
@@ -70,6 +70,12 @@ def compare_command(
     """
     with user_errors(debug, as_json) as answer:
         be_quiet(quiet)
+        if plot is not None:
+            check_plot(plot)
+        with loading():
+            from lorap.calibration.sources import DEFAULT_EVALUATION
+            from lorap.checkpoint.load import resolve_device
+            from lorap.evaluation.comparison.compare import ComparisonOptions
         options = ComparisonOptions(
             texts=tuple(text or [DEFAULT_EVALUATION]),
             seq_len=seq_len,
@@ -85,8 +91,6 @@ def compare_command(
             dtype=dtype,
         )
         resolve_device(device)
-        if plot is not None:
-            check_plot(plot)
         found = _measure(models, options, work, quiet)
         typer.echo(render(found))
         if plot is not None and (missing := draw(found, plot)):
@@ -102,6 +106,8 @@ def _task_names(models: Sequence[str], tasks: str | None, task_data: str, limit:
         if limit is not None or task_data != "auto":
             raise ConfigError("--limit and --task-data belong to --tasks, which is not given")
         return ()
+    from lorap.evaluation.comparison.compare import find_contenders
+
     find_contenders(models)  # a model that cannot be opened is refused before the hub is asked for questions
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
     open_source(names, data=task_data, limit=limit)
@@ -109,6 +115,8 @@ def _task_names(models: Sequence[str], tasks: str | None, task_data: str, limit:
 
 
 def _measure(models: Sequence[str], options: ComparisonOptions, work: Path | None, quiet: bool) -> list[Contender]:
+    from lorap.evaluation.comparison.compare import compare
+
     if work is not None:
         try:
             work.mkdir(parents=True, exist_ok=True)
@@ -144,7 +152,7 @@ def _row(one: Contender, dense: Contender, texts: Sequence[str], tasks: Sequence
     row += [losses.get(text, "-") for text in texts]
     differences = one.task_differences(dense) if one is not dense else {}
     for task in tasks:
-        row += [percent(one.tasks[task].accuracy()) if task in one.tasks else "-", _difference(differences.get(task))]
+        row += [one.tasks[task].accuracy().percent() if task in one.tasks else "-", _difference(differences.get(task))]
     return [*row, _rate(one, dense, DECODE), _rate(one, dense, PREFILL), _megabytes(one.peak_bytes())]
 
 
@@ -154,7 +162,7 @@ def _rate(one: Contender, dense: Contender, name: str) -> str:
 
 
 def _difference(found: Estimate | None) -> str:
-    return "-" if found is None else percent(found, "+.1f")
+    return "-" if found is None else found.percent("+.1f")
 
 
 def _megabytes(size: int | None) -> str:

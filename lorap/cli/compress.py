@@ -8,19 +8,29 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from lorap.calibration.mixtures import parse_source
-from lorap.calibration.sources import DEFAULT_CALIBRATION, DEFAULT_EVALUATION
-from lorap.cli.common import SOURCE_HELP, AsJson, Debug, Device, Dtype, Model, Quiet, be_quiet, tell_next, user_errors
-from lorap.compression.runs.run import RunOptions, compress_to_folder
+from lorap.cli.common import (
+    SOURCE_HELP,
+    AsJson,
+    Debug,
+    Device,
+    Dtype,
+    Model,
+    Quiet,
+    be_quiet,
+    loading,
+    tell_next,
+    user_errors,
+)
 from lorap.config import CHOICES, DEFAULT_RECIPE, RECIPES, CompressionConfig
-from lorap.distributed import is_main_process
 from lorap.outputs import work_path
 from lorap.reports.run import CompressionReport
-from lorap.system import parse_bytes
+
+if TYPE_CHECKING:
+    from lorap.compression.runs.run import RunOptions
 
 # Options that are written as a comma-separated list.
 LISTS = ("sublayers",)
@@ -231,6 +241,11 @@ def compress_command(
     """
     with user_errors(debug, as_json, unfinished=partial(work_path, out)) as answer:
         be_quiet(quiet)
+        config = chosen_config(context.params)
+        with loading():
+            from lorap.compression.runs.run import compress_to_folder
+            from lorap.distributed import is_main_process
+            from lorap.system import parse_bytes
         options = replace(
             chosen_options(context.params),
             max_shard_size=parse_bytes(max_shard_size),
@@ -238,7 +253,7 @@ def compress_command(
             restart=restart,
             command=shlex.join(["lorap", *sys.argv[1:]]),
         )
-        report = compress_to_folder(model, out, chosen_config(context.params), options)
+        report = compress_to_folder(model, out, config, options)
         if is_main_process():
             typer.echo(report.table())
             typer.echo(f"saved to {out}")
@@ -270,6 +285,11 @@ def chosen_options(options: Mapping[str, Any]) -> RunOptions:
     Raises:
         ConfigError: ``max_memory`` is no size.
     """
+    from lorap.calibration.mixtures import parse_source
+    from lorap.calibration.sources import DEFAULT_CALIBRATION, DEFAULT_EVALUATION
+    from lorap.compression.runs.run import RunOptions
+    from lorap.system import parse_bytes
+
     return RunOptions(
         calibration=[parse_source(text) for text in options["calibration"] or [DEFAULT_CALIBRATION]],
         evaluation=[text for text in options["eval_text"] or [DEFAULT_EVALUATION] if text != "none"],

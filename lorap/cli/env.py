@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from lorap.cli.common import AsJson, Debug, user_errors
-from lorap.evaluation.environment import describe_environment, format_environment
+from lorap.cli.common import AsJson, Debug, loading, user_errors
 
 
 def env_command(as_json: AsJson = False, debug: Debug = False) -> None:
@@ -16,6 +15,8 @@ def env_command(as_json: AsJson = False, debug: Debug = False) -> None:
       lorap env
     """
     with user_errors(debug, as_json) as answer:
+        with loading():
+            from lorap.evaluation.environment import describe_environment, format_environment
         found = describe_environment()
         typer.echo(format_environment(found))
         answer(found)

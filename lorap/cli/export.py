@@ -10,17 +10,10 @@ import typer
 
 from lorap.architectures import known_architecture
 from lorap.checkpoint.gguf.header import read_gguf
-from lorap.checkpoint.load import find_model
-from lorap.cli.common import AsJson, Debug, Dtype, Model, Quiet, be_quiet, tell_next, user_errors
-from lorap.cli.models import open_model
+from lorap.cli.common import AsJson, Debug, Dtype, Model, Quiet, be_quiet, loading, tell_next, user_errors
 from lorap.errors import ConfigError
 from lorap.evaluation.info import describe_model, report_beside
-from lorap.integrations.deci import CONFIG_FILE, export_deci
-from lorap.integrations.llamacpp import export_gguf, overflow_warning, width_cost, width_range
-from lorap.integrations.stock import export_stock
-from lorap.nn.linear import count_parameters
 from lorap.outputs import check_output
-from lorap.system import parse_bytes
 
 FORMATS = ("stock", "gguf", "deci")
 
@@ -76,6 +69,14 @@ def export_command(
             raise ConfigError(f"unknown format {format!r}; choose from {', '.join(FORMATS)}")
         if quantize and format != "gguf":
             raise ConfigError(f"--quantize {quantize} makes GGUF files, and --format is {format}; add --format gguf")
+        with loading():
+            from lorap.checkpoint.load import find_model
+            from lorap.cli.models import open_model
+            from lorap.integrations.deci import export_deci
+            from lorap.integrations.llamacpp import export_gguf, overflow_warning, width_cost, width_range
+            from lorap.integrations.stock import export_stock
+            from lorap.nn.linear import count_parameters
+            from lorap.system import parse_bytes
         shard_bytes = parse_bytes(max_shard_size)
         source = find_model(model)
         check_output(dest, source=source.folder, overwrite=overwrite)
@@ -105,6 +106,8 @@ def export_command(
 
 def _facts(exported: Any, dest: Path, format: str) -> dict[str, Any]:
     """What ``--json`` tells of an export."""
+    from lorap.nn.linear import count_parameters
+
     widths = known_architecture(exported, to="export").ffn_widths(exported)
     told = {
         "out": str(dest),
@@ -159,6 +162,8 @@ def next_steps(dest: Path, format: str) -> list[tuple[str, str]]:
         ]
     folder = shlex.quote(str(dest))
     if format == "deci":
+        from lorap.integrations.deci import CONFIG_FILE
+
         return [(f"vllm serve {folder} --trust-remote-code", f"serve it; this runs {folder}/{CONFIG_FILE}")]
     return [
         (f'AutoModelForCausalLM.from_pretrained("{dest}")', "open it in transformers, without lorap"),

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from lorap.architectures import ARCHITECTURES
-from lorap.cli.common import AsJson, Debug, Device, Dtype, Model, Quiet, be_quiet, user_errors
-from lorap.cli.models import open_model
+from lorap.cli.common import AsJson, Debug, Device, Dtype, Model, Quiet, be_quiet, loading, user_errors
 from lorap.errors import ConfigError
-from lorap.evaluation.generation import Continuation, continue_prompt, use_settings
-from lorap.nn.fused import optimize_for_inference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from lorap.evaluation.generation import Continuation
 
 STDIN = "-"
 
@@ -63,6 +62,10 @@ def generate_command(
     with user_errors(debug, as_json) as answer:
         be_quiet(quiet)
         prompts = read_prompts(prompt)
+        with loading():
+            from lorap.cli.models import open_model
+            from lorap.evaluation.generation import continue_prompt, use_settings
+            from lorap.nn.fused import optimize_for_inference
         loaded, tokenizer, source = open_model(model, device, dtype)
         if tokenizer is None:
             raise ConfigError(f"{source.name} has no tokenizer, so it cannot read a prompt")

@@ -6,7 +6,7 @@ import typer
 
 from lorap.checkpoint.find import ModelSource
 from lorap.checkpoint.plain import find_plain
-from lorap.cli.common import AsJson, Debug, Model, user_errors
+from lorap.cli.common import AsJson, Debug, Model, loading, user_errors
 from lorap.evaluation.info import describe_model, format_info
 
 
@@ -25,6 +25,7 @@ def info_command(model: Model, as_json: AsJson = False, debug: Debug = False) ->
 
 def _checked(model: str) -> ModelSource:
     """A model that is not plain, once it has passed every check there is."""
-    from lorap.checkpoint.load import find_model  # takes torch and transformers, which a plain model does not
+    with loading():
+        from lorap.checkpoint.load import find_model
 
     return find_model(model, fetch=False)

@@ -8,9 +8,6 @@ from typing import Annotated, Optional
 
 import typer
 
-from lorap.calibration.mixtures import check_sources, parse_source
-from lorap.calibration.sources import DEFAULT_CALIBRATION, OWN_SAMPLES
-from lorap.checkpoint.load import find_model, resolve_device
 from lorap.cli.common import (
     SOURCE_HELP,
     AsJson,
@@ -20,11 +17,10 @@ from lorap.cli.common import (
     Model,
     Quiet,
     be_quiet,
+    loading,
     user_errors,
 )
-from lorap.cli.models import open_model
 from lorap.errors import ConfigError
-from lorap.evaluation.inspection.inspect import inspect_model
 from lorap.jsonio import write_json
 from lorap.outputs import check_output, staged_folder
 
@@ -79,6 +75,12 @@ def inspect_command(
         if plots and find_spec("matplotlib") is None:
             raise ConfigError("pictures need matplotlib: pip install 'lorap[plot]', or pass --no-plots")
         chosen = None if layers is None else parse_layers(layers)
+        with loading():
+            from lorap.calibration.mixtures import parse_source
+            from lorap.calibration.sources import DEFAULT_CALIBRATION
+            from lorap.checkpoint.load import find_model, resolve_device
+            from lorap.cli.models import open_model
+            from lorap.evaluation.inspection.inspect import inspect_model
         texts = calibration or [DEFAULT_CALIBRATION]
         _check_texts(texts)
         source = find_model(model)
@@ -128,6 +130,9 @@ def parse_layers(text: str) -> list[int]:
 
 
 def _check_texts(texts: list[str]) -> None:
+    from lorap.calibration.mixtures import check_sources, parse_source
+    from lorap.calibration.sources import OWN_SAMPLES
+
     if NO_CALIBRATION in texts and len(texts) > 1:
         raise ConfigError("--calibration none means that there is no text; leave it out to use the others")
     sources = [parse_source(text) for text in texts]

@@ -10,13 +10,9 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from lorap.calibration.mixtures import check_sources
-from lorap.checkpoint.load import find_model, resolve_device
-from lorap.cli.common import AsJson, Debug, Model, be_quiet, user_errors
+from lorap.cli.common import AsJson, Debug, Model, be_quiet, loading, user_errors
 from lorap.cli.compress import chosen_config, chosen_options, compress_command
-from lorap.compression.estimate import ModelShape, Texts, estimate, try_layers
 from lorap.errors import ConfigError
-from lorap.system import free_memory_bytes
 
 # Options of compress that say what becomes of OUT; all others change what is done and are options here as well.
 LEFT_OUT = ("out", "overwrite", "max_shard_size", "restart", "as_json", "debug")
@@ -85,7 +81,13 @@ def plan_command(
         for name, instead in GONE.items():
             if chosen[name] is not None:
                 raise ConfigError(f"plan has no --{name} any more: {instead}")
-        config, options = chosen_config(chosen), chosen_options(chosen)
+        config = chosen_config(chosen)
+        with loading():
+            from lorap.calibration.mixtures import check_sources
+            from lorap.checkpoint.load import find_model, resolve_device
+            from lorap.compression.estimate import ModelShape, Texts, estimate, try_layers
+            from lorap.system import free_memory_bytes
+        options = chosen_options(chosen)
         check_sources(options.calibration, *options.evaluation)
         source = find_model(model, fetch=False)
         shape = ModelShape.read(source, dtype=options.dtype)

@@ -7,11 +7,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from lorap.cli.common import AsJson, Debug, Device, Dtype, Model, Quiet, be_quiet, user_errors
-from lorap.cli.models import open_model
+from lorap.cli.common import AsJson, Debug, Device, Dtype, Model, Quiet, be_quiet, loading, user_errors
 from lorap.errors import ConfigError
-from lorap.evaluation.profiling import deeper, profile_model, run_ranges
-from lorap.nn.fused import optimize_for_inference
 
 
 def profile_command(
@@ -53,6 +50,10 @@ def profile_command(
         be_quiet(quiet)
         if trace is not None and not trace.absolute().parent.is_dir():
             raise ConfigError(f"cannot write {trace}: there is no folder {trace.parent}")
+        with loading():
+            from lorap.cli.models import open_model
+            from lorap.evaluation.profiling import deeper, profile_model, run_ranges
+            from lorap.nn.fused import optimize_for_inference
         loaded, _, source = open_model(model, device, dtype)
         if optimize:
             optimize_for_inference(loaded)

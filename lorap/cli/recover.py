@@ -8,14 +8,9 @@ from typing import Annotated, Optional
 
 import typer
 
-from lorap.calibration.mixtures import parse_source
-from lorap.calibration.sources import DEFAULT_CALIBRATION, DEFAULT_EVALUATION
-from lorap.cli.common import SOURCE_HELP, AsJson, Debug, Device, Quiet, be_quiet, tell_next, user_errors
-from lorap.distributed import is_main_process
+from lorap.cli.common import SOURCE_HELP, AsJson, Debug, Device, Quiet, be_quiet, loading, tell_next, user_errors
 from lorap.outputs import work_path
-from lorap.recovery.config import PRECISIONS, TuningConfig
-from lorap.recovery.files import RECOVERY
-from lorap.recovery.recover import MODULES, Recovery, recover
+from lorap.recovery.config import MODULES, PRECISIONS, RECOVERY, TuningConfig
 
 _DEFAULT = TuningConfig()
 
@@ -104,6 +99,11 @@ def recover_command(
             seed=seed,
             precision=precision,
         )
+        with loading():
+            from lorap.calibration.mixtures import parse_source
+            from lorap.calibration.sources import DEFAULT_CALIBRATION, DEFAULT_EVALUATION
+            from lorap.distributed import is_main_process
+            from lorap.recovery.recover import Recovery, recover
         sources = [parse_source(source) for source in text or [DEFAULT_CALIBRATION]]
         wanted = Recovery(text=sources, teacher=teacher, modules=modules, dtype=dtype, tuning=tuning)
         report = recover(

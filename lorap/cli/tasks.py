@@ -79,16 +79,16 @@ def render(
         header += ["baseline", "difference", "95 % interval", "gained", "lost"]
     rows = []
     for task, result in found.items():
-        shown = [percent(result.accuracy(one)) if one in result.correct else "-" for one in ("acc", "acc_norm")]
-        row = [task, str(result.questions), *shown, percent(result.accuracy())]
+        shown = [result.accuracy(one).percent() if one in result.correct else "-" for one in ("acc", "acc_norm")]
+        row = [task, str(result.questions), *shown, result.accuracy().percent()]
         if other is not None and differences is not None:
-            row += [percent(other[task].accuracy()), *_difference(differences[task].estimate)]
+            row += [other[task].accuracy().percent(), *_difference(differences[task].estimate)]
             row += [str(differences[task].gained), str(differences[task].lost)]
         rows.append(row)
     if len(found) > 1:
-        row = ["average", "", "", "", percent(average([result.accuracy() for result in found.values()]))]
+        row = ["average", "", "", "", average([result.accuracy() for result in found.values()]).percent()]
         if other is not None and differences is not None:
-            row.append(percent(average([result.accuracy() for result in other.values()])))
+            row.append(average([result.accuracy() for result in other.values()]).percent())
             row += [*_difference(average([one.estimate for one in differences.values()])), "", ""]
         rows.append(row)
     lines = [markdown_table(header, rows, padded=True), ""]
@@ -100,14 +100,9 @@ def _cut(result: TaskResult) -> str:
     return f"; {result.truncated} without their beginning, longer than the model reads" if result.truncated else ""
 
 
-def percent(found: Estimate, form: str = ".1f") -> str:
-    """Mean ± standard error."""
-    return f"{100 * found.mean:{form}} ± {100 * found.error:.1f}"
-
-
 def _difference(found: Estimate) -> list[str]:
     low, high = found.interval
-    return [percent(found, "+.1f"), f"{100 * low:+.1f} to {100 * high:+.1f}"]
+    return [found.percent("+.1f"), f"{100 * low:+.1f} to {100 * high:+.1f}"]
 
 
 def _mean(found: Sequence[Estimate]) -> dict[str, Any]:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lorap.architectures import ATTENTION, MLP, PROJECTIONS
 from lorap.errors import ConfigError
 
+# Where a run works, in the work folder of its output.
+RECOVERY = "recovery"
+# Which projections can be tuned, by the names of the choice.
+MODULES = {"all": PROJECTIONS, "attention": ATTENTION, "ffn": MLP}
 # A state is written so often; what a kill costs at most.
 SAVE_SECONDS = 60.0
 # The learning rate rises over so many steps, or a tenth of them where that is less, and then falls to 0 in a straight line.

@@ -17,8 +17,8 @@ from lorap.errors import CheckpointError, ConfigError
 from lorap.files import replacing
 from lorap.jsonio import write_json
 from lorap.outputs import WorkFolder
+from lorap.recovery.config import RECOVERY
 
-RECOVERY = "recovery"  # in the work folder of the output
 # The one folder that transformers makes in a model folder.
 CHAT_TEMPLATES = "additional_chat_templates"
 SETTINGS = "settings.json"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorap.architectures import ATTENTION, MLP, PROJECTIONS, known_architecture
+from lorap.architectures import known_architecture
 from lorap.calibration.mixtures import Sources, check_sources
 from lorap.calibration.self_text import sample_windows
 from lorap.calibration.sources import DEFAULT_CALIBRATION, Source
@@ -43,8 +43,8 @@ from lorap.jsonio import write_json
 from lorap.nn.linear import LowRankLinear, embedding_weight
 from lorap.nn.low_rank_tensors import FACTORS
 from lorap.outputs import WorkFolder, check_output, work_folder, work_path
-from lorap.recovery.config import SAVE_SECONDS, TuningConfig
-from lorap.recovery.files import RECOVERY, STATE, merge_into_copy, state_folder
+from lorap.recovery.config import MODULES, RECOVERY, SAVE_SECONDS, TuningConfig
+from lorap.recovery.files import STATE, merge_into_copy, state_folder
 from lorap.recovery.report import RecoveryReport, dense_evaluation, tuned_card
 from lorap.recovery.state import Progress
 from lorap.recovery.text import training_windows
@@ -59,7 +59,6 @@ if TYPE_CHECKING:
 # Of each evaluation text, as when a model is compressed.
 EVALUATION_TOKENS = 4096
 EVALUATION_SEQ_LEN = 128
-MODULES = {"all": PROJECTIONS, "attention": ATTENTION, "ffn": MLP}
 
 
 @dataclass(frozen=True)

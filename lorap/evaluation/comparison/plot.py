@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lorap.errors import ConfigError
-from lorap.evaluation.comparison.compare import DECODE, Contender
+from lorap.evaluation.comparison.contender import DECODE, Contender
 from lorap.reports.plots import INK, SERIES, STYLE, save
 
 SUFFIXES = (".png", ".svg")

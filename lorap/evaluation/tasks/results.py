@@ -27,6 +27,10 @@ class Estimate(NamedTuple):
         """The 95 % confidence interval, as the normal distribution has it."""
         return self.mean - REACH * self.error, self.mean + REACH * self.error
 
+    def percent(self, form: str = ".1f") -> str:
+        """Mean ± standard error, for people."""
+        return f"{100 * self.mean:{form}} ± {100 * self.error:.1f}"
+
 
 @dataclass(frozen=True)
 class TaskResult:
