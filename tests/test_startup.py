@@ -21,10 +21,16 @@ from lorap.cli import COMMANDS, app
 from lorap.integrations.after_import import after_import
 
 ROOT = Path(lorap.__file__).parent
-# Runs each snippet in a child of its own, into which nothing is imported but torch.
+# Runs each snippet in a child of its own, into which nothing is imported but torch and what transformers takes of others.
 IN_CHILDREN = """
-import json, os, pickle, sys
+import contextlib, json, logging, os, pickle, sys
 import torch
+logging.disable(logging.WARNING)
+for name in ("accelerate", "sklearn.metrics", "torchao"):
+    with contextlib.suppress(ImportError):
+        __import__(name)
+logging.disable(logging.NOTSET)
+assert not {"lorap", "transformers"} & set(sys.modules)
 folder, config, snippets = json.loads(sys.argv[1])
 for code in snippets:
     sys.stdout.flush()
