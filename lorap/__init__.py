@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lorap.checkpoint.reconstruct import reconstruct
     from lorap.checkpoint.save import save
     from lorap.compression.pipeline import compress
+    from lorap.compression.quantization import quantize
     from lorap.compression.runs.run import RunOptions, compress_to_folder
     from lorap.config import CompressionConfig
     from lorap.evaluation.inspection.inspect import inspect_model
@@ -80,6 +81,7 @@ __all__ = [
     "inspect_model",
     "merge_shared_inputs",
     "optimize_for_inference",
+    "quantize",
     "quantize_int8",
     "reconstruct",
     "recover",
@@ -94,6 +96,7 @@ _HOMES = {
     "lorap.checkpoint.reconstruct": ("reconstruct",),
     "lorap.checkpoint.save": ("save",),
     "lorap.compression.pipeline": ("compress",),
+    "lorap.compression.quantization": ("quantize",),
     "lorap.compression.runs.run": ("RunOptions", "compress_to_folder"),
     "lorap.config": ("CompressionConfig",),
     "lorap.evaluation.inspection.inspect": ("inspect_model",),

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
-from annotated_types import Interval, MinLen
+from annotated_types import Interval, MinLen, MultipleOf
 
 from lorap.errors import ConfigError
 from lorap.jsonio import Count, Size, check_fields, shown
@@ -41,6 +41,8 @@ _LORAP: Mapping[str, Any] = {
     "sequential": "layer",
     "storage": "factors",
     "correction_steps": 0,
+    "weights": "float",
+    "group_size": 64,
     "target": "lorap",
 }
 
@@ -126,10 +128,15 @@ class CompressionConfig:
         bias_compensation: add the mean output of the dropped channels to the bias of down_proj, which gains one if need be.
         sequential: ``sublayer`` lets o_proj see the compressed q, k, v and down_proj the compressed attention; ``layer`` takes
             all statistics of a layer before changing it (the paper).
-        storage: ``pivoted`` stores a rank-r matrix (m, n) in r (m + n - r) numbers instead of r (m + n), without loss.
+        storage: ``pivoted`` stores a rank-r matrix (m, n) in r (m + n - r) numbers instead of r (m + n), without loss. Not with
+            ``weights="int4"``, which is ``factors`` unless given: 4 bits are too few for the coefficients of pivoted storage.
         correction_steps: when all layers are compressed, so many small steps of all weights towards what the dense model predicts
             on the calibration windows, 1,536 tokens a step, none of them twice; fewer and smaller steps where there are fewer
             tokens, and none that further windows, not calibrated on, do not confirm. Sizes do not change.
+        weights: how many bits they have in the end, in every linear layer of the decoder: ``float`` as many as the model's dtype,
+            ``int8``, ``int4``. They are rounded last, behind correction steps, layer by layer on the calibration windows. The
+            sparsity counts parameters, not bits; at 0 the result is the quantized dense model.
+        group_size: how many int8 or int4 weights of a row share a scale, a multiple of 32.
         target: who is to open the result. ``lorap``: hosts that have lorap. ``stock``: every host. Attention stays dense and all
             FFNs get one width, narrow enough for the whole sparsity, so ``allocation`` decides nothing and ``shapes`` is
             uniform; the same model costs more quality, and all of the saving is real without any plug-in.
@@ -162,6 +169,8 @@ class CompressionConfig:
     sequential: Literal["layer", "sublayer"] = _FROM_RECIPE
     storage: Literal["factors", "pivoted"] = _FROM_RECIPE
     correction_steps: Count = _FROM_RECIPE
+    weights: Literal["float", "int8", "int4"] = _FROM_RECIPE
+    group_size: Annotated[int, Interval(ge=32, le=2**31 - 1), MultipleOf(32)] = _FROM_RECIPE
     target: Literal["lorap", "stock"] = _FROM_RECIPE
     num_calibration_samples: Size = 128
     calibration_seq_len: Annotated[int, Interval(ge=2, lt=2**63)] = 128
@@ -170,10 +179,12 @@ class CompressionConfig:
     def __post_init__(self) -> None:
         known = isinstance(self.recipe, str) and self.recipe in RECIPES
         _check(known, f"unknown recipe {shown(self.recipe)}; known: {', '.join(RECIPES)}")
-        shapes, width_multiple = self.shapes, self.width_multiple
+        shapes, width_multiple, storage = self.shapes, self.width_multiple, self.storage
         for name, value in RECIPES[self.recipe].items():
             if getattr(self, name) is _FROM_RECIPE:
                 object.__setattr__(self, name, value)
+        if self.weights == "int4" and storage is _FROM_RECIPE:
+            object.__setattr__(self, "storage", "factors")
         if self.target == "stock" and shapes is _FROM_RECIPE:
             object.__setattr__(self, "shapes", "uniform")
         if self.target == "stock" and width_multiple is _FROM_RECIPE:
@@ -193,6 +204,10 @@ class CompressionConfig:
         _check(
             "mlp" in self.sublayers or self.allocation != "flap",
             "allocation flap takes everything from the FFN; compress mlp too, or use another allocation",
+        )
+        _check(
+            self.weights != "int4" or self.storage == "factors",
+            "int4 weights are too coarse for pivoted storage; use storage factors, or weights int8",
         )
         if self.target == "stock":
             self._check_stock()
@@ -216,6 +231,10 @@ class CompressionConfig:
             "paper, even or loss, or target lorap",
         )
         _check(
+            self.weights == "float",
+            f"target stock writes floating-point weights, not {self.weights}; use weights float, or target lorap",
+        )
+        _check(
             self.shapes == "uniform",
             "stock model classes have one FFN width for all layers; use shapes uniform, or target lorap",
         )
@@ -224,6 +243,11 @@ class CompressionConfig:
     def corrects(self) -> bool:
         """Whether weights move when all layers are compressed."""
         return self.correction_steps > 0 and self.sparsity > 0
+
+    @property
+    def bits(self) -> int | None:
+        """Of rounded weights; None where they stay floating point."""
+        return {"int8": 8, "int4": 4}.get(self.weights)
 
     @classmethod
     def from_recipe(cls, recipe: str, **overrides: Any) -> CompressionConfig:

@@ -100,6 +100,8 @@ def test_lorap_is_the_paper() -> None:
         "sequential": "layer",
         "storage": "factors",
         "correction_steps": 0,
+        "weights": "float",
+        "group_size": 64,
         "target": "lorap",
         "num_calibration_samples": 128,
         "calibration_seq_len": 128,

@@ -45,6 +45,8 @@ BY_SHAPE: dict[str, dict[str, Any]] = {
     "pivoted": {"recipe": "lorap", "storage": "pivoted", "rank_multiple": 3, "width_multiple": 7},
     "attention": {"recipe": "svd-llm", "sublayers": ("self_attn",)},
     "nothing": {"recipe": "best", "sparsity": 0.0},
+    "int4": {"recipe": "lorap", "weights": "int4", "group_size": 32},
+    "pivoted-int8": {"recipe": "lorap", "storage": "pivoted", "weights": "int8"},
 }
 
 

@@ -440,7 +440,7 @@ def test_versions_and_storages():
     ("change", "message"),
     [
         ({"format_version": 1}, "pivoted storage and format version 1, which has none; it must be 2"),
-        ({"format_version": 5}, "format version 5 and this lorap reads 1 to 4"),
+        ({"format_version": 6}, "format version 6 and this lorap reads 1 to 5"),
         ({"storage": "shuffled"}, "quantization_config.storage should be 'factors' or 'pivoted' and is 'shuffled'"),
         ({"ranks": {Q: 64}}, f"rank 64 of {Q} does not fit its shape (64, 64)"),
     ],

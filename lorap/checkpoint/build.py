@@ -17,7 +17,8 @@ from lorap.errors import CheckpointError
 from lorap.jsonio import named
 from lorap.nn import int8
 from lorap.nn.linear import LowRankLinear
-from lorap.nn.low_rank_tensors import LOW_RANK_ONLY, LowRankTensors
+from lorap.nn.low_rank_tensors import LOW_RANK_ONLY, WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_SHAPE, LowRankTensors
+from lorap.nn.quantized import QuantizedLinear, decoder_linears, put_empty
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,14 +47,22 @@ def put_layers(model: PreTrainedModel, config: LoRAPConfig) -> dict[str, tuple[i
             name, nn.Linear(old.in_features, old.out_features, bias=True, device=weight.device, dtype=weight.dtype)
         )
         wanted += [f"{name}.weight", f"{name}.bias"]
-    if config.weights == "int8":
+    if config.weights != "float":
         if model.config.model_type not in ARCHITECTURES:
             raise CheckpointError(
-                f"int8 weights in a model of type {named(model.config.model_type)}, which lorap does not know"
+                f"{config.weights} weights in a model of type {named(model.config.model_type)}, which lorap does not know"
             )
-        wanted += int8.put_slots(model)
+        wanted += _put_quantized(model, config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return {bare + name: shapes[name] for name in wanted}
+
+
+def _put_quantized(model: PreTrainedModel, config: LoRAPConfig) -> list[str]:
+    """Room for quantized weights; returns the names of their tensors in ``model``."""
+    if config.bits is None or config.group_size is None:
+        return int8.put_slots(model)
+    names = [name for name, _ in decoder_linears(model)]
+    return put_empty(model, names, bits=config.bits, group_size=config.group_size)
 
 
 def _put_low_rank(model: PreTrainedModel, config: LoRAPConfig, bare: str) -> list[str]:
@@ -121,6 +130,30 @@ def check_stored(files: Sequence[str], wanted: Mapping[str, tuple[int, ...]]) ->
     unnamed = [name for name in stored if name.endswith(endings) and name not in wanted]
     if unnamed:
         raise CheckpointError(f"{folder} holds {unnamed[0]}, but its quantization_config names no such layer")
+
+
+def check_quantized(layer: QuantizedLinear, name: str) -> None:
+    """Refuse scales that are no numbers, words of another size, and a shape that is not the layer's.
+
+    Raises:
+        CheckpointError: naming the tensor and what is wrong with it.
+    """
+    shape, scales = layer.weight_shape, layer.weight_scale
+    if shape.is_meta or scales.is_meta:  # offloaded to disk
+        return
+    if layer.weight_packed.dtype != torch.int32:
+        raise CheckpointError(f"{name}.{WEIGHT_PACKED} is {layer.weight_packed.dtype}; int32 is needed")
+    if shape.tolist() != [layer.out_features, layer.in_features]:
+        raise CheckpointError(
+            f"{name}.{WEIGHT_SHAPE} says {shape.tolist()}, but config.json makes it {[layer.out_features, layer.in_features]}; "
+            "the checkpoint is damaged, download or copy it again"
+        )
+    if not bool(torch.isfinite(scales).all()):
+        row, group = (~torch.isfinite(scales)).nonzero()[0].tolist()
+        raise CheckpointError(
+            f"{name}.{WEIGHT_SCALE} is {float(scales[row, group])} in row {row}, group {group}; the checkpoint is damaged, "
+            "download or copy it again"
+        )
 
 
 def check_pivot_rows(layer: Any, name: str) -> None:

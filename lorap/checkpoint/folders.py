@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lorap.checkpoint.headers import TensorInfo, read_header
 from lorap.errors import CheckpointError
 from lorap.jsonio import read_json
+from lorap.nn.low_rank_tensors import WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_SHAPE
 
 __all__ = [
     "CONFIG",
     "INDEX",
     "WEIGHTS",
     "TensorInfo",
+    "packed_shapes",
     "read_file",
     "read_files",
     "read_header",
@@ -84,9 +88,52 @@ def read_tensors(folder: Path) -> dict[str, TensorInfo]:
     return {name: tensor for tensors in read_files(folder).values() for name, tensor in tensors.items()}
 
 
+def packed_shapes(files: Mapping[Path, Mapping[str, TensorInfo]]) -> dict[str, tuple[int, int]]:
+    """Rows and columns of each packed weight (lorap/nn/quantized.py), by the name of its layer, as its file says them.
+
+    Args:
+        files: tensors by name, by file, from :func:`read_files`.
+
+    Raises:
+        CheckpointError: a file cannot be read, or a shape is none.
+    """
+    shapes = {}
+    for path, tensors in files.items():
+        for name, info in tensors.items():
+            layer, _, leaf = name.rpartition(".")
+            if leaf == WEIGHT_SHAPE:
+                shapes[layer] = _read_shape(path, name, info)
+    return shapes
+
+
+def _read_shape(path: Path, name: str, info: TensorInfo) -> tuple[int, int]:
+    if (info.dtype, info.shape) != ("I64", (2,)):
+        raise CheckpointError(f"{name} is {info.dtype} of shape {info.shape}; I64 of shape (2,) is needed")
+    try:
+        with path.open("rb") as file:
+            file.seek(info.offset)
+            rows, columns = struct.unpack("<2q", file.read(16))
+    except (OSError, struct.error) as error:
+        raise CheckpointError(f"cannot read {name} from {path}: {error}") from error
+    return rows, columns
+
+
 def stored_parameters(folder: Path) -> int:
     """Parameters of a model folder, counted on what is stored; errors as :func:`read_tensors`."""
-    return sum(tensor.numel for tensor in read_tensors(folder).values() if tensor.is_parameter)
+    files = read_files(folder)
+    packed = packed_shapes(files)
+    plain = sum(
+        tensor.numel
+        for tensors in files.values()
+        for name, tensor in tensors.items()
+        if _is_plain(name, tensor, packed)
+    )
+    return plain + sum(rows * columns for rows, columns in packed.values())
+
+
+def _is_plain(name: str, tensor: TensorInfo, packed: Mapping[str, tuple[int, int]]) -> bool:
+    layer, _, leaf = name.rpartition(".")
+    return tensor.is_parameter and not (layer in packed and leaf in (WEIGHT_PACKED, WEIGHT_SCALE))
 
 
 def _weight_map(path: Path, suffix: str) -> dict[str, str]:

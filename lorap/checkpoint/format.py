@@ -23,4 +23,6 @@ class LoRAPConfig(QuantizationFields, QuantizationConfigMixin):  # type: ignore[
             del fields["biases"]
         if fields["weights"] == "float":
             del fields["weights"]
+        if fields["group_size"] is None:
+            del fields["group_size"]
         return fields

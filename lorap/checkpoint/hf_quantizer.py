@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from lorap.checkpoint.build import check_pivot_rows, check_stored, keep_whole, put_layers
+from lorap.checkpoint.build import check_pivot_rows, check_quantized, check_stored, keep_whole, put_layers
 from lorap.checkpoint.format import QUANT_METHOD, LoRAPConfig
 from lorap.checkpoint.guards import put_guards, register_activations
 from lorap.nn import int8
 from lorap.nn.linear import LowRankLinear
 from lorap.nn.padding import pad_ranks
+from lorap.nn.quantized import QuantizedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,17 +43,20 @@ class LoRAPHfQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, LowRankLinear):
                 check_pivot_rows(module, name)
+            elif isinstance(module, QuantizedLinear):
+                check_quantized(module, name)
         int8.fill_slots(model)
         pad_ranks(model)
         # True forbids casts, and training without adapters.
         model.is_quantized = not self.is_trainable  # type: ignore[assignment]
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any] | None, dict[str, str]]:
-        """What is saved: integers and scales of int8 weights, else None for what transformers saves by itself; and no
+        """What is saved: integers and scales of torchao's int8 weights, else None for what transformers saves by itself; and no
         metadata.
         """
-        is_int8 = self.quantization_config.weights == "int8"
-        return (int8.flat_state_dict(model) if is_int8 else None), {}
+        config = self.quantization_config
+        is_int8_tensor = config.weights == "int8" and config.group_size is None
+        return (int8.flat_state_dict(model) if is_int8_tensor else None), {}
 
     def is_serializable(self) -> bool:
         """``save_pretrained`` may write the model."""

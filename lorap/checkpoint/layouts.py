@@ -11,7 +11,14 @@ from typing import Any
 
 from lorap.architectures import ARCHITECTURES, ATTENTION, MLP
 from lorap.checkpoint.quantization_fields import QuantizationFields
-from lorap.nn.low_rank_tensors import INT8_DATA, INT8_SCALE, LowRankTensors
+from lorap.nn.low_rank_tensors import (
+    INT8_DATA,
+    INT8_SCALE,
+    WEIGHT_PACKED,
+    WEIGHT_SCALE,
+    WEIGHT_SHAPE,
+    LowRankTensors,
+)
 
 Shapes = dict[str, tuple[int, ...]]
 # What the classes of the families have beside the seven projections and two norms (transformers/models/*/modeling_*.py).
@@ -99,15 +106,22 @@ def compressed_shapes(dense: Shapes, fields: QuantizationFields) -> Shapes | Non
         if len(shapes.get(f"{name}.weight", ())) != 2:
             return None
         shapes[f"{name}.bias"] = shapes[f"{name}.weight"][:1]
-    return int8_shapes(shapes) if fields.weights == "int8" else shapes
+    return shapes if fields.weights == "float" else quantized_shapes(shapes, fields)
 
 
-def int8_shapes(shapes: Shapes) -> Shapes:
-    """The same with every matrix in the decoder layers as lorap/nn/int8.py stores it."""
+def quantized_shapes(shapes: Shapes, fields: QuantizationFields) -> Shapes:
+    """The same with every matrix in the decoder layers as lorap/nn/quantized.py, or without groups lorap/nn/int8.py, has it."""
     stored: Shapes = {}
     for name, shape in shapes.items():
         stored[name] = shape
-        if ".layers." in name and len(shape) == 2:
-            layer = name.removesuffix("weight")
-            stored |= {name: (1,), f"{layer}{INT8_DATA}": shape, f"{layer}{INT8_SCALE}": (shape[0], 1)}
+        if ".layers." not in name or len(shape) != 2:
+            continue
+        layer, (rows, columns) = name.removesuffix("weight"), shape
+        stored[name] = (1,)
+        if fields.bits is None or fields.group_size is None:
+            stored |= {f"{layer}{INT8_DATA}": shape, f"{layer}{INT8_SCALE}": (rows, 1)}
+        else:
+            stored[f"{layer}{WEIGHT_PACKED}"] = (rows, -(-columns * fields.bits // 32))
+            stored[f"{layer}{WEIGHT_SCALE}"] = (rows, -(-columns // fields.group_size))
+            stored[f"{layer}{WEIGHT_SHAPE}"] = (2,)
     return stored

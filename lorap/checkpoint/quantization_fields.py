@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Final, Literal
 
-from annotated_types import Interval
+from annotated_types import Interval, MultipleOf
 
 from lorap.errors import CheckpointError
 from lorap.jsonio import named, read_as, shown
@@ -14,14 +13,17 @@ from lorap.jsonio import named, read_as, shown
 QUANT_METHOD: Final = "lorap"
 # How low-rank layers are stored, and the first format version that has it.
 STORAGES = {"factors": 1, "pivoted": 2}
-# The same for how weights are stored: in the model's dtype, or as int8 (lorap/nn/int8.py).
+# The same for how weights are stored: in the model's dtype, as int8 with a scale for each row (lorap/nn/int8.py), or packed, with
+# a scale for each group of a row (lorap/nn/quantized.py).
 WEIGHTS = {"float": 1, "int8": 3}
-FORMAT_VERSIONS = (1, 2, 3, 4)
+PACKED, PACKED_BITS = 5, {"int4": 4, "int8": 8}
+FORMAT_VERSIONS = (1, 2, 3, 4, 5)
 # From here on checkpoints that need lorap carry all guards (docs/checkpoint-format.md); older ones only those in shapes.
 GUARDED = 4
 # Ranks and widths beyond this are damage: the largest matrices have some 100,000 rows.
 MAX_SIZE = 2**31 - 1
 Width = Annotated[int, Interval(ge=1, le=MAX_SIZE)]
+GroupSize = Annotated[int, Interval(ge=32, le=MAX_SIZE), MultipleOf(32)]
 
 
 @dataclass(eq=False)
@@ -32,7 +34,8 @@ class _Fields:
     recipe: str | None = None
     lorap_version: str | None = None
     storage: Literal["factors", "pivoted"] = "factors"
-    weights: Literal["float", "int8"] = "float"
+    weights: Literal["float", "int8", "int4"] = "float"
+    group_size: GroupSize | None = None
     biases: list[str] = field(default_factory=list)
     ranks: dict[str, Width] = field(default_factory=dict)
     intermediate_sizes: dict[str, Width] = field(default_factory=dict)
@@ -54,7 +57,9 @@ class QuantizationFields(_Fields):
         recipe: what was run.
         lorap_version: what ran it.
         storage: of every low-rank layer: ``factors``, or ``pivoted`` (:mod:`lorap.algorithms.pivoting`).
-        weights: of every linear layer in the decoder: ``float``, or ``int8`` (:func:`lorap.quantize_int8`).
+        weights: of every linear layer in the decoder: ``float``; ``int4`` or ``int8`` in groups (:func:`lorap.quantize`); or
+            ``int8`` without a ``group_size`` (:func:`lorap.quantize_int8`).
+        group_size: weights of a row that share a scale, a multiple of 32; None where they are not packed.
 
     Raises:
         CheckpointError: a version, storage or field is unknown or of the wrong type, version and storage contradict each
@@ -66,14 +71,24 @@ class QuantizationFields(_Fields):
         super().__init__(**vars(read_as(_Fields, fields, "quantization_config")))
         if len(set(self.biases)) < len(self.biases):
             raise CheckpointError(f"quantization_config.biases has a name twice: {shown(self.biases)}")
-        if self.format_version is None and self.needs_lorap:
+        if self.format_version is None and self.needs_lorap and not self.group_size:
             self.format_version = GUARDED
-        self.format_version = _format_version(self.format_version, self.storage, self.weights, self.biases)
+        if (self.group_size is None) != (self.weights == "float") and self.weights != "int8":
+            raise CheckpointError(
+                f"quantization_config says {self.weights} weights and group_size {self.group_size}; int4 weights have one, float "
+                "weights have none"
+            )
+        self.format_version = _format_version(self)
 
     @property
     def needs_lorap(self) -> bool:
         """Whether a host that knows nothing of lorap would compute something else than lorap does."""
         return bool(self.ranks or self.intermediate_sizes or self.biases) or self.weights != "float"
+
+    @property
+    def bits(self) -> int | None:
+        """Of packed weights; None where the weights are not packed."""
+        return None if self.group_size is None else PACKED_BITS[self.weights]
 
     @property
     def is_guarded(self) -> bool:
@@ -90,13 +105,19 @@ def _check_version(version: Any, written_by: Any) -> None:
         )
 
 
-def _format_version(version: int | None, storage: str, weights: str, biases: Sequence[str]) -> int:
+def _format_version(fields: QuantizationFields) -> int:
     """The version, or the lowest that fits where there is none."""
-    lowest = max(STORAGES[storage], 2 if biases else 1, WEIGHTS[weights])
+    lowest = (
+        PACKED
+        if fields.group_size
+        else max(STORAGES[fields.storage], 2 if fields.biases else 1, WEIGHTS[fields.weights])
+    )
+    version = fields.format_version
     if version is not None and version < lowest:
         raise CheckpointError(
-            f"quantization_config says {storage} storage{' and added biases' if biases else ''}"
-            f"{' and int8 weights' if weights == 'int8' else ''} and format version {version}, which has none; "
+            f"quantization_config says {fields.storage} storage{' and added biases' if fields.biases else ''}"
+            f"{f' and {fields.weights} weights' if fields.weights != 'float' else ''}"
+            f"{f' in groups of {fields.group_size}' if fields.group_size else ''} and format version {version}, which has none; "
             f"it must be {lowest}"
         )
     return lowest if version is None else version

@@ -19,18 +19,19 @@ Model = TypeVar("Model", bound="PreTrainedModel")
 def quantize_int8(model: Model) -> Model:
     """int8 weights for every linear layer of the decoder: factors, dense projections and FFNs; changes ``model``, returns it.
 
-    Weight-only, symmetric, one scale for each row, by torchao. Embeddings and the output head stay as they are.
+    Weight-only, symmetric, one scale for each row, by torchao; :func:`lorap.quantize` has scales for groups, and 4 bits.
+    Embeddings and the output head stay as they are.
     ``save_pretrained`` writes a checkpoint that ``from_pretrained`` opens again with identical weights. It saves memory
     and disk; lorap's kernels leave int8 weights to torch, so on a CPU it does not make a model faster.
 
     Raises:
-        ArchitectureError: the family is unknown, or the weights are int8 already.
+        ArchitectureError: the family is unknown, or the weights are quantized already.
         BackendError: torchao is not installed.
     """
     known_architecture(model, to="quantize")
     compression = get_quantization_config(model) or LoRAPConfig()
-    if compression.weights == "int8":
-        raise ArchitectureError("the weights of this model are int8 already")
+    if compression.weights != "float":
+        raise ArchitectureError(f"the weights of this model are {compression.weights} already")
     quantize_weights(model)
     attach_quantization_config(
         model, LoRAPConfig(**(compression.to_dict() | {"weights": "int8", "format_version": None}))

@@ -173,6 +173,17 @@ def compress_command(
             "and smaller ones on few windows, and undone where further windows do not agree.",
         ),
     ] = None,
+    weights: Annotated[
+        Optional[str],
+        _option(
+            "weights",
+            "Bits of the weights in OUT: float, as --dtype says; int8 or int4, rounded on the calibration text at the end. With "
+            "--sparsity 0 nothing else is done.",
+        ),
+    ] = None,
+    group_size: Annotated[
+        Optional[int], _option("group_size", "int8 or int4 weights of a row that share a scale, a multiple of 32.")
+    ] = None,
     target: Annotated[
         Optional[str],
         _option(
@@ -233,6 +244,7 @@ def compress_command(
       lorap compress HuggingFaceTB/SmolLM2-135M ./small --sparsity 0.2
       lorap compress ./llama ./small --sparsity 0.5 --calibration my.jsonl --eval-text wiki.txt
       lorap compress ./llama ./small --recipe lorap --allocation even
+      lorap compress ./llama ./small --weights int4
       lorap compress ./llama ./small --target stock
       torchrun --nproc-per-node 2 -m lorap compress ./llama ./small
 

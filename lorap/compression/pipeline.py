@@ -1,6 +1,6 @@
 """The method on one page: ``compress()`` and the order of its stages.
 
-text -> windows -> plan -> for each decoder layer: [observe -> factorize attention -> prune FFN -> advance] -> correct
+text -> windows -> plan -> for each decoder layer: [observe -> factorize attention -> prune FFN -> advance] -> correct -> round
 
 Where finished steps are kept is a matter of the store (:mod:`lorap.compression.store`), what is done within a layer of
 :mod:`lorap.compression.layer`.
@@ -30,6 +30,7 @@ from lorap.checkpoint.validate import untie_own_head
 from lorap.compression.correction import Correction
 from lorap.compression.layer import LayerCompressor
 from lorap.compression.planning import Plan, check_sizes, make_plan, shapes_of
+from lorap.compression.quantization import round_layer
 from lorap.compression.result import describe_in_config
 from lorap.compression.store import Finished, RunStore
 from lorap.compression.windows import RunWindows, read_windows
@@ -143,11 +144,14 @@ class Run:
             dense, compressed = ([], []) if done else (correction.judges[:1], correction.judges[1:])
             targets = [] if done else [*correction.targets, *dense]
             self._compress_layers(plan, stream, {"correct": compressed}, targets, report)
-            del stream  # what was calibrated on is used up
             report.correction = self._correct(correction)
-            self._advance(judged)
         else:
-            self._compress_layers(plan, stream, {"evaluate": judged}, [], report)
+            self._compress_layers(plan, stream, {} if config.bits else {"evaluate": judged}, [], report)
+        del stream  # what was calibrated on is used up
+        if config.bits:
+            self._round_layers(windows, judged)
+        elif config.corrects:
+            self._advance(judged)
         with self.watch("evaluate"):
             for text, dense_loss, behind in zip(texts, before, judged, strict=True):
                 report.add_evaluation(dense_loss, evaluate_stream(context, behind, text))
@@ -230,6 +234,30 @@ class Run:
                 self._advance_all([stream], index, "calibrate")
                 for stage, streams in behind.items():
                     self._advance_all(streams, index, stage)
+
+    def _round_layers(self, windows: TokenWindows, judged: Sequence[CalibrationStream]) -> None:
+        """Every layer in few bits, in order, behind the rounded ones before it.
+
+        Args:
+            windows: that were calibrated on; they begin once more.
+            judged: what goes through the rounded layers to be judged.
+        """
+        context, config, watch = self.context, self.config, self.watch
+        assert config.bits is not None
+        options = {"bits": config.bits, "group_size": config.group_size}
+        with watch("round"):
+            stream = CalibrationStream.from_windows(context, windows)
+        for index, layer in enumerate(context.bar(context.layers, desc="Rounding")):
+            with context.on_device(index):
+                if (seconds := self.store.load_rounded(index, layer, **options)) is not None:
+                    watch.add(seconds)
+                else:
+                    start = dict(watch.seconds)
+                    with watch("round"):
+                        round_layer(context, index, stream, **options)
+                        self.store.save_rounded(index, layer, watch.since(start))
+                self._advance_all([stream], index, "round")
+                self._advance_all(judged, index, "evaluate")
 
     def _correct(self, correction: Correction) -> CorrectionReport:
         """Steps of all weights towards the dense model's predictions."""

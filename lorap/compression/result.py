@@ -34,13 +34,16 @@ def describe_in_config(context: DecoderContext, plans: Sequence[LayerPlan], conf
     if uniform:
         model.config.intermediate_size = widths[0]
     sizes = {f"{architecture.layers}.{index}.{architecture.mlp}": width for index, width in enumerate(widths)}
-    if config.target != "stock" and (ranks or widths != [dense_width] * len(widths)):
+    changed = ranks or widths != [dense_width] * len(widths) or config.bits is not None
+    if config.target != "stock" and changed:
         shapes = LoRAPConfig(
             ranks=ranks,
             intermediate_sizes={} if uniform else sizes,
             dense_intermediate_size=dense_width,
             storage=config.storage if ranks else "factors",
             biases=biases,
+            weights=config.weights,
+            group_size=None if config.bits is None else config.group_size,
             sparsity=config.sparsity,
             recipe=config.recipe,
             lorap_version=__version__,

@@ -90,6 +90,20 @@ class RunStore:
             is_last_step: whether no other step follows.
         """
 
+    def load_rounded(self, index: int, layer: nn.Module, *, bits: int, group_size: int) -> Mapping[str, float] | None:
+        """Give a compressed layer its rounded weights; returns the seconds that rounding took, by stage.
+
+        Args:
+            index: of the decoder layer.
+            layer: with floating-point weights.
+            bits: of the rounded ones.
+            group_size: numbers of a row that share a scale.
+        """
+        return None
+
+    def save_rounded(self, index: int, layer: nn.Module, seconds: Mapping[str, float]) -> None:
+        """One layer with rounded weights, and the seconds of each stage."""
+
     def snapshot(self, layers: Sequence[nn.Module]) -> None:
         """Remember the compressed layers as they are before the first correction step."""
         self._snapshot = [

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lorap.architectures import PROJECTIONS
 from lorap.checkpoint.find import ModelSource
-from lorap.checkpoint.folders import TensorInfo
+from lorap.checkpoint.folders import TensorInfo, packed_shapes, read_files
 from lorap.checkpoint.gguf.header import read_gguf
 from lorap.checkpoint.quantization_fields import QuantizationFields
 from lorap.errors import CheckpointError
 from lorap.jsonio import named, read_json
-from lorap.nn.low_rank_tensors import INT8_DATA, INT8_SCALE, LEFT, LOW_RANK_ONLY, RIGHT, LowRankTensors
+from lorap.nn.low_rank_tensors import (
+    INT8_DATA,
+    INT8_SCALE,
+    LEFT,
+    LOW_RANK_ONLY,
+    RIGHT,
+    WEIGHT_PACKED,
+    WEIGHT_SHAPE,
+    LowRankTensors,
+)
 from lorap.reports.run import RECOVERY_REPORT, REPORT, CompressionReport, format_table
 
 # llama.cpp's names for what Hugging Face calls otherwise.
@@ -50,10 +59,11 @@ def describe_model(source: ModelSource) -> dict[str, Any]:
     tensors = checked.headers if checked else gguf_tensors(source.folder / str(source.gguf_file))
     config: Mapping[str, Any] = checked.settings if checked else {}
     settings = checked.compression if checked else None
-    parameters, scale_bytes = _parameters(tensors)
+    packed = packed_shapes(read_files(source.folder)) if settings and settings.group_size else {}
+    parameters, scale_bytes = _parameters(tensors, packed)
     origin, after = _origin(source, settings, parameters)
     before, width = origin.params, origin.width
-    index_bytes = sum(tensor.nbytes for tensor in tensors.values() if tensor.is_index)
+    index_bytes = sum(t.nbytes for name, t in tensors.items() if t.is_index and not name.endswith(f".{WEIGHT_SHAPE}"))
     ranks: dict[str, list[int]] = defaultdict(list)
     for name, rank in settings.ranks.items() if settings else ():
         ranks[name.rsplit(".", 1)[-1]].append(rank)
@@ -70,6 +80,9 @@ def describe_model(source: ModelSource) -> dict[str, Any]:
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),
         "index_bytes": index_bytes,
         "scale_bytes": scale_bytes,
+        "weights": settings.weights if settings else None,
+        "group_size": settings.group_size if settings else None,
+        "bits_per_weight": _bits_per_weight(tensors, after),
         "dtypes": sorted({tensor.dtype for tensor in tensors.values() if not tensor.is_index}),
         "storage": settings.storage if settings and ranks else None,
         "kinds": {
@@ -152,6 +165,13 @@ def _dense_counts(report: CompressionReport | None, now: Mapping[str, int]) -> d
     return dense if fits and sum(dense.values()) == report.params_total_before else None
 
 
+def _bits_per_weight(tensors: Mapping[str, TensorInfo], now: Mapping[str, int]) -> float | None:
+    """Bits on disk for each parameter of the decoder layers' projections: scales, row numbers and guards go with the weights."""
+    count = sum(now.get(role, 0) for role in PROJECTIONS)
+    stored = sum(tensor.nbytes for name, tensor in tensors.items() if kind_of(name) in PROJECTIONS)
+    return 8 * stored / count if count else None
+
+
 def _kept(before: Mapping[str, int] | None, after: Mapping[str, int]) -> float | None:
     """Share of the parameters of the decoder layers' projections."""
     if before is None:
@@ -190,18 +210,26 @@ def format_info(info: Mapping[str, Any]) -> str:
     if info["tuned"]:
         head += f"\ntuned after compression, see {RECOVERY_REPORT}"
     if info["scale_bytes"]:
-        head += f"\nweights are int8; their scales take {info['scale_bytes'] / 1e3:,.1f} kB and are not counted as parameters"
+        stored = f"{info['weights'] or 'int8'}" + (f" in groups of {info['group_size']}" if info["group_size"] else "")
+        head += (
+            f"\nweights are {stored}, {info['bits_per_weight']:.2f} bits for each in the decoder layers; their scales take "
+            f"{info['scale_bytes'] / 1e3:,.1f} kB and are not counted as parameters"
+        )
     return head + "\n\n" + format_table(["", "parameters", "kept", "rank"], rows)
 
 
-def _parameters(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, TensorInfo], int]:
+def _parameters(
+    tensors: Mapping[str, TensorInfo], packed: Mapping[str, tuple[int, int]]
+) -> tuple[dict[str, TensorInfo], int]:
     """What was trained, and the row index of pivoted layers, under the names of a float checkpoint; and the bytes of scales."""
     parameters: dict[str, TensorInfo] = {}
     scale_bytes = 0
     for name, tensor in tensors.items():
         layer, _, leaf = name.rpartition(".")
-        if leaf in SCALES and _is_int8(tensors, layer):
+        if leaf in SCALES and (layer in packed or _is_int8(tensors, layer)):
             scale_bytes += tensor.nbytes
+        elif leaf == WEIGHT_PACKED and layer in packed:
+            parameters[f"{layer}.weight"] = replace(tensor, shape=packed[layer])
         elif leaf == INT8_DATA:
             parameters[f"{layer}.weight"] = tensor
         elif tensor.is_parameter or tensor.is_index:

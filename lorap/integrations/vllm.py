@@ -57,7 +57,7 @@ class LoRAPQuantizationConfig(QuantizationConfig):
         """Read ``quantization_config``.
 
         Raises:
-            CheckpointError: as :class:`LoRAPConfig`: a newer format, an unknown field, an impossible size; or int8 weights.
+            CheckpointError: as :class:`LoRAPConfig`: a newer format, an unknown field, an impossible size; or quantized weights.
             BackendError: this vLLM loads fused layers in an older way.
         """
         if "orig_to_new_stacked" not in {field.name for field in fields(WeightsMapper)}:

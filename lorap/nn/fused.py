@@ -20,6 +20,7 @@ from lorap.errors import ConfigError
 from lorap.nn import ops
 from lorap.nn.linear import Linear, LowRankLinear, has_plain_factors, is_autocast, is_plain, is_untouched
 from lorap.nn.padding import pad_ranks
+from lorap.nn.quantized import QuantizedLinear
 from lorap.nn.warming import warm_up
 
 if TYPE_CHECKING:
@@ -138,6 +139,8 @@ class GatedMLP(nn.Module):
         if is_plain(gate) and is_plain(up):
             run = ops.served("silu_gated_linear", x)
             return None if run is None else run(x, gate.weight, up.weight, gate.bias, up.bias)
+        if type(gate) is type(up) is QuantizedLinear:
+            return _gated_quantized(x, gate, up)
         if not all(isinstance(one, LowRankLinear) and has_plain_factors(one) for one in (gate, up)):
             return None
         pivoted = gate.pivot_rows is not None or up.pivot_rows is not None
@@ -146,6 +149,16 @@ class GatedMLP(nn.Module):
         bias = [] if gate.bias is None and up.bias is None else [_bias_or_zeros(gate), _bias_or_zeros(up)]
         right, left = zip(gate.factors(), up.factors(), strict=True)
         return run(x, list(right), list(left), bias)
+
+
+def _gated_quantized(x: Tensor, gate: QuantizedLinear, up: QuantizedLinear) -> Tensor | None:
+    """The same of weights in few bits; None where a bias or a hook is in the way."""
+    plain = all(one.bias is None and is_untouched(one) for one in (gate, up))
+    if not plain or (run := ops.served("quantized_silu_gated_linear", x)) is None:
+        return None
+    weights = (gate.weight_packed, gate.weight_scale, up.weight_packed, up.weight_scale)
+    y: Tensor = run(x, *weights, gate.bits, gate.group_size)
+    return y
 
 
 def merge_shared_inputs(model: Model) -> Model:

@@ -14,17 +14,16 @@ whose weight is a ``torchao.quantization.Int8Tensor``.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lorap.architectures import ARCHITECTURES
 from lorap.errors import BackendError
-from lorap.nn.linear import GUARD_VALUE
+from lorap.nn.low_rank_tensors import GUARD_VALUE
 from lorap.nn.low_rank_tensors import INT8_DATA as DATA
 from lorap.nn.low_rank_tensors import INT8_SCALE as SCALE
+from lorap.nn.quantized import decoder_linears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,14 +48,6 @@ class Int8Slot(nn.Module):
         linear.weight = nn.Parameter(_int8_tensor(data, getattr(self, SCALE)), requires_grad=False)
         linear.bias = self.bias
         return linear.train(self.training)
-
-
-def decoder_linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
-    """What is quantized: every linear layer in the decoder layers, factors included; not the embeddings, not the head."""
-    path = ARCHITECTURES[model.config.model_type].layers
-    for name, module in model.get_submodule(path).named_modules():
-        if isinstance(module, nn.Linear):
-            yield f"{path}.{name}", module
 
 
 def quantize_weights(model: PreTrainedModel) -> None:

@@ -16,13 +16,11 @@ from lorap.algorithms.pivoting import pivot
 from lorap.kernels import reference
 from lorap.nn import ops, padding, shape_checks
 from lorap.nn.implementations import output_order
-from lorap.nn.low_rank_tensors import LEFT, LEFT_BIAS, NAMED_GUARD, OUTPUT_BIAS, LowRankTensors
+from lorap.nn.low_rank_tensors import GUARD_VALUE, LEFT, LEFT_BIAS, NAMED_GUARD, OUTPUT_BIAS, LowRankTensors
+from lorap.nn.quantized import QuantizedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# Value of the guard; the format's version is in config.json.
-GUARD_VALUE = 1.0
 
 
 class LowRankLinear(nn.Module):
@@ -30,7 +28,8 @@ class LowRankLinear(nn.Module):
 
     Runs ``torch.ops.lorap.low_rank_linear``: one fused call where a kernel of ours is the fastest, two matmuls elsewhere.
     Adapters, quantizers, hooks and offloading work on the children ``right`` and ``left`` as on any ``nn.Linear``: as soon as
-    one of them is no longer a plain one, the layer simply calls both.
+    one of them is no longer a plain one, the layer simply calls both. Where both are quantized (:mod:`lorap.nn.quantized`) and
+    nothing is pivoted, that is one call, too.
 
     Args:
         in_features: size of the last axis of the input.
@@ -159,6 +158,10 @@ class LowRankLinear(nn.Module):
                 first, second = padding.factors(self, first, second)
             bias = self._parameters["output_bias"] if bias is None else bias
             return ops.low_rank_linear(x, first, second, bias, self._buffers["pivot_rows"])
+        quantized = type(right) is type(left) is QuantizedLinear and self._buffers["pivot_rows"] is None
+        if quantized and is_untouched(right) and is_untouched(left):
+            weights = (left.weight_packed, left.weight_scale, right.weight_packed, right.weight_scale)
+            return ops.quantized_low_rank_linear(x, *weights, left.bias, left.bits, left.group_size)
         return self._forward_by_children(x)
 
     def _forward_by_children(self, x: Tensor) -> Tensor:
@@ -181,9 +184,7 @@ class LowRankLinear(nn.Module):
 
     def reconstruct(self, *, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight (out_features, in_features) that this layer stands for, in ``dtype`` or that of the factors."""
-        right, left = self.right.weight, self.left.weight
-        if dtype is not None:
-            right, left = right.to(dtype), left.to(dtype)
+        right, left = weight_of(self.right, dtype), weight_of(self.left, dtype)
         if self.pivot_rows is None:
             return left @ right
         rows = torch.cat((right, left @ right))
@@ -275,6 +276,17 @@ def embedding_weight(model: PreTrainedModel) -> Tensor:
     return weight
 
 
+def weight_of(linear: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight (out_features, in_features) of a linear layer, quantized or not, in ``dtype`` or its own."""
+    if isinstance(linear, QuantizedLinear):
+        return linear.dequantize(dtype)
+    weight: Tensor = linear.weight  # type: ignore[assignment]
+    return weight if dtype is None else weight.to(dtype)
+
+
 def count_parameters(model: nn.Module) -> int:
-    """Elements of all parameters; tied ones count once, as they are saved once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Elements of all parameters, quantized ones included; tied ones count once, as they are saved once."""
+    packed = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    return sum(parameter.numel() for parameter in model.parameters()) + sum(
+        linear.out_features * linear.in_features for linear in packed
+    )

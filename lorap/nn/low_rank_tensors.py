@@ -31,10 +31,14 @@ LEFT_BIAS, OUTPUT_BIAS = "left.bias", "output_bias"
 # int64.
 PIVOT_ROWS, INDEX_ITEMSIZE = "pivot_rows", 8
 GUARD, NAMED_GUARD = "weight", "needs_import_lorap"
+# Value of a guard; the format's version is in config.json.
+GUARD_VALUE = 1.0
 # Of a layer whose weights are int8 (lorap/nn/int8.py), low-rank or not. Here, where nothing needs torch to know them.
 INT8_DATA, INT8_SCALE = "_weight_qdata", "_weight_scale"
+# The same of one in packed words (lorap/nn/quantized.py).
+WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_SHAPE = "weight_packed", "weight_scale", "weight_shape"
 # Endings of the tensors that are no floating point numbers.
-INTEGERS = (f".{PIVOT_ROWS}", f".{INT8_DATA}")
+INTEGERS = (f".{PIVOT_ROWS}", f".{INT8_DATA}", f".{WEIGHT_PACKED}", f".{WEIGHT_SHAPE}")
 # What no dense layer has.
 LOW_RANK_ONLY = (RIGHT, LEFT, LEFT_BIAS, PIVOT_ROWS, OUTPUT_BIAS, NAMED_GUARD)
 

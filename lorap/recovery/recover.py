@@ -187,10 +187,10 @@ def _local(folder: str | Path) -> tuple[ModelSource, Path]:
             f"{folder} is no folder of safetensors files; `recover` tunes what `lorap compress` wrote"
         )
     settings = lorap_config(read_json(source.folder / CONFIG))
-    if settings is not None and settings.weights == "int8":
+    if settings is not None and settings.weights != "float":
         raise CheckpointError(
-            f"the weights of {source.name} are int8, and adapters cannot be merged into them; tune the folder it was made from, "
-            "then quantize that (lorap.quantize_int8)"
+            f"the weights of {source.name} are {settings.weights}, and adapters cannot be merged into them; tune a folder with "
+            "floating-point weights, then quantize that (lorap.quantize)"
         )
     # With --target stock the config says nothing, but there is a report.
     if settings is None and not (source.folder / REPORT).is_file():

@@ -58,7 +58,7 @@ def method_text(config: CompressionConfig, correction: CorrectionReport | None =
     Without ``correction`` the steps are those that the config's windows are enough for.
     """
     if config.sparsity == 0:
-        return "Nothing was to be removed, and nothing was changed."
+        return _with_links(_rounding(config)) or "Nothing was to be removed, and nothing was changed."
     dense_attention = config.allocation == "flap" or config.target == "stock"
     factorized = ["Attention"] if "self_attn" in config.sublayers and not dense_attention else []
     pruned = "mlp" in config.sublayers and config.mlp_method == "prune"
@@ -82,7 +82,11 @@ def method_text(config: CompressionConfig, correction: CorrectionReport | None =
     if roles_with_output_metric(config):
         sentences.append("Errors of outputs were weighted by the gradients of the loss.")
     sentences.append(_training(config, correction))
-    text = " ".join(sentences)
+    sentences.append(_rounding(config))
+    return _with_links(" ".join(filter(None, sentences)))
+
+
+def _with_links(text: str) -> str:
     return re.sub(r"\{([\d.]+)\}", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
 
 
@@ -90,6 +94,16 @@ def said_as_tuned(text: str) -> str:
     """The text about a compression, once its weights were trained: it says so where it said that nothing was trained."""
     text = re.sub(r"Nothing( else)? was trained\.", "Afterwards it was tuned.", text)
     return re.sub(r"nothing( else)? was trained\.", "afterwards it was tuned.", text)
+
+
+def _rounding(config: CompressionConfig) -> str:
+    if config.bits is None:
+        return ""
+    stored = f"{config.weights} with a scale for each {config.group_size}"
+    return (
+        f"Weights of the decoder layers are {stored}, rounded such that the outputs change least on the calibration text "
+        "({2210.17323})."
+    )
 
 
 def _training(config: CompressionConfig, correction: CorrectionReport | None) -> str:

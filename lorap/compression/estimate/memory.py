@@ -91,18 +91,21 @@ class Memory:
             found["prune"] = held + everything + self._refitting()
         if self._followed:
             found["correct"] = held + self._correcting()
+        if self.config.bits:
+            found["round"] = held + everything + self._rounding()
         return found
 
     def disk_bytes(self) -> int:
-        """Written besides the model that is read: each layer as it is finished, once more when it is corrected, and the folder;
-        hidden states beyond the budget, or the metrics of outputs that wait for their layer.
+        """Written besides the model that is read: each layer as it is finished, once more when corrected or rounded, and the
+        folder; hidden states beyond the budget, or the metrics of outputs that wait for their layer.
         """
         saved = sum(self.sizes.nbytes.values())
-        layers = sum(self.sizes.nbytes[role] for role in PROJECTIONS)
+        layers = sum(self.sizes.params[role] for role in PROJECTIONS) * self.shape.itemsize
         tokens = self.texts.tokens + self.texts.evaluation_tokens + self._followed
         spilled = tokens * self.shape.hidden_size * self.shape.itemsize - self._states(tokens)
         metrics = sum(4 * self.shape.projections[role][0] ** 2 for role in roles_with_output_metric(self.config))
-        return 2 * saved + max(spilled, self.shape.num_layers * metrics) + (layers if self._followed else 0)
+        again = layers * ((self._followed > 0) + (self.config.bits is not None))
+        return 2 * saved + max(spilled, self.shape.num_layers * metrics) + again
 
     @property
     def _prunes(self) -> bool:
@@ -206,6 +209,12 @@ class Memory:
         exact = 0 if shape.paged or shape.itemsize == 4 else 4 * shape.num_layers * params
         states = self._states(step_tokens * (shape.num_layers + 2) + self._followed)
         return states + exact + max(work, self._logits(LOSS_COPIES))
+
+    def _rounding(self) -> int:
+        """Sums of all four inputs of a layer; the largest moment as it is factored, and copies of its weight."""
+        inputs = [self.shape.projections[readers[0]][1] for readers in SHARED_INPUTS.values()]
+        largest, rows = max(inputs), max(outputs for outputs, _ in self.shape.projections.values())
+        return sum(map(_sums, inputs)) + 5 * DOUBLE * largest**2 + 8 * 4 * rows * largest
 
 
 def _sums(features: int, *, wide: int = WIDE) -> int:

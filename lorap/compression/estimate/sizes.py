@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -11,7 +11,7 @@ from lorap.compression.allocation import LayerPlan, plan_layer
 from lorap.compression.estimate.shapes import ModelShape
 from lorap.compression.planning import channels_to_drop, check_sizes, plan_by_shape
 from lorap.config import CompressionConfig
-from lorap.nn.low_rank_tensors import LowRankTensors
+from lorap.nn.low_rank_tensors import INDEX_ITEMSIZE, LEFT, RIGHT, LowRankTensors
 from lorap.requirements import compressed_roles
 
 
@@ -57,15 +57,31 @@ def planned_sizes(shape: ModelShape, config: CompressionConfig) -> Sizes:
         if role in layer.ranks:
             stored = LowRankTensors(out_features, in_features, layer.ranks[role], pivoted=config.storage == "pivoted")
             count = stored.factor_params
+            matrices = [stored.shapes()[name] for name in (RIGHT, LEFT)]
             extra = stored.index_bytes + len(stored.guards) * shape.itemsize
             index_bytes += shape.num_layers * stored.index_bytes
         else:
             count = layer.intermediate_size * shape.hidden_size if role in MLP else out_features * in_features
+            outputs = layer.intermediate_size if role in MLP[:2] else out_features
+            matrices = [(outputs, count // outputs)]
         params[role] = shape.num_layers * (count + _bias_after(shape, config, layer, role))
-        nbytes[role] = params[role] * shape.itemsize + shape.num_layers * extra
-    matrices = shape.num_layers * sum(prod(shape.projections[role]) for role in compressed_roles(config))
-    budget = int((1 - config.sparsity) * matrices)
+        nbytes[role] = params[role] * shape.itemsize + shape.num_layers * (
+            extra - _saved_by_rounding(matrices, shape, config)
+        )
+    projected = shape.num_layers * sum(prod(shape.projections[role]) for role in compressed_roles(config))
+    budget = int((1 - config.sparsity) * projected)
     return Sizes(layer, decided_by, budget, params, index_bytes, nbytes)
+
+
+def _saved_by_rounding(matrices: Sequence[tuple[int, ...]], shape: ModelShape, config: CompressionConfig) -> int:
+    """Bytes that matrices (rows, columns) take less in few bits, with scales, shape and guard (lorap/nn/quantized.py)."""
+    if config.bits is None:
+        return 0
+    saved = 0
+    for rows, columns in matrices:
+        packed = rows * (4 * -(-columns * config.bits // 32) + shape.itemsize * -(-columns // config.group_size))
+        saved += rows * columns * shape.itemsize - packed - 2 * INDEX_ITEMSIZE - shape.itemsize
+    return saved
 
 
 def _planned_layer(shape: ModelShape, config: CompressionConfig) -> tuple[LayerPlan, str]:

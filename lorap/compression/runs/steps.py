@@ -20,6 +20,7 @@ from lorap.compression.store import Finished, RunStore
 from lorap.compression.windows import RunWindows
 from lorap.nn.linear import LowRankLinear
 from lorap.nn.low_rank_tensors import RIGHT, LowRankTensors
+from lorap.nn.quantized import linears, put_empty
 from lorap.reports.records import Evaluation, Share
 from lorap.reports.run import CorrectionReport, ProjectionReport
 
@@ -167,6 +168,21 @@ class JournalStore(RunStore):
             self.journal.processes.barrier()
             self._offload_from(_corrected(index), layer)
 
+    def load_rounded(self, index: int, layer: nn.Module, *, bits: int, group_size: int) -> Mapping[str, float] | None:
+        """Give a compressed layer its rounded weights; None where it is not rounded yet."""
+        found = self.journal.finished(None, _rounded(index))
+        if found is None:
+            return None
+        device = next(layer.parameters()).device
+        put_empty(layer, [name for name, _ in linears(layer)], bits=bits, group_size=group_size)
+        self._reload(_rounded(index), layer, device)
+        return found[1]  # type: ignore[no-any-return]
+
+    def save_rounded(self, index: int, layer: nn.Module, seconds: Mapping[str, float]) -> None:
+        """The weights of a layer in one file; an offloaded one comes from there from now on."""
+        self.journal.keep_finished(_rounded(index), None, seconds, layer.state_dict())
+        self._offload_from(_rounded(index), layer)
+
     def snapshot(self, layers: Sequence[nn.Module]) -> None:
         """The journal has them."""
 
@@ -197,6 +213,10 @@ class JournalStore(RunStore):
 
 def _layer(index: int) -> str:
     return f"layer-{index:05}"
+
+
+def _rounded(index: int) -> str:
+    return f"rounded-{index:05}"
 
 
 def _corrected(index: int) -> str:

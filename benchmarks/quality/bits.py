@@ -1,0 +1,182 @@
+"""Loss over bytes: the dense model and `best` with weights in 16, 8 and 4 bits.
+
+    python benchmarks/quality/bits.py                        makes the cells that are missing
+    python benchmarks/quality/bits.py --cells dense-int4     one of them
+    python benchmarks/quality/bits.py --tables-only          writes the table into docs/results.md
+
+A cell is a JSON file in benchmarks/results/quality/bits; what is there is not made again. SmolLM2-135M comes as 4-bit numbers in
+groups of 32, so groups are of 64 here, or 4 bits would cost the dense model nothing. Everything is calibrated on 32 windows of
+128 tokens of web pages. Computed in float32 with scales as bfloat16 has them; bytes are those of a bfloat16 checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from cells import SEQ_LEN
+from documents import insert, markdown
+from few_windows import losses, test_windows, tokens_of
+from records import code_sha256, read_json, write_json
+from texts import CALIBRATION, assets
+
+import lorap
+from lorap.algorithms.rounding import round_weight
+from lorap.architectures import PROJECTIONS, find_architecture
+from lorap.calibration import TokenWindows
+from lorap.calibration.context import DecoderContext
+from lorap.calibration.stream import CalibrationStream
+from lorap.checkpoint.load import find_model, load_model, load_tokenizer
+from lorap.compression.pipeline import Run
+from lorap.compression.quantization import _moments
+from lorap.nn.quantized import QuantizedLinear
+from lorap.system import Stopwatch
+
+TESTS, GROUP, WINDOWS = ("wiki", "wells"), 64, 32
+# What each cell is called in the table.
+CELLS = {
+    "dense": "dense, bfloat16",
+    "dense-int8": "dense, int8",
+    "dense-int4-nearest": "dense, int4, rounded to the nearest",
+    "dense-int4": "dense, int4",
+    "dense-int3": "dense, 3 bits",
+    "best-0.2": "`best` 0.2, bfloat16",
+    "best-0.2-int8": "`best` 0.2, int8",
+    "best-0.2-int4": "`best` 0.2, int4",
+    "best-0.2-as-int4": "the same model as in int8, but int4",
+    "best-0.5": "`best` 0.5, bfloat16",
+    "best-0.5-int8": "`best` 0.5, int8",
+    "best-0.5-int4": "`best` 0.5, int4",
+}
+OUT = assets.CACHE.parent / "benchmarks" / "results" / "quality" / "bits"
+RESULTS_PAGE = assets.CACHE.parent / "docs" / "results.md"
+
+
+class Watched(Run):
+    """Notes the losses of the model before it is rounded."""
+
+    unrounded: list[dict[str, Any]] | None = None
+    tests: Sequence[TokenWindows]
+
+    def _round_layers(self, *args: Any) -> None:
+        self.unrounded = losses(self.context.model, self.tests)
+        super()._round_layers(*args)
+
+
+def decoder_bytes(model: Any, bits: int | None = None) -> int:
+    """Of the decoder layers in a bfloat16 checkpoint; ``bits`` where weights only have the values of so few."""
+    total = 0
+    for name, tensor in model.model.layers.state_dict().items():
+        if bits and tensor.dim() == 2:
+            total += tensor.numel() * bits // 8 + 2 * len(tensor) * -(-tensor.shape[1] // GROUP)
+        else:
+            total += (
+                tensor.numel() * (2 if tensor.is_floating_point() else tensor.itemsize) * (not name.endswith("_shape"))
+            )
+    return total
+
+
+def to_3_bits(model: Any, windows: TokenWindows) -> None:
+    """What no format of lorap's holds: the values of 3 bits."""
+    context = DecoderContext(model, find_architecture(model), tuple(model.model.layers), torch.device("cpu"))
+    stream = CalibrationStream.from_windows(context, windows)
+    for index, layer in enumerate(context.layers):
+        moments = _moments(context, index, stream)
+        for role in PROJECTIONS:
+            linear = context.architecture.linears(layer)[role]
+            found = round_weight(linear.weight.data, moments[role], bits=3, group=GROUP, scale_dtype=torch.bfloat16)
+            linear.weight.data = found.weight(torch.float32)
+        stream.advance(index, layer)
+
+
+def store_scales(model: Any) -> None:
+    """Scales as a bfloat16 checkpoint holds them."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.weight_scale = module.weight_scale.bfloat16().float()
+
+
+def make(name: str, dense: Any, tokenizer: Any, out: Path, test_count: int) -> None:
+    """One cell, or the three that are made from one model in 16 bits."""
+    tests = [test_windows(test, test_count, tokenizer) for test in TESTS]
+    ids = tokens_of("web", CALIBRATION, tokenizer)
+    windows = TokenWindows(ids[: WINDOWS * SEQ_LEN].view(WINDOWS, SEQ_LEN), "web", "")
+
+    def keep(cell: str, model: Any, bits: int | None = None, **more: Any) -> None:
+        store_scales(model)
+        found = {"losses": losses(model, tests), "decoder_bytes": decoder_bytes(model, bits)}
+        write_json(out / f"{cell}.json", {"cell": cell, **found, **more, "code_sha256": code_sha256()})
+        print(cell, [round(entry["nats"], 4) for entry in found["losses"]], flush=True)
+
+    kind, *rest = name.split("-")
+    if kind == "dense":
+        model = copy.deepcopy(dense)
+        if name == "dense-int3":
+            to_3_bits(model, windows)
+        elif rest:
+            nearest = "nearest" in rest
+            lorap.quantize(model, rest[0], group_size=GROUP, calibration=None if nearest else windows.input_ids)
+        keep(name, model, 3 if name == "dense-int3" else None)
+        return
+    planned = rest[-1] if rest[-1] == "int4" and "as" not in rest else "float"
+    config = lorap.CompressionConfig(
+        sparsity=float(rest[0]),
+        weights=planned,
+        group_size=GROUP,
+        num_calibration_samples=WINDOWS,
+        calibration_seq_len=SEQ_LEN,
+    )
+    run = Watched(
+        DecoderContext.of(copy.deepcopy(dense), device=torch.device("cpu")), "model", tokenizer, config, Stopwatch()
+    )
+    run.tests = tests
+    report = run.compress(ids, ())
+    seconds = {"seconds": report.seconds}
+    if planned == "int4":
+        keep(name, run.context.model, unrounded=run.unrounded, **seconds)
+        return
+    base = f"best-{rest[0]}"
+    keep(base, run.context.model, **seconds)
+    for cell, weights in ((f"{base}-int8", "int8"), (f"{base}-as-int4", "int4")):
+        if cell in CELLS and not (out / f"{cell}.json").exists():
+            model = copy.deepcopy(run.context.model)
+            keep(cell, lorap.quantize(model, weights, group_size=GROUP, calibration=windows.input_ids))
+
+
+def table(cells: dict[str, dict[str, Any]]) -> str:
+    """Bytes, and the increase over the dense model in nats per token on each text."""
+    dense = [entry["nats"] for entry in cells["dense"]["losses"]]
+    rows = []
+    for name, title in CELLS.items():
+        if name in cells:
+            cell = cells[name]
+            nats = [f"{entry['nats'] - base:+.3f}" for entry, base in zip(cell["losses"], dense, strict=True)]
+            rows.append([title, f"{cell['decoder_bytes'] / 1e6:.1f}", *nats])
+    return markdown(["decoder layers", "MB", "encyclopedia", "fiction"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
+    parser.add_argument("--test-windows", type=int, default=32, help="of each text")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--tables-only", action="store_true", help="make no cells")
+    arguments = parser.parse_args()
+    if not arguments.tables_only and any(not (arguments.out / f"{name}.json").exists() for name in arguments.cells):
+        assets.fetch(assets.FILES)
+        found = find_model(assets.MODEL)
+        tokenizer, dense = load_tokenizer(found), load_model(found, dtype="float32").eval()
+        for name in arguments.cells:
+            if not (arguments.out / f"{name}.json").exists():
+                make(name, dense, tokenizer, arguments.out, arguments.test_windows)
+    cells = {record["cell"]: record for path in arguments.out.glob("*.json") if (record := read_json(path))}
+    if "dense" in cells:
+        insert(RESULTS_PAGE, "bits", table(cells))
+
+
+if __name__ == "__main__":
+    main()

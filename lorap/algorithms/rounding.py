@@ -1,0 +1,192 @@
+"""Weights as whole numbers of a few bits times scales, rounded such that the outputs of the layer change least.
+
+A weight (N, K) becomes q * s: q in [-2^(bits-1), 2^(bits-1)), one s for each ``group`` columns of a row. With the second moment
+C = X X^T of the inputs, the error of a row e = w - q s in the outputs is e C e^T. Writing C = R R^T with R upper triangular and U
+its columns divided by the diagonal d, this is the sum over columns of d_k^2 (e_k + e_{<k} U_{<k,k})^2. So column k is best
+rounded not from w_k but from w_k + e_{<k} U_{<k,k}, which takes back what the columns before it did wrong. That is GPTQ (arXiv
+2210.17323) in the form of LDLQ (arXiv 2307.13304), which needs no inverse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Share of the mean energy that every input gets on top: C of few tokens is singular.
+DAMPING = 0.01
+# Columns that are finished one by one, before the others hear of them in one product.
+BLOCK = 128
+# Steps of the search for scales, as multiples of the one at which the largest weight just fits: more clip it.
+CLIPPING = tuple(1 + 0.06 * step for step in range(9))
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A rounded weight.
+
+    Args:
+        numbers: (N, K) int8, within the range of the bits.
+        scales: (N, ceil(K / group)), in the dtype in which they are stored.
+        group: columns that share a scale; the last group may have fewer.
+    """
+
+    numbers: Tensor
+    scales: Tensor
+    group: int
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """(N, K): what they stand for."""
+        return self.numbers.to(dtype) * _by_column(self.scales, self.group, self.numbers.shape[1]).to(dtype)
+
+
+def round_weight(weight: Tensor, moment: Tensor | None, *, bits: int, group: int, scale_dtype: torch.dtype) -> Rounded:
+    """The weight on the best grid that the search finds, with the least error in the outputs of two ways of rounding, row by row.
+
+    Args:
+        weight: (N, K), float32 or float64: everything is computed in its dtype, but for the Cholesky factor.
+        moment: (K, K) second moment of the inputs; None rounds each number to the nearest.
+        bits: of a number, from 2 to 8.
+        group: columns that share a scale.
+        scale_dtype: in which scales are stored; the numbers belong to the scales as they are stored.
+    """
+    columns = weight.shape[1]
+    importance = None if moment is None else moment.diagonal().to(weight.dtype)
+    scales = search_scales(weight, importance, bits=bits, group=group, dtype=scale_dtype)
+    by_column = _by_column(scales, group, columns).to(weight.dtype)
+    nearest = _numbers(weight, by_column, bits)
+    if moment is None:
+        return Rounded(nearest.to(torch.int8), scales, group)
+    # Columns of much energy first, while all others can still make up for their errors.
+    order = moment.diagonal().argsort(descending=True, stable=True)
+    factor = _upper_factor(moment[order[:, None], order]).to(weight.dtype)
+    compensated = torch.empty_like(nearest)
+    compensated[:, order] = _compensate(weight[:, order], by_column[:, order], factor, bits)
+    ways = [(weight - numbers * by_column)[:, order] for numbers in (compensated, nearest)]
+    better = _row_errors(ways[0], factor) < _row_errors(ways[1], factor)
+    return Rounded(compensated.where(better[:, None], nearest).to(torch.int8), scales, group)
+
+
+def round_factors(
+    left: Tensor, right: Tensor, moment: Tensor | None, *, bits: int, group: int, scale_dtype: torch.dtype
+) -> tuple[Rounded, Rounded]:
+    """Both factors of left @ right, which may change to any other pair with that product before.
+
+    The basis of the rank is rotated at random, the same way every time, with left orthonormal: errors of right then count in the
+    outputs as they are, no direction of the rank has a scale of its own, and what left's columns share can be taken back. Left is
+    then fitted to the right that there is after rounding.
+
+    Args:
+        left: (N, R).
+        right: (R, K).
+        moment: (K, K) second moment of the inputs; None rounds each number to the nearest.
+        bits: as in :func:`round_weight`, as are the others.
+        group: of both.
+        scale_dtype: of both.
+
+    Returns:
+        Left and right.
+    """
+    options = {"bits": bits, "group": group, "scale_dtype": scale_dtype}
+    basis, triangle = torch.linalg.qr(left)
+    rotation = _rotation(left.shape[1], left)
+    basis, right = basis @ rotation, rotation.T @ (triangle @ right)
+    rounded_right = round_weight(right, moment, **options)  # type: ignore[arg-type]
+    stored = rounded_right.weight(right.dtype)
+    metric = torch.eye(right.shape[1], dtype=right.dtype, device=right.device) if moment is None else moment
+    inner = _damped(stored.double() @ metric.double() @ stored.double().T)
+    lost = basis.double() @ ((right - stored).double() @ metric.double() @ stored.double().T)
+    fitted = basis + torch.cholesky_solve(lost.T, torch.linalg.cholesky(inner)).T.to(basis.dtype)
+    rounded_left = round_weight(fitted, None if moment is None else inner, **options)  # type: ignore[arg-type]
+    return rounded_left, rounded_right
+
+
+def search_scales(weight: Tensor, importance: Tensor | None, *, bits: int, group: int, dtype: torch.dtype) -> Tensor:
+    """(N, ceil(K / group)) scales in ``dtype``, with the least squared error of those tried, weighted by (K,) ``importance``.
+
+    The number of largest size falls on the end of the range that reaches further, so scales have either sign.
+    """
+    rows, columns = weight.shape
+    groups = -(-columns // group)
+    padding = (0, groups * group - columns)
+    grouped = torch.nn.functional.pad(weight, padding).reshape(rows, groups, group)
+    counts = torch.ones(columns, dtype=weight.dtype, device=weight.device) if importance is None else importance
+    counts = torch.nn.functional.pad(counts, padding).reshape(1, groups, group)
+    extreme = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True))
+    half = 2.0 ** (bits - 1)
+    best = grouped.new_full((rows, groups, 1), torch.inf)
+    scales = _stored(torch.zeros_like(extreme), dtype)
+    for reach in (half - 1, *(half * clipped for clipped in CLIPPING)):
+        for scale in _candidates(grouped, counts, _stored(-extreme / reach, dtype), bits, dtype):
+            error = (counts * (grouped - _numbers(grouped, scale, bits) * scale).square()).sum(-1, keepdim=True)
+            scales = scale.where(error < best, scales)
+            best = error.minimum(best)
+    return scales.squeeze(-1).to(dtype)
+
+
+def _candidates(grouped: Tensor, counts: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A scale, and the one that fits best to the numbers which it makes."""
+    numbers = _numbers(grouped, scale, bits)
+    energy = (counts * numbers.square()).sum(-1, keepdim=True)
+    fitted = (counts * grouped * numbers).sum(-1, keepdim=True) / energy
+    return scale, _stored(fitted.where(energy > 0, scale), dtype)
+
+
+def _stored(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales as they are after storage in ``dtype``, and none so small that it is zero: a group of zeros has one, too."""
+    info = torch.finfo(dtype)
+    tiny = max(info.tiny * info.eps, torch.finfo(torch.float32).tiny)
+    kept = scales.to(dtype).to(scales.dtype)
+    return kept.where(kept.abs() >= tiny, tiny)
+
+
+def _numbers(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """The nearest numbers, in the dtype of ``weight``."""
+    half = 2 ** (bits - 1)
+    return (weight / scales).round_().clamp_(-half, half - 1)
+
+
+def _compensate(weight: Tensor, by_column: Tensor, factor: Tensor, bits: int) -> Tensor:
+    """Numbers (N, K), column after column, each behind the errors of those before it."""
+    columns = weight.shape[1]
+    unit = factor / factor.diagonal()
+    numbers, errors = torch.empty_like(weight), torch.zeros_like(weight)
+    for start in range(0, columns, BLOCK):
+        end = min(start + BLOCK, columns)
+        wanted = weight[:, start:end] + errors[:, :start] @ unit[:start, start:end]
+        within = unit[start:end, start:end]
+        made = errors[:, start:end]
+        for k in range(end - start):
+            scale = by_column[:, start + k]
+            target = wanted[:, k] + made[:, :k] @ within[:k, k]
+            number = _numbers(target, scale, bits)
+            numbers[:, start + k] = number
+            made[:, k] = weight[:, start + k] - number * scale
+    return numbers
+
+
+def _upper_factor(moment: Tensor) -> Tensor:
+    """R, upper triangular, with R R^T the damped moment, in float64."""
+    return torch.linalg.cholesky(_damped(moment.double()).flip(0, 1)).flip(0, 1)
+
+
+def _damped(moment: Tensor) -> Tensor:
+    added = DAMPING * float(moment.diagonal().mean()) or 1.0
+    return moment + added * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+
+
+def _row_errors(errors: Tensor, factor: Tensor) -> Tensor:
+    return (errors @ factor).square().sum(1)
+
+
+def _rotation(size: int, like: Tensor) -> Tensor:
+    """An orthogonal matrix, drawn evenly from all, the same for every layer of the size."""
+    generator = torch.Generator().manual_seed(size)
+    drawn = torch.randn(size, size, dtype=torch.float64, generator=generator)
+    basis, triangle = torch.linalg.qr(drawn)
+    return (basis * triangle.diagonal().sign()).to(like)
+
+
+def _by_column(scales: Tensor, group: int, columns: int) -> Tensor:
+    return scales.repeat_interleave(group, dim=1)[:, :columns]

@@ -1,0 +1,144 @@
+"""``QuantizedLinear``: a linear layer whose weight is whole numbers of 4 or 8 bits and scales.
+
+Its tensors are named and packed as compressed-tensors' ``pack-quantized`` format has them (:mod:`lorap.kernels.packing`)::
+
+    down_proj.weight_packed   (out_features, words) int32
+    down_proj.weight_scale    (out_features, ceil(in_features / group_size)), in the dtype of the model
+    down_proj.weight_shape    (2,) int64: out_features, in_features
+    down_proj.bias            (out_features,), where the layer has one
+    down_proj.weight          (1,), the guard of lorap/nn/low_rank_tensors.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lorap.architectures import ARCHITECTURES
+from lorap.kernels.packing import dequantize, pack, words
+from lorap.nn import ops
+from lorap.nn.low_rank_tensors import GUARD_VALUE, WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_SHAPE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class QuantizedLinear(nn.Module):
+    """y = x @ (numbers * scales).T + bias through ``torch.ops.lorap.quantized_linear``, for inference.
+
+    Args:
+        in_features: size of the last axis of the input.
+        out_features: size of the last axis of the output.
+        bits: of a number, 4 or 8.
+        group_size: numbers of a row that share a scale; the last group may have fewer.
+        bias: (out_features,), used and not copied; None for none.
+        device: where the tensors are created, empty.
+        dtype: of the scales.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bits: int,
+        group_size: int,
+        bias: nn.Parameter | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.bits, self.group_size = bits, group_size
+        packed = torch.empty(out_features, words(in_features, bits), dtype=torch.int32, device=device)
+        scale = torch.empty(out_features, -(-in_features // group_size), dtype=dtype, device=device)
+        self.weight_packed: Tensor
+        self.weight_scale: Tensor
+        self.weight_shape: Tensor
+        self.register_buffer(WEIGHT_PACKED, packed)
+        self.register_buffer(WEIGHT_SCALE, scale)
+        self.register_buffer(WEIGHT_SHAPE, torch.tensor([out_features, in_features], device=device))
+        self.register_buffer("weight", torch.full((1,), GUARD_VALUE, dtype=dtype, device=device))
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def from_numbers(
+        cls, numbers: Tensor, scales: Tensor, *, bits: int, group_size: int, bias: nn.Parameter | None = None
+    ) -> QuantizedLinear:
+        """The layer of a rounded weight.
+
+        Args:
+            numbers: (out_features, in_features), whole numbers in the range of ``bits``.
+            scales: (out_features, ceil(in_features / group_size)), used and not copied.
+            bits: 4 or 8.
+            group_size: numbers of a row that share a scale.
+            bias: (out_features,) or None.
+        """
+        out_features, in_features = numbers.shape
+        layer = cls(
+            in_features,
+            out_features,
+            bits=bits,
+            group_size=group_size,
+            bias=bias,
+            device=numbers.device,
+            dtype=scales.dtype,
+        )
+        layer.weight_packed, layer.weight_scale = pack(numbers, bits), scales
+        return layer
+
+    @classmethod
+    def empty_like(cls, linear: nn.Linear, *, bits: int, group_size: int) -> QuantizedLinear:
+        """A layer in the place of ``linear``, whose values are still to come; the bias is taken over."""
+        weight = linear.weight
+        return cls(
+            linear.in_features,
+            linear.out_features,
+            bits=bits,
+            group_size=group_size,
+            bias=linear.bias,
+            device=weight.device,
+            dtype=weight.dtype,
+        ).train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        buffers = self._buffers  # nn.Module's attribute access takes longer than a small layer
+        packed: Any = buffers[WEIGHT_PACKED]
+        scale: Any = buffers[WEIGHT_SCALE]
+        return ops.quantized_linear(x, packed, scale, self._parameters["bias"], self.bits, self.group_size)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight (out_features, in_features), in ``dtype`` or that of the scales."""
+        scale = self.weight_scale
+        return dequantize(self.weight_packed, scale, self.bits, self.group_size, self.in_features, dtype or scale.dtype)
+
+    def extra_repr(self) -> str:
+        """Sizes and bits."""
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{sizes}, bits={self.bits}, group_size={self.group_size}"
+
+
+def decoder_linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
+    """What is quantized: every linear layer in the decoder layers, factors included; not the embeddings, not the head."""
+    path = ARCHITECTURES[model.config.model_type].layers
+    return ((f"{path}.{name}", linear) for name, linear in linears(model.get_submodule(path)))
+
+
+def linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Every ``nn.Linear`` of a module, with its name."""
+    return ((name, part) for name, part in module.named_modules() if isinstance(part, nn.Linear))
+
+
+def put_empty(module: nn.Module, names: Iterable[str], *, bits: int, group_size: int) -> list[str]:
+    """Make room for quantized weights in the linear layers of ``module`` with these names; returns the names of their tensors."""
+    tensors = []
+    for name in names:
+        linear = module.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        module.set_submodule(name, QuantizedLinear.empty_like(linear, bits=bits, group_size=group_size))
+        tensors += [f"{name}.{key}" for key in (WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_SHAPE)]
+    return tensors
