@@ -616,3 +616,12 @@ def test_interrupted_run_keeps_what_is_finished(sent, make_model, tokenizer, tmp
     assert list(outputs.iterdir()) == [kept]
     assert (kept / "plan.json").is_file()
     assert not list(kept.glob("*.draft"))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_a_seed_that_no_generator_takes_is_refused_by_its_name(seed, model_folder, tmp_path) -> None:
+    commands = [("generate", model_folder, "--prompt", "a"), ("inspect", model_folder, tmp_path / "out")]
+    commands += [("compress", model_folder, tmp_path / "out"), ("recover", model_folder, tmp_path / "out")]
+    for command in commands:
+        result = CliRunner().invoke(app, [*map(str, command), "--seed", str(seed)])
+        assert (result.exit_code, "--seed" in result.stderr, str(seed) in result.stderr) == (2, True, True), command[0]

@@ -239,6 +239,15 @@ def test_command(small_folder, tokens, stock_host, tmp_path) -> None:
     assert_close(stock_host(plain)[1].float(), expected, 0.1)
 
 
+@pytest.mark.parametrize("format", ["stock", "gguf", "deci"])
+def test_a_card_in_another_encoding_is_no_obstacle(format, small_folder, tmp_path) -> None:
+    (small_folder / "README.md").write_bytes(b"# caf\xe9\n")
+    result = run("export", small_folder, tmp_path / "out", "--format", format, "--quiet", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["class"] == ("DeciLMForCausalLM" if format == "deci" else "LlamaForCausalLM")
+    assert (tmp_path / "out" / "README.md").read_text("utf-8")
+
+
 def test_a_failed_export_leaves_nothing(small_folder, tmp_path, monkeypatch) -> None:
     def fail(*_arguments: Any, **_options: Any) -> None:
         raise OSError("No space left on device")
@@ -254,6 +263,8 @@ def test_a_failed_export_leaves_nothing(small_folder, tmp_path, monkeypatch) -> 
     ("options", "message"),
     [
         (["plain", "--format", "onnx"], "unknown format 'onnx'; choose from stock, gguf, deci"),
+        (["plain", "--format", "gguf", "--quantize", ""], "unknown type '' to quantize to; llama.cpp has Q4_0"),
+        (["plain", "--quantize", ""], "add --format gguf"),
         (["small"], "overlaps the source model"),
         (["small/inside"], "overlaps the source model"),
         (["model"], "is not empty; choose a new folder or pass --overwrite"),

@@ -14,6 +14,7 @@ import lorap
 from lorap.architectures import known_architecture
 from lorap.calibration import read_source
 from lorap.checkpoint.gguf.header import read_gguf
+from lorap.checkpoint.gguf.keys import read_numbers
 from lorap.checkpoint.gguf.quantizing import find_quantizer
 from lorap.checkpoint.load import find_model, load_model
 from lorap.cli import app
@@ -189,6 +190,15 @@ def test_quantized_files_answer(kind, near, make_model, tokenizer, tokens, tmp_p
     host = Host(file, letter=tokenizer.convert_tokens_to_ids("a"))
     difference = (host.logprobs(ids, len(wanted)) - wanted).abs().mean()
     assert 1e-4 < difference < near
+
+
+def test_float64_is_rounded_once(make_model, tokenizer, tmp_path) -> None:
+    model = cut(make_model("llama-gqa").double(), ODD, ())
+    weight = model.model.layers[1].mlp.up_proj.weight.detach().clone()
+    file = lorap.export_gguf(model, tmp_path / "small", tokenizer=tokenizer) / "small-F32.gguf"
+    header = read_gguf(file)
+    assert {info.dtype for info in header.tensors.values()} == {"F32"}
+    assert torch.equal(torch.from_numpy(read_numbers(header, "blk.1.ffn_up.weight")), weight.float())
 
 
 def test_types_that_nothing_here_makes(tmp_path, monkeypatch) -> None:

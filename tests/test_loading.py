@@ -184,6 +184,8 @@ def test_code_that_is_not_needed_is_ignored(dense):
         ),
         ("vocab_size", 499, "embed_tokens.weight has the shape (500, 64), but config.json makes it (499, 64)"),
         ("vocab_size", 10**30, "cannot open "),
+        ("hidden_act", "nope", "transformers makes no model of its config.json: KeyError 'nope'"),
+        ("num_attention_heads", 0, "transformers makes no model of its config.json: ZeroDivisionError"),
         ("hidden_size", 10**9, "has the shape (500, 64), but config.json makes it (500, 1000000000)"),
         ("hidden_size", 0, "has the shape (500, 64), but config.json makes it (500, 0)"),
         ("hidden_size", -64, "cannot open "),

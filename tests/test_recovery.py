@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import weakref
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,8 +39,9 @@ from lorap.recovery.config import TuningConfig
 from lorap.recovery.files import RECOVERY, SETTINGS, merge_into_copy
 from lorap.recovery.recover import Recovery, recover, target_names
 from lorap.recovery.report import RecoveryReport, dense_evaluation, tuned_card
-from lorap.reports.records import Evaluation
-from lorap.reports.run import RECOVERY_REPORT
+from lorap.reports.model_card import CARD
+from lorap.reports.records import Evaluation, TunedEvaluation, Tuning
+from lorap.reports.run import RECOVERY_REPORT, REPORT, CompressionReport
 
 TUNING = {"steps": 6, "batch_size": 3, "seq_len": 32, "rank": 5, "learning_rate": 3e-3, "precision": "float32"}
 # What a checkpoint can look like: family, options of the compression.
@@ -232,14 +233,45 @@ def test_the_dense_loss_comes_from_the_compression_where_the_text_is_the_same():
     def on(text, nats, tokens=64):
         return Evaluation(text, nats, 1.0, tokens, 32, 0.1)
 
-    compression = {"evaluations": [{"before": asdict(on("wiki", 3.0)), "after": asdict(on("wiki", 5.0))}]}
+    compression = CompressionReport("m", lorap.CompressionConfig(), {})
+    compression.add_evaluation(on("wiki", 3.0), on("wiki", 5.0))
+    compression.add_evaluation(None, on("novel", 5.0))
+    tuned = TunedEvaluation("wiki", before=on("wiki", 5.0), after=on("wiki", 4.0), dense=on("wiki", 3.1))
+    compression.tunings = [Tuning("m", "", [tuned])]
     assert dense_evaluation(compression, on("wiki", 5.01)) == on("wiki", 3.0)
-    for other in (on("wiki", 5.1), on("news", 5.0), on("wiki", 5.0, tokens=96)):
+    assert dense_evaluation(compression, on("wiki", 4.01)) == on("wiki", 3.1)
+    for other in (on("wiki", 5.1), on("news", 5.0), on("wiki", 5.0, tokens=96), on("novel", 5.0)):
         assert dense_evaluation(compression, other) is None
-    assert (
-        dense_evaluation({"evaluations": [{"before": None, "after": asdict(on("wiki", 5.0))}]}, on("wiki", 5.0)) is None
-    )
-    assert dense_evaluation({}, on("wiki", 5.0)) is None
+    assert dense_evaluation(None, on("wiki", 5.0)) is None
+
+
+@pytest.mark.parametrize("report", [b"{", b'{"evaluations": [1]}', b'{"tunings": null}', b"\xff\xfe"])
+def test_files_for_people_that_are_damaged_do_not_cost_the_training(report, compressed, tokens, tmp_path):
+    folder, new = compressed(), tmp_path / "new"
+    (folder / REPORT).write_bytes(report)
+    (folder / CARD).write_bytes(b"# caf\xe9 de l'int\xe9rieur\n")
+    found = quiet_recover(folder, new, settings(tokens, steps=1), evaluation=[tokens])
+    (entry,) = found.evaluations
+    assert entry["dense"] is None
+    assert entry["after"]["tokens"] == tokens.numel()
+    assert not (new / REPORT).exists()
+    card = (new / CARD).read_text("utf-8")
+    assert "# caf\ufffd de" in card
+    assert "## Tuned after compression" in card
+
+
+def test_merged_weights_that_overflow_are_refused(compressed, tmp_path):
+    folder, name = compressed(dtype=torch.float16), "model.layers.1.mlp.up_proj"
+    rows, columns = read_tensors(folder)[f"{name}.weight"].shape
+    prefix = f"base_model.model.{name}.lora"
+    a, b = torch.zeros(1, columns), torch.full((rows, 1), 300.0)
+    a[0, 5] = 300.0
+    trained = {f"{prefix}_A.default.weight": a, f"{prefix}_B.default.weight": b}
+    (tmp_path / "stage").mkdir()
+    with pytest.raises(
+        CheckpointError, match=rf"made {rows} values of {name}\.weight NaN, .*float16; .* --learning-rate"
+    ):
+        merge_into_copy(trained, [name], folder, tmp_path / "stage")
 
 
 def test_a_run_without_a_teacher_says_what_it_recovered(model_folder, small_text, tmp_path):
@@ -474,6 +506,9 @@ def test_mistakes_end_in_one_sentence_and_write_nothing(compressed, tokens, mode
         CheckpointError, match=r"model is not compressed by lorap, .* compress it first .*, then tune OUT"
     ):
         quiet_recover(model_folder, out, settings(tokens))
+    for seed in (-1, 2**63, 0.5):
+        with pytest.raises(ConfigError, match=f"seed should be .* and is {seed}"):
+            settings(tokens, seed=seed)
     with pytest.raises(ConfigError, match="modules is 'heads'"):
         settings(tokens, modules="heads")
     make_model("llama-gqa", vocab_size=501).save_pretrained(tmp_path / "teacher")

@@ -239,6 +239,11 @@ def test_nothing_around_the_training_is_changed_or_listened_to(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.safetensors", "state.safetensors"]
 
 
+@pytest.mark.parametrize("seed", [2**32, 2**63 - 1])
+def test_every_seed_of_a_config_trains(seed, make_tuned, windows, state):
+    assert train(make_tuned(), windows, TuningConfig(steps=1, seed=seed, **FAST), state=state).steps == 1
+
+
 def test_a_step_that_processes_cannot_share_is_refused(make_tuned, windows, state):
     with pytest.raises(ConfigError, match=r"batch_size is 3, and 2 processes .* choose a multiple of 2"):
         train(make_tuned(), windows, TuningConfig(steps=2, **FAST), state=state, processes=Processes(0, 2))

@@ -56,7 +56,7 @@ def find_model(model: str | Path, *, fetch: bool = True) -> ModelSource:
         raise
     # transformers and torch stumble over a bad config in any way there is: here that is a bad checkpoint, not a bug.
     except Exception as error:
-        raise CheckpointError(f"cannot open {named(str(model))}: {_first_lines(error)}") from error
+        raise CheckpointError(f"cannot open {named(str(model))}: {_told(error)}") from error
 
 
 def _find(model: str, path: Path) -> ModelSource:
@@ -247,6 +247,14 @@ def own_device(device: str) -> torch.device:
     if local is not None and device in ("auto", "cuda") and torch.cuda.is_available():
         return torch.device("cuda", local)
     return resolve_device(device)
+
+
+def _told(error: Exception) -> str:
+    """What transformers stumbled over; its own words where they are meant for people."""
+    words = _first_lines(error)
+    if isinstance(error, (KeyError, IndexError, AttributeError, ArithmeticError)):
+        return f"transformers makes no model of its config.json: {type(error).__name__} {words}; correct the file"
+    return words
 
 
 def _first_lines(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from lorap.files import reason
 from lorap.jsonio import write_json
 from lorap.outputs import staged_folder
 from lorap.reports.html.page import write_page
-from lorap.reports.model_card import model_card
+from lorap.reports.model_card import CARD, model_card
 from lorap.reports.run import REPORT, CompressionReport
 
 if TYPE_CHECKING:
@@ -92,5 +92,5 @@ def try_settings(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
 def write_reports(report: CompressionReport, folder: Path) -> None:
     """What the run did, for programs and for people."""
     write_json(folder / REPORT, report.to_dict())
-    (folder / "README.md").write_text(model_card(report), "utf-8")
+    (folder / CARD).write_text(model_card(report), "utf-8")
     write_page(report, folder)

@@ -67,7 +67,7 @@ def export_command(
         be_quiet(quiet)
         if format not in FORMATS:
             raise ConfigError(f"unknown format {format!r}; choose from {', '.join(FORMATS)}")
-        if quantize and format != "gguf":
+        if quantize is not None and format != "gguf":
             raise ConfigError(f"--quantize {quantize} makes GGUF files, and --format is {format}; add --format gguf")
         with loading():
             from lorap.checkpoint.load import find_model
@@ -76,17 +76,18 @@ def export_command(
             from lorap.integrations.llamacpp import export_gguf, overflow_warning, width_cost, width_range
             from lorap.integrations.stock import export_stock
             from lorap.nn.linear import count_parameters
+            from lorap.reports.model_card import read_card
             from lorap.system import parse_bytes
         shard_bytes = parse_bytes(max_shard_size)
         source = find_model(model)
         check_output(dest, source=source.folder, overwrite=overwrite)
         loaded, tokenizer, _ = open_model(source, "cpu", dtype)
         before = count_parameters(loaded)
-        readme = source.folder / "README.md" if source.folder else None
-        card = readme.read_text("utf-8") if readme is not None and readme.is_file() else ""
+        card = read_card(source.folder) if source.folder else ""
         options: dict[str, Any] = {"tokenizer": tokenizer, "card": card, "overwrite": overwrite}
         if format == "gguf":
-            export_gguf(loaded, dest, pad_widths=pad_widths, quantize=quantize and quantize.upper(), **options)
+            kind = None if quantize is None else quantize.upper()
+            export_gguf(loaded, dest, pad_widths=pad_widths, quantize=kind, **options)
         elif format == "deci":
             export_deci(loaded, dest, max_shard_size=shard_bytes, **options)
         else:
@@ -106,13 +107,14 @@ def export_command(
 
 def _facts(exported: Any, dest: Path, format: str) -> dict[str, Any]:
     """What ``--json`` tells of an export."""
+    from lorap.integrations.deci import DECI_CLASS
     from lorap.nn.linear import count_parameters
 
     widths = known_architecture(exported, to="export").ffn_widths(exported)
     told = {
         "out": str(dest),
         "format": format,
-        "class": type(exported).__name__,
+        "class": DECI_CLASS if format == "deci" else type(exported).__name__,
         "intermediate_size": max(widths),
         "intermediate_sizes": widths,
         "params": count_parameters(exported),

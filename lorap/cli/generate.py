@@ -36,7 +36,7 @@ def generate_command(
             help="Put the prompt into the model's chat template, or continue it as it is.  [default: --chat where there is one]",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.", min=0, max=2**63 - 1)] = 0,
     optimize: Annotated[
         bool, typer.Option(help="Merge q/k/v and gate/up, and use lorap's kernels for dense layers too.")
     ] = True,

@@ -46,7 +46,7 @@ def inspect_command(
     ] = None,
     num_calibration_samples: Annotated[int, typer.Option(help="Token windows to weigh inputs by.", min=1)] = 32,
     calibration_seq_len: Annotated[int, typer.Option(help="Tokens in each window.", min=1)] = 128,
-    seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Which windows are drawn.", min=0, max=2**63 - 1)] = 0,
     plots: Annotated[bool, typer.Option(help="Draw pictures; needs matplotlib.")] = True,
     device: Device = "auto",
     dtype: Dtype = "auto",

@@ -25,12 +25,12 @@ from lorap.integrations.stock import give_biases
 from lorap.jsonio import write_json
 from lorap.nn.linear import count_parameters
 from lorap.outputs import staged_folder
-from lorap.reports.model_card import stock_card
+from lorap.reports.model_card import CARD, stock_card
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CONFIG_FILE = "configuration_deci.py"
+CONFIG_FILE, DECI_CLASS = "configuration_deci.py", "DeciLMForCausalLM"
 # Widths that ``ffn_mult`` can say, which all hosts of the format read: they round 2 / 3 * ffn_mult * hidden_size up to these.
 _MULTIPLE = 256
 # Fields of config.json that mean the same in Llama's config; the others are of no use to Llama's graph.
@@ -98,10 +98,10 @@ def export_deci(
         write_json(path, fields, sort_keys=True)
         (stage / CONFIG_FILE).write_bytes(Path(configuration_deci.__file__).read_bytes())
         text = stock_card(
-            card, out.name, "a DeciLMForCausalLM with an FFN width per layer, for vLLM", count_parameters(model),
+            card, out.name, f"a {DECI_CLASS} with an FFN width per layer, for vLLM", count_parameters(model),
             compressed_params, kind="deci", use=_USE,
         )  # fmt: skip
-        (stage / "README.md").write_text(text, "utf-8")
+        (stage / CARD).write_text(text, "utf-8")
     return out
 
 
@@ -120,7 +120,7 @@ def _config(model: PreTrainedModel, roles: set[str], fields: dict[str, Any]) -> 
     return {
         **{name: fields[name] for name in _KEPT if name in fields},
         "model_type": configuration_deci.DeciConfig.model_type,
-        "architectures": ["DeciLMForCausalLM"],
+        "architectures": [DECI_CLASS],
         "auto_map": {"AutoConfig": f"{Path(CONFIG_FILE).stem}.{configuration_deci.DeciConfig.__name__}"},
         "hidden_act": activation_of(model.config),
         "head_dim": head_dim(model.config),

@@ -17,7 +17,7 @@ from lorap.checkpoint.save import SPARE_BYTES
 from lorap.integrations.stock import fill_up
 from lorap.nn.linear import count_parameters
 from lorap.outputs import staged_folder
-from lorap.reports.model_card import stock_card
+from lorap.reports.model_card import CARD, stock_card
 from lorap.reports.run import CompressionReport
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def export_gguf(
     """
     out = Path(out)
     choose_architecture(model, one_width=pad_widths)
-    program = find_quantizer(quantize) if quantize else None
+    program = None if quantize is None else find_quantizer(quantize)
     compressed_params = count_parameters(model)
     reconstruct(model)
     if pad_widths:
@@ -82,7 +82,7 @@ def export_gguf(
         what = f"a file for llama.cpp, of its architecture {architecture}"
         use = _USE.format(file=file.name)
         text = stock_card(card, out.name, what, count_parameters(model), compressed_params, kind="gguf", use=use)
-        (stage / "README.md").write_text(text, "utf-8")
+        (stage / CARD).write_text(text, "utf-8")
     return out
 
 

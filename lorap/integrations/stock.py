@@ -24,7 +24,7 @@ from lorap.checkpoint.write import write_model
 from lorap.errors import ArchitectureError, CheckpointError
 from lorap.nn.linear import count_parameters, new_linear
 from lorap.outputs import staged_folder
-from lorap.reports.model_card import stock_card
+from lorap.reports.model_card import CARD, stock_card
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,7 +70,7 @@ def export_stock(
             raise CheckpointError(f"{saved:,} parameters reached the disk, but the model has {params:,}")
         what = f"an ordinary {type(model).__name__} with one FFN width, which opens without lorap"
         text = stock_card(card, out.name, what, params, compressed_params)
-        (stage / "README.md").write_text(text, "utf-8")
+        (stage / CARD).write_text(text, "utf-8")
     return out
 
 

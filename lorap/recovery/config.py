@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Interval
 
 from lorap.architectures import ATTENTION, MLP, PROJECTIONS
 from lorap.errors import ConfigError
+from lorap.jsonio import Count, Size, check_fields
 
 # Where a run works, in the work folder of its output.
 RECOVERY = "recovery"
@@ -33,23 +37,20 @@ class TuningConfig:
         precision: of the matmuls: float32, or bfloat16 under autocast; auto: bfloat16 where the processor multiplies it.
 
     Raises:
-        ConfigError: a value is out of range.
+        ConfigError: a value is out of range, or of another type.
     """
 
-    steps: int = 90
+    steps: Size = 90
     minutes: float | None = None
-    batch_size: int = 4
-    seq_len: int = 128
+    batch_size: Size = 4
+    seq_len: Annotated[int, Interval(ge=2, lt=2**63)] = 128
     learning_rate: float = 2e-3
-    rank: int = 32
-    seed: int = 0
+    rank: Size = 32
+    seed: Count = 0
     precision: str = "auto"
 
     def __post_init__(self) -> None:
-        smallest = {"steps": 1, "batch_size": 1, "seq_len": 2, "rank": 1}
-        for name, least in smallest.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        check_fields(self)
         if not 0 < self.learning_rate < 1:
             raise ConfigError(f"learning_rate is {self.learning_rate}; it must be above 0 and below 1")
         if self.minutes is not None and not self.minutes > 0:

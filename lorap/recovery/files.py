@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lorap.checkpoint.finite import count_not_finite
 from lorap.checkpoint.folders import read_json, read_tensors, weight_files
 from lorap.errors import CheckpointError, ConfigError
 from lorap.files import replacing
@@ -65,7 +66,7 @@ def merge_into_copy(trained: Mapping[str, Tensor], names: Sequence[str], origin:
         stage: an empty folder.
 
     Raises:
-        CheckpointError: a weight is not in the files.
+        CheckpointError: a weight is not in the files, or is not finite with its adapter.
     """
     left = {f"{name}.weight": f"base_model.model.{name}." for name in names}
     files = weight_files(origin)
@@ -78,6 +79,11 @@ def merge_into_copy(trained: Mapping[str, Tensor], names: Sequence[str], origin:
             adapter = left.pop(name)
             delta = trained[f"{adapter}lora_B.default.weight"] @ trained[f"{adapter}lora_A.default.weight"]
             tensors[name] = (tensors[name].float() + delta).to(tensors[name].dtype)
+            if count := count_not_finite(tensors[name]):
+                raise CheckpointError(
+                    f"tuning has made {count:,} values of {name} NaN, or too large for {tensors[name].dtype}; begin anew with a "
+                    "lower --learning-rate and --restart"
+                )
         save_file(tensors, stage / file.name, metadata=metadata)
     if left:
         raise CheckpointError(f"{origin} has no tensor {min(left)}, although the model was loaded from it")

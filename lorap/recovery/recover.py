@@ -37,6 +37,7 @@ from lorap.checkpoint.save import SPARE_BYTES
 from lorap.checkpoint.validate import CONFIG, lorap_config
 from lorap.distributed import Processes, is_main_process, joined, local_rank
 from lorap.errors import CheckpointError, ConfigError
+from lorap.evaluation.info import report_beside
 from lorap.evaluation.perplexity import evaluate
 from lorap.files import hash_files
 from lorap.jsonio import write_json
@@ -50,6 +51,7 @@ from lorap.recovery.state import Progress
 from lorap.recovery.text import training_windows
 from lorap.recovery.training import add_adapters, autocast_dtype, hold_weights, require_libraries
 from lorap.reports.html.page import write_page
+from lorap.reports.model_card import CARD, read_card
 from lorap.reports.run import PAGE, RECOVERY_REPORT, REPORT, CompressionReport
 from lorap.system import Stopwatch, describe_environment, peak_memory_bytes
 
@@ -246,7 +248,7 @@ class _Run:
                     dtype, device = self.recovery.dtype, self.device
                     model = load_model(find_model(stage), dtype=dtype, device=device) if texts else None
                     for reference, old, new in zip(dense, before, self._evaluate(model, texts), strict=True):
-                        reference = reference or dense_evaluation(_compression(self.origin), old)
+                        reference = reference or dense_evaluation(report_beside(self.source), old)
                         report.add_evaluation(reference, old, new)
                 report.seconds, report.peak_memory_bytes = self.watch.seconds, peak_memory_bytes()
                 _write_report(stage, report)
@@ -348,10 +350,6 @@ def _describe(windows: TokenWindows) -> dict[str, Any]:
     return {"name": windows.name, **sizes, "sources": [asdict(share) for share in windows.shares]}
 
 
-def _compression(origin: Path) -> dict[str, Any]:
-    return read_json(origin / REPORT) if (origin / REPORT).exists() else {}
-
-
 def _write_report(stage: Path, report: RecoveryReport) -> None:
     """All reports of the folder say that it was tuned; one that cannot be read goes, so that it does not say otherwise."""
     if (stage / REPORT).exists():
@@ -365,8 +363,7 @@ def _write_report(stage: Path, report: RecoveryReport) -> None:
             write_json(stage / REPORT, compression.to_dict())
             write_page(compression, stage)
     write_json(stage / RECOVERY_REPORT, report.to_dict())
-    card = stage / "README.md"
-    card.write_text(tuned_card(card.read_text("utf-8") if card.exists() else "", report), "utf-8")
+    (stage / CARD).write_text(tuned_card(read_card(stage), report), "utf-8")
 
 
 def _vocab_size(model: PreTrainedModel) -> int:

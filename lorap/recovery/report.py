@@ -6,14 +6,14 @@ trained afterwards, as the page and the model card do; all of it is in a file of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lorap.jsonio import read_as
 from lorap.reports.model_card import said_as_tuned
 from lorap.reports.records import TUNED_HEADER, Evaluation, TunedEvaluation, Tuning
-from lorap.reports.run import format_table
+from lorap.reports.run import CompressionReport, format_table
 
 # Steps that the first and the last loss of a training are means of.
 LOSS_STEPS = 10
@@ -105,20 +105,24 @@ class RecoveryReport:
         return Tuning(self.model, self.summary(), read_as(list[TunedEvaluation], self.evaluations, "evaluations"))
 
 
-def dense_evaluation(compression: Mapping[str, Any], compressed: Evaluation) -> Evaluation | None:
+def dense_evaluation(compression: CompressionReport | None, compressed: Evaluation) -> Evaluation | None:
     """What the report of the compression says of the dense model on a text; None where it was not measured on that text.
 
     Args:
-        compression: what is in ``lorap_report.json``.
+        compression: what ``lorap_report.json`` says; None where it cannot be read.
         compressed: the compressed model on the text. Names of texts say little, so its loss must be the one in the report.
     """
-    tuned = [entry for tuning in compression.get("tunings", ()) for entry in tuning["evaluations"]]
-    for entry in [*compression.get("evaluations", ()), *({**entry, "before": entry["dense"]} for entry in tuned)]:
-        before, after = entry["before"], entry["after"]
-        sizes = (after["text"], after["tokens"], after["seq_len"])
-        same = sizes == (compressed.text, compressed.tokens, compressed.seq_len)
-        if before and same and abs(after["nats"] - compressed.nats) < SAME_NATS:
-            return Evaluation(**before)
+    if compression is None:
+        return None
+    found = [
+        (entry["before"] and Evaluation(**entry["before"]), Evaluation(**entry["after"]))
+        for entry in compression.evaluations
+    ]
+    found += [(entry.dense, entry.after) for tuning in compression.tunings for entry in tuning.evaluations]
+    for dense, after in found:
+        same = (after.text, after.tokens, after.seq_len) == (compressed.text, compressed.tokens, compressed.seq_len)
+        if dense and same and abs(after.nats - compressed.nats) < SAME_NATS:
+            return dense
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lorap.algorithms.step_schedule import schedule
@@ -19,6 +20,7 @@ from lorap.reports.run import (
 )
 from lorap.requirements import roles_with_output_metric
 
+CARD = "README.md"
 # What the choices of a config do to a model, as parts of sentences for the model card.
 _NORMS = {
     "awsvd": "weighted by the norms of their input channels ({2404.09695})",
@@ -50,6 +52,12 @@ model = AutoModelForCausalLM.from_pretrained("this folder")
 # An exported folder has no such page.
 _PAGE_LINK = f"All of it, layer by layer, with charts: [{PAGE}]({PAGE}).\n"
 _PLUG_IN = "import lorap  # teaches transformers to open this checkpoint\n"
+
+
+def read_card(folder: Path) -> str:
+    """The card in a model folder, which anybody may have edited: what is no UTF-8 in it is marked; empty where there is none."""
+    card = folder / CARD
+    return card.read_text("utf-8", errors="replace") if card.is_file() else ""
 
 
 def method_text(config: CompressionConfig, correction: CorrectionReport | None = None) -> str:

@@ -28,7 +28,8 @@ from lorap.version import __version__
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FILE_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+# llama.cpp computes in no more than float32.
+FILE_TYPES = {torch.float64: "F32", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def write_gguf(model: PreTrainedModel, file: Path, *, tokenizer: Any, name: str, kind: str | None = None) -> str:
