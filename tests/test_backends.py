@@ -24,7 +24,7 @@ from lorap.nn import dispatch, graphs, implementations, native, ops
 
 ROOT = Path(__file__).parents[1]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-CPU_OPS = implementations.LINEAR_OPS
+CPU_OPS = (*implementations.LINEAR_OPS, *implementations.QUANTIZED_OPS)
 
 needs_cpu_kernels = pytest.mark.skipif(not native.HAS_CPU, reason="lorap/_native.so is not built")
 
@@ -473,9 +473,19 @@ def test_a_damaged_library_is_a_reason_and_no_error(tmp_path: Path, monkeypatch:
     assert reason.startswith(f"_native.so cannot be opened by torch {torch.__version__}: ")
 
 
+def test_a_library_of_an_older_version_is_a_reason_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "LIBRARY", Path(__file__))
+    monkeypatch.setattr(torch.ops, "load_library", lambda _path: None)
+    monkeypatch.setattr(torch.ops, "lorap_cpu", SimpleNamespace(linear=None))
+    reason = native._load()
+    assert reason is not None
+    assert "is older than this code; build it again" in reason
+
+
 def test_cpu_isa_names_what_this_processor_runs() -> None:
     known = {"scalar", "avx2", "avx512", "avx512_bf16"} if native.HAS_CPU else {"none"}
     assert {native.cpu_isa(dtype) for dtype in FLOATS} <= known
+    assert native.quantized_cpu_isa() in known - {"avx512_bf16"} | ({"avx512_vnni"} if native.HAS_CPU else set())
 
 
 WITHOUT_LIBRARY = """

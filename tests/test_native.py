@@ -27,6 +27,7 @@ CPU_SOURCES = ROOT / "csrc/cpu"
 AVX2 = {"avx2", "fma", "f16c"}
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl"}
 NEEDS = {"scalar": set(), "avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512 | {"avx512_bf16"}}
+QUANTIZED_NEEDS = {"scalar": set(), "avx2": AVX2, "avx512": AVX512, "avx512_vnni": AVX512 | {"avx512_vnni"}}
 
 needs_library = pytest.mark.skipif(not native.HAS_CPU, reason="lorap/_native.so is not built")
 
@@ -39,8 +40,8 @@ def processor_flags() -> set[str]:
     return set(found[1].split()) if found else set()
 
 
-def supported() -> list[str]:
-    return [isa for isa, needed in NEEDS.items() if needed <= processor_flags()]
+def supported(needs: dict[str, set[str]] = NEEDS) -> list[str]:
+    return [isa for isa, needed in needs.items() if needed <= processor_flags()]
 
 
 def run_with_isa(code: str, isa: str) -> subprocess.CompletedProcess[str]:
@@ -71,6 +72,7 @@ def test_without_a_wish_the_best_instruction_set_runs() -> None:
     best = supported()[-1]
     assert native.cpu_isa(torch.bfloat16) == best
     assert native.cpu_isa(torch.float32) == native.cpu_isa(torch.float16) == best.removesuffix("_bf16")
+    assert native.quantized_cpu_isa() == supported(QUANTIZED_NEEDS)[-1]
 
 
 # --- instruction sets ------------------------------------------------------------------------------------------------------
@@ -122,6 +124,26 @@ def test_every_instruction_set_equals_float64_and_rounds_like_torch(isa: str) ->
     assert run.stdout.endswith("cases\n")
 
 
+QUANTIZED = """
+import itertools, sys, torch, test_quantized_ops
+from lorap.nn import native
+isa = sys.argv[1]
+torch.set_num_threads(1)
+assert native.quantized_cpu_isa() == isa.replace("_bf16", "")
+for bits, dtype in itertools.product((4, 8), test_quantized_ops.DTYPES):
+    test_quantized_ops.test_values_equal_float64_for_odd_shapes_and_ragged_groups("cpu", bits, dtype)
+"""
+
+
+@needs_library
+@pytest.mark.parametrize("isa", [*QUANTIZED_NEEDS, "avx512_bf16"])
+def test_every_instruction_set_has_weights_of_4_and_8_bits(isa: str) -> None:
+    if isa not in supported(QUANTIZED_NEEDS | NEEDS):
+        pytest.skip(f"this processor has no {isa}")
+    run = run_with_isa(QUANTIZED.replace("sys.argv[1]", repr(isa)), isa)
+    assert run.returncode == 0, run.stderr
+
+
 @needs_library
 def test_an_unknown_instruction_set_is_named() -> None:
     load = f"import torch; torch.ops.load_library({str(native.LIBRARY)!r})"
@@ -156,22 +178,25 @@ def test_the_kernels_alone_pass_the_sanitizers(tmp_path: Path) -> None:
     if not can_sanitize(tmp_path):
         pytest.skip("g++ has no sanitizers here")
     isas = instruction_set_flags() if platform.machine() in ("x86_64", "AMD64") else {}
-    assert set(isas) in ({"avx2", "avx512", "avx512_bf16"}, set())
+    assert set(isas) in ({"avx2", "avx512", "avx512_bf16", "avx512_vnni"}, set())
     common = [*COMPILE, *SANITIZE, *(f"-DLORAP_HAVE_{name.upper()}" for name in isas)]
-    sources = {name: [] for name in ("decode", "scalar", "test_decode")} | isas
-    for name, flags in sources.items():
+    kernels = {name: [] for name in ("decode", "quantized", "scalar")} | isas
+    for name, flags in kernels.items():
         command = [*common, *flags, "-c", CPU_SOURCES / f"{name}.cpp", "-o", f"{name}.o"]
         built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert built.returncode == 0, built.stderr
-    objects = [f"{name}.o" for name in sources]
-    subprocess.run([*common, *objects, "-o", "test_decode"], cwd=tmp_path, check=True)
+    objects = [f"{name}.o" for name in kernels]
     # Leaks need ptrace, which containers forbid.
     environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
-    run = subprocess.run(["./test_decode"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.endswith("all passed\n")
-    tested = {line.split()[0] for line in run.stdout.splitlines()[:-1]}
-    assert tested == {isa for isa in supported() if isa == "scalar" or isa in isas}
+    for program, needs in (("test_decode", NEEDS), ("test_quantized", QUANTIZED_NEEDS)):
+        subprocess.run([*common, CPU_SOURCES / f"{program}.cpp", *objects, "-o", program], cwd=tmp_path, check=True)
+        run = subprocess.run(
+            [f"./{program}"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert run.returncode == 0, run.stdout + run.stderr
+        assert run.stdout.endswith("all passed\n")
+        tested = {line.split()[0] for line in run.stdout.splitlines()[:-1]}
+        assert tested == {isa for isa in supported(needs) if isa == "scalar" or isa in isas}
 
 
 # --- determinism -----------------------------------------------------------------------------------------------------------
@@ -200,6 +225,12 @@ def test_the_same_bytes_twice_and_with_any_number_of_threads(tokens: int, dtype:
         "low_rank_linear_group": (x, right, left, [], []),
         "silu_gated_linear": (x, weight, up),
         "low_rank_silu_gated_linear": (x, right, left, []),
+    }
+    scales = torch.rand(700, 10)
+    four, eight = (torch.randint(-(2**31), 2**31, (700, n), dtype=torch.int64).int() for n in (73, 145))
+    calls |= {
+        "quantized_linear": (x, eight, scales, None, 8, 64),
+        "quantized_silu_gated_linear": (x, four, scales, four.flip(0), scales, 4, 64),
     }
     for op, arguments in calls.items():
         results = []

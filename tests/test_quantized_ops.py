@@ -55,6 +55,17 @@ def test_packed_words_are_those_of_the_layout(bits: int, columns: int) -> None:
     assert torch.equal(packing.unpack(packed, bits, columns).long(), numbers)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_word_a_row_with_any_stride_and_a_group_that_no_row_fills(backend: str) -> None:
+    torch.manual_seed(0)
+    packed, scales, exact = quantized(5, 3, 8, 2**40, torch.float32)
+    strided = torch.stack((packed, -packed), dim=-1)[..., 0]
+    assert strided.stride(-1) == 2
+    x = torch.randn(2, 3)
+    y = implementations.implementation("quantized_linear", backend)(x, strided, scales, None, 8, 2**40)
+    assert_close(y, x.double() @ exact.T, x.double().abs() @ exact.abs().T)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", packing.BITS)
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "dot_tile.h"
+#include "quantized_tile.h"
 
 namespace {
 
@@ -91,6 +92,48 @@ struct Float16 : TwoByte<Float16> {
   static uint16_t to_weight(float f) { return _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT); }
 };
 
+struct Quantized {
+  static constexpr int64_t kBytes = 32;
+  static constexpr int kTileTokens = 4;
+  using Words = __m256i;
+  using Part = __m256i;
+  using Whole = __m256i;
+  using Sums = __m256;
+  using Scale = __m256;
+  static __m256i load_bytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+  static Words load(const char* from) { return load_bytes(from); }
+  template <int Bits>
+  static Part part(Words words, int i) {
+    const __m256i shifted = _mm256_srli_epi16(words, i * Bits);
+    return (i + 1) * Bits == 16 ? shifted : _mm256_and_si256(shifted, _mm256_set1_epi16((1 << Bits) - 1));
+  }
+  static Part constant(int number) { return _mm256_set1_epi16(static_cast<int16_t>(number)); }
+  static Whole zero_whole() { return _mm256_setzero_si256(); }
+  static Whole load_whole(const int32_t* from) { return load_bytes(from); }
+  static void store_whole(int32_t* to, Whole whole) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), whole); }
+  static Whole multiply_add(Whole whole, Part part, const int16_t* x) {
+    return _mm256_add_epi32(whole, _mm256_madd_epi16(part, load_bytes(x)));
+  }
+  static Sums zero() { return Avx2::zero(); }
+  static float sum(Sums sums) { return Avx2::sum(sums); }
+  template <int Count>
+  static Scale spread(const float* scales) {
+    if constexpr (Count == 1) return _mm256_broadcast_ss(scales);
+    if constexpr (Count == 2) return _mm256_set_m128(_mm_broadcast_ss(scales + 1), _mm_broadcast_ss(scales));
+  }
+  static Sums scale_add(Whole whole, Scale scale, Sums sums) {
+    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), scale, sums);
+  }
+  static void round(const float* x, float factor, int16_t* to) {
+    const __m256 by = _mm256_set1_ps(factor);
+    const __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x), by));
+    const __m256i high = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8), by));
+    // Packing takes turns between the halves of the two.
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), packed);
+  }
+};
+
 }  // namespace
 
 namespace lorap::cpu {
@@ -101,6 +144,12 @@ const RowKernel* avx2_kernel(Dtype dtype) {
   static constexpr RowKernel float16 = make_kernel<Float16>("avx2");
   if (dtype == Dtype::kFloat32) return &float32;
   return dtype == Dtype::kBFloat16 ? &bfloat16 : &float16;
+}
+
+const QuantizedKernel* avx2_quantized_kernel(int bits) {
+  static constexpr QuantizedKernel four = make_quantized_kernel<Quantized, 4>("avx2");
+  static constexpr QuantizedKernel eight = make_quantized_kernel<Quantized, 8>("avx2");
+  return bits == 4 ? &four : &eight;
 }
 
 }  // namespace lorap::cpu

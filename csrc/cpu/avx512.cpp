@@ -1,4 +1,5 @@
 // AVX-512 F + BW: Intel servers since 2017, AMD since 2022. Built with -mavx512f -mavx512bw -mavx512vl -mf16c.
+#include "avx512_quantized.h"
 #include "avx512_sums.h"
 #include "dot_tile.h"
 
@@ -78,6 +79,12 @@ const RowKernel* avx512_kernel(Dtype dtype) {
   static constexpr RowKernel float16 = make_kernel<Float16>("avx512");
   if (dtype == Dtype::kFloat32) return &float32;
   return dtype == Dtype::kBFloat16 ? &bfloat16 : &float16;
+}
+
+const QuantizedKernel* avx512_quantized_kernel(int bits) {
+  static constexpr QuantizedKernel four = make_quantized_kernel<Avx512Quantized, 4>("avx512");
+  static constexpr QuantizedKernel eight = make_quantized_kernel<Avx512Quantized, 8>("avx512");
+  return bits == 4 ? &four : &eight;
 }
 
 }  // namespace lorap::cpu

@@ -1,5 +1,9 @@
-// Plain C++, for processors that none of the other files serves; also the reading aid for dot_tile.h.
+// Plain C++, for processors that none of the other files serves; also the reading aid for dot_tile.h and
+// quantized_tile.h.
+#include <cmath>
+
 #include "dot_tile.h"
+#include "quantized_tile.h"
 
 namespace {
 
@@ -70,6 +74,68 @@ struct ScalarLane {
 
 inline float same(float f) { return f; }
 
+struct Quantized {
+  static constexpr int64_t kBytes = 16;
+  static constexpr int kTileTokens = 1;
+  struct Words {
+    uint16_t value[8];
+  };
+  struct Part {
+    int32_t value[8];
+  };
+  struct Whole {
+    int32_t value[4];
+  };
+  struct Sums {
+    float value[4];
+  };
+  using Scale = float;
+  static Words load(const char* from) {
+    Words words;
+    std::memcpy(&words, from, sizeof words);
+    return words;
+  }
+  template <int Bits>
+  static Part part(const Words& words, int i) {
+    Part part;
+    for (int j = 0; j < 8; ++j) part.value[j] = (words.value[j] >> (i * Bits)) & ((1 << Bits) - 1);
+    return part;
+  }
+  static Part constant(int number) {
+    Part part;
+    for (int32_t& value : part.value) value = number;
+    return part;
+  }
+  static Whole zero_whole() { return {}; }
+  static Whole load_whole(const int32_t* from) {
+    Whole whole;
+    std::memcpy(&whole, from, sizeof whole);
+    return whole;
+  }
+  static void store_whole(int32_t* to, const Whole& whole) { std::memcpy(to, &whole, sizeof whole); }
+  static Whole multiply_add(Whole whole, const Part& part, const int16_t* x) {
+    for (int j = 0; j < 8; ++j) whole.value[j / 2] += part.value[j] * x[j];
+    return whole;
+  }
+  static Sums zero() { return {}; }
+  static float sum(const Sums& sums) { return sums.value[0] + sums.value[1] + (sums.value[2] + sums.value[3]); }
+  template <int Count>
+  static Scale spread(const float* scales) {
+    static_assert(Count == 1);
+    return *scales;
+  }
+  static Sums scale_add(const Whole& whole, Scale scale, Sums sums) {
+    for (int j = 0; j < 4; ++j) sums.value[j] += static_cast<float>(whole.value[j]) * scale;
+    return sums;
+  }
+  static void round(const float* x, float factor, int16_t* to) {
+    for (int j = 0; j < 8; ++j) {
+      const float rounded = std::nearbyint(x[j] * factor);
+      to[j] = static_cast<int16_t>(rounded < 32767.0f ? rounded : 32767.0f);
+    }
+  }
+};
+
 }  // namespace
 
 namespace lorap::cpu {
@@ -80,6 +146,12 @@ const RowKernel* scalar_kernel(Dtype dtype) {
   static constexpr RowKernel float16 = make_kernel<ScalarLane<uint16_t, from_float16, to_float16>>("scalar");
   if (dtype == Dtype::kFloat32) return &float32;
   return dtype == Dtype::kBFloat16 ? &bfloat16 : &float16;
+}
+
+const QuantizedKernel* scalar_quantized_kernel(int bits) {
+  static constexpr QuantizedKernel four = make_quantized_kernel<Quantized, 4>("scalar");
+  static constexpr QuantizedKernel eight = make_quantized_kernel<Quantized, 8>("scalar");
+  return bits == 4 ? &four : &eight;
 }
 
 }  // namespace lorap::cpu

@@ -31,7 +31,11 @@ def pack(numbers: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """What :func:`pack` was given, (N, columns) int8."""
-    shifted = packed.contiguous().view(torch.uint8)
+    if (
+        packed.stride(-1) != 1 or not packed.is_contiguous()
+    ):  # one column is contiguous with any stride, but has no bytes
+        packed = packed.clone(memory_format=torch.contiguous_format)
+    shifted = packed.view(torch.uint8)
     if bits == 8:
         return (shifted[:, :columns] ^ 128).view(
             torch.int8
@@ -42,5 +46,5 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
 
 def dequantize(packed: Tensor, scales: Tensor, bits: int, group: int, columns: int, dtype: torch.dtype) -> Tensor:
     """The weight (N, columns) that packed numbers and scales (N, ceil(columns / group)) stand for, in ``dtype``."""
-    by_column = scales.to(dtype).repeat_interleave(group, dim=1)[:, :columns]
+    by_column = scales.to(dtype).repeat_interleave(min(group, columns), dim=1)[:, :columns]
     return unpack(packed, bits, columns).to(dtype) * by_column

@@ -29,7 +29,8 @@ def describe_environment() -> dict[str, Any]:
         "cpu_instructions": {
             str(dtype).removeprefix("torch."): native.cpu_isa(dtype)
             for dtype in (torch.float32, torch.bfloat16, torch.float16)
-        },
+        }
+        | {"int4, int8": native.quantized_cpu_isa()},
         "backend": dispatch.current(),
         "kernels": [
             {

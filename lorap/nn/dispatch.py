@@ -30,6 +30,7 @@ from lorap.nn.implementations import (
     HALVES,
     LINEAR_OPS,
     PIVOTED_OPS,
+    QUANTIZED_OPS,
     example,
     form_of,
     implementation,
@@ -70,7 +71,8 @@ def _cpu_rules() -> tuple[Rule, ...]:
         if fp16_unit
         else (torch.float16, None, no_unit.format("float16")),
     )
-    return tuple(Rule(LINEAR_OPS, "cpu", "cpu", (dtype,), tokens, reason) for dtype, tokens, reason in rows)
+    ops = (*LINEAR_OPS, *QUANTIZED_OPS)
+    return tuple(Rule(ops, "cpu", "cpu", (dtype,), tokens, reason) for dtype, tokens, reason in rows)
 
 
 _DECODE_GPU = (
@@ -89,7 +91,7 @@ RULES = (
 # What a forced backend can run at all, whether or not it wins. The one-launch CUDA kernel stays out of RULES until it has
 # been measured faster than the Triton pair.
 ABLE: dict[str, dict[tuple[str, str], tuple[torch.dtype, ...]]] = {
-    "cpu": {(op, "cpu"): FLOATS for op in LINEAR_OPS},
+    "cpu": {(op, "cpu"): FLOATS for op in (*LINEAR_OPS, *QUANTIZED_OPS)},
     "triton": {(op, "cuda"): FLOATS for op in (*LINEAR_OPS, "channel_sq_norm")},
     "cuda": {("low_rank_linear", "cuda"): HALVES},
 }

@@ -168,7 +168,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
     "reference": {op: getattr(reference, op) for op in OPS}
     | {"low_rank_linear": _low_rank_linear, "low_rank_linear_group": _low_rank_linear_group}
     | {"second_moment": _second_moment},
-    "cpu": {op: _cpu(op) for op in LINEAR_OPS},
+    "cpu": {op: _cpu(op) for op in (*LINEAR_OPS, *QUANTIZED_OPS)},
     "triton": {
         "linear": _triton("linear", "linear"),
         "low_rank_linear": _triton_low_rank,

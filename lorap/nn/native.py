@@ -19,6 +19,8 @@ def _load() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"{LIBRARY.name} cannot be opened by torch {torch.__version__}: {error}"
+    if not hasattr(torch.ops.lorap_cpu, "quantized_linear"):
+        return f"{LIBRARY.name} is older than this code; build it again with pip install --no-build-isolation"
     return None
 
 
@@ -43,4 +45,10 @@ HAS_CUDA = HAS_CPU and hasattr(torch.ops.lorap_cuda, "low_rank_linear")
 def cpu_isa(dtype: torch.dtype) -> str:
     """The instruction set the CPU kernels use here for a dtype, e.g. ``avx512_bf16``."""
     isa: str = torch.ops.lorap_cpu.isa(dtype) if HAS_CPU else "none"
+    return isa
+
+
+def quantized_cpu_isa() -> str:
+    """The same for weights of 4 and 8 bits, e.g. ``avx512_vnni``."""
+    isa: str = torch.ops.lorap_cpu.quantized_isa(4) if HAS_CPU else "none"
     return isa

@@ -116,6 +116,8 @@ class Case:
         if op in STATISTICS:
             return x, pick((None, self.mask(batch), self.mask((*batch, 2))))
         bias = bool(pick((0, 1)))
+        if op.startswith("quantized_"):
+            return self.quantized_arguments(op, x, k, r, n, bias)
         if op == "linear":
             return x, self.tensor(n, k), self.tensor(n) if bias else None
         if op == "silu_gated_linear":
@@ -141,6 +143,27 @@ class Case:
         pivots = [self.pivots(rank, row) for rank, row in zip(ranks, rows, strict=True)] if pick((0, 1)) else []
         sizes = [row + (rank if pivots else 0) for row, rank in zip(rows, ranks, strict=True)]
         return x, right, left, [self.tensor(size) for size in sizes] if bias else [], pivots
+
+    def quantized_arguments(self, op: str, x: Any, k: int, r: int, n: int, bias: bool) -> tuple[Any, ...]:
+        bits, group = self.random.choice((4, 8)), self.random.choice((32, 64, 96, 128))
+        shapes = {"quantized_linear": [(n, k)], "quantized_low_rank_linear": [(n, r), (r, k)]}.get(op, [(n, k)] * 2)
+        weights = [tensor for shape in shapes for tensor in self.quantized(*shape, bits, group)]
+        if self.faults and not self.random.randrange(8):
+            bits, group = self.random.choice(
+                ((3, group), (12 - bits, group), (bits, 0), (bits, -32), (bits, 2**63 - 1))
+            )
+        biases = () if op == "quantized_silu_gated_linear" else (self.tensor(n) if bias else None,)
+        return x, *weights, *biases, bits, group
+
+    def quantized(self, rows: int, columns: int, bits: int, group: int) -> tuple[Any, Any]:
+        """Any words are a weight; its scales may have a dtype of their own."""
+        torch, pick = self.torch, self.random.choice
+        words = torch.randint(-(2**31), 2**31, (rows, -(-columns * bits // 32)), dtype=torch.int64).int()
+        scales = torch.rand(rows, -(-columns // group)).add(0.5).mul(max(columns, 1) ** -0.5 / 2**bits)
+        scales = self.laid_out(scales.to(pick((self.dtype, torch.float32))))
+        if self.faults and not self.random.randrange(6):
+            return pick(((self.wrong(words.shape), scales), (self.laid_out(words), self.wrong(scales.shape))))
+        return self.laid_out(words), scales
 
     def tensor(self, *shape: int) -> Any:
         if self.faults and not self.random.randrange(8):
@@ -185,16 +208,17 @@ class Case:
     def laid_out(self, value: Any) -> Any:
         """The same values in other storage: transposed, with gaps, offset, expanded, or at an odd address."""
         torch = self.torch
+        filler = float("nan") if value.is_floating_point() else -1
         kind = self.random.choice(("plain", "plain", "transposed", "gaps", "offset", "rows", "expanded", "unaligned"))
         if kind == "transposed" and value.dim() >= 2:
             return value.transpose(-1, -2).contiguous().transpose(-1, -2)
         if kind == "gaps":
-            wide = value.new_full([2 * size for size in value.shape], float("nan"))
+            wide = value.new_full([2 * size for size in value.shape], filler)
             view = wide[tuple(slice(None, None, 2) for _ in value.shape)]
         elif kind == "rows" and value.dim():
-            view = value.new_full((*value.shape[:-1], value.shape[-1] + 3), float("nan"))[..., 1:-2]
+            view = value.new_full((*value.shape[:-1], value.shape[-1] + 3), filler)[..., 1:-2]
         elif kind == "offset":
-            view = value.new_full((value.numel() + 5,), float("nan"))[3 : 3 + value.numel()].view(value.shape)
+            view = value.new_full((value.numel() + 5,), filler)[3 : 3 + value.numel()].view(value.shape)
         elif kind == "expanded" and value.dim() >= 2 and value.numel():
             return value[:1].expand(value.shape) if self.random.randrange(2) else value[..., :1].expand(value.shape)
         elif kind == "unaligned" and value.numel():
@@ -245,7 +269,8 @@ def run_cases(seed: int, first: int, seconds: float, most: int) -> None:
         sys.stderr.write(f"case {number} {op}\n")
         faulthandler.dump_traceback_later(60, exit=True)
         arguments = case.arguments(op)
-        direct = op in implementations.LINEAR_OPS and number % 2
+        matmul = op in (*implementations.LINEAR_OPS, *implementations.QUANTIZED_OPS)
+        direct = matmul and number % 2
         call = implementations.implementation(op, "cpu") if direct else getattr(torch.ops.lorap, op)
         try:
             y = call(*arguments)
@@ -258,10 +283,10 @@ def run_cases(seed: int, first: int, seconds: float, most: int) -> None:
                 raise
             outcomes["refused"] += 1
         else:
-            if op in implementations.LINEAR_OPS and isinstance(arguments[0], torch.Tensor) and not arguments[0].is_meta:
+            if matmul and isinstance(arguments[0], torch.Tensor) and not arguments[0].is_meta:
                 if case.exact and y.numel():
                     with torch.no_grad():
-                        assert_close_to_float64(op, y, arguments)
+                        assert_close_to_float64(*with_floats(op, y, arguments))
                 outcomes["equal"] += 1
             else:
                 outcomes["returned"] += 1
@@ -270,6 +295,27 @@ def run_cases(seed: int, first: int, seconds: float, most: int) -> None:
         f"{number - first:,} calls from seed {seed}: "
         + ", ".join(f"{n:,} {what}" for what, n in sorted(outcomes.items()))
     )
+
+
+def with_floats(op: str, y: Any, arguments: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]]:
+    """The same op on the weights that packed words and scales stand for, in float64."""
+    import torch
+
+    from lorap.kernels import packing
+
+    if not op.startswith("quantized_"):
+        return op, y, arguments
+    (x, *rest), (bits, group) = arguments[:-2], arguments[-2:]
+
+    def weight(at: int, columns: int) -> Any:
+        return packing.dequantize(rest[at], rest[at + 1], bits, group, columns, torch.float64)
+
+    k = x.shape[-1]
+    if op == "quantized_linear":
+        return "linear", y, (x, weight(0, k), rest[2])
+    if op == "quantized_silu_gated_linear":
+        return "silu_gated_linear", y, (x, weight(0, k), weight(2, k))
+    return "low_rank_linear", y, (x, weight(2, k), weight(0, len(rest[2])), rest[4], None)
 
 
 def lorap_error() -> type[Exception]:

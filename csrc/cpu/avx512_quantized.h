@@ -1,0 +1,56 @@
+// AVX-512's way with weights of 4 and 8 bits; included by the files that are compiled for AVX-512.
+#pragma once
+
+#include "avx512_sums.h"
+#include "quantized_tile.h"
+
+namespace {
+
+struct Avx512Quantized {
+  static constexpr int64_t kBytes = 64;
+  static constexpr int kTileTokens = 4;
+  using Words = __m512i;
+  using Part = __m512i;
+  using Whole = __m512i;
+  using Sums = __m512;
+  using Scale = __m512;
+  static Words load(const char* from) { return _mm512_loadu_si512(from); }
+  template <int Bits>
+  static Part part(Words words, int i) {
+    const __m512i shifted = _mm512_srli_epi16(words, i * Bits);
+    return (i + 1) * Bits == 16 ? shifted : _mm512_and_si512(shifted, _mm512_set1_epi16((1 << Bits) - 1));
+  }
+  static Part constant(int number) { return _mm512_set1_epi16(static_cast<int16_t>(number)); }
+  static Whole zero_whole() { return _mm512_setzero_si512(); }
+  static Whole load_whole(const int32_t* from) { return _mm512_loadu_si512(from); }
+  static void store_whole(int32_t* to, Whole whole) { _mm512_storeu_si512(to, whole); }
+  static Whole multiply_add(Whole whole, Part part, const int16_t* x) {
+    return _mm512_add_epi32(whole, _mm512_madd_epi16(part, _mm512_loadu_si512(x)));
+  }
+  static Sums zero() { return Avx512Sums::zero(); }
+  static float sum(Sums sums) { return Avx512Sums::sum(sums); }
+  template <int Count>
+  static Scale spread(const float* scales) {
+    if constexpr (Count == 1) return _mm512_set1_ps(*scales);
+    if constexpr (Count == 2) {
+      const __m512i halves = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+      const __m128 two = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales)));
+      return _mm512_permutexvar_ps(halves, _mm512_castps128_ps512(two));
+    }
+    if constexpr (Count == 4) {
+      const __m512i quarters = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+      return _mm512_permutexvar_ps(quarters, _mm512_castps128_ps512(_mm_loadu_ps(scales)));
+    }
+  }
+  static Sums scale_add(Whole whole, Scale scale, Sums sums) {
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), scale, sums);
+  }
+  static void round(const float* x, float factor, int16_t* to) {
+    for (int i = 0; i < 32; i += 16) {
+      const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(factor)));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm512_cvtsepi32_epi16(rounded));
+    }
+  }
+};
+
+}  // namespace

@@ -1,0 +1,145 @@
+#include "quantized.h"
+
+#include <cstring>
+
+#include "row_blocks.h"
+
+namespace lorap::cpu {
+namespace {
+
+// Inputs of a stage as whole numbers: one packed token for each token, two where x is float32.
+class PackedNumbers {
+ public:
+  PackedNumbers(const QuantizedKernel& kernel, const Call& call, int digits, int64_t k, int64_t group)
+      : kernel_(kernel),
+        call_(call),
+        digits_(digits),
+        k_(k),
+        group_(group),
+        stride_(kernel.packed_bytes(k, group)),
+        data_(scratch<char>(call.tokens * digits * stride_)) {}
+
+  void pack(const void* x) {
+    const auto values = scratch<float>(k_);
+    for (int64_t m = 0; m < call_.tokens; ++m) {
+      call_.kernel.load(static_cast<const char*>(x) + m * k_ * call_.element, k_, values.get());
+      pack_one(m, values.get());
+    }
+  }
+  void pack_float(const float* x) {
+    for (int64_t m = 0; m < call_.tokens; ++m) pack_one(m, x + m * k_);
+  }
+
+  // dots[token * kBlock + i] of weight rows row + i.
+  void dot(const QuantizedMatrix& weight, int64_t row, int64_t rows, float* dots) const {
+    const int64_t tokens = call_.tokens * digits_;
+    kernel_.dot(weight, row, rows, data_.get(), stride_, tokens, dots, kBlock);
+    for (int64_t m = 0; m < call_.tokens && digits_ == 2; ++m) {
+      const float *high = dots + 2 * m * kBlock, *low = high + kBlock;
+      for (int64_t i = 0; i < rows; ++i) dots[m * kBlock + i] = high[i] + low[i];
+    }
+  }
+
+ private:
+  void pack_one(int64_t token, const float* x) {
+    kernel_.pack(x, k_, group_, digits_, data_.get() + token * digits_ * stride_, stride_);
+  }
+  const QuantizedKernel& kernel_;
+  const Call& call_;
+  int digits_;
+  int64_t k_, group_, stride_;
+  std::unique_ptr<char[], Free> data_;
+};
+
+int digits_of(const QuantizedMachine& machine) { return machine.outer.kernel->element_bytes == sizeof(float) ? 2 : 1; }
+
+Rows rows_of(const QuantizedMachine& machine, const QuantizedMatrix& weight) {
+  constexpr int kBitsOfOthers = 16;
+  return {weight.rows, weight.cols * machine.kernel->bits / kBitsOfOthers + 1};
+}
+
+template <class Body>
+void for_calls(const QuantizedMachine& machine, const void* x, int64_t tokens, int64_t k, void* y, int64_t out_features,
+               const Body& body) {
+  for_token_blocks(machine.outer, x, tokens, k, y, out_features, body, kMaxTokens / digits_of(machine));
+}
+
+}  // namespace
+
+void quantized_linear(QuantizedMachine machine, const void* x, int64_t tokens, const QuantizedMatrix& weight,
+                      const void* bias, void* y) {
+  for_calls(machine, x, tokens, weight.cols, y, weight.rows, [&](const Call& call, const void* some_x) {
+    PackedNumbers packed(*machine.kernel, call, digits_of(machine), weight.cols, weight.group);
+    packed.pack(some_x);
+    for_row_blocks(call, {rows_of(machine, weight)}, [&](size_t, int64_t row, int64_t rows) {
+      float dots[kMaxTokens * kBlock];
+      packed.dot(weight, row, rows, dots);
+      call.finish(bias, row, row, rows, dots);
+    });
+  });
+}
+
+void quantized_low_rank_linear(QuantizedMachine machine, const void* x, int64_t tokens, const QuantizedMatrix& right,
+                               const QuantizedMatrix& left, const void* bias, void* y) {
+  for_calls(machine, x, tokens, right.cols, y, left.rows, [&](const Call& call, const void* some_x) {
+    const auto shrunk = scratch<float>(call.tokens * right.rows);
+    PackedNumbers packed(*machine.kernel, call, digits_of(machine), right.cols, right.group);
+    packed.pack(some_x);
+    for_row_blocks(call, {rows_of(machine, right)}, [&](size_t, int64_t row, int64_t rows) {
+      float dots[kMaxTokens * kBlock];
+      packed.dot(right, row, rows, dots);
+      for (int64_t m = 0; m < call.tokens; ++m) {
+        std::memcpy(shrunk.get() + m * right.rows + row, dots + m * kBlock, rows * sizeof(float));
+      }
+    });
+    PackedNumbers packed_rank(*machine.kernel, call, digits_of(machine), left.cols, left.group);
+    packed_rank.pack_float(shrunk.get());
+    for_row_blocks(call, {rows_of(machine, left)}, [&](size_t, int64_t row, int64_t rows) {
+      float dots[kMaxTokens * kBlock];
+      packed_rank.dot(left, row, rows, dots);
+      call.finish(bias, row, row, rows, dots);
+    });
+  });
+}
+
+void quantized_silu_gated_linear(QuantizedMachine machine, const void* x, int64_t tokens, const QuantizedMatrix& gate,
+                                 const QuantizedMatrix& up, void* y) {
+  for_calls(machine, x, tokens, gate.cols, y, gate.rows, [&](const Call& call, const void* some_x) {
+    PackedNumbers packed(*machine.kernel, call, digits_of(machine), gate.cols, gate.group);
+    packed.pack(some_x);
+    const Rows both{gate.rows, 2 * rows_of(machine, gate).weights};
+    for_row_blocks(call, {both}, [&](size_t, int64_t row, int64_t rows) {
+      float gate_dots[kMaxTokens * kBlock], up_dots[kMaxTokens * kBlock];
+      packed.dot(gate, row, rows, gate_dots);
+      packed.dot(up, row, rows, up_dots);
+      multiply_by_silu(call.tokens, rows, gate_dots, up_dots);
+      call.finish(nullptr, row, row, rows, up_dots);
+    });
+  });
+}
+
+const QuantizedKernel* find_quantized_kernel(int bits, const char* isa) {
+  if (isa && std::strcmp(isa, "avx512_bf16") == 0) isa = "avx512";  // there is nothing more in it for whole numbers
+  const QuantizedKernel* best_first[4] = {};
+  int found = 0;
+#if defined(__x86_64__)
+  const Processor processor = this_processor();
+#ifdef LORAP_HAVE_AVX512_VNNI
+  if (processor.avx512 && __builtin_cpu_supports("avx512vnni"))
+    best_first[found++] = avx512_vnni_quantized_kernel(bits);
+#endif
+#ifdef LORAP_HAVE_AVX512
+  if (processor.avx512) best_first[found++] = avx512_quantized_kernel(bits);
+#endif
+#ifdef LORAP_HAVE_AVX2
+  if (processor.avx2) best_first[found++] = avx2_quantized_kernel(bits);
+#endif
+#endif
+  best_first[found++] = scalar_quantized_kernel(bits);
+  for (const QuantizedKernel* kernel : best_first) {
+    if (kernel && (!isa || !*isa || std::strcmp(kernel->isa, isa) == 0)) return kernel;
+  }
+  return nullptr;
+}
+
+}  // namespace lorap::cpu

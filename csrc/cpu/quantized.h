@@ -1,0 +1,67 @@
+// The ops on weights of 4 and 8 bits without torch: pointers and sizes in, outputs written. quantized_ops.cpp brings
+// tensors here; the tests bring arrays.
+//
+// Weights stay whole numbers until a block of 32 to 128 of them has been summed up, and so do the activations: a block
+// of these becomes numbers of 16 bits that share a power of two, which is exact for bfloat16 values down to 1/64 of the
+// largest in their block. One instruction multiplies pairs of 16 bits and adds neighbours, so unpacking 4 bits needs a
+// shift and a mask for 16 weights and no conversion. float32 activations take two such numbers each, 30 bits.
+#pragma once
+
+#include "decode.h"
+
+namespace lorap::cpu {
+
+// Whole numbers of `bits` bits in rows of 32-bit words, as kernels/triton/packing.py has them, and a scale for each
+// `group` of them, a multiple of 32. Scales are read by the kernel of their dtype.
+struct QuantizedMatrix {
+  const uint32_t* words;
+  int64_t rows, cols, word_stride;
+  const void* scales;
+  int64_t scale_stride;
+  const RowKernel* scale_kernel;
+  int64_t group;
+};
+
+// One instruction set's way with one number of bits.
+struct QuantizedKernel {
+  const char* isa;
+  int bits;
+
+  // Bytes of one packed token of k elements, for weights of that group.
+  int64_t (*packed_bytes)(int64_t k, int64_t group);
+
+  // Packs x[k] into `digits` tokens, `stride` bytes apart, whose dots add up to that of x.
+  void (*pack)(const float* x, int64_t k, int64_t group, int digits, void* packed, int64_t stride);
+
+  // dots[m * dots_stride + n] for n < rows, m < tokens <= kMaxTokens, from weight row `row` on.
+  void (*dot)(const QuantizedMatrix& weight, int64_t row, int64_t rows, const void* packed, int64_t packed_stride,
+              int64_t tokens, float* dots, int64_t dots_stride);
+};
+
+// Null where the compiler could not build that file.
+const QuantizedKernel* scalar_quantized_kernel(int bits);
+const QuantizedKernel* avx2_quantized_kernel(int bits);
+const QuantizedKernel* avx512_quantized_kernel(int bits);
+const QuantizedKernel* avx512_vnni_quantized_kernel(int bits);
+
+// How to compute; `outer` brings x, biases and outputs to float32 and back, and the threads.
+struct QuantizedMachine {
+  Machine outer;
+  const QuantizedKernel* kernel;
+};
+
+// As in decode.h: x is (tokens, K) and y (tokens, N) in the dtype of the outer kernel, without gaps.
+void quantized_linear(QuantizedMachine machine, const void* x, int64_t tokens, const QuantizedMatrix& weight,
+                      const void* bias, void* y);
+
+void quantized_low_rank_linear(QuantizedMachine machine, const void* x, int64_t tokens, const QuantizedMatrix& right,
+                               const QuantizedMatrix& left, const void* bias, void* y);
+
+void quantized_silu_gated_linear(QuantizedMachine machine, const void* x, int64_t tokens, const QuantizedMatrix& gate,
+                                 const QuantizedMatrix& up, void* y);
+
+// The best kernel for this processor, or the best that `isa` includes ("avx512_vnni", and all names that find_kernel
+// knows); null where the processor or the build lacks it.
+const QuantizedKernel* find_quantized_kernel(int bits, const char* isa);
+
+}  // namespace lorap::cpu

@@ -1,0 +1,176 @@
+// The ops on weights of 4 and 8 bits with every kernel of this processor, as test_decode.cpp does for the others.
+#include "quantized.h"
+#include "test_tools.h"
+
+namespace {
+
+using namespace lorap::cpu;
+
+// Random numbers of `bits` bits, both ends of their range among them, with random scales that every format holds;
+// unused words and scales between rows. The numbers of one row are all zero.
+struct Quantized {
+  Quantized(Dtype dtype, const char* isa, int bits, int64_t group, int64_t rows, int64_t cols)
+      : table(rows, cols),
+        group(group),
+        word_stride((cols * bits + 31) / 32 + random_below(2) * 3),
+        scale_stride((cols + group - 1) / group + random_below(2) * 2),
+        words(rows ? (rows - 1) * word_stride + (cols * bits + 31) / 32 : 0),
+        scales(format_of(dtype), rows ? (rows - 1) * scale_stride + (cols + group - 1) / group : 0),
+        scale_kernel(find_kernel(dtype, isa)) {
+    words.shrink_to_fit();
+    const int half = 1 << (bits - 1);
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < cols; ++j) {
+        if (j % group == 0) scales.set(i * scale_stride + j / group, (1 + random_below(128)) / 4096.0);
+        const int number = rows > 2 && i == rows / 2 ? 0 : static_cast<int>(random_below(2 * half)) - half;
+        set(i, j, bits, number);
+      }
+    }
+  }
+  void set(int64_t i, int64_t j, int bits, int number) {
+    const uint32_t mask = (1u << bits) - 1, stored = static_cast<uint32_t>(number + (1 << (bits - 1)));
+    uint32_t& word = words[i * word_stride + j * bits / 32];
+    word = (word & ~(mask << (j * bits % 32))) | stored << (j * bits % 32);
+    const double value = number * scales.get(i * scale_stride + j / group);
+    table.at(i, j) = {value, std::abs(value)};
+  }
+  QuantizedMatrix matrix() {
+    return {words.data(), table.rows, table.cols, word_stride, scales.data(), scale_stride, scale_kernel, group};
+  }
+  Table table;
+  int64_t group, word_stride, scale_stride;
+  std::vector<uint32_t> words;
+  Array scales;
+  const RowKernel* scale_kernel;
+};
+
+struct Test {
+  const QuantizedKernel& kernel;
+  Dtype dtype;
+  const char* isa;  // of conversions between dtypes
+  const Format& format = format_of(dtype);
+  int64_t cases = 0;
+
+  QuantizedMachine machine() const { return {{find_kernel(dtype, isa), parallel_for, 3}, &kernel}; }
+  Quantized weight(int64_t group, int64_t rows, int64_t cols) const {
+    return {random_below(2) ? Dtype::kFloat32 : dtype, isa, kernel.bits, group, rows, cols};
+  }
+
+  [[noreturn]] void fail(const char* what) const {
+    std::printf("FAILED: %s %d bits %s %s\n", kernel.isa, kernel.bits, format.name, what);
+    std::exit(1);
+  }
+
+  // `rounded`: what the activations, rounded to 16 bits beside the largest of their block, add to the error.
+  void expect(const char* op, const Array& y, const Table& expected, double rounded = 0) {
+    ++cases;
+    for (int64_t i = 0; i < static_cast<int64_t>(expected.numbers.size()); ++i) {
+      const Number want = expected.numbers[i];
+      const double limit = 8 * format.eps() * want.size + format.smallest() + rounded;
+      if (std::abs(y.get(i) - want.exact) <= limit) continue;
+      std::printf("row %ld column %ld: %g, expected %g\n", static_cast<long>(i / expected.cols),
+                  static_cast<long>(i % expected.cols), y.get(i), want.exact);
+      fail(op);
+    }
+  }
+
+  void ops(int64_t tokens, int64_t k, int64_t rank, int64_t n, int64_t group) {
+    Weight x(format, tokens, k);
+    Quantized one = weight(group, n, k), up = weight(group, n, k), right = weight(group, rank, k),
+              left = weight(group, n, rank);
+    Bias bias = some_bias(format, n);
+    Array y(format, tokens * n), gate_up(format, tokens * n), low_rank(format, tokens * n);
+    quantized_linear(machine(), x.array.data(), tokens, one.matrix(), data_of(bias), y.data());
+    expect("quantized_linear", y, product(x.table, one.table, bias));
+    quantized_silu_gated_linear(machine(), x.array.data(), tokens, one.matrix(), up.matrix(), gate_up.data());
+    expect("quantized_silu_gated_linear", gate_up, gated(product(x.table, one.table), product(x.table, up.table)));
+    quantized_low_rank_linear(machine(), x.array.data(), tokens, right.matrix(), left.matrix(), data_of(bias),
+                              low_rank.data());
+    expect("quantized_low_rank_linear", low_rank, product(product(x.table, right.table), left.table, bias));
+  }
+
+  // One activation of each block is 2^spread times as large as the others, which keep the digits that are left. Its
+  // weight is zero, so that they are all that counts.
+  void spread_activations(int spread) {
+    const int64_t k = 320, group = 64, n = 17;
+    Weight x(format, 1, k);
+    Quantized one = weight(group, n, k);
+    for (int64_t j = 0; j < k; j += group) {
+      const double large = std::ldexp(1.0, spread);
+      x.table.at(0, j) = {large, large};
+      x.array.set(j, large);
+      for (int64_t i = 0; i < n; ++i) one.set(i, j, kernel.bits, 0);
+    }
+    // Six times the standard deviation of rounding to a digit, with weights of half their largest size.
+    const double digit = std::ldexp(1.0, spread - 14) * (dtype == Dtype::kFloat32 ? std::ldexp(1.0, -15) : 1);
+    const double largest = (1 << (kernel.bits - 1)) / 32.0,
+                 rounded = 6 * digit / std::sqrt(12) * std::sqrt(k) * largest / 2;
+    Array y(format, n);
+    quantized_linear(machine(), x.array.data(), 1, one.matrix(), nullptr, y.data());
+    expect("activations of many sizes", y, product(x.table, one.table), rounded);
+  }
+
+  // Sizes near the ends of the format, a row of zeros, and what is no number.
+  void extremes() {
+    const int64_t k = 70, n = 5;
+    Quantized one = weight(32, n, k);
+    const double largest = std::ldexp(1.0, format.max_exponent - 4), smallest = std::ldexp(1.0, format.min_exponent);
+    for (double size : {0.0, smallest, largest, double(INFINITY), double(NAN)}) {
+      Array x(format, k), y(format, n);
+      Table table(1, k);
+      for (int64_t j = 0; j < k; ++j) {
+        const double value = j == 40 ? size : 0;
+        table.at(0, j) = {value, std::abs(value)};
+        x.set(j, value);
+      }
+      quantized_linear(machine(), x.data(), 1, one.matrix(), nullptr, y.data());
+      if (std::isfinite(size)) {
+        expect("one activation", y, product(table, one.table));
+        if (y.get(n / 2) != 0) fail("a row of zeros");
+      }
+      for (int64_t i = 0; i < n && !std::isfinite(size); ++i) {
+        if (!std::isnan(y.get(i))) fail("an activation that is no number");
+      }
+    }
+  }
+};
+
+void run(const QuantizedKernel& kernel, const char* isa) {
+  int64_t cases = 0;
+  for (Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}) {
+    Test test{kernel, dtype, isa};
+    const int64_t token_counts[] = {1, 2, 3, 5, 16, 17}, features[] = {1, 7, 63, 100, 289}, ranks[] = {1, 17, 150},
+                  outputs[] = {1, 33, 100}, groups[] = {32, 64, 96, 128};
+    int64_t i = 0;
+    for (int64_t tokens : token_counts) {
+      for (int64_t k : features) {
+        test.ops(tokens, k, ranks[i % 3], outputs[i / 3 % 3], groups[i % 4]);
+        ++i;
+      }
+    }
+    // Rows of several segments, with groups across their ends and one that no row fills.
+    for (int64_t group : {64, 96, 4224}) test.ops(group == 96 ? 5 : 1, 4200, 5, 3, group);
+    for (int spread : {0, 3, 7, 12}) test.spread_activations(spread);
+    test.extremes();
+    const int64_t before = threads_started;
+    for (int64_t tokens : {1, 5}) test.ops(tokens, 577, 150, 500, 64);  // enough weights for several threads
+    if (threads_started == before) test.fail("ran in one thread");
+    cases += test.cases;
+  }
+  std::printf("%s %d bits: %ld cases\n", kernel.isa, kernel.bits, static_cast<long>(cases));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  for (const char* isa : {"scalar", "avx2", "avx512", "avx512_vnni"}) {
+    if (argc > 1 && std::strcmp(isa, argv[1]) != 0) continue;
+    for (int bits : {4, 8}) {
+      const QuantizedKernel* kernel = find_quantized_kernel(bits, isa);
+      if (kernel) run(*kernel, std::strcmp(isa, "avx512_vnni") == 0 ? "avx512" : isa);
+    }
+  }
+  if (find_quantized_kernel(4, "no such thing")) return 1;
+  std::puts("all passed");
+  return 0;
+}
