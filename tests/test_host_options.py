@@ -157,3 +157,7 @@ def test_the_plan_of_tensor_parallelism_keeps_low_rank_layers_whole(folder) -> N
     assert dense.tp_plan == before
     keep_whole(dense, lorap.checkpoint.format.LoRAPConfig(ranks={"model.layers.0.self_attn.k_proj": 2}))
     assert sorted(before.keys() - dense.tp_plan.keys()) == sorted(name for name in before if ".self_attn." in name)
+    for group_size in (None, 64):
+        quantized = transformers.LlamaForCausalLM(config)
+        keep_whole(quantized, lorap.checkpoint.format.LoRAPConfig(weights="int8", group_size=group_size))
+        assert quantized.tp_plan == {name: how for name, how in before.items() if ".layers." not in name}

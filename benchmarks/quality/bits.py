@@ -5,15 +5,16 @@
     python benchmarks/quality/bits.py --tables-only          writes the table into docs/results.md
 
 A cell is a JSON file in benchmarks/results/quality/bits; what is there is not made again. SmolLM2-135M comes as 4-bit numbers in
-groups of 32, so groups are of 64 here, or 4 bits would cost the dense model nothing. Everything is calibrated on 32 windows of
-128 tokens of web pages. Computed in float32 with scales as bfloat16 has them; bytes are those of a bfloat16 checkpoint.
+groups of 32, so groups are of 64 here, or 4 bits would cost the dense model nothing. Everything is calibrated on 16 windows of
+128 tokens of web pages; int8 is rounded to the nearest. Computed in float32 with scales as bfloat16 has them; bytes are those of
+a bfloat16 checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,38 +33,36 @@ from lorap.calibration.context import DecoderContext
 from lorap.calibration.stream import CalibrationStream
 from lorap.checkpoint.load import find_model, load_model, load_tokenizer
 from lorap.compression.pipeline import Run
-from lorap.compression.quantization import _moments
+from lorap.compression.quantization import input_moments
 from lorap.nn.quantized import QuantizedLinear
 from lorap.system import Stopwatch
 
-TESTS, GROUP, WINDOWS = ("wiki", "wells"), 64, 32
+TESTS, GROUP, WINDOWS = ("wiki", "wells"), 64, 16
+KINDS = {"": "plain factors, bfloat16", "-int8": "plain factors, int8", "-int4": "plain factors, int4"}
 # What each cell is called in the table.
 CELLS = {
     "dense": "dense, bfloat16",
     "dense-int8": "dense, int8",
-    "dense-int4-nearest": "dense, int4, rounded to the nearest",
     "dense-int4": "dense, int4",
+    "dense-int4-nearest": "dense, int4, rounded to the nearest",
     "dense-int3": "dense, 3 bits",
-    "best-0.2": "`best` 0.2, bfloat16",
-    "best-0.2-int8": "`best` 0.2, int8",
-    "best-0.2-int4": "`best` 0.2, int4",
-    "best-0.2-as-int4": "the same model as in int8, but int4",
-    "best-0.5": "`best` 0.5, bfloat16",
-    "best-0.5-int8": "`best` 0.5, int8",
-    "best-0.5-int4": "`best` 0.5, int4",
+    **{
+        f"best-{sparsity}{kind}": f"`best` {sparsity}, {title}"
+        for sparsity in ("0.2", "0.5")
+        for kind, title in KINDS.items()
+    },
 }
 OUT = assets.CACHE.parent / "benchmarks" / "results" / "quality" / "bits"
 RESULTS_PAGE = assets.CACHE.parent / "docs" / "results.md"
 
 
 class Watched(Run):
-    """Notes the losses of the model before it is rounded."""
+    """Shows the model before it is rounded."""
 
-    unrounded: list[dict[str, Any]] | None = None
-    tests: Sequence[TokenWindows]
+    show: Callable[[Any], None]
 
     def _round_layers(self, *args: Any) -> None:
-        self.unrounded = losses(self.context.model, self.tests)
+        self.show(self.context.model)
         super()._round_layers(*args)
 
 
@@ -73,10 +72,8 @@ def decoder_bytes(model: Any, bits: int | None = None) -> int:
     for name, tensor in model.model.layers.state_dict().items():
         if bits and tensor.dim() == 2:
             total += tensor.numel() * bits // 8 + 2 * len(tensor) * -(-tensor.shape[1] // GROUP)
-        else:
-            total += (
-                tensor.numel() * (2 if tensor.is_floating_point() else tensor.itemsize) * (not name.endswith("_shape"))
-            )
+        elif not name.endswith("_shape"):
+            total += tensor.numel() * (2 if tensor.is_floating_point() else tensor.itemsize)
     return total
 
 
@@ -85,7 +82,7 @@ def to_3_bits(model: Any, windows: TokenWindows) -> None:
     context = DecoderContext(model, find_architecture(model), tuple(model.model.layers), torch.device("cpu"))
     stream = CalibrationStream.from_windows(context, windows)
     for index, layer in enumerate(context.layers):
-        moments = _moments(context, index, stream)
+        moments = input_moments(context, index, stream)
         for role in PROJECTIONS:
             linear = context.architecture.linears(layer)[role]
             found = round_weight(linear.weight.data, moments[role], bits=3, group=GROUP, scale_dtype=torch.bfloat16)
@@ -101,7 +98,7 @@ def store_scales(model: Any) -> None:
 
 
 def make(name: str, dense: Any, tokenizer: Any, out: Path, test_count: int) -> None:
-    """One cell, or the three that are made from one model in 16 bits."""
+    """One cell, or the three of one run of `best`."""
     tests = [test_windows(test, test_count, tokenizer) for test in TESTS]
     ids = tokens_of("web", CALIBRATION, tokenizer)
     windows = TokenWindows(ids[: WINDOWS * SEQ_LEN].view(WINDOWS, SEQ_LEN), "web", "")
@@ -118,33 +115,28 @@ def make(name: str, dense: Any, tokenizer: Any, out: Path, test_count: int) -> N
         if name == "dense-int3":
             to_3_bits(model, windows)
         elif rest:
-            nearest = "nearest" in rest
+            nearest = rest[-1] != "int4"
             lorap.quantize(model, rest[0], group_size=GROUP, calibration=None if nearest else windows.input_ids)
         keep(name, model, 3 if name == "dense-int3" else None)
         return
-    planned = rest[-1] if rest[-1] == "int4" and "as" not in rest else "float"
-    config = lorap.CompressionConfig(
-        sparsity=float(rest[0]),
-        weights=planned,
-        group_size=GROUP,
-        num_calibration_samples=WINDOWS,
-        calibration_seq_len=SEQ_LEN,
-    )
-    run = Watched(
-        DecoderContext.of(copy.deepcopy(dense), device=torch.device("cpu")), "model", tokenizer, config, Stopwatch()
-    )
-    run.tests = tests
+    make_best(rest[0], dense, tokenizer, ids, keep)
+
+
+def make_best(sparsity: str, dense: Any, tokenizer: Any, ids: torch.Tensor, keep: Callable[..., None]) -> None:
+    """The three cells of one run: before it is rounded, rounded to 8 bits, and to 4."""
+    windows = {"num_calibration_samples": WINDOWS, "calibration_seq_len": SEQ_LEN}
+    config = lorap.CompressionConfig(sparsity=float(sparsity), weights="int4", group_size=GROUP, **windows)
+    context = DecoderContext.of(copy.deepcopy(dense), device=torch.device("cpu"))
+    run = Watched(context, "model", tokenizer, config, Stopwatch())
+
+    def show(model: Any) -> None:
+        keep(f"best-{sparsity}", model)
+        rounded = copy.deepcopy(model)
+        keep(f"best-{sparsity}-int8", lorap.quantize(rounded, "int8", group_size=GROUP))
+
+    run.show = show
     report = run.compress(ids, ())
-    seconds = {"seconds": report.seconds}
-    if planned == "int4":
-        keep(name, run.context.model, unrounded=run.unrounded, **seconds)
-        return
-    base = f"best-{rest[0]}"
-    keep(base, run.context.model, **seconds)
-    for cell, weights in ((f"{base}-int8", "int8"), (f"{base}-as-int4", "int4")):
-        if cell in CELLS and not (out / f"{cell}.json").exists():
-            model = copy.deepcopy(run.context.model)
-            keep(cell, lorap.quantize(model, weights, group_size=GROUP, calibration=windows.input_ids))
+    keep(f"best-{sparsity}-int4", context.model, seconds=report.seconds)
 
 
 def table(cells: dict[str, dict[str, Any]]) -> str:
@@ -162,7 +154,7 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
-    parser.add_argument("--test-windows", type=int, default=32, help="of each text")
+    parser.add_argument("--test-windows", type=int, default=16, help="of each text")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--tables-only", action="store_true", help="make no cells")
     arguments = parser.parse_args()

@@ -90,12 +90,14 @@ def bare_prefix(model: PreTrainedModel) -> str:
 def keep_whole(model: PreTrainedModel, config: LoRAPConfig) -> None:
     """Take out of the plan of tensor parallelism what it would cut wrongly; every worker then holds and computes all of that.
 
-    transformers cuts by the name of a dense projection. A low-rank one has its factors below that name, so only its guard would
-    be cut; and FFNs of other widths, or with biases that were added, are none of those that the plan was made for.
+    transformers cuts by the name of a dense projection. A low-rank one has its factors below that name, and a quantized
+    one its numbers, so only the guard would be cut; and FFNs of other widths, or with biases that were added, are none of those
+    that the plan was made for.
     """
     roles = {name.rsplit(".", 1)[-1] for name in config.ranks}
-    whole = [".self_attn."] if roles & set(ATTENTION) else []
-    whole += [".mlp."] if roles & set(MLP) or config.intermediate_sizes or config.biases else []
+    quantized = config.weights != "float"
+    whole = [".self_attn."] if roles & set(ATTENTION) or quantized else []
+    whole += [".mlp."] if roles & set(MLP) or config.intermediate_sizes or config.biases or quantized else []
     plan = getattr(model, "_tp_plan", None) or {}
     for name in [name for name in plan if any(part in name for part in whole)]:
         del plan[name]

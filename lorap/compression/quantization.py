@@ -50,7 +50,7 @@ def round_layer(
         FactorizationError: a weight is.
     """
     layer, architecture, processes = context.layers[index], context.architecture, context.processes
-    moments = {} if stream is None else _moments(context, index, stream)
+    moments = {} if stream is None else input_moments(context, index, stream)
     rounded = {}
     for role in processes.shard(PROJECTIONS):
         linear: Any = layer.get_submodule(architecture.projections[role])
@@ -62,7 +62,7 @@ def round_layer(
             layer.set_submodule(architecture.projections[role], module.to(context.device))
 
 
-def _moments(context: DecoderContext, index: int, stream: CalibrationStream) -> Mapping[str, Tensor]:
+def input_moments(context: DecoderContext, index: int, stream: CalibrationStream) -> Mapping[str, Tensor]:
     """By role, (K, K) second moment of its inputs."""
     layer, projections = context.layers[index], context.architecture.projections
     probes = {
