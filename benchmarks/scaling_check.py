@@ -23,14 +23,13 @@ from typing import Any
 import assets
 import numpy as np
 import torch
-from streaming import llama_7b, make_model
-from transformers import LlamaConfig
+from documents import insert, markdown
+from streaming import llama, make_model
 
 from lorap.checkpoint.load import find_model
 from lorap.compression.estimate.estimate import duration, quantity
 from lorap.evaluation.info import describe_model
 
-BEGIN, END = "<!-- begin: benchmarks/scaling_check.py -->", "<!-- end: benchmarks/scaling_check.py -->"
 RESULTS = Path(__file__).resolve().parent / "results" / "scaling.json"
 # By name: the model, the recipe, the sparsity, and windows of 128 tokens.
 RUNS = {
@@ -41,27 +40,13 @@ RUNS = {
 }
 
 
-def llama_1b(layers: int) -> LlamaConfig:
-    """Llama-3.2-1B but for its number of layers."""
-    return LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        tie_word_embeddings=True,
-        dtype="bfloat16",
-    )
-
-
 def prepared(model: str, folder: Path, *, windows: int) -> tuple[Path, list[object]]:
     """Where the model is, and options that go with it: one with random weights has no tokenizer, so it reads token ids."""
     if model.startswith("SmolLM2"):
         assets.fetch()
         return assets.MODEL, []
-    layers = int(model.split()[0])
-    config = llama_7b(layers) if model.endswith("7B") else llama_1b(layers)
+    layers, _, _, shapes = model.split()
+    config = llama(shapes, int(layers))
     make_model(folder / "dense", config)
     np.save(folder / "tokens.npy", np.random.default_rng(0).integers(0, config.vocab_size, (windows, 128)))
     np.save(folder / "others.npy", np.random.default_rng(1).integers(0, config.vocab_size, (4, 128)))
@@ -129,8 +114,8 @@ def table(kept: Mapping[str, Mapping[str, Any]]) -> str:
         for part in (" planned", " measured", ", planned / measured")
     ]
     how = sorted({f"{found['clock']} of {found['threads']} thread(s)" for found in kept.values()})
-    lines = [header, ["---"] * len(header), *(row(kept[name]) for name in RUNS if name in kept)]
-    return f"Times are {', '.join(how)}.\n\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    rows = [row(kept[name]) for name in RUNS if name in kept]
+    return f"Times are {', '.join(how)}.\n\n{markdown(header, rows)}"
 
 
 def main() -> None:
@@ -146,8 +131,7 @@ def main() -> None:
     kept = json.loads(RESULTS.read_text("utf-8"))
     print(table(kept))
     if options.write is not None:
-        before, _, rest = options.write.read_text("utf-8").partition(BEGIN)
-        options.write.write_text(f"{before}{BEGIN}\n{table(kept)}{END}{rest.partition(END)[2]}", "utf-8")
+        insert(options.write, "scaling", table(kept))
 
 
 if __name__ == "__main__":

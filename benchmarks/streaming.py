@@ -29,17 +29,25 @@ RESULTS = Path(__file__).parent / "results" / "streaming.json"
 STAGES = ("check", "plan", "calibrate", "factorize", "prune", "correct", "save")
 
 
-def llama_7b(layers: int) -> LlamaConfig:
-    """LLaMA-2-7B but for its number of layers."""
+# Hidden size, FFN width, heads, key-value heads, vocabulary, and whether the head is the embedding.
+SHAPES = {
+    "LLaMA-2-7B": (4096, 11008, 32, 32, 32000, False),
+    "Llama-3.2-1B": (2048, 8192, 32, 8, 128256, True),
+}
+
+
+def llama(name: str, layers: int) -> LlamaConfig:
+    """A model of ``SHAPES`` but for its number of layers."""
+    hidden, width, heads, pairs, vocabulary, tied = SHAPES[name]
     return LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=11008,
+        hidden_size=hidden,
+        intermediate_size=width,
         num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        vocab_size=32000,
+        num_attention_heads=heads,
+        num_key_value_heads=pairs,
+        vocab_size=vocabulary,
         max_position_embeddings=4096,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         dtype="bfloat16",
     )
 
@@ -71,7 +79,7 @@ def measure(folder: Path, layers: int, options: list[str]) -> dict[str, object]:
     """Compress in a process of its own."""
     source, out, tokens = folder / f"dense-{layers}", folder / f"small-{layers}", folder / "tokens.npy"
     if not source.exists():
-        make_model(source, llama_7b(layers))
+        make_model(source, llama("LLaMA-2-7B", layers))
     np.save(tokens, np.random.default_rng(0).integers(0, 32000, (8, 128)))
     command = ["compress", str(source), str(out), "--calibration", str(tokens), "--eval-text", "none", "--overwrite"]
     command += ["--num-calibration-samples", "8", "--calibration-seq-len", "128", "--json", "--quiet", *options]
@@ -116,7 +124,7 @@ def main() -> None:
     parser.add_argument("--make", type=Path, metavar="FOLDER", help="only write the model")
     known, options = parser.parse_known_args()
     if known.make:
-        make_model(known.make, llama_7b(known.layers[0]))
+        make_model(known.make, llama("LLaMA-2-7B", known.layers[0]))
         return
     folder = known.folder or Path(tempfile.mkdtemp(prefix="lorap-streaming-"))
     rows = []

@@ -10,7 +10,7 @@ that a program made. Both are pydantic's work, which is imported when something 
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -171,6 +171,29 @@ def named(name: object) -> str:
     """A name from a file, for a message: as it is where that is safe."""
     plain = isinstance(name, str) and name.isprintable() and 0 < len(name) <= 200
     return str(name) if plain else shown(name)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two JSON objects, each as ``NAME was X and is Y``; what is in an object has the names of both."""
+    old, new = _flat(before), _flat(json.loads(json.dumps(now)))
+    return [
+        f"{name} was {_short(old.get(name))} and is {_short(new.get(name))}"
+        for name in dict.fromkeys([*old, *new])
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, item in value.items():
+        flat |= _flat(item, f"{prefix}{name} ") if isinstance(item, dict) else {f"{prefix}{name}": item}
+    return flat
+
+
+def _short(value: Any) -> str:
+    """Hashes by their beginning."""
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:20]}..."
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

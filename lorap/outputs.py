@@ -9,6 +9,9 @@ folder is inside it, ``OUT/.lorap``, and the files move in one by one:
     2. what is in STAGE moves to OUT, config.json last; then STAGE is removed
 
 So a half-placed folder is no model to anybody, and whoever opens the work folder next sees how far it went and takes it back.
+
+No library does this: packages for atomic writes replace one file at a time, and no call of Python replaces a folder that is not
+empty, or brings back what a killed process has half moved. Locks are filelock's.
 """
 
 from __future__ import annotations

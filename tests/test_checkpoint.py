@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from test_transformers import low_rank, with_pivoted_storage
 
 import lorap
-from lorap.checkpoint.folders import INDEX, WEIGHTS, read_header, read_tensors, weight_files
+from lorap.checkpoint.folders import INDEX, WEIGHTS, read_tensors, weight_files
+from lorap.checkpoint.headers import read_header
 from lorap.checkpoint.load import find_model
 from lorap.errors import CheckpointError
 from lorap.evaluation.info import describe_model, format_info
@@ -44,45 +45,19 @@ def weights(tmp_path: Path) -> Path:
 # Reading
 
 
-def test_header_of_a_good_file(weights):
-    tensors = read_header(weights)
-    assert {name: (info.dtype, info.shape, info.nbytes, info.numel) for name, info in tensors.items()} == {
-        "a": ("F32", (3, 5), 60, 15),
-        "b": ("BF16", (7,), 14, 7),
-    }
+DAMAGES = {
+    "truncated": lambda data: data[:-1],
+    "appended": lambda data: data + b"x",
+    "garbage": lambda data: b"\xff" * len(data),
+    "short": lambda data: data[:5],
+    "long header": lambda data: struct.pack("<Q", len(data)) + data[8:],
+    "not an object": lambda data: struct.pack("<Q", 2) + b"[]",
+}
 
 
-def damage_truncated(data: bytes) -> bytes:
-    return data[:-1]
-
-
-def damage_appended(data: bytes) -> bytes:
-    return data + b"x"
-
-
-def damage_garbage(data: bytes) -> bytes:
-    return b"\xff" * len(data)
-
-
-def damage_short(data: bytes) -> bytes:
-    return data[:5]
-
-
-def damage_long_header(data: bytes) -> bytes:
-    return struct.pack("<Q", len(data)) + data[8:]
-
-
-def damage_not_an_object(data: bytes) -> bytes:
-    return struct.pack("<Q", 2) + b"[]"
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [damage_truncated, damage_appended, damage_garbage, damage_short, damage_long_header, damage_not_an_object],
-    ids=lambda damage: damage.__name__.removeprefix("damage_"),
-)
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_file_is_named(damage, weights):
-    weights.write_bytes(damage(weights.read_bytes()))
+    weights.write_bytes(DAMAGES[damage](weights.read_bytes()))
     with pytest.raises(CheckpointError, match=r"some\.safetensors is truncated or corrupt"):
         read_header(weights)
 

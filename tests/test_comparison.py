@@ -18,13 +18,12 @@ from typing import Any
 
 import pytest
 import torch
+from commands import last_json, run
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 import lorap
 from lorap.checkpoint.folders import WEIGHTS, stored_parameters
 from lorap.checkpoint.load import ModelSource
-from lorap.cli import app
 from lorap.cli.compare import render
 from lorap.evaluation.comparison import cells, worker
 from lorap.evaluation.comparison.compare import ComparisonOptions, compare
@@ -34,14 +33,6 @@ from lorap.evaluation.tasks import TaskResult
 
 SIZES = ["--seq-len", "32", "--max-tokens", "640", "--prompt-tokens", "9", "--new-tokens", "3", "--device", "cpu"]
 TASKS_HEADER = ["boolq", "over dense"]
-
-
-def run(*arguments: Any) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def last_json(result: Any) -> dict[str, Any]:
-    return json.loads(result.stdout)
 
 
 @pytest.fixture

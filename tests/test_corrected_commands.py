@@ -22,13 +22,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from typer.testing import CliRunner
+from commands import run
 
 import lorap
 from lorap import CheckpointError, CompressionConfig, ConfigError, JournalError, distributed
 from lorap.checkpoint.save import try_settings
 from lorap.checkpoint.write import GENERATION_CONFIG
-from lorap.cli import app
 from lorap.cli.common import as_options
 from lorap.compression.runs.journal import COMPLETE, Journal
 from lorap.compression.runs.run import RunOptions, compress_to_folder
@@ -194,7 +193,7 @@ def test_what_shapes_can_tell_is_refused_before_anything_is_read(
             lorap.compress(model_folder, calibration=str(tokens), config=config, progress=False)
     assert not work_path(out).exists()
     recipe = ["--target", "stock"] if kind == "stock" else ["--recipe", kind]
-    planned = CliRunner().invoke(app, ["plan", str(model_folder), "--sparsity", "0.999", *recipe])
+    planned = run("plan", str(model_folder), "--sparsity", "0.999", *recipe)
     assert planned.exit_code == 2
     assert re.sub(r"\s+", " ", planned.stderr).strip() == f"lorap: {as_options(str(refused.value))}"
 

@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from commands import run as command
 from safetensors import safe_open
 from test_llamacpp import cut, run
 from transformers import AutoConfig
-from typer.testing import CliRunner
 
 import lorap
 from lorap.checkpoint.folders import read_tensors
-from lorap.cli import app
 from lorap.integrations.configuration_deci import DeciConfig
 
 SIZES = {"hidden_size": 128, "intermediate_size": 600}
@@ -111,8 +110,8 @@ def test_the_command(make_model, compress_small, tokenizer, tokens, tmp_path) ->
     assert "--trust-remote-code" in card
     assert "import lorap" not in card
     (out / "configuration_deci.py").write_text("raise SystemExit('code of a folder was run')")
-    for command in (["info", out], ["export", out, tmp_path / "again"]):
-        refused = CliRunner().invoke(app, [str(word) for word in command])
+    for words in (["info", out], ["export", out, tmp_path / "again"]):
+        refused = command(*words)
         assert refused.exit_code == 2
         assert "nemotron-nas" in refused.stderr
         assert "Traceback" not in refused.output

@@ -24,11 +24,10 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
-from typer.testing import CliRunner
+from commands import run
 
 import lorap
 from lorap.calibration import read_source
-from lorap.cli import app
 from lorap.evaluation.comparison import cells, worker
 from lorap.evaluation.tasks.requests import MEMBER, TASKS
 
@@ -189,7 +188,7 @@ def test_lorap_commands_run(document, words, there, monkeypatch):
     out = written(words)
     if out and out.exists():
         shutil.rmtree(out)
-    result = CliRunner().invoke(app, shortened(words))
+    result = run(*shortened(words))
     assert result.exit_code == 0, f"{document}: {result.output}"
     assert result.stdout.strip()
     assert out is None or any(out.iterdir())

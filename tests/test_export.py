@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from commands import run
 from conftest import FAMILIES
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
 
 import lorap
 from lorap.checkpoint import write
@@ -26,7 +26,6 @@ from lorap.checkpoint.folders import read_tensors
 from lorap.checkpoint.format import LoRAPConfig
 from lorap.checkpoint.hf_quantizer import attach_quantization_config
 from lorap.checkpoint.load import find_model
-from lorap.cli import app
 from lorap.cli.export import savings
 from lorap.evaluation.info import describe_model, format_info
 from lorap.integrations.llamacpp import overflow_warning, width_cost
@@ -82,10 +81,6 @@ def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
-
-
-def run(*arguments: Any) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.mark.parametrize("storage", ["factors", "pivoted"])
@@ -275,12 +270,6 @@ def test_mistakes_end_in_one_sentence(options, message, small_folder, tmp_path) 
     assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.output
-
-
-def test_help_shows_formats_and_examples() -> None:
-    shown = run("export", "--help").stdout
-    assert "Example:\n    lorap export" in shown
-    assert "\n    stock " in shown
 
 
 # --- compress --target stock -----------------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import safe_open, save_file
 
-from lorap.checkpoint.folders import INDEX, WEIGHTS, read_header, read_tensors, weight_files
+from lorap.checkpoint.folders import INDEX, WEIGHTS, read_tensors, weight_files
 from lorap.checkpoint.format import LoRAPConfig
-from lorap.checkpoint.headers import BITS
+from lorap.checkpoint.headers import BITS, read_header
 from lorap.checkpoint.load import ModelSource, find_model
 from lorap.checkpoint.stored_tensors import stored_tensors
 from lorap.checkpoint.validate import CheckedFolder

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import copy
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import run as command
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
-from lorap.cli import app
 from lorap.errors import ConfigError
 from lorap.evaluation.generation import continue_prompt, use_settings
 
@@ -27,11 +25,7 @@ BOS = "<bos>"
 
 
 def run(*arguments: Any, stdin: str | bytes | None = None) -> Any:
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        return CliRunner().invoke(app, ["generate", *map(str, arguments), "--device", "cpu"], input=stdin)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return command("generate", *arguments, "--device", "cpu", stdin=stdin)
 
 
 def results(*arguments: Any, stdin: str | bytes | None = None) -> list[dict[str, Any]]:

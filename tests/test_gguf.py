@@ -11,15 +11,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from commands import run
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
 import lorap
 from lorap.calibration import read_source
 from lorap.checkpoint.gguf.vocabulary import pre_tokenizer_name
 from lorap.checkpoint.load import find_model, load_model, load_tokenizer
-from lorap.cli import app
 
 gguf = pytest.importorskip("gguf")
 
@@ -131,15 +130,15 @@ def test_types_in_the_file(make_model, tokenizer, tmp_path) -> None:
 
 
 def test_compressed_by_the_command_and_read_by_the_command(model_folder, small_text, tokens, tmp_path) -> None:
-    def run(*arguments: Any) -> None:
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        assert result.exit_code == 0, result.output
-
     options = ["--calibration", small_text, "--eval-text", "none", "--num-calibration-samples", 8]
     options += ["--calibration-seq-len", 32, "--device", "cpu", "--quiet"]
-    run("compress", model_folder, tmp_path / "small", "--recipe", "lorap", *options)
-    run("export", tmp_path / "small", tmp_path / "file", "--format", "gguf", "--quiet")
-    run("info", tmp_path / "file")
+    commands = [["compress", model_folder, tmp_path / "small", "--recipe", "lorap", *options]]
+    commands += [
+        ["export", tmp_path / "small", tmp_path / "file", "--format", "gguf", "--quiet"],
+        ["info", tmp_path / "file"],
+    ]
+    for words in commands:
+        assert run(*words).exit_code == 0, words
     small = read(tmp_path / "small")
     torch.testing.assert_close(logits(read(tmp_path / "file"), tokens), logits(small, tokens), rtol=1e-4, atol=1e-4)
     card = (tmp_path / "file/README.md").read_text("utf-8")

@@ -10,16 +10,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from commands import run
 from gguf_files import write_file
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
 import lorap
 from lorap.calibration import read_source
 from lorap.checkpoint.load import find_model, load_model, load_tokenizer
-from lorap.cli import app
 from lorap.errors import LoRAPError
 
 gguf = pytest.importorskip("gguf")
@@ -242,7 +241,7 @@ def test_a_run_that_removes_nothing_changes_nothing(make_model, tokenizer, small
         "--correction-steps",
         "0",
     ]
-    result = CliRunner().invoke(app, ["compress", str(file), str(tmp_path / "out"), *options])
+    result = run("compress", str(file), str(tmp_path / "out"), *options)
     assert result.exit_code == 0, result.output
     assert torch.equal(logits(opened(tmp_path / "out")), logits(twin))
 
@@ -264,7 +263,7 @@ def test_a_file_beside_a_config_is_taken_and_parts_are_called_parts(make_model, 
         (parts / f"m-Q4_K_M-0000{number}-of-00003.gguf").write_bytes(file.read_bytes())
     for path in (parts, parts / "m-Q4_K_M-00002-of-00003.gguf"):
         for arguments in (["info", path], ["plan", path], ["eval", path], ["compress", path, tmp_path / "out"]):
-            result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+            result = run(*arguments)
             found = " ".join((result.output + str(result.stderr)).split())
             assert result.exit_code == 2, found
             assert "one of 3 parts" in found
@@ -275,7 +274,7 @@ def test_info_and_plan_refuse_what_opening_refuses(make_model, tokenizer, tmp_pa
     values = {"attention.sliding_window": 64}
     file = write_file(tmp_path / "m.gguf", make_model("llama-gqa"), tokenizer, values=values)
     for command in ("info", "plan", "eval"):
-        result = CliRunner().invoke(app, [command, str(file)])
+        result = run(command, str(file))
         assert result.exit_code == 2
         assert "attention.sliding_window is 64" in " ".join(result.stderr.split())
 

@@ -10,12 +10,11 @@ import json
 
 import pytest
 import torch
+from commands import run
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
 
 import lorap
-from lorap.cli import app
 
 THETA = 123456.0
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
@@ -93,9 +92,7 @@ def test_a_run_from_files_to_files_writes_them(make_model, tokenizer, small_text
     tokenizer.save_pretrained(tmp_path / "model")
     options = ["--target", "stock", "--calibration", small_text, "--recipe", "lorap", "--sparsity", "0.2"]
     options += ["--num-calibration-samples", "4", "--calibration-seq-len", "32", "--quiet"]
-    result = CliRunner().invoke(
-        app, [str(part) for part in ("compress", tmp_path / "model", tmp_path / "out", *options)]
-    )
+    result = run("compress", tmp_path / "model", tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
     assert config_of(tmp_path / "out")["rope_theta"] == THETA
     assert config_of(tmp_path / "out")["rope_scaling"] == LLAMA3 | {"rope_type": "llama3", "type": "llama3"}

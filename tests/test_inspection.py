@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,15 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import assert_refused, run
 from torch import Tensor, nn
-from typer.testing import CliRunner
 
 import lorap.cli.inspect
 import lorap.evaluation.inspection.inspect
 from lorap import ArchitectureError, CalibrationError, CheckpointError, ConfigError
 from lorap.algorithms.factorization import spectrum
 from lorap.algorithms.pruning import channel_importance
-from lorap.cli import app
 from lorap.cli.inspect import parse_layers
 from lorap.evaluation.inspection.inspect import inspect_model
 from lorap.evaluation.inspection.report import GROUPS
@@ -34,7 +32,6 @@ from lorap.evaluation.inspection.values import (
     POINTS,
     Importance,
     SingularValues,
-    effective_rank,
     least_count,
     random_matrix,
     sample_points,
@@ -114,13 +111,6 @@ def test_energy_ranks_are_those_of_numpy(shape, decay):
 def test_zeros_have_no_rank():
     found = values_of(torch.zeros(6, 4))
     assert (found.effective_rank, found.ranks, found.largest, found.values) == (0, (0, 0, 0), 0, (0, 0, 0, 0))
-
-
-def test_effective_rank_uses_squares():
-    # Roy and Vetterli's own has p = s / sum s: 0.6, 0.4 here instead of 9/13, 4/13.
-    assert effective_rank(torch.tensor([9.0, 4.0], dtype=torch.float64)) == pytest.approx(
-        math.exp(-(9 * math.log(9 / 13) + 4 * math.log(4 / 13)) / 13)
-    )
 
 
 @pytest.mark.parametrize("size", [1, 255, 256, 257, 576, 11008])
@@ -418,28 +408,10 @@ def test_pictures_are_the_same_twice(inspections, tmp_path):
 # The command
 
 
-@pytest.fixture(autouse=True)
-def _keep_signal_handlers() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
-def run(*arguments: Any) -> Any:
-    return CliRunner().invoke(app, ["inspect", *[str(argument) for argument in arguments]])
-
-
-def assert_refused(result: Any, message: str) -> None:
-    assert result.exit_code == 2, result.output
-    (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("lorap: ")
-    assert message in line
-
-
 def test_the_command_writes_numbers_and_pictures(model_folder, tmp_path):
     pytest.importorskip("matplotlib")
     out = tmp_path / "look"
-    result = run(model_folder, out, *QUICK_OPTIONS, "--json")
+    result = run("inspect", model_folder, out, *QUICK_OPTIONS, "--json")
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
     stored = json.loads((out / "inspection.json").read_text("utf-8"))
@@ -465,7 +437,7 @@ def test_the_command_writes_numbers_and_pictures(model_folder, tmp_path):
 
 
 def test_the_command_gives_what_the_function_gives(model_folder, make_model, tokenizer, tmp_path):
-    result = run(model_folder, tmp_path / "look", "--no-plots", "--layers", "1", *QUICK_OPTIONS)
+    result = run("inspect", model_folder, tmp_path / "look", "--no-plots", "--layers", "1", *QUICK_OPTIONS)
     assert result.exit_code == 0, result.output
     options = QUICK | {"num_calibration_samples": 9}
     found = inspect_model(make_model("llama-gqa"), tokenizer=tokenizer, layers=[1], name="model", **options)
@@ -477,8 +449,8 @@ def test_calibration_none_needs_no_tokenizer(model_folder, tmp_path):
     for path in model_folder.glob("tokenizer*"):
         path.unlink()
     options = ["--no-plots", *QUICK_OPTIONS]
-    assert_refused(run(model_folder, tmp_path / "look", *options), "the model has no tokenizer")
-    result = run(model_folder, tmp_path / "look", "--calibration", "none", *options, "--json")
+    assert_refused(run("inspect", model_folder, tmp_path / "look", *options), "the model has no tokenizer")
+    result = run("inspect", model_folder, tmp_path / "look", "--calibration", "none", *options, "--json")
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
     assert told["calibration"] is None
@@ -500,26 +472,26 @@ def test_calibration_none_needs_no_tokenizer(model_folder, tmp_path):
 )
 def test_mistakes_end_in_one_sentence(options, message, model_folder, tmp_path):
     out = tmp_path / "look"
-    assert_refused(run(model_folder, out, "--no-plots", *QUICK_OPTIONS, *options), message)
+    assert_refused(run("inspect", model_folder, out, "--no-plots", *QUICK_OPTIONS, *options), message)
     assert not out.exists()
 
 
 def test_output_that_is_there_already(model_folder, tmp_path):
     (tmp_path / "note.txt").write_text("keep me")
     options = ["--calibration", "none", "--no-plots", *QUICK_OPTIONS]
-    assert_refused(run(model_folder, tmp_path, *options), "overlaps the source model")
+    assert_refused(run("inspect", model_folder, tmp_path, *options), "overlaps the source model")
     out = tmp_path / "look"
     out.mkdir()
     (out / "note.txt").write_text("old")
-    assert_refused(run(model_folder, out, *options), "is not empty; choose a new folder or pass --overwrite")
-    assert run(model_folder, out, "--overwrite", *options).exit_code == 0
+    assert_refused(run("inspect", model_folder, out, *options), "is not empty; choose a new folder or pass --overwrite")
+    assert run("inspect", model_folder, out, "--overwrite", *options).exit_code == 0
     assert [path.name for path in out.iterdir()] == ["inspection.json"]
 
 
 def test_without_matplotlib_the_extra_is_named(model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(lorap.cli.inspect, "find_spec", lambda name: None)
     assert_refused(
-        run(model_folder, tmp_path / "look", *QUICK_OPTIONS), "pip install 'lorap[plot]', or pass --no-plots"
+        run("inspect", model_folder, tmp_path / "look", *QUICK_OPTIONS), "pip install 'lorap[plot]', or pass --no-plots"
     )
 
 

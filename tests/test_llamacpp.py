@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from commands import run as command
 from transformers import AutoTokenizer
-from typer.testing import CliRunner
 
 import lorap
 from lorap.architectures import known_architecture
@@ -17,7 +17,6 @@ from lorap.checkpoint.gguf.header import read_gguf
 from lorap.checkpoint.gguf.keys import read_numbers
 from lorap.checkpoint.gguf.quantizing import find_quantizer
 from lorap.checkpoint.load import find_model, load_model
-from lorap.cli import app
 from lorap.nn.linear import new_linear
 
 pytest.importorskip("xllamacpp")
@@ -168,7 +167,7 @@ def test_from_compressing_to_an_answer(model_folder, small_text, tokenizer, tmp_
 
 
 def run(*arguments: Any) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    result = command(*arguments)
     assert result.exit_code == 0, result.output
     return result.stdout
 

@@ -136,11 +136,6 @@ def test_default_is_its_texts_in_equal_parts(tokenizer: PreTrainedTokenizerFast)
     assert draw("default", tokenizer, samples=1).groups.tolist() == [0]
 
 
-def test_default_among_others_keeps_its_weight() -> None:
-    weights = dict(weighted_sources([("default", 2.0), "my.txt"]))
-    assert weights == {**dict.fromkeys(SHIPPED, pytest.approx(2 * EACH)), "my.txt": 1.0}
-
-
 def test_a_source_that_is_named_twice_is_one_group() -> None:
     weights = dict(weighted_sources(["default", ("default/novel", 2.0), ("a.txt", 1), (Path("a.txt"), 2)]))
     assert weights["default/novel"] == pytest.approx(2 + EACH)

@@ -130,36 +130,6 @@ def test_values_equal_float64_for_odd_shapes(op: str, backend: str, dtype: torch
             assert_close_to_float64(op, run(*arguments), arguments)
 
 
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("op", MATMULS)
-def test_biases(op: str, backend: str, bias: bool) -> None:
-    torch.manual_seed(0)
-    for arguments in arguments_of(op, 3, 100, 17, 63, torch.float32, bias):
-        assert_close_to_float64(op, implementations.implementation(op, backend)(*arguments), arguments)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_pivot_rows_are_the_outputs_of_right(backend: str) -> None:
-    torch.manual_seed(0)
-    x, right, left, rows = random(3, 100), random(17, 100), random(63, 17), pivots(17, 63)
-    run = implementations.implementation("low_rank_linear", backend)
-    y, shrunk = run(x, right, left, None, rows), x @ right.T
-    torch.testing.assert_close(y[:, rows], shrunk)
-    others = torch.ones(80, dtype=torch.bool).index_fill(0, rows, False)
-    torch.testing.assert_close(y[:, others], shrunk @ left.T)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_dense_layer_joins_a_group_as_all_pivots(backend: str) -> None:
-    torch.manual_seed(0)
-    x, weight, right, left = random(3, 100), random(63, 100), random(17, 100), random(40, 17)
-    all_rows, none = torch.arange(63), torch.empty(0, dtype=torch.int64)
-    group = implementations.implementation("low_rank_linear_group", backend)
-    y = group(x, [weight, right], [weight.new_empty(0, 63), left], [], [all_rows, none])
-    torch.testing.assert_close(y, torch.cat((x @ weight.T, x @ right.T @ left.T), dim=-1))
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op", MATMULS)
 @pytest.mark.parametrize("shape", [(), (1,), (2, 3), (2, 1, 5), (0,), (2, 0)], ids=str)

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import run
 from made_reports import HOSTILE, INNER, made_report
 from page_reader import Page, page_of
-from typer.testing import CliRunner
 
 from lorap.architectures import PROJECTIONS
-from lorap.cli import app
 from lorap.errors import LoRAPError
 from lorap.reports.html.page import compression_page
 from lorap.reports.run import CompressionReport
@@ -205,19 +204,9 @@ def test_whatever_a_report_says_there_is_a_page_or_an_error():
 
 def test_compress_leaves_a_page_and_report_writes_it_anew(model_folder: Path, tmp_path: Path):
     out = tmp_path / "small"
-    run = [
-        "compress",
-        str(model_folder),
-        str(out),
-        "--sparsity",
-        "0.5",
-        "--eval-text",
-        "none",
-        "--quiet",
-        "--device",
-        "cpu",
-    ]
-    result = CliRunner().invoke(app, [*run, "--num-calibration-samples", "8", "--calibration-seq-len", "32"])
+    options = ["--sparsity", 0.5, "--eval-text", "none", "--quiet", "--device", "cpu"]
+    options += ["--num-calibration-samples", 8, "--calibration-seq-len", 32]
+    result = run("compress", model_folder, out, *options)
     assert result.exit_code == 0, result.output
     first = (out / "report.html").read_text("utf-8")
     page = Page(first)
@@ -228,7 +217,7 @@ def test_compress_leaves_a_page_and_report_writes_it_anew(model_folder: Path, tm
     assert values["projections"][0]["spectrum"]["values"][0] == 1.0
     others = {path.name: path.read_bytes() for path in out.iterdir() if path.name != "report.html"}
     (out / "report.html").write_text("old", "utf-8")
-    result = CliRunner().invoke(app, ["report", str(out), "--json"])
+    result = run("report", str(out), "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == {
         "page": str(out / "report.html"),
@@ -252,7 +241,7 @@ def test_compress_leaves_a_page_and_report_writes_it_anew(model_folder: Path, tm
 def test_report_refuses_what_is_no_report(content, message, tmp_path):
     if content is not None:
         (tmp_path / "lorap_report.json").write_text(content, "utf-8")
-    result = CliRunner().invoke(app, ["report", str(tmp_path)])
+    result = run("report", str(tmp_path))
     assert result.exit_code == 2
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
@@ -262,7 +251,7 @@ def test_report_refuses_what_is_no_report(content, message, tmp_path):
 def test_report_says_when_it_cannot_write(tmp_path):
     (tmp_path / "lorap_report.json").write_text(json.dumps(made_report(1).to_dict()), "utf-8")
     (tmp_path / "report.html").mkdir()
-    result = CliRunner().invoke(app, ["report", str(tmp_path)])
+    result = run("report", str(tmp_path))
     assert result.exit_code == 2
     assert f"cannot write into {tmp_path}: " in result.stderr
 

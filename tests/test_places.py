@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from commands import run
 from drawing import TEXT, draw, write
 from transformers import PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
 import lorap
 from lorap import CalibrationError
@@ -21,7 +21,6 @@ from lorap.calibration import places, read_source
 from lorap.calibration.mixtures import check_sources, parse_source
 from lorap.calibration.sources import source_name
 from lorap.checkpoint.load import find_model
-from lorap.cli import app
 from lorap.compression.runs.fingerprints import digest, identity_of
 from lorap.evaluation.comparison.cells import run_worker
 
@@ -179,7 +178,7 @@ def test_every_command_looks_for_its_texts_first(words: str, tmp_path: Path, mon
     """The model is not even there; what is said is what is wrong with the text."""
     pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(app, [word.format(model="no-model.gguf", out="out") for word in words.split()])
+    result = run(*(word.format(model="no-model.gguf", out="out") for word in words.split()))
     assert result.exit_code == 2
     assert "there is no file nope." in result.stderr
     assert not (tmp_path / "out").exists()
@@ -194,13 +193,13 @@ def test_compress_looks_for_its_texts_first(tmp_path: Path) -> None:
 def test_eval_reads_a_pipe_and_tells_what(model_folder: Path, tmp_path: Path) -> None:
     lines = "".join(f'{{"text": "{line}"}}\n' for line in TEXT.strip().split("\n"))
     arguments = ["eval", str(model_folder), "--seq-len", "16", "--device", "cpu", "--text"]
-    result = CliRunner().invoke(app, [*arguments, "-"], input=lines)
+    result = run(*arguments, "-", stdin=lines)
     assert result.exit_code == 0, result.stderr
     assert "-: 40 records, field text (JSON lines)" in result.stderr
     assert "records" not in result.stdout
-    plain = CliRunner().invoke(app, [*arguments, str(write(tmp_path / "a.txt", "\n\n".join(TEXT.strip().split("\n"))))])
+    plain = run(*arguments, write(tmp_path / "a.txt", "\n\n".join(TEXT.strip().split("\n"))))
     assert result.stdout.split(",")[:3] == plain.stdout.replace("a.txt", "-").split(",")[:3]
-    quiet = CliRunner().invoke(app, [*arguments, "-", "--quiet"], input=lines)
+    quiet = run(*arguments, "-", "--quiet", stdin=lines)
     assert "records" not in quiet.stderr
 
 

@@ -7,35 +7,21 @@ the model; ranges nest in the trace as modules nest in the model. What only a GP
 from __future__ import annotations
 
 import json
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from commands import run
 
 import lorap
 from lorap.architectures import cache_argument
-from lorap.cli import app
 from lorap.evaluation.profile_results import KernelTime, PhaseTime, Profile
 from lorap.evaluation.profiling import _kernels, _weight_bytes, deeper, profile_model, run_ranges
 
 WORK = {"tokens": 24, "new_tokens": 3}
 OPTIONS = ["--tokens", "24", "--new-tokens", "3", "--device", "cpu"]
-
-
-@pytest.fixture(autouse=True)
-def _keep_signal_handlers() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
-def run(*arguments: Any) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def assert_parts_fit(times: dict[str, Any], layers: int) -> None:

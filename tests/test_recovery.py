@@ -23,14 +23,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 import lorap
 from lorap.checkpoint.folders import WEIGHTS, read_tensors
 from lorap.checkpoint.load import find_model
-from lorap.cli import app
 from lorap.errors import ArchitectureError, CalibrationError, CheckpointError, ConfigError
 from lorap.outputs import work_path
 from lorap.recovery import recover as recovery_module
@@ -76,14 +75,6 @@ def contents(folder: Path) -> dict[str, str]:
 
 def quiet_recover(folder: Path, out: Path, *arguments: Any, **options: Any) -> RecoveryReport:
     return recover(folder, out, *arguments, **({"device": "cpu", "progress": False} | options))
-
-
-def run(*arguments: Any) -> Any:
-    signals = signal.getsignal(signal.SIGTERM)
-    try:
-        return CliRunner().invoke(app, [str(argument) for argument in arguments])
-    finally:
-        signal.signal(signal.SIGTERM, signals)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -400,7 +391,7 @@ def test_other_settings_are_refused_until_restart(compressed, tokens, tmp_path, 
         with pytest.raises(KeyboardInterrupt):
             quiet_recover(folder, out, settings(tokens))
     assert sorted(path.name for path in (work_path(out) / RECOVERY).iterdir()) == [SETTINGS, "state.safetensors"]
-    with pytest.raises(ConfigError, match=r"learning_rate was 0.003 and is now 0.001.*--restart"):
+    with pytest.raises(ConfigError, match=r"learning_rate was 0.003 and is 0.001.*--restart"):
         quiet_recover(folder, out, settings(tokens, learning_rate=1e-3))
     with pytest.raises(ConfigError, match="tokens was"):
         quiet_recover(folder, out, settings(tokens + 1))

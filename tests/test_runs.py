@@ -29,7 +29,6 @@ from lorap.checkpoint.paging import in_memory, in_memory_throughout, offloaded_t
 from lorap.compression.runs.journal import Journal, open_journal
 from lorap.compression.runs.run import RunOptions, compress_to_folder
 from lorap.outputs import work_path
-from lorap.system import parse_bytes
 
 CRASHING = Path(__file__).parent / "crashing.py"
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -601,12 +600,3 @@ def test_a_process_that_dies_ends_the_run_and_another_number_goes_on(
     alone = reconstructed(tmp_path / "alone")
     for name, weight in reconstructed(out).items():
         assert float((weight - alone[name]).norm() / alone[name].norm()) < 1e-6, name
-
-
-def test_sizes_are_read_as_people_write_them() -> None:
-    assert parse_bytes("3GB") == 3 * 10**9
-    assert parse_bytes("1.5 GiB") == 3 * 2**29
-    assert parse_bytes("700") == 700
-    for wrong in ("", "much", "-1GB", "0", "3XB"):
-        with pytest.raises(ConfigError, match="is no size"):
-            parse_bytes(wrong)

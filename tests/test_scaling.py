@@ -17,15 +17,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from commands import last_json, run
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-from typer.testing import CliRunner
 
 import lorap
 from lorap.checkpoint.folders import INDEX
 from lorap.checkpoint.load import find_model
-from lorap.cli import app
 from lorap.cli.compress import compress_command
 from lorap.cli.plan import LEFT_OUT
 from lorap.compression.estimate import Estimate, ModelShape, Texts, estimate, trial
@@ -48,15 +47,6 @@ BY_SHAPE: dict[str, dict[str, Any]] = {
     "int4": {"recipe": "lorap", "weights": "int4", "group_size": 32},
     "pivoted-int8": {"recipe": "lorap", "storage": "pivoted", "weights": "int8"},
 }
-
-
-def run(*arguments: Any) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def last_json(result: Any) -> dict[str, Any]:
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

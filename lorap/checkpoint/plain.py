@@ -15,13 +15,14 @@ from typing import Any
 
 from lorap.architectures import ARCHITECTURES
 from lorap.checkpoint.find import Contents, ModelSource, locate
-from lorap.checkpoint.folders import CONFIG, INDEX, WEIGHTS, read_json, read_tensors
+from lorap.checkpoint.folders import CONFIG, INDEX, WEIGHTS, read_tensors
 from lorap.checkpoint.gguf.header import read_gguf
 from lorap.checkpoint.gguf.keys import gguf_settings, tensor_sources
 from lorap.checkpoint.gguf.names import READ
 from lorap.checkpoint.headers import TensorInfo
 from lorap.checkpoint.layouts import compressed_shapes, dense_shapes
 from lorap.checkpoint.quantization_fields import QUANT_METHOD, QuantizationFields
+from lorap.jsonio import read_json
 from lorap.nn.low_rank_tensors import INTEGERS
 
 FLOATS = ("F64", "F32", "F16", "BF16")

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorap.checkpoint.folders import TensorInfo, read_file
+from lorap.checkpoint.folders import read_file
+from lorap.checkpoint.headers import TensorInfo
 from lorap.errors import CheckpointError
 
 # safetensors' names for what a model may hold.

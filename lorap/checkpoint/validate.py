@@ -22,8 +22,9 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from lorap.architectures import ARCHITECTURES
 from lorap.checkpoint.build import check_stored, put_layers
-from lorap.checkpoint.folders import CONFIG, CONTAINERS, TensorInfo, read_files, weight_files
+from lorap.checkpoint.folders import CONFIG, CONTAINERS, read_files, weight_files
 from lorap.checkpoint.format import QUANT_METHOD, LoRAPConfig
+from lorap.checkpoint.headers import TensorInfo
 from lorap.checkpoint.stored_tensors import STORED_DTYPES, Stamp, StoredTensor, same_values
 from lorap.checkpoint.unused_tensors import check_unused, origin_of, unused_names
 from lorap.errors import CheckpointError

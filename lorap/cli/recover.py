@@ -97,7 +97,7 @@ def recover_command(
             learning_rate=learning_rate,
             rank=rank,
             seed=seed,
-            precision=precision,
+            precision=precision,  # type: ignore[arg-type]  # refused there where it is no choice
         )
         with loading():
             from lorap.calibration.mixtures import parse_source

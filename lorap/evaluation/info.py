@@ -10,8 +10,9 @@ from typing import Any
 
 from lorap.architectures import PROJECTIONS
 from lorap.checkpoint.find import ModelSource
-from lorap.checkpoint.folders import TensorInfo, packed_shapes, read_files
+from lorap.checkpoint.folders import packed_shapes, read_files
 from lorap.checkpoint.gguf.header import read_gguf
+from lorap.checkpoint.headers import TensorInfo
 from lorap.checkpoint.quantization_fields import QuantizationFields
 from lorap.errors import CheckpointError
 from lorap.jsonio import named, read_json

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal, Optional, get_args
 
 from annotated_types import Interval
 
 from lorap.architectures import ATTENTION, MLP, PROJECTIONS
-from lorap.errors import ConfigError
 from lorap.jsonio import Count, Size, check_fields
 
 # Where a run works, in the work folder of its output.
@@ -19,7 +18,8 @@ MODULES = {"all": PROJECTIONS, "attention": ATTENTION, "ffn": MLP}
 SAVE_SECONDS = 60.0
 # The learning rate rises over so many steps, or a tenth of them where that is less, and then falls to 0 in a straight line.
 WARM_UP_STEPS = 8
-PRECISIONS = ("auto", "float32", "bfloat16")
+Precision = Literal["auto", "float32", "bfloat16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 @dataclass(frozen=True)
@@ -41,22 +41,16 @@ class TuningConfig:
     """
 
     steps: Size = 90
-    minutes: float | None = None
+    minutes: Optional[Annotated[float, Interval(gt=0)]] = None
     batch_size: Size = 4
     seq_len: Annotated[int, Interval(ge=2, lt=2**63)] = 128
-    learning_rate: float = 2e-3
+    learning_rate: Annotated[float, Interval(gt=0, lt=1)] = 2e-3
     rank: Size = 32
     seed: Count = 0
-    precision: str = "auto"
+    precision: Precision = "auto"
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not 0 < self.learning_rate < 1:
-            raise ConfigError(f"learning_rate is {self.learning_rate}; it must be above 0 and below 1")
-        if self.minutes is not None and not self.minutes > 0:
-            raise ConfigError(f"minutes is {self.minutes}; it must be above 0; leave it out for no limit")
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"precision is {self.precision!r}; choose from {', '.join(PRECISIONS)}")
 
     @property
     def tokens_per_step(self) -> int:

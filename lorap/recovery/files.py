@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorap.checkpoint.finite import count_not_finite
-from lorap.checkpoint.folders import read_json, read_tensors, weight_files
+from lorap.checkpoint.folders import read_tensors, weight_files
 from lorap.errors import CheckpointError, ConfigError
 from lorap.files import replacing
-from lorap.jsonio import write_json
+from lorap.jsonio import differences, read_json, write_json
 from lorap.outputs import WorkFolder
 from lorap.recovery.config import RECOVERY
 
@@ -40,7 +40,11 @@ def state_folder(work: WorkFolder, settings: Mapping[str, Any], *, restart: bool
         if restart or not (folder / STATE).exists():
             shutil.rmtree(folder, ignore_errors=True)
         if (folder / SETTINGS).exists():
-            _check_same(read_json(folder / SETTINGS), settings, work.out)
+            if changes := differences(read_json(folder / SETTINGS), settings):
+                raise ConfigError(
+                    f"a run that is to become {work.out} was begun with other settings: {', '.join(changes)}. Give the same "
+                    "again to go on, or --restart to begin anew"
+                )
         else:
             folder.mkdir()
             with replacing(folder / SETTINGS) as draft:
@@ -104,21 +108,3 @@ def _copy_others(origin: Path, stage: Path, weights: set[str]) -> None:
             shutil.copyfile(path, stage / path.name)
         elif path.is_dir() and path.name == CHAT_TEMPLATES:
             shutil.copytree(path, stage / path.name)
-
-
-def _check_same(begun: Mapping[str, Any], settings: Mapping[str, Any], out: Path) -> None:
-    missing = object()
-    differ = [name for name in settings if begun.get(name, missing) != settings[name]]
-    if differ:
-        changes = ", ".join(
-            f"{name} was {_short(begun.get(name))} and is now {_short(settings[name])}" for name in differ
-        )
-        raise ConfigError(
-            f"a run that is to become {out} was begun with other settings: {changes}. Give the same again to go on, "
-            "or --restart to begin anew"
-        )
-
-
-def _short(value: Any) -> str:
-    """Hashes by their beginning."""
-    return f"{value[:12]}..." if isinstance(value, str) and len(value) > 40 else str(value)

@@ -23,7 +23,7 @@ from lorap.calibration.mixtures import Sources, check_sources
 from lorap.calibration.self_text import sample_windows
 from lorap.calibration.sources import DEFAULT_CALIBRATION, Source
 from lorap.calibration.windows import TokenWindows, consecutive_windows
-from lorap.checkpoint.folders import read_json, read_tensors, stored_parameters
+from lorap.checkpoint.folders import read_tensors, stored_parameters
 from lorap.checkpoint.load import (
     ModelSource,
     check_tokenizer,
@@ -40,7 +40,7 @@ from lorap.errors import CheckpointError, ConfigError
 from lorap.evaluation.info import report_beside
 from lorap.evaluation.perplexity import evaluate
 from lorap.files import hash_files
-from lorap.jsonio import write_json
+from lorap.jsonio import read_json, write_json
 from lorap.nn.linear import LowRankLinear, embedding_weight
 from lorap.nn.low_rank_tensors import FACTORS
 from lorap.outputs import WorkFolder, check_output, work_folder, work_path

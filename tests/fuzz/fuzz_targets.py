@@ -39,8 +39,9 @@ from hypothesis import strategies as st
 from made_reports import made_report
 from safetensors import safe_open
 
-from lorap.checkpoint.folders import INDEX, read_header, read_tensors, weight_files
+from lorap.checkpoint.folders import INDEX, read_tensors, weight_files
 from lorap.checkpoint.format import LoRAPConfig
+from lorap.checkpoint.headers import read_header
 from lorap.checkpoint.load import find_model, load_model, load_tokenizer
 from lorap.checkpoint.stored_tensors import stored_tensors
 from lorap.compression.allocation import LayerPlan

@@ -17,7 +17,6 @@ a step whose JSON is there is done.
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
@@ -26,13 +25,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lorap.checkpoint.folders import read_json
 from lorap.checkpoint.stored_tensors import StoredTensor, stored_tensors
 from lorap.checkpoint.write import Writable, write_tensors
 from lorap.distributed import SINGLE_PROCESS, Processes
 from lorap.errors import CheckpointError, JournalError, LoRAPError, ProcessError
 from lorap.files import reason, remove, replacing
-from lorap.jsonio import read_as, write_json
+from lorap.jsonio import differences, read_as, read_json, write_json
 from lorap.outputs import LOCK, WorkFolder, work_folder, work_path
 
 IDENTITY = "identity"
@@ -235,13 +233,7 @@ def check_identity(journal: Journal, identity: Mapping[str, Any], *, threads: in
         return
     begun = journal.read(IDENTITY)
     begun_with = begun.pop(THREADS, threads)
-    before = _flat(begun)
-    now = _flat(json.loads(json.dumps(identity)))
-    changes = [
-        f"{name} was {_short(before.get(name))} and is {_short(now.get(name))}"
-        for name in dict.fromkeys([*before, *now])
-        if before.get(name) != now.get(name)
-    ]
+    changes = differences(begun, identity)
     if changes and not journal.has_layers():
         _logger.warning(
             "an earlier run to this output had other options and no finished layer; what it had prepared is thrown away"
@@ -311,15 +303,3 @@ def _is_lost(work: WorkFolder) -> bool:
     """Whether a run was complete and somebody has removed what came out of it."""
     whole = (work.path / STAGE).is_dir() or work.out.is_dir()
     return (work.path / f"{COMPLETE}.json").is_file() and not whole
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, item in value.items():
-        flat |= _flat(item, f"{prefix}{name} ") if isinstance(item, dict) else {f"{prefix}{name}": item}
-    return flat
-
-
-def _short(value: Any) -> str:
-    text = "nothing" if value is None else str(value)
-    return text if len(text) <= 24 else f"{text[:20]}..."
