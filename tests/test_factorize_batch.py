@@ -1,13 +1,12 @@
 """``factorize_batch`` gives what ``factorize`` gives one by one, within a memory budget; methods and fallbacks are told."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from allocations import peak_bytes
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 import lorap
 from lorap import Factorization, FactorizationError, factorize, factorize_batch
@@ -122,22 +121,6 @@ def test_a_shared_metric_travels_once() -> None:
     assert first.metric is second.metric
     assert first.metric is not third.metric
     assert {task.weight.device.type for task in (first, second, third)} == {"meta"}
-
-
-def peak_bytes(call: Callable[[], Any]) -> int:
-    """High-water mark of torch's allocations."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        call()
-    events = sorted(
-        (event.start_ns(), event.nbytes())
-        for event in seen.profiler.kineto_results.events()  # type: ignore[union-attr]
-        if event.name() == "[memory]"
-    )
-    running, highest = 0, 0
-    for _, change in events:
-        running += change
-        highest = max(highest, running)
-    return highest
 
 
 @pytest.mark.parametrize("kind", ["none", "vector", "matrix"])

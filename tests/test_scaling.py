@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from allocations import peak_bytes
 from commands import last_json, run
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -274,19 +274,6 @@ def test_few_windows_are_told_before_the_work(shape_of, windows: int, said: str)
     assert not said or "96 would for all" in table
 
 
-def allocated(call: Callable[[], object]) -> int:
-    """High-water mark of torch's allocations."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        call()
-    events = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    running = highest = 0
-    for _, change in changes:
-        running += change
-        highest = max(highest, running)
-    return highest
-
-
 @pytest.mark.parametrize("options", [{"recipe": "lorap"}, {}, {"recipe": "svd-llm"}], ids=["lorap", "best", "svd-llm"])
 def test_memory_is_a_bound_and_not_far_from_it(make_model, shape_of, tokens, options: dict) -> None:
     sizes = {"hidden_size": 192, "intermediate_size": 500, "num_attention_heads": 6, "num_hidden_layers": 3}
@@ -294,7 +281,7 @@ def test_memory_is_a_bound_and_not_far_from_it(make_model, shape_of, tokens, opt
     shape = replace(shape_of("llama-gqa", **sizes), paged=False)
     texts = Texts.of(config, ["wiki.txt"], evaluation_texts=0)
     model = make_model("llama-gqa", **sizes)
-    peak = allocated(lambda: lorap.compress(model, calibration=tokens, config=config, progress=False))
+    peak = peak_bytes(lambda: lorap.compress(model, calibration=tokens, config=config, progress=False))
     bound = Memory(shape, config, planned_sizes(shape, config), texts, base=-TOKENIZER, room=10**12).by_stage()
     assert peak + shape.computed_bytes <= max(bound.values()) <= 2 * (peak + shape.computed_bytes)
 

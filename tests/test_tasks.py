@@ -526,8 +526,8 @@ def test_a_real_model_answers_real_questions(monkeypatch):
 
     assets.fetch()
     assets.fetch({path: where for path, where in assets.TASKS.items() if path.name[:4] in ("piqa", "arc_")})
-    result = run("eval",
-        assets.MODEL, "--tasks", "arc_easy,piqa", "--limit", 20, "--task-data", assets.QUALITY / "tasks", "--quiet",
+    result = run(
+        "eval", assets.MODEL, "--tasks", "arc_easy,piqa", "--limit", 20, "--task-data", assets.QUALITY / "tasks", "--quiet",
         "--device", "cpu", "--json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -60,10 +60,11 @@ class TokenWindows:
         return TokenWindows(self.input_ids[rows], self.name, self.sha256, mask)
 
     def describe(self) -> dict[str, Any]:
-        """What a report says of them."""
+        """What a report says of them; ``sources`` is what each gave."""
         count, seq_len = self.input_ids.shape
         sizes = {"windows": count, "seq_len": seq_len, "tokens": self.tokens}
-        return {"name": self.name, **sizes, "sha256": self.sha256}
+        sources = [asdict(share) for share in self.shares]
+        return {"name": self.name, **sizes, "sha256": self.sha256, "sources": sources}
 
 
 @dataclass(frozen=True)

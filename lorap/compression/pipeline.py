@@ -9,7 +9,7 @@ Where finished steps are kept is a matter of the store (:mod:`lorap.compression.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -130,7 +130,7 @@ class Run:
         report.params_total_before = count_parameters(model)
         drawn = self._windows(calibration, evaluation)
         windows, texts = drawn.calibration, drawn.texts
-        report.calibration = {**windows.describe(), "sources": [asdict(share) for share in windows.shares]}
+        report.calibration = windows.describe()
         before = self._dense_losses(texts)
         plan = self._plan(windows)
         with self.watch("calibrate"):

@@ -229,7 +229,7 @@ class _Run:
             windows = self._training_windows(tokenizer)
             texts = [_evaluation_windows(text, tokenizer, self.model) for text in self.evaluation]
         settings = _settings(self.recovery, self.teacher_source)
-        report = RecoveryReport(self.source.name, settings, _describe(windows), stored_parameters(self.origin))
+        report = RecoveryReport(self.source.name, settings, windows.describe(), stored_parameters(self.origin))
         report.environment = describe_environment(self.device, self.recovery.dtype)
         made_from = _made_from(self.source, self.teacher_source, windows)
         with state_folder(work, settings | made_from, restart=restart) as folder:
@@ -342,12 +342,6 @@ def _made_from(source: ModelSource, teacher: ModelSource | None, windows: TokenW
         "teacher_weights": hash_files(*teacher.weight_files) if teacher else None,
         "tokens": windows.sha256,
     }
-
-
-def _describe(windows: TokenWindows) -> dict[str, Any]:
-    count, seq_len = windows.input_ids.shape
-    sizes = {"windows": count, "seq_len": seq_len, "tokens": windows.tokens, "sha256": windows.sha256}
-    return {"name": windows.name, **sizes, "sources": [asdict(share) for share in windows.shares]}
 
 
 def _write_report(stage: Path, report: RecoveryReport) -> None:
