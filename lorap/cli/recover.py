@@ -12,7 +12,7 @@ from lorap.cli.common import SOURCE_HELP, AsJson, Debug, Device, Quiet, be_quiet
 from lorap.outputs import work_path
 from lorap.recovery.config import MODULES, PRECISIONS, RECOVERY, TuningConfig
 
-_DEFAULT = TuningConfig()
+_DEFAULT = TuningConfig  # its fields hold the defaults; to make one takes pydantic
 
 
 def recover_command(
