@@ -210,14 +210,16 @@ def test_versions_are_the_lowest_that_fit() -> None:
         LoRAPConfig(group_size=64)
 
 
-def test_doors_that_need_floating_point_say_so(folder, tmp_path, make_model) -> None:
+def test_doors_that_need_floating_point_say_so(folder, tmp_path, make_model, compress_small) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
+    uneven = compress_small(make_model("llama-gqa"), recipe="flap", sparsity=0.3, weights="int4")[0]
     doors = [
         lambda: lorap.quantize(model, "int8"),
         lambda: lorap.quantize_int8(model),
         lambda: lorap.reconstruct(model),
         lambda: lorap.compress(model),
         lambda: lorap.export_stock(model, tmp_path / "stock"),
+        lambda: lorap.export_stock(uneven, tmp_path / "stock"),
         lambda: lorap.export_gguf(model, tmp_path / "gguf", tokenizer=None),
         lambda: lorap.export_deci(model, tmp_path / "deci"),
         lambda: lorap.recover(folder, tmp_path / "tuned"),

@@ -34,11 +34,7 @@ def reconstruct(model: Model) -> Model:
         ArchitectureError: the factors of a layer are not plain (adapters, hooks, offloaded weights), or weights are quantized.
     """
     pairs = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
-    compression = get_quantization_config(model)
-    if compression is not None and compression.weights != "float":
-        raise ArchitectureError(
-            f"the weights of this model are {compression.weights}; reconstruct it before it is quantized"
-        )
+    compression = check_floating_point(model)
     for name, pair in pairs.items():
         _check(pair, name)
     for name, pair in pairs.items():
@@ -49,6 +45,20 @@ def reconstruct(model: Model) -> Model:
     if compression is not None:
         _reduce_quantization_config(model, compression)
     return model
+
+
+def check_floating_point(model: PreTrainedModel) -> LoRAPConfig | None:
+    """What lorap has done to a model whose weights are floating-point numbers; None where it has not changed it.
+
+    Raises:
+        ArchitectureError: the weights are quantized.
+    """
+    compression = get_quantization_config(model)
+    if compression is not None and compression.weights != "float":
+        raise ArchitectureError(
+            f"the weights of this model are {compression.weights}; reconstruct or export it before it is quantized"
+        )
+    return compression
 
 
 @torch.no_grad()

@@ -255,6 +255,7 @@ class Run:
                     start = dict(watch.seconds)
                     with watch("round"):
                         round_layer(context, index, stream, **options)
+                    with watch("save"):
                         self.store.save_rounded(index, layer, watch.since(start))
                 self._advance_all([stream], index, "round")
                 self._advance_all(judged, index, "evaluate")

@@ -18,7 +18,7 @@ from lorap.architectures import ATTENTION, MLP, PROJECTIONS, Architecture, known
 from lorap.checkpoint import host_keys
 from lorap.checkpoint.folders import read_tensors
 from lorap.checkpoint.hf_quantizer import detach_quantization_config
-from lorap.checkpoint.reconstruct import reconstruct
+from lorap.checkpoint.reconstruct import check_floating_point, reconstruct
 from lorap.checkpoint.save import SPARE_BYTES
 from lorap.checkpoint.write import write_model
 from lorap.errors import ArchitectureError, CheckpointError
@@ -81,10 +81,11 @@ def make_stock(model: PreTrainedModel, *, pad_widths: bool = False) -> Any:
     With ``pad_widths``, FFNs narrower than the widest get channels of zeros, which output nothing.
 
     Raises:
-        ArchitectureError: the family is unknown, FFN widths differ, or the class has no place for a bias; the model may be
-            changed then.
+        ArchitectureError: the family is unknown, weights are quantized, FFN widths differ, or the class has no place for a bias;
+            the model may be changed then.
     """
     architecture = known_architecture(model, to="export")
+    check_floating_point(model)
     widths = architecture.ffn_widths(model)
     if min(widths) < max(widths) and not pad_widths:
         raise ArchitectureError(
