@@ -1,22 +1,24 @@
 """Where the projections live in each model family: one table, no per-family classes.
 
-All families below share LLaMA's decoder layer: ``self_attn`` with separate q, k, v and o, and a gated ``mlp`` with separate
-gate, up and down. Multi-head and grouped-query attention, biases, q/k norms, sliding windows and tied embeddings need no
-entry here, because nothing but the seven linear layers is touched.
+All families below have the seven linear layers of LLaMA's decoder layer: attention with separate q, k, v and o, and a gated FFN
+with separate gate, up and down. What else a layer does needs no entry here, because nothing but the seven is touched: norms
+before, between or after its parts, norms of heads, biases, sliding windows, scaled embeddings, residuals and logits, rotary
+positions of any kind. What the seven are to each other is a contract, which is in :mod:`lorap.calibration.contract` and is
+verified on the weights before anything is compressed.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorap.errors import ArchitectureError
 
 if TYPE_CHECKING:  # names and shapes alone take no torch
-    from torch import nn
+    from torch import Tensor, nn
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -49,6 +51,7 @@ class Architecture:
         layers: path from the model to its list of decoder layers.
         attention: path from a decoder layer to its attention.
         mlp: path from a decoder layer to its FFN.
+        activation: path from the FFN to the function between gate and up; configs name it in several fields, or none.
         projections: path from a decoder layer to each of the seven linear layers.
     """
 
@@ -56,6 +59,7 @@ class Architecture:
     layers: str = "model.layers"
     attention: str = "self_attn"
     mlp: str = "mlp"
+    activation: str = "act_fn"
     projections: Mapping[str, str] = field(default_factory=_llama_projections)
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
@@ -65,6 +69,13 @@ class Architecture:
     def linears(self, layer: nn.Module) -> dict[str, nn.Linear]:
         """The seven linear layers of one dense decoder layer, by role."""
         return {role: layer.get_submodule(path) for role, path in self.projections.items()}  # type: ignore[misc]
+
+    def activation_of(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The function between gate and up of one decoder layer."""
+        found: Any = layer.get_submodule(self.mlp)
+        for part in self.activation.split("."):
+            found = getattr(found, part)
+        return found  # type: ignore[no-any-return]
 
     def ffn_widths(self, model: nn.Module) -> list[int]:
         """Channels of each layer's FFN."""
@@ -94,6 +105,31 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "qwen2": Architecture("Qwen2, Qwen2.5"),
         "qwen3": Architecture("Qwen3"),
         "smollm3": Architecture("SmolLM3"),
+        "cohere": Architecture("Command R"),
+        "cohere2": Architecture("Command R7B, Command A"),
+        "cwm": Architecture("Code World Model"),
+        "diffllama": Architecture("DiffLlama"),
+        "doge": Architecture("Doge"),
+        "ernie4_5": Architecture("ERNIE 4.5, dense"),
+        "exaone4": Architecture("EXAONE 4"),
+        "gemma": Architecture("Gemma"),
+        "gemma2": Architecture("Gemma 2"),
+        "gemma3_text": Architecture("Gemma 3, text alone"),
+        "granite": Architecture("Granite 3, dense"),
+        "granite_swa": Architecture("Granite with sliding windows"),
+        "helium": Architecture("Helium"),
+        "hunyuan_v1_dense": Architecture("Hunyuan, dense"),
+        "hyperclovax": Architecture("HyperCLOVA X SEED"),
+        "internlm3": Architecture("InternLM3"),
+        "iquestcoder": Architecture("IQuest-Coder"),
+        "ministral": Architecture("Ministral"),
+        "ministral3": Architecture("Ministral 3"),
+        "olmo": Architecture("OLMo"),
+        "olmo2": Architecture("OLMo 2"),
+        "olmo3": Architecture("OLMo 3"),
+        "seed_oss": Architecture("Seed-OSS"),
+        "stablelm": Architecture("StableLM"),
+        "vaultgemma": Architecture("VaultGemma"),
     }
 )
 

@@ -74,8 +74,7 @@ def drawings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorap.reports.html.charts.has_matplotlib", lambda: True)
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE of 500 tokens, trained on the text that ships with lorap."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -88,6 +87,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
     bpe.train_from_iterator([read_source("default")], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", pad_token="<pad>")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of 500 tokens."""
+    return make_tokenizer()
 
 
 @pytest.fixture(scope="session")

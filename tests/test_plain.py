@@ -17,9 +17,8 @@ from safetensors.torch import load_file, save_file
 from test_startup import IMPORTED
 
 import lorap
-from lorap.architectures import ARCHITECTURES
 from lorap.checkpoint.folders import INDEX, WEIGHTS
-from lorap.checkpoint.layouts import dense_shapes
+from lorap.checkpoint.layouts import PLAIN, dense_shapes
 from lorap.checkpoint.load import find_model
 from lorap.checkpoint.plain import find_plain
 from lorap.errors import LoRAPError
@@ -72,7 +71,7 @@ def test_int8_models_are_plain(make_model, compress_small, tmp_path):
         assert found["scale_bytes"] > 0
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", PLAIN)
 def test_shapes_are_those_of_the_class_for_sizes_that_divide_nothing(model_type):
     config_class = type(transformers.AutoConfig.for_model(model_type))
     sizes = {"vocab_size": 77, "hidden_size": 45, "intermediate_size": 31, "num_hidden_layers": 3, "head_dim": 6}

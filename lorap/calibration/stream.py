@@ -13,6 +13,7 @@ pass, so that nothing here depends on the model family.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -218,7 +219,7 @@ def run_layer(layer: nn.Module, hidden: Tensor, batch: Batch, index: int) -> Ten
 
 def logits_of(context: DecoderContext, hidden: Tensor) -> Tensor:
     """(windows, seq_len, vocab_size), given the outputs of the last layer."""
-    with bypassed(context.layers):
+    with bypassed(context.layers, output=hidden):
         logits: Tensor = context.model(inputs_embeds=hidden, use_cache=False).logits
     return logits
 
@@ -285,17 +286,28 @@ def _batches(count: int, size: int, fold_of: Tensor | None) -> Iterator[tuple[in
 
 
 @contextmanager
-def bypassed(layers: Sequence[nn.Module]) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
-    """While active, each layer returns its input unchanged and appends (hidden, keyword arguments) to the list."""
-    calls: list[tuple[Tensor, dict[str, Any]]] = []
+def bypassed(
+    layers: Sequence[nn.Module], *, output: Tensor | None = None
+) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
+    """While active, each layer returns its input unchanged and appends (hidden, keyword arguments) to the list.
 
-    def record(hidden: Tensor, **kwargs: Any) -> Tensor:
-        calls.append((hidden, kwargs))
-        return hidden
+    Args:
+        layers: of the decoder.
+        output: what they return instead; some models scale the embeddings that they are given.
+    """
+    calls: list[tuple[Tensor, dict[str, Any]]] = []
+    names = [list(inspect.signature(type(layer).forward).parameters)[2:] for layer in layers]  # after self and hidden
+
+    def recorder(positional: Sequence[str]) -> Callable[..., Tensor]:
+        def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            calls.append((hidden, dict(zip(positional, args, strict=False)) | kwargs))
+            return hidden if output is None else output
+
+        return record
 
     own = [vars(layer).get("forward") for layer in layers]
-    for layer in layers:
-        layer.forward = record  # type: ignore[method-assign]
+    for layer, positional in zip(layers, names, strict=True):
+        layer.forward = recorder(positional)  # type: ignore[method-assign]
     try:
         yield calls
     finally:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SUFFIX = "_needs_import_lorap"
-# config field of the activation, in all families of lorap.architectures.
-ACTIVATION = "hidden_act"
+# config fields of the activation, in the families of lorap.architectures; Gemma's classes pass over the second.
+ACTIVATIONS = ("hidden_activation", "hidden_act")
 
 
 def register_activations() -> None:
@@ -33,8 +33,8 @@ def register_activations() -> None:
 def put_guards(model: PreTrainedModel, on: bool) -> None:
     """Give a model all guards in words, or take them away; what it computes stays."""
     unguard_config(model.config)
-    if on and (name := activation_of(model.config)):
-        setattr(model.config, ACTIVATION, name + SUFFIX)
+    if on:
+        _name_activation(model.config, SUFFIX)
     for module in model.modules():
         if isinstance(module, LowRankLinear):
             module.put_named_guard(on)
@@ -42,11 +42,16 @@ def put_guards(model: PreTrainedModel, on: bool) -> None:
 
 def unguard_config(config: Any) -> None:
     """Have a config name the activation as everyone knows it."""
-    if name := activation_of(config):
-        setattr(config, ACTIVATION, name)
+    _name_activation(config, "")
 
 
 def activation_of(config: Any) -> str:
     """The activation that a config names, with or without a guard; empty where it names none."""
-    name = getattr(config, ACTIVATION, None)
-    return name.removesuffix(SUFFIX) if isinstance(name, str) else ""
+    names = (getattr(config, field, None) for field in ACTIVATIONS)
+    return next((name.removesuffix(SUFFIX) for name in names if isinstance(name, str)), "")
+
+
+def _name_activation(config: Any, suffix: str) -> None:
+    field = next((field for field in ACTIVATIONS if isinstance(getattr(config, field, None), str)), None)
+    if field is not None:
+        setattr(config, field, activation_of(config) + suffix)

@@ -1,4 +1,4 @@
-"""Names and shapes of all tensors of a model, from its config.json alone, for the families of lorap.architectures.
+"""Names and shapes of all tensors of a model, from its config.json alone, for five families of lorap.architectures.
 
 transformers knows the same by building the model, which takes seconds of imports. What is not certain here is left to it: there
 is no answer then.
@@ -29,6 +29,8 @@ BIAS_FIELDS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "smollm3": {"attention_bias": ATTENTION, "mlp_bias": MLP},
 }
 HEAD_NORMS = {"qwen3": ("q_norm", "k_norm")}
+# The families of which this file knows everything; of the others the class itself must be asked.
+PLAIN = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -36,7 +38,7 @@ def dense_shapes(model_type: str, settings: Mapping[str, Any]) -> Shapes | None:
     """What a dense model's state dict holds, its head included, whether that is tied or not.
 
     Args:
-        model_type: one of ``ARCHITECTURES``.
+        model_type: one of ``PLAIN``.
         settings: config.json, or what a GGUF file says in its words.
 
     Returns:

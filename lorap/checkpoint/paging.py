@@ -21,6 +21,7 @@ from transformers import GenerationConfig
 from lorap.architectures import Architecture, find_architecture
 from lorap.checkpoint.stored_tensors import STORED_DTYPES, StoredTensor
 from lorap.checkpoint.validate import CheckedFolder, empty_model, module_name
+from lorap.errors import ArchitectureError
 from lorap.system import free_memory_bytes, release_freed_memory
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class OffloadedTensors:
             if self.dtype is not None and tensor.is_floating_point():
                 tensor = tensor.to(self.dtype)
             put_tensor(module, name, tensor.to(device))
+        for owner, name, buffer in computed_buffers(module):
+            owner._buffers[name] = buffer.to(device)
 
     def prefetch(self) -> None:
         """Let the system read ahead what will be wanted next; returns at once."""
@@ -78,6 +81,14 @@ def put_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
         owner._buffers[leaf] = tensor
 
 
+def computed_buffers(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """Buffers that no file holds, such as the scale of an embedding: (the module that owns it, its name there, the buffer)."""
+    for owner in module.modules():
+        for name in owner._non_persistent_buffers_set:
+            if (buffer := owner._buffers[name]) is not None:
+                yield owner, name, buffer
+
+
 def offloaded_tensors(module: nn.Module) -> OffloadedTensors | None:
     """Where a module's tensors lie; None for one that simply is in memory."""
     return getattr(module, "offloaded", None)
@@ -102,7 +113,10 @@ def in_memory(module: nn.Module, device: torch.device | None = None) -> Iterator
         # What became of the module meanwhile goes as well, and its stored tensors may be others by now.
         now = offloaded_tensors(module)
         if now is not None and not now.resident:
+            computed = list(computed_buffers(module))
             module.to("meta")
+            for owner, name, buffer in computed:
+                owner._buffers[name] = buffer
             release_freed_memory(max((stored.info.numel for stored in offloaded.tensors.values()), default=0))
 
 
@@ -223,11 +237,31 @@ def _owners(model: nn.Module, name: str) -> Iterator[nn.Module]:
     return (model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts) + 1))
 
 
-def renew_buffers(model: nn.Module, device: torch.device) -> None:
-    """Buffers that no file holds, such as the frequencies of rotary embeddings, are computed by their module's constructor."""
-    for name, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module._buffers.values() if buffer is not None):
-            model.set_submodule(name, type(module)(config=model.config).to(device))  # type: ignore[call-arg]
+def renew_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Buffers that no file holds, such as the frequencies of rotary embeddings, are filled as ``from_pretrained`` fills them.
+
+    Raises:
+        ArchitectureError: the model's class does not say what is in one of them.
+    """
+    owners = {id(owner): owner for owner, _, buffer in computed_buffers(model) if buffer.is_meta}
+    for owner in owners.values():
+        own = {
+            name: buffer
+            for name, buffer in owner.named_buffers(recurse=False)
+            if name in owner._non_persistent_buffers_set
+        }
+        for name, buffer in own.items():
+            unknown = float("nan") if buffer.is_floating_point() else -1
+            owner._buffers[name] = torch.full_like(buffer, unknown, device=device)
+        with torch.no_grad():
+            model._init_weights(owner)
+        for name in own:
+            buffer = owner.get_buffer(name)
+            if bool(buffer.isnan().any() if buffer.is_floating_point() else (buffer == -1).any()):
+                raise ArchitectureError(
+                    f"{type(model).__name__} does not tell what is in {type(owner).__name__}.{name}, which no file holds; "
+                    "use another version of transformers"
+                )
 
 
 def main_dtype(files: Mapping[str, StoredTensor]) -> torch.dtype:

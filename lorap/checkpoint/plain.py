@@ -13,14 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lorap.architectures import ARCHITECTURES
 from lorap.checkpoint.find import Contents, ModelSource, locate
 from lorap.checkpoint.folders import CONFIG, INDEX, WEIGHTS, read_tensors
 from lorap.checkpoint.gguf.header import read_gguf
 from lorap.checkpoint.gguf.keys import gguf_settings, tensor_sources
 from lorap.checkpoint.gguf.names import READ
 from lorap.checkpoint.headers import TensorInfo
-from lorap.checkpoint.layouts import compressed_shapes, dense_shapes
+from lorap.checkpoint.layouts import PLAIN, compressed_shapes, dense_shapes
 from lorap.checkpoint.quantization_fields import QUANT_METHOD, QuantizationFields
 from lorap.jsonio import read_json
 from lorap.nn.low_rank_tensors import INTEGERS
@@ -86,7 +85,7 @@ def read_plain(folder: Path) -> Contents | None:
     """
     settings = read_json(folder / CONFIG, constants=())
     model_type: Any = settings.get("model_type")
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in PLAIN:
         return None
     if not _are_plain_files(folder) or not _are_plain_settings(settings):
         return None

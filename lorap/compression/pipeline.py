@@ -18,6 +18,7 @@ from torch import nn
 
 from lorap.architectures import PROJECTIONS
 from lorap.calibration.context import DecoderContext
+from lorap.calibration.contract import verify_contract
 from lorap.calibration.mixtures import Sources, check_sources
 from lorap.calibration.sources import DEFAULT_CALIBRATION, Source
 from lorap.calibration.stream import CalibrationStream
@@ -127,7 +128,9 @@ class Run:
         model.tie_weights()
         check_sizes(model.config, shapes_of(context.layers, context.architecture), config)
         report = CompressionReport(model=self.name, config=config, calibration={})
-        report.params_total_before = count_parameters(model)
+        report.params_total_before = count_parameters(model)  # before a tied embedding comes into memory by itself
+        with self.watch("check"):
+            verify_contract(context)
         drawn = self._windows(calibration, evaluation)
         windows, texts = drawn.calibration, drawn.texts
         report.calibration = windows.describe()

@@ -21,7 +21,7 @@ from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, regist
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.models.utils import WeightsMapper
 
-from lorap.architectures import ARCHITECTURES, SHARED_INPUTS
+from lorap.architectures import SHARED_INPUTS
 from lorap.checkpoint.build import put_layers
 from lorap.checkpoint.folders import read_tensors
 from lorap.checkpoint.format import QUANT_METHOD, LoRAPConfig
@@ -30,6 +30,9 @@ from lorap.errors import BackendError, CheckpointError
 from lorap.integrations.vllm_linear import LoRAPLinearMethod
 from lorap.nn.implementations import FLOATS
 
+# Families whose models in vLLM were run with the plug-in (tests/vllm): which linear layers a model of vLLM has, and under which
+# names their weights come, is its own affair.
+SERVED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 # vLLM's fused layers, for models that do not say themselves what theirs hold.
 FUSED = {"qkv_proj": SHARED_INPUTS["attention_input"], "gate_up_proj": SHARED_INPUTS["mlp_input"]}
 
@@ -94,13 +97,18 @@ class LoRAPQuantizationConfig(QuantizationConfig):
         """Called before the model is built, by the process that the user started: refuse a folder that cannot be served.
 
         Raises:
+            BackendError: the family was never run in vLLM.
             CheckpointError: a tensor is missing, or has another shape than config.json says.
         """
+        if (model_type := getattr(hf_config, "model_type", None)) not in SERVED:
+            raise BackendError(
+                f"lorap's plug-in for vLLM serves {', '.join(SERVED)}, and this is a {model_type} model: make it an ordinary one "
+                "with `lorap export`, which vLLM serves by itself, or open it in transformers"
+            )
         self.intermediate_size = getattr(hf_config, "intermediate_size", None)
         unguard_config(hf_config)  # vLLM's FFNs want to read "silu"
         folder = Path(model_name)
-        known = getattr(hf_config, "model_type", None) in ARCHITECTURES
-        if known and folder.is_dir() and any(folder.glob("*.safetensors")):
+        if folder.is_dir() and any(folder.glob("*.safetensors")):
             check_folder(folder, hf_config, self.checkpoint)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> LoRAPLinearMethod | None:

@@ -1,0 +1,208 @@
+"""A tiny random model of each family, through everything that lorap does with a model: the table of docs/models.md.
+
+``python tests/families.py`` writes the table, ``tests/test_families.py`` runs the same and compares.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import lorap
+from lorap.architectures import ARCHITECTURES
+from lorap.checkpoint.load import find_model, load_model
+from lorap.compression.runs.run import RunOptions
+from lorap.errors import LoRAPError
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
+SIZES: dict[str, Any] = {
+    "vocab_size": 500,
+    "hidden_size": 64,
+    "intermediate_size": 100,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+}
+# What sets a family apart in ways that matter here.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gemma2": {"query_pre_attn_scalar": 16, "sliding_window": 8},
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
+    "granite": {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22},
+    "granite_swa": {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22},
+    "stablelm": {"use_parallel_residual": True, "qk_layernorm": True},
+}
+WINDOWS, SEQ_LEN = 8, 32
+COLUMNS = (
+    *("sparsity 0", "`lorap`", "`best`", "reload", "generate", "optimize"),
+    *("`--format stock`", "`--format deci`", "`--format gguf`"),
+)
+
+
+def tiny(model_type: str, **overrides: Any) -> Any:
+    """A random model of the family, the same on every call; no layer is close to the identity."""
+    own = AutoConfig.for_model(model_type, **(SIZES | OPTIONS.get(model_type, {}) | overrides))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(own).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.15 if parameter.ndim == 2 else 0.3))
+            if parameter.ndim == 1:
+                parameter += 0.5
+    return model
+
+
+def windows() -> Tensor:
+    """(8, 32) random tokens."""
+    return torch.randint(2, SIZES["vocab_size"], (WINDOWS, SEQ_LEN), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    found: Tensor = model(windows()[:2]).logits
+    return found
+
+
+def written(model: Any) -> Tensor:
+    """Six tokens."""
+    tokens: Tensor = model.generate(windows()[:1, :9], max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    return tokens
+
+
+def config(**options: Any) -> lorap.CompressionConfig:
+    return lorap.CompressionConfig(num_calibration_samples=WINDOWS, calibration_seq_len=SEQ_LEN, **options)
+
+
+def compressed(model_type: str, **options: Any) -> tuple[Any, lorap.CompressionReport]:
+    return lorap.compress(tiny(model_type), calibration=windows(), config=config(**options), progress=False)
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+def check(model_type: str, place: Path, tokenizer: Any) -> dict[str, str]:
+    """Everything with one family.
+
+    Args:
+        model_type: one of the architectures.
+        place: an empty folder.
+        tokenizer: for files that hold one.
+
+    Returns:
+        For each of ``COLUMNS`` "yes", or the sentence with which an export was refused.
+
+    Raises:
+        AssertionError: something is not as it should be.
+    """
+    found = dict.fromkeys(COLUMNS[:6], "yes")
+    dense = logits(tiny(model_type))
+    same, _ = compressed(model_type, sparsity=0.0, correction_steps=0)
+    assert torch.equal(logits(same), dense)
+    for recipe in ("lorap", "best"):
+        model, report = compressed(model_type, recipe=recipe, sparsity=0.3)
+        expected = logits(model)
+        assert (expected - dense).abs().max() > 1e-3 * dense.abs().max()
+        assert 0.6 < report.param_ratio < 0.75
+        if recipe == "lorap":  # as the command does it: one layer in memory
+            tiny(model_type).save_pretrained(place / "dense")
+            run = RunOptions(calibration=windows(), progress=False)
+            lorap.compress_to_folder(place / "dense", place / recipe, config(recipe=recipe, sparsity=0.3), run)
+        else:
+            lorap.save(model, place / recipe, report=report)
+        folder = load_model(find_model(place / recipe))
+        opened = type(model).from_pretrained(place / recipe)
+        assert torch.equal(logits(folder), expected)
+        assert torch.equal(logits(opened), expected)
+        lorap.optimize_for_inference(opened)
+        assert_close(logits(opened), expected)
+        assert torch.equal(written(opened), written(model))
+    exports: dict[str, Callable[[Any], Path]] = {
+        "`--format stock`": lambda model: lorap.export_stock(model, place / "stock"),
+        "`--format deci`": lambda model: lorap.export_deci(model, place / "deci"),
+        "`--format gguf`": lambda model: lorap.export_gguf(model, place / "gguf", tokenizer=tokenizer),
+    }
+    for column, export in exports.items():
+        model = load_model(find_model(place / "lorap"))
+        found[column] = exported(model, export)
+    return found
+
+
+def exported(model: Any, export: Callable[[Any], Path]) -> str:
+    """ "yes", or what an export says against the model; what it writes computes the same."""
+    expected = logits(model)
+    try:
+        folder = export(model)
+    except LoRAPError as error:
+        return str(error)
+    if not (folder / "configuration_deci.py").exists():  # its class is in other hosts, see tests/test_deci.py
+        assert_close(logits(load_model(find_model(folder))), expected)
+    return "yes"
+
+
+def page(found: Mapping[str, Mapping[str, str]], before: str = "") -> str:
+    """docs/models.md, from what :func:`check` found; families that did not run keep the row that they had ``before``."""
+    header = ["family", "`model_type`", *COLUMNS]
+    rows = {line.split("|")[2].strip(" `"): line for line in before.splitlines() if line.startswith("|")}
+    for model_type, cells in found.items():
+        words = ("yes" if cells[column] == "yes" else "refused" for column in COLUMNS)
+        rows[model_type] = f"| {' | '.join([ARCHITECTURES[model_type].families, f'`{model_type}`', *words])} |"
+    lines = [rows[model_type] for model_type in ARCHITECTURES if model_type in rows]
+    table = [f"| {' | '.join(header)} |", "|---" * len(header) + "|", *lines]
+    versions = f"transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}"
+    return PAGE_TEXT.format(count=len(lines), versions=versions, table="\n".join(table))
+
+
+PAGE_TEXT = """# Models
+
+{count} families, each as a tiny random model of its class in transformers, with {versions}. `python tests/families.py`
+runs them and writes this page; `make test-all` fails where it is not true any more.
+
+{table}
+
+- **sparsity 0**: with `--sparsity 0 --correction-steps 0` the logits are those of the dense model, bit for bit.
+- **`lorap`, `best`**: both recipes at sparsity 0.3 remove what they are asked for.
+- **reload**: saved and opened again by lorap and by `from_pretrained`, the logits are the same bits.
+- **generate**, **optimize**: `lorap.optimize_for_inference` leaves the logits (within 0.0001 of the largest) and the tokens that
+  are written. It fuses SiLU only; FFNs with another activation run as the model's own class has them.
+- **exports**: what is written computes the same, opened as an ordinary model. "refused": with a sentence that says so, and
+  nothing is written. In vLLM, lorap's plug-in serves Llama, Mistral, Qwen2, Qwen3 and SmolLM3, and refuses the others by name; as
+  `--format stock` a model is an ordinary one of its class.
+
+Before anything is compressed, one layer of each kind is run on eight random tokens and compared with what lorap takes for granted
+of the family ([the contract](../lorap/calibration/contract.py)): which linear layers read the same, that down reads
+act(gate) * up and nothing else, that values reach o through v alone. A version of transformers that computes a family in another
+way is refused, with the layer and the difference.
+
+Not among them, and refused by name: FFNs without a gate or with a norm inside (GPT-NeoX, Phi-2, Nemotron, BitNet), mixtures of
+experts, multi-head latent attention (DeepSeek), state spaces. Other families are a row in `lorap/architectures.py` away.
+"""
+
+
+def main() -> None:
+    """All families, or those that are named."""
+    from conftest import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    for model_type in sys.argv[1:] or ARCHITECTURES:
+        with tempfile.TemporaryDirectory() as place:
+            found = check(model_type, Path(place), tokenizer)
+        print(model_type, {column: cell for column, cell in found.items() if cell != "yes"}, flush=True)
+        PAGE.write_text(page({model_type: found}, PAGE.read_text("utf-8") if PAGE.exists() else ""), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
