@@ -130,6 +130,16 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "seed_oss": Architecture("Seed-OSS"),
         "stablelm": Architecture("StableLM"),
         "vaultgemma": Architecture("VaultGemma"),
+        # Vision and language: the language model is compressed, the rest stays as it is.
+        "gemma3": Architecture("Gemma 3 with vision", layers="model.language_model.layers"),
+        "idefics3": Architecture("Idefics 3, SmolVLM", layers="model.text_model.layers"),
+        "internvl": Architecture("InternVL 3", layers="model.language_model.layers"),
+        "llava": Architecture("LLaVA", layers="model.language_model.layers"),
+        "mistral3": Architecture("Mistral Small 3.x", layers="model.language_model.layers"),
+        "qwen2_vl": Architecture("Qwen2-VL", layers="model.language_model.layers"),
+        "qwen2_5_vl": Architecture("Qwen2.5-VL", layers="model.language_model.layers"),
+        "qwen3_vl": Architecture("Qwen3-VL", layers="model.language_model.layers"),
+        "smolvlm": Architecture("SmolVLM 2", layers="model.text_model.layers"),
     }
 )
 
@@ -171,6 +181,11 @@ def find_architecture(model: nn.Module) -> Architecture:
         for role in PROJECTIONS:
             _check_linear(layer, architecture.projections[role], architecture.module_name(index, role))
     return architecture
+
+
+def text_config(config: Any) -> Any:
+    """The part of a model's config that describes its language model: of a model for texts alone the whole."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def cache_argument(model: nn.Module) -> str:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 import lorap
-from lorap.architectures import ARCHITECTURES
+from lorap.architectures import ARCHITECTURES, PROJECTIONS
 from lorap.checkpoint.load import find_model, load_model
+from lorap.checkpoint.validate import model_class
 from lorap.compression.runs.run import RunOptions
 from lorap.errors import LoRAPError
 
@@ -45,6 +46,24 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "granite_swa": {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22},
     "stablelm": {"use_parallel_residual": True, "qk_layernorm": True},
 }
+# Models that see: what their vision has, and of which family the language model is.
+EYES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": ("gemma3_text", {"hidden_size": 32, "intermediate_size": 40, "image_size": 28, "patch_size": 14}),
+    "idefics3": ("llama", {"hidden_size": 32, "intermediate_size": 40, "image_size": 28, "patch_size": 14}),
+    "internvl": ("qwen2", {"hidden_size": 32, "intermediate_size": 40, "image_size": [28, 28], "patch_size": [14, 14]}),
+    "llava": ("llama", {"hidden_size": 32, "intermediate_size": 40, "image_size": 28, "patch_size": 14}),
+    "mistral3": ("mistral", {"hidden_size": 32, "intermediate_size": 40, "image_size": 28, "patch_size": 14}),
+    "qwen2_vl": ("", {"embed_dim": 32, "hidden_size": 64, "depth": 1, "num_heads": 2}),
+    "qwen2_5_vl": ("", {"hidden_size": 32, "intermediate_size": 40, "out_hidden_size": 64, "depth": 1, "num_heads": 2}),
+    "qwen3_vl": (
+        "",
+        {"hidden_size": 32, "intermediate_size": 40, "out_hidden_size": 64, "depth": 1, "num_heads": 2}
+        | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+    ),
+    "smolvlm": ("llama", {"hidden_size": 32, "intermediate_size": 40, "image_size": 28, "patch_size": 14}),
+}
+SIGHT = {"num_hidden_layers": 1, "num_attention_heads": 2}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
 WINDOWS, SEQ_LEN = 8, 32
 COLUMNS = (
     *("sparsity 0", "`lorap`", "`best`", "reload", "generate", "optimize"),
@@ -54,15 +73,30 @@ COLUMNS = (
 
 def tiny(model_type: str, **overrides: Any) -> Any:
     """A random model of the family, the same on every call; no layer is close to the identity."""
-    own = AutoConfig.for_model(model_type, **(SIZES | OPTIONS.get(model_type, {}) | overrides))
+    own = tiny_config(model_type, **overrides)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(own).eval()
+    model = model_class(own).from_config(own).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * (0.15 if parameter.ndim == 2 else 0.3))
             if parameter.ndim == 1:
                 parameter += 0.5
     return model
+
+
+def tiny_config(model_type: str, **overrides: Any) -> Any:
+    options = SIZES | OPTIONS.get(model_type, {}) | overrides
+    if model_type not in EYES:
+        return AutoConfig.for_model(model_type, **options)
+    family, vision = EYES[model_type]
+    text = options | OPTIONS.get(family, {}) | ({"model_type": family} if family else MROPE)
+    kind = {"model_type": "clip_vision_model"} if model_type == "llava" else {}
+    return AutoConfig.for_model(
+        model_type,
+        text_config=text,
+        vision_config=SIGHT | vision | kind,
+        tie_word_embeddings=options["tie_word_embeddings"],
+    )
 
 
 def windows() -> Tensor:
@@ -127,6 +161,7 @@ def check(model_type: str, place: Path, tokenizer: Any) -> dict[str, str]:
         opened = type(model).from_pretrained(place / recipe)
         assert torch.equal(logits(folder), expected)
         assert torch.equal(logits(opened), expected)
+        assert_nothing_else_changed(opened, model_type)
         lorap.optimize_for_inference(opened)
         assert_close(logits(opened), expected)
         assert torch.equal(written(opened), written(model))
@@ -139,6 +174,15 @@ def check(model_type: str, place: Path, tokenizer: Any) -> dict[str, str]:
         model = load_model(find_model(place / "lorap"))
         found[column] = exported(model, export)
     return found
+
+
+def assert_nothing_else_changed(model: Any, model_type: str) -> None:
+    """All but the projections is what it was, bit by bit; of models that see also their vision."""
+    architecture, found = ARCHITECTURES[model_type], model.state_dict()
+    names = [architecture.module_name(index, role) for index in range(2) for role in PROJECTIONS]
+    others = {n: t for n, t in tiny(model_type).state_dict().items() if not n.startswith(tuple(f"{m}." for m in names))}
+    assert len(others) >= 3
+    assert all(torch.equal(found[name], tensor) for name, tensor in others.items())
 
 
 def exported(model: Any, export: Callable[[Any], Path]) -> str:
@@ -163,16 +207,22 @@ def page(found: Mapping[str, Mapping[str, str]], before: str = "") -> str:
     lines = [rows[model_type] for model_type in ARCHITECTURES if model_type in rows]
     table = [f"| {' | '.join(header)} |", "|---" * len(header) + "|", *lines]
     versions = f"transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}"
-    return PAGE_TEXT.format(count=len(lines), versions=versions, table="\n".join(table))
+    return PAGE_TEXT.format(
+        count=len(lines),
+        towers=sum(f"| `{name}` |" in "\n".join(lines) for name in EYES),
+        versions=versions,
+        table="\n".join(table),
+    )
 
 
 PAGE_TEXT = """# Models
 
-{count} families, each as a tiny random model of its class in transformers, with {versions}. `python tests/families.py`
-runs them and writes this page; `make test-all` fails where it is not true any more.
+{count} families, {towers} of which see, each as a tiny random model of its class in transformers, with {versions}.
+`python tests/families.py` runs them and writes this page; `make test-all` fails where it is not true any more.
 
 {table}
 
+- In every cell all but the seven projections is what it was, bit by bit.
 - **sparsity 0**: with `--sparsity 0 --correction-steps 0` the logits are those of the dense model, bit for bit.
 - **`lorap`, `best`**: both recipes at sparsity 0.3 remove what they are asked for.
 - **reload**: saved and opened again by lorap and by `from_pretrained`, the logits are the same bits.
@@ -186,6 +236,10 @@ Before anything is compressed, one layer of each kind is run on eight random tok
 of the family ([the contract](../lorap/calibration/contract.py)): which linear layers read the same, that down reads
 act(gate) * up and nothing else, that values reach o through v alone. A version of transformers that computes a family in another
 way is refused, with the layer and the difference.
+
+Of models that see, the language model is compressed, calibrated on text; vision and what joins them stay as they are, bit by
+bit, and the files that tell how images become numbers are copied along. Tensors are written under the names that
+transformers 5 has for them; older names, as most folders on the hub have, are read as well.
 
 Not among them, and refused by name: FFNs without a gate or with a norm inside (GPT-NeoX, Phi-2, Nemotron, BitNet), mixtures of
 experts, multi-head latent attention (DeepSeek), state spaces. Other families are a row in `lorap/architectures.py` away.

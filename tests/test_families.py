@@ -8,8 +8,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lorap.architectures import ARCHITECTURES
 
-# What differs most from Llama: norms after sublayers, multipliers, LayerNorm and parallel sublayers, windows, biases.
-FIRST = ("olmo2", "granite", "cohere2", "exaone4", "ministral3", "ernie4_5")
+# What differs most from Llama: norms after sublayers, multipliers, LayerNorm beside parallel sublayers, GELU and scaled
+# embeddings, and vision beside the language model, with other names in files and with M-RoPE.
+FIRST = ("olmo2", "granite", "cohere2", "gemma3_text", "mistral3", "qwen2_vl")
 found: dict[str, dict[str, str]] = {}
 
 

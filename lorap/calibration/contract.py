@@ -22,7 +22,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lorap.architectures import SHARED_INPUTS
+from lorap.architectures import SHARED_INPUTS, text_config
 from lorap.calibration.context import DecoderContext, on_device
 from lorap.calibration.stream import CalibrationStream, run_layer
 from lorap.calibration.windows import TokenWindows
@@ -63,7 +63,7 @@ def verify_contract(context: DecoderContext) -> None:
 
 def _one_of_each_kind(context: DecoderContext) -> Iterator[int]:
     """The first layer of each structure and each kind of attention."""
-    kinds = getattr(context.model.config, "layer_types", None) or ()
+    kinds = getattr(text_config(context.model.config), "layer_types", None) or ()
     seen = set()
     for index, layer in enumerate(context.layers):
         structure = tuple((name, type(module)) for name, module in layer.named_modules())

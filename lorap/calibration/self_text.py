@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from lorap.architectures import text_config
 from lorap.errors import CalibrationError
 from lorap.nn.linear import embedding_weight
 
@@ -57,7 +58,7 @@ def sample_windows(
     # generate() takes what is not said from the model's own settings, and those of a chat model narrow the choice of words.
     own, model.generation_config = (
         model.generation_config,
-        GenerationConfig(eos_token_id=getattr(model.config, "eos_token_id", None)),
+        GenerationConfig(eos_token_id=getattr(text_config(model.config), "eos_token_id", None)),
     )
     devices = range(torch.cuda.device_count())  # manual_seed seeds all of them
     try:
@@ -90,7 +91,7 @@ def start_token(model: Any, tokenizer: Any) -> int:
             if token is not None and token in vocabulary:
                 return int(vocabulary[token])
     for name in ("bos_token_id", "eos_token_id"):
-        token_id = getattr(model.config, name, None)
+        token_id = getattr(text_config(model.config), name, None)
         token_id = token_id[0] if isinstance(token_id, list) and token_id else token_id
         if isinstance(token_id, int):
             return token_id

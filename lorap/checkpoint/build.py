@@ -13,6 +13,7 @@ from torch import nn
 from lorap.architectures import ARCHITECTURES, ATTENTION, MLP
 from lorap.checkpoint.format import LoRAPConfig
 from lorap.checkpoint.headers import read_header
+from lorap.checkpoint.renaming import renamed
 from lorap.errors import CheckpointError
 from lorap.jsonio import named
 from lorap.nn import int8
@@ -103,7 +104,7 @@ def keep_whole(model: PreTrainedModel, config: LoRAPConfig) -> None:
         del plan[name]
 
 
-def check_stored(files: Sequence[str], wanted: Mapping[str, tuple[int, ...]]) -> None:
+def check_stored(model: PreTrainedModel, files: Sequence[str], wanted: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse safetensors ``files`` that lack a tensor of :func:`put_layers`, have it in another shape, or have more of the kind.
 
     transformers would replace what is missing by random numbers, and pass over factors that the config does not name.
@@ -114,7 +115,7 @@ def check_stored(files: Sequence[str], wanted: Mapping[str, tuple[int, ...]]) ->
     paths = [Path(file) for file in files]
     if not paths or any(path.suffix != ".safetensors" for path in paths):
         return
-    stored = {name: info.shape for path in paths for name, info in read_header(path).items()}
+    stored = renamed(model, {name: info.shape for path in paths for name, info in read_header(path).items()})
     folder = paths[0].parent
     first = next(iter(wanted), "")
     if first not in stored and first.partition(".")[2] in stored:  # saved without the head

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.activations import ACT2CLS, ACT2FN
 
+from lorap.architectures import text_config
 from lorap.nn.linear import LowRankLinear
 
 if TYPE_CHECKING:
@@ -47,11 +48,12 @@ def unguard_config(config: Any) -> None:
 
 def activation_of(config: Any) -> str:
     """The activation that a config names, with or without a guard; empty where it names none."""
-    names = (getattr(config, field, None) for field in ACTIVATIONS)
+    names = (getattr(text_config(config), field, None) for field in ACTIVATIONS)
     return next((name.removesuffix(SUFFIX) for name in names if isinstance(name, str)), "")
 
 
 def _name_activation(config: Any, suffix: str) -> None:
-    field = next((field for field in ACTIVATIONS if isinstance(getattr(config, field, None), str)), None)
+    text = text_config(config)
+    field = next((field for field in ACTIVATIONS if isinstance(getattr(text, field, None), str)), None)
     if field is not None:
-        setattr(config, field, activation_of(config) + suffix)
+        setattr(text, field, activation_of(config) + suffix)

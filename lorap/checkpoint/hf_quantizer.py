@@ -36,7 +36,8 @@ class LoRAPHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
-        check_stored(checkpoint_files or (), put_layers(model, self.quantization_config))
+        wanted = put_layers(model, self.quantization_config)
+        check_stored(model, checkpoint_files or (), wanted)
         keep_whole(model, self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from lorap.checkpoint.find import ModelSource, locate
 from lorap.checkpoint.finite import check_finite
@@ -23,7 +23,7 @@ from lorap.checkpoint.gguf.reading import check_gguf_file, load_gguf
 from lorap.checkpoint.gguf.tokenizer import load_gguf_tokenizer
 from lorap.checkpoint.paging import paged_model
 from lorap.checkpoint.unused_tensors import check_unused
-from lorap.checkpoint.validate import CheckedFolder, check_folder
+from lorap.checkpoint.validate import CheckedFolder, check_folder, model_class
 from lorap.distributed import local_rank
 from lorap.errors import CheckpointError, ConfigError, LoRAPError
 from lorap.jsonio import named
@@ -153,7 +153,7 @@ def _load_whole(source: ModelSource, dtype: torch.dtype | None) -> Any:
 def _load_folder(folder: CheckedFolder, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
     """The model from ``from_pretrained``, and what that found in the files."""
     # Never None, with which transformers asks at the terminal whether to run the checkpoint's code.
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = model_class(folder.config).from_pretrained(
         str(folder.folder),
         config=folder.config,
         dtype=dtype or "auto",

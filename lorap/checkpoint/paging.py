@@ -12,20 +12,16 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from lorap.architectures import Architecture, find_architecture
 from lorap.checkpoint.stored_tensors import STORED_DTYPES, StoredTensor
 from lorap.checkpoint.validate import CheckedFolder, empty_model, module_name
-from lorap.errors import ArchitectureError
 from lorap.system import free_memory_bytes, release_freed_memory
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -174,7 +170,9 @@ def _load_on_forward(layer: nn.Module) -> Iterator[None]:
 
 
 def paged_model(checked: CheckedFolder, *, dtype: torch.dtype | None, device: torch.device) -> Any | None:
-    """The model of a folder with its weights left in the files; None where the files name tensors otherwise than the model.
+    """The model of a folder with its weights left in the files; None where that cannot be done.
+
+    It cannot where files lack tensors that the model has, or where a class does not tell what is in a buffer that no file holds.
 
     Args:
         checked: the folder, whatever files its weights are in.
@@ -191,7 +189,8 @@ def paged_model(checked: CheckedFolder, *, dtype: torch.dtype | None, device: to
     model.config._name_or_path = str(checked.folder)
     if (checked.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(checked.folder))
-    renew_buffers(model, device)
+    if not renew_buffers(model, device):
+        return None
     return model if _offload_layers(model, architecture, checked.tensors, wanted, device) else None
 
 
@@ -237,31 +236,30 @@ def _owners(model: nn.Module, name: str) -> Iterator[nn.Module]:
     return (model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts) + 1))
 
 
-def renew_buffers(model: PreTrainedModel, device: torch.device) -> None:
+def renew_buffers(model: PreTrainedModel, device: torch.device) -> bool:
     """Buffers that no file holds, such as the frequencies of rotary embeddings, are filled as ``from_pretrained`` fills them.
 
-    Raises:
-        ArchitectureError: the model's class does not say what is in one of them.
+    Returns:
+        False where the classes of ``model`` do not tell what is in one of them.
     """
+    told = True
     owners = {id(owner): owner for owner, _, buffer in computed_buffers(model) if buffer.is_meta}
-    for owner in owners.values():
-        own = {
-            name: buffer
-            for name, buffer in owner.named_buffers(recurse=False)
-            if name in owner._non_persistent_buffers_set
-        }
+    parts = {name: part for name, part in model.named_modules() if isinstance(part, PreTrainedModel)}
+    for path, owner in model.named_modules():
+        if id(owner) not in owners:
+            continue
+        own = {name: buffer for name, buffer in owner._buffers.items() if name in owner._non_persistent_buffers_set}
         for name, buffer in own.items():
-            unknown = float("nan") if buffer.is_floating_point() else -1
-            owner._buffers[name] = torch.full_like(buffer, unknown, device=device)
+            if buffer is not None:
+                unknown = float("nan") if buffer.is_floating_point() else -1
+                owner._buffers[name] = torch.full_like(buffer, unknown, device=device)
+        # The innermost model that it is a part of: vision and language are models of their own.
+        inner = max((name for name in parts if not name or f"{path}.".startswith(f"{name}.")), key=len)
         with torch.no_grad():
-            model._init_weights(owner)
-        for name in own:
-            buffer = owner.get_buffer(name)
-            if bool(buffer.isnan().any() if buffer.is_floating_point() else (buffer == -1).any()):
-                raise ArchitectureError(
-                    f"{type(model).__name__} does not tell what is in {type(owner).__name__}.{name}, which no file holds; "
-                    "use another version of transformers"
-                )
+            parts[inner]._init_weights(owner)
+        filled = [owner._buffers[name] for name, buffer in own.items() if buffer is not None]
+        told &= not any(bool((one != one).any() or (one == -1).all()) for one in filled if one is not None)
+    return told
 
 
 def main_dtype(files: Mapping[str, StoredTensor]) -> torch.dtype:

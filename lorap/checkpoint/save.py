@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorap.checkpoint import host_keys
-from lorap.checkpoint.folders import stored_parameters
+from lorap.checkpoint.folders import CONFIG, stored_parameters
 from lorap.checkpoint.write import write_model, write_settings
 from lorap.errors import CheckpointError
 from lorap.files import reason
-from lorap.jsonio import write_json
+from lorap.jsonio import read_json, write_json
 from lorap.outputs import staged_folder
 from lorap.reports.html.page import write_page
-from lorap.reports.model_card import CARD, model_card
+from lorap.reports.model_card import CARD, model_card, opened_as
 from lorap.reports.run import REPORT, CompressionReport
 
 if TYPE_CHECKING:
@@ -92,5 +92,6 @@ def try_settings(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
 def write_reports(report: CompressionReport, folder: Path) -> None:
     """What the run did, for programs and for people."""
     write_json(folder / REPORT, report.to_dict())
-    (folder / CARD).write_text(model_card(report), "utf-8")
+    (kind,) = read_json(folder / CONFIG)["architectures"]
+    (folder / CARD).write_text(opened_as(model_card(report), kind), "utf-8")
     write_page(report, folder)

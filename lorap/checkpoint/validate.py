@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-from lorap.architectures import ARCHITECTURES
+from lorap.architectures import ARCHITECTURES, text_config
 from lorap.checkpoint.build import check_stored, put_layers
 from lorap.checkpoint.folders import CONFIG, CONTAINERS, read_files, weight_files
 from lorap.checkpoint.format import QUANT_METHOD, LoRAPConfig
 from lorap.checkpoint.headers import TensorInfo
+from lorap.checkpoint.renaming import renamed
 from lorap.checkpoint.stored_tensors import STORED_DTYPES, Stamp, StoredTensor, same_values
 from lorap.checkpoint.unused_tensors import check_unused, origin_of, unused_names
 from lorap.errors import CheckpointError
@@ -162,6 +163,8 @@ def check_folder(folder: Path) -> CheckedFolder:
         )
     model = empty_model(config)
     wanted = put_layers(model, compression) if compression else {}
+    tensors = renamed(model, tensors)
+    headers = {name: stored.info for name, stored in tensors.items()}
     unused = unused_names(model, tensors)
     if known and settings.get("quantization_config") and not compression:
         _refuse_quantized(settings["quantization_config"], headers, unused)
@@ -169,7 +172,7 @@ def check_folder(folder: Path) -> CheckedFolder:
         integers = [name for name in wanted if name.endswith(INTEGERS)]
         _check_shapes(model, headers, integers, unused)
     if compression:
-        check_stored([str(path) for path in weight_files(folder)], wanted)
+        check_stored(model, [str(path) for path in weight_files(folder)], wanted)
     if known or model.state_dict().keys() <= tensors.keys():  # else transformers has other names for some of them
         check_unused(model, tensors, unused)
     _check_total(model, headers, 1 if known else MAX_PACKED)
@@ -238,13 +241,15 @@ def check_counts(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
     largest = max((max(tensor.shape, default=1) for tensor in tensors.values()), default=0)
     limits = dict.fromkeys(LAYER_COUNTS, max(len(tensors), MAX_SHARED_LAYERS))
     limits |= dict.fromkeys(EXPERT_COUNTS, max(len(tensors), largest)) | {"num_labels": MAX_LABELS}
+    if config.get("model_type") == "doge" and config.get("is_moe") is False:  # it names experts that it does not build
+        del limits["num_experts"]
     for name, value in _fields(config):
         if name in limits and isinstance(value, (int, float)) and value > limits[name]:
             raise CheckpointError(
                 f"config.json: {name} is {shown(value)}, but the files hold {len(tensors):,} tensors, the largest side of which "
                 f"is {largest:,}; the folder is damaged"
             )
-    if config.get("model_type") in ARCHITECTURES:
+    if config.get("model_type") in ARCHITECTURES and "text_config" not in config:
         path = ARCHITECTURES[config["model_type"]].layers.rsplit(".", 1)[-1]
         found = [int(match[1]) for name in tensors if (match := re.search(rf"(?:^|\.){path}\.([0-9]{{1,9}})\.", name))]
         layers, stored = config.get("num_hidden_layers"), max(found, default=-1) + 1
@@ -257,7 +262,13 @@ def check_counts(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
 def empty_model(config: Any, dtype: torch.dtype | None = None) -> Any:
     """The model that a config describes, on the meta device, in ``dtype`` or what the config says."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **({"dtype": dtype} if dtype else {}))
+        return model_class(config).from_config(config, trust_remote_code=False, **({"dtype": dtype} if dtype else {}))
+
+
+def model_class(config: Any) -> Any:
+    """What of transformers opens the models of a config: those that write text, seeing images where the config says how."""
+    sees = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if sees and config is not text_config(config) else AutoModelForCausalLM
 
 
 def _check_shapes(

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 GENERATION_CONFIG = "generation_config.json"
+# How images become numbers: of models that see, in files of its own.
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,18 @@ def write_model(model: PreTrainedModel, folder: Path, *, max_shard_size: str | i
 
 
 def write_settings(model: PreTrainedModel, folder: Path) -> None:
-    """Config and generation config.
+    """Config and generation config, and how images become numbers, where the model was opened from a folder that tells.
 
-    The latter is what its author published, whatever transformers thinks of it: ``save_pretrained`` refuses a temperature without
-    sampling, as vicuna's has, which every host opens and generates with.
+    The generation config is what its author published, whatever transformers thinks of it: ``save_pretrained`` refuses a
+    temperature without sampling, as vicuna's has, which every host opens and generates with.
     """
     model.config.architectures = [type(model).__name__]
     model.config.dtype = model.dtype
     model.config.save_pretrained(folder)
+    source = Path(model.config._name_or_path or "")
+    for name in PROCESSORS:
+        if (source / name).is_file() and source.resolve() != folder.resolve():
+            (folder / name).write_bytes((source / name).read_bytes())
     if model.can_generate():
         model.generation_config.to_json_file(folder / GENERATION_CONFIG, use_diff=True)
 

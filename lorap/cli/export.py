@@ -14,6 +14,7 @@ from lorap.cli.common import AsJson, Debug, Dtype, Model, Quiet, be_quiet, loadi
 from lorap.errors import ConfigError
 from lorap.evaluation.info import describe_model, report_beside
 from lorap.outputs import check_output
+from lorap.reports.model_card import opened_as
 
 FORMATS = ("stock", "gguf", "deci")
 
@@ -101,7 +102,7 @@ def export_command(
         if warning := overflow_warning(report_beside(source), loaded.dtype):
             typer.echo(f"warning: {warning}", err=True)
         typer.echo(f"saved to {dest}")
-        tell_next(next_steps(dest, format), quiet=quiet, as_json=as_json)
+        tell_next(next_steps(dest, format, told["class"]), quiet=quiet, as_json=as_json)
         answer(told)
 
 
@@ -153,7 +154,7 @@ def savings(dense: int | None, compressed: int, exported: int) -> str:
     return kept
 
 
-def next_steps(dest: Path, format: str) -> list[tuple[str, str]]:
+def next_steps(dest: Path, format: str, class_name: str = "") -> list[tuple[str, str]]:
     """How to open what was written in the host that it is for."""
     if format == "gguf":
         name = next((path.name for path in sorted(dest.glob("*.gguf"))), "*.gguf")
@@ -168,7 +169,10 @@ def next_steps(dest: Path, format: str) -> list[tuple[str, str]]:
 
         return [(f"vllm serve {folder} --trust-remote-code", f"serve it; this runs {folder}/{CONFIG_FILE}")]
     return [
-        (f'AutoModelForCausalLM.from_pretrained("{dest}")', "open it in transformers, without lorap"),
+        (
+            opened_as(f'AutoModelForCausalLM.from_pretrained("{dest}")', class_name),
+            "open it in transformers, without lorap",
+        ),
         (f"vllm serve {folder}", "or serve it"),
         (f"lorap export {folder} NEW --format gguf", "or one file of it for llama.cpp"),
     ]

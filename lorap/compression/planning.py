@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lorap.algorithms.factorization import spectrum, suffix_sums
 from lorap.algorithms.moments import Moment
 from lorap.algorithms.refit import fluctuation_scores, output_scores, repaired_tail
-from lorap.architectures import ATTENTION, MLP, PROJECTIONS, Architecture
+from lorap.architectures import ATTENTION, MLP, PROJECTIONS, Architecture, text_config
 from lorap.calibration.context import DecoderContext
 from lorap.calibration.sensitivity import Sensitivity, layer_sensitivities
 from lorap.calibration.stream import CalibrationStream, Probe
@@ -193,7 +193,7 @@ def plan_by_shape(
         ConfigError: the sparsity leaves too little, or a stock model of this family has no place for a bias.
     """
     if config.sparsity > 0 and config.target == "stock":
-        if config.bias_compensation and not getattr(model_config, "mlp_bias", False):
+        if config.bias_compensation and not getattr(text_config(model_config), "mlp_bias", False):
             raise ConfigError(
                 f"bias_compensation gives down_proj a bias, and a stock {model_config.model_type} has biases in all three FFN "
                 "projections or in none; leave it out for target stock"

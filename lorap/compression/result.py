@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lorap.architectures import text_config
 from lorap.calibration.context import DecoderContext
 from lorap.checkpoint.format import LoRAPConfig
 from lorap.checkpoint.hf_quantizer import attach_quantization_config
@@ -27,12 +28,13 @@ def describe_in_config(context: DecoderContext, plans: Sequence[LayerPlan], conf
         for role, rank in plan.ranks.items()
     }
     widths = [plan.intermediate_size for plan in plans]
-    dense_width = model.config.intermediate_size
+    text = text_config(model.config)
+    dense_width = text.intermediate_size
     biases = _new_biases(context, config)
     # A host without lorap would leave the added biases out and only warn; at widths unlike the config's it refuses.
     uniform = len(set(widths)) == 1 and not biases
     if uniform:
-        model.config.intermediate_size = widths[0]
+        text.intermediate_size = widths[0]
     sizes = {f"{architecture.layers}.{index}.{architecture.mlp}": width for index, width in enumerate(widths)}
     changed = ranks or widths != [dense_width] * len(widths) or config.bits is not None
     if config.target != "stock" and changed:
@@ -54,7 +56,7 @@ def describe_in_config(context: DecoderContext, plans: Sequence[LayerPlan], conf
 def _new_biases(context: DecoderContext, config: CompressionConfig) -> list[str]:
     """Down projections that gained a bias which the model's own config does not know."""
     model = context.model
-    if not config.bias_compensation or getattr(model.config, "mlp_bias", False):
+    if not config.bias_compensation or getattr(text_config(model.config), "mlp_bias", False):
         return []
     names = [context.architecture.module_name(index, "down_proj") for index in range(len(context.layers))]
     return [name for name in names if model.get_submodule(name).bias is not None]

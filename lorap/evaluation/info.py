@@ -40,6 +40,8 @@ GGUF_KINDS = {
     "token_embd": "embed_tokens",
     "output": "lm_head",
 }
+# Parts of models that see, whose layers may be named as those of the language model are.
+SIGHT = ("visual", "vision_tower", "vision_model", "multi_modal_projector", "connector")
 # How int8 checkpoints call the scales of a weight's rows, ours and those of others.
 SCALES = (INT8_SCALE, "weight_scale", "SCB")
 KINDS = (*PROJECTIONS, "embed_tokens", "lm_head", "other")
@@ -64,6 +66,7 @@ def describe_model(source: ModelSource) -> dict[str, Any]:
     parameters, scale_bytes = _parameters(tensors, packed)
     origin, after = _origin(source, settings, parameters)
     before, width = origin.params, origin.width
+    text = config.get("text_config", config)
     index_bytes = sum(t.nbytes for name, t in tensors.items() if t.is_index and not name.endswith(f".{WEIGHT_SHAPE}"))
     ranks: dict[str, list[int]] = defaultdict(list)
     for name, rank in settings.ranks.items() if settings else ():
@@ -94,8 +97,8 @@ def describe_model(source: ModelSource) -> dict[str, Any]:
         "ranks": {role: sorted(set(found)) for role, found in ranks.items()},
         "intermediate_size": sorted({*settings.intermediate_sizes.values()})
         if settings and settings.intermediate_sizes
-        else [config["intermediate_size"]]
-        if isinstance(config.get("intermediate_size"), int)
+        else [text["intermediate_size"]]
+        if isinstance(text.get("intermediate_size"), int)
         else [],
         "dense_intermediate_size": width,
     }
@@ -274,7 +277,8 @@ def _count(
 
 def kind_of(name: str) -> str:
     """The kind of a tensor, one of ``KINDS``, by its name."""
-    return next((part for part in name.split(".") if part in KINDS), "other")
+    parts = name.split(".")
+    return "other" if {*parts} & {*SIGHT} else next((part for part in parts if part in KINDS), "other")
 
 
 def gguf_tensors(path: Path) -> dict[str, TensorInfo]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lorap.architectures import ATTENTION, MLP, PROJECTIONS, Architecture, known_architecture
+from lorap.architectures import ATTENTION, MLP, PROJECTIONS, Architecture, known_architecture, text_config
 from lorap.checkpoint import host_keys
 from lorap.checkpoint.folders import read_tensors
 from lorap.checkpoint.hf_quantizer import detach_quantization_config
@@ -24,7 +24,7 @@ from lorap.checkpoint.write import write_model
 from lorap.errors import ArchitectureError, CheckpointError
 from lorap.nn.linear import count_parameters, new_linear
 from lorap.outputs import staged_folder
-from lorap.reports.model_card import CARD, stock_card
+from lorap.reports.model_card import CARD, opened_as, stock_card
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,7 +70,7 @@ def export_stock(
             raise CheckpointError(f"{saved:,} parameters reached the disk, but the model has {params:,}")
         what = f"an ordinary {type(model).__name__} with one FFN width, which opens without lorap"
         text = stock_card(card, out.name, what, params, compressed_params)
-        (stage / CARD).write_text(text, "utf-8")
+        (stage / CARD).write_text(opened_as(text, type(model).__name__), "utf-8")
     return out
 
 
@@ -108,7 +108,7 @@ def fill_up(model: PreTrainedModel) -> None:
     widest = max(architecture.ffn_widths(model))
     for index, layer in enumerate(architecture.decoder_layers(model)):
         _pad(model, index, architecture.linears(layer), architecture, widest)
-    model.config.intermediate_size = widest
+    text_config(model.config).intermediate_size = widest
 
 
 def _pad(
@@ -130,10 +130,10 @@ def _pad(
 
 def _fit_biases(model: PreTrainedModel, architecture: Architecture) -> None:
     """Biases that the class has only if its config says so; zeros where a projection has none of its own."""
-    has = architecture.roles_with_bias(model)
+    has, text = architecture.roles_with_bias(model), text_config(model.config)
     for field, roles in _BIAS_FIELDS.items():
-        if has & set(roles) - architecture.roles_with_bias(_stock_twin(model)) and hasattr(model.config, field):
-            setattr(model.config, field, True)
+        if has & set(roles) - architecture.roles_with_bias(_stock_twin(model)) and hasattr(text, field):
+            setattr(text, field, True)
     room = architecture.roles_with_bias(_stock_twin(model))
     homeless = [role for role in PROJECTIONS if role in has - room]
     if homeless:

@@ -51,6 +51,11 @@ model = AutoModelForCausalLM.from_pretrained("this folder")
 """
 # An exported folder has no such page.
 _PAGE_LINK = f"All of it, layer by layer, with charts: [{PAGE}]({PAGE}).\n"
+# Of models for texts, and of those that see.
+_OPENED = {
+    "AutoModelForCausalLM": "AutoModelForImageTextToText",
+    "pipeline_tag: text-generation": "pipeline_tag: image-text-to-text",
+}
 _PLUG_IN = "import lorap  # teaches transformers to open this checkpoint\n"
 
 
@@ -186,6 +191,15 @@ def _source_lines(sources: Sequence[dict[str, Any]]) -> str:
     return "\n\n" + "\n".join(rows)
 
 
+def opened_as(card: str, class_name: str) -> str:
+    """The card of a model of this class: it says with which function of transformers such models are opened."""
+    sees = class_name.endswith("ForConditionalGeneration")
+    for text, both in _OPENED.items():
+        card = card.replace(both, text)
+        card = card.replace(text, both) if sees else card
+    return card
+
+
 def stock_card(
     card: str,
     name: str,
@@ -207,7 +221,7 @@ def stock_card(
         kind: the format that ``lorap export`` was given.
         use: how it is opened, in Markdown with a heading.
     """
-    card = card.replace(f"{_PAGE_LINK}\n", "")
+    card = opened_as(card, "").replace(f"{_PAGE_LINK}\n", "")
     grown = f", in place of {compressed_params:,} in the compressed checkpoint" if compressed_params != params else ""
     about = f"""## Exported
 

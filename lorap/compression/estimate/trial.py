@@ -149,10 +149,14 @@ def _write_layers(
             tokenizer, model = load_tokenizer(source), load_model(source, dtype=dtype)
         settings, tensors = model.config.to_dict(), model.state_dict()
         settings["architectures"] = [type(model).__name__]
-    settings |= {"num_hidden_layers": len(layers), "tie_word_embeddings": shape.tied}
+    settings["tie_word_embeddings"] = shape.tied
+    text = settings
+    if "text_config" in settings:
+        text = settings["text_config"] = dict(settings["text_config"])
+    text["num_hidden_layers"] = len(layers)
     for name in LAYER_FIELDS:
-        if isinstance(settings.get(name), list):
-            settings[name] = [settings[name][layer] for layer in layers]
+        if isinstance(text.get(name), list):
+            text[name] = [text[name][layer] for layer in layers]
     prefix = f"{ARCHITECTURES[shape.config.model_type].layers}."
     found = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
     if shape.tied:
