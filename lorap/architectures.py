@@ -53,6 +53,7 @@ class Architecture:
         mlp: path from a decoder layer to its FFN.
         activation: path from the FFN to the function between gate and up; configs name it in several fields, or none.
         projections: path from a decoder layer to each of the seven linear layers.
+        other_attention: path to what some layers have in place of attention, and which stays as it is; empty where none has.
     """
 
     families: str
@@ -61,14 +62,24 @@ class Architecture:
     mlp: str = "mlp"
     activation: str = "act_fn"
     projections: Mapping[str, str] = field(default_factory=_llama_projections)
+    other_attention: str = ""
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
         """The decoder layers of ``model``, in order."""
         return model.get_submodule(self.layers)  # type: ignore[return-value]
 
+    def roles(self, layer: nn.Module) -> tuple[str, ...]:
+        """The projections that a decoder layer has: all seven, or those of the FFN where its attention is of another kind."""
+        return MLP if self.other_attention and self.other_attention in layer._modules else PROJECTIONS
+
     def linears(self, layer: nn.Module) -> dict[str, nn.Linear]:
-        """The seven linear layers of one dense decoder layer, by role."""
-        return {role: layer.get_submodule(path) for role, path in self.projections.items()}  # type: ignore[misc]
+        """The linear layers of one dense decoder layer that lorap works on, by role."""
+        return {role: layer.get_submodule(self.projections[role]) for role in self.roles(layer)}  # type: ignore[misc]
+
+    def attention_of(self, layer: nn.Module) -> nn.Module:
+        """The attention of one decoder layer, of whatever kind."""
+        ours = self.roles(layer) == PROJECTIONS
+        return layer.get_submodule(self.attention if ours else self.other_attention)
 
     def activation_of(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:
         """The function between gate and up of one decoder layer."""
@@ -127,6 +138,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "olmo": Architecture("OLMo"),
         "olmo2": Architecture("OLMo 2"),
         "olmo3": Architecture("OLMo 3"),
+        "qwen3_5_text": Architecture("Qwen3.5, Qwen3.6, text alone", other_attention="linear_attn"),
         "seed_oss": Architecture("Seed-OSS"),
         "stablelm": Architecture("StableLM"),
         "vaultgemma": Architecture("VaultGemma"),
@@ -138,6 +150,9 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "mistral3": Architecture("Mistral Small 3.x", layers="model.language_model.layers"),
         "qwen2_vl": Architecture("Qwen2-VL", layers="model.language_model.layers"),
         "qwen2_5_vl": Architecture("Qwen2.5-VL", layers="model.language_model.layers"),
+        "qwen3_5": Architecture(
+            "Qwen3.5, Qwen3.6", layers="model.language_model.layers", other_attention="linear_attn"
+        ),
         "qwen3_vl": Architecture("Qwen3-VL", layers="model.language_model.layers"),
         "smolvlm": Architecture("SmolVLM 2", layers="model.text_model.layers"),
     }
@@ -178,7 +193,7 @@ def find_architecture(model: nn.Module) -> Architecture:
         )
     architecture = ARCHITECTURES[model_type]
     for index, layer in enumerate(architecture.decoder_layers(model)):
-        for role in PROJECTIONS:
+        for role in architecture.roles(layer):
             _check_linear(layer, architecture.projections[role], architecture.module_name(index, role))
     return architecture
 

@@ -38,8 +38,17 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 0,
     "pad_token_id": 1,
 }
+# Half of its layers have no attention of ours.
+HYBRID: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
 # What sets a family apart in ways that matter here.
 OPTIONS: dict[str, dict[str, Any]] = {
+    "qwen3_5_text": HYBRID,
     "gemma2": {"query_pre_attn_scalar": 16, "sliding_window": 8},
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
     "granite": {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22},
@@ -55,6 +64,11 @@ EYES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral3": ("mistral", {"hidden_size": 32, "intermediate_size": 40, "image_size": 28, "patch_size": 14}),
     "qwen2_vl": ("", {"embed_dim": 32, "hidden_size": 64, "depth": 1, "num_heads": 2}),
     "qwen2_5_vl": ("", {"hidden_size": 32, "intermediate_size": 40, "out_hidden_size": 64, "depth": 1, "num_heads": 2}),
+    "qwen3_5": (
+        "qwen3_5_text",
+        {"hidden_size": 32, "intermediate_size": 40, "out_hidden_size": 64, "depth": 1, "num_heads": 2}
+        | {"num_position_embeddings": 16},
+    ),
     "qwen3_vl": (
         "",
         {"hidden_size": 32, "intermediate_size": 40, "out_hidden_size": 64, "depth": 1, "num_heads": 2}
@@ -90,6 +104,10 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
         return AutoConfig.for_model(model_type, **options)
     family, vision = EYES[model_type]
     text = options | OPTIONS.get(family, {}) | ({"model_type": family} if family else MROPE)
+    if model_type == "qwen3_5":
+        text |= {
+            "rope_parameters": MROPE["rope_parameters"] | {"partial_rotary_factor": 1.0, "mrope_interleaved": True}
+        }
     kind = {"model_type": "clip_vision_model"} if model_type == "llava" else {}
     return AutoConfig.for_model(
         model_type,
@@ -240,6 +258,10 @@ way is refused, with the layer and the difference.
 Of models that see, the language model is compressed, calibrated on text; vision and what joins them stay as they are, bit by
 bit, and the files that tell how images become numbers are copied along. Tensors are written under the names that
 transformers 5 has for them; older names, as most folders on the hub have, are read as well.
+
+Qwen3.5 and 3.6 have attention in every fourth layer and something else in the others: FFNs are compressed in all layers,
+attention where it is of q, k, v and o, and the rest stays, bit by bit. `--target stock` would take unlike shares from their
+layers and is refused.
 
 Not among them, and refused by name: FFNs without a gate or with a norm inside (GPT-NeoX, Phi-2, Nemotron, BitNet), mixtures of
 experts, multi-head latent attention (DeepSeek), state spaces. Other families are a row in `lorap/architectures.py` away.

@@ -92,7 +92,7 @@ def test_info_imports_neither_torch_nor_transformers(make_model, compress_small,
     lorap.export_stock(lorap.reconstruct(model), tmp_path / "stock")
     lorap.quantize_int8(model).save_pretrained(tmp_path / "int8")
     write_file(tmp_path / "m.gguf", make_model("qwen2"), tokenizer)
-    runs = [["info", str(tmp_path / name)] for name in ("dense", "small", "stock", "int8", "m.gguf")]
+    runs = [(["info", str(tmp_path / name)], 0, "") for name in ("dense", "small", "stock", "int8", "m.gguf")]
     run = subprocess.run(
         [sys.executable, "-c", IMPORTED.format(runs=runs)], capture_output=True, text=True, check=False
     )

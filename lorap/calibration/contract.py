@@ -83,8 +83,9 @@ class _Layer:
         self.linears = self.architecture.linears(self.layer)
 
     def verify(self) -> None:
-        parts = {"attention": self.architecture.attention, "mlp": self.architecture.mlp}
-        modules: dict[str, nn.Module] = {**self.linears, **{p: self.layer.get_submodule(at) for p, at in parts.items()}}
+        parts = {"mlp": self.layer.get_submodule(self.architecture.mlp)}
+        parts["attention"] = self.architecture.attention_of(self.layer)
+        modules: dict[str, nn.Module] = {**self.linears, **parts}
         calls = self._run(modules)
         for role, linear in self.linears.items():
             if calls[role].count != 1:
@@ -94,13 +95,17 @@ class _Layer:
             twins = [other for other, module in self.linears.items() if module is linear and other != role]
             if twins:
                 raise self._refusal(f"{' and '.join(sorted([role, *twins]))} are both {self._name(role)}")
-        for first, *others in SHARED_INPUTS.values():
+        for first, *others in (readers for readers in SHARED_INPUTS.values() if readers[0] in self.linears):
             for other in others:
                 self._same(calls[other].read, calls[first].read, f"what {other} reads is not what {first} reads")
         inner = self.architecture.activation_of(self.layer)(_given(calls["gate_proj"])) * _given(calls["up_proj"])
         what = f"what down_proj reads is not {self._activation()}(gate_proj) * up_proj"
         self._same(calls["down_proj"].read, inner, what)
         self._same(calls["mlp"].gave, calls["down_proj"].gave, "what the FFN gives is not what down_proj gives")
+        if "o_proj" in self.linears:
+            self._verify_attention(calls)
+
+    def _verify_attention(self, calls: Mapping[str, _Calls]) -> None:
         self._same(calls["attention"].gave, calls["o_proj"].gave, "what attention gives is not what o_proj gives")
         silenced = self._run({"o_proj": self.linears["o_proj"]}, silent=self.linears["v_proj"])["o_proj"]
         if silenced.read is not None and (left := float(silenced.read.norm())) > TOLERANCE * _norm(

@@ -55,7 +55,7 @@ def plan_layer(shapes: Mapping[str, Shape], config: CompressionConfig) -> LayerP
     if config.sparsity == 0:
         # A break-even rank is rarely whole, and rounded down it would cost accuracy although nothing is to be removed.
         return LayerPlan(ranks={}, intermediate_size=width)
-    if "self_attn" in config.sublayers:
+    if "self_attn" in config.sublayers and "q_proj" in shapes:
         attention = {role: shapes[role] for role in ATTENTION}
         if config.allocation == "even":
             ranks |= {role: int(kept * break_even_rank(shape)) for role, shape in attention.items()}

@@ -64,7 +64,7 @@ class LayerCompressor:
                 count alike.
 
         Returns:
-            One for each of the seven projections, in the order of ``PROJECTIONS``.
+            One for each projection that the layer has, in the order of ``PROJECTIONS``.
 
         Raises:
             CalibrationError: an activation is NaN or infinite.
@@ -75,7 +75,7 @@ class LayerCompressor:
         with self.context.on_device(index):
             for inputs in self._steps(plan, dense):
                 self._compress_part(index, layer, work, inputs)
-        return [work.report(role) for role in PROJECTIONS]
+        return [work.report(role) for role in PROJECTIONS if role in dense]
 
     def _compress_part(self, index: int, layer: nn.Module, work: _Layer, inputs: tuple[str, ...]) -> None:
         """Replace the projections that read ``inputs``, judged on what these are now."""

@@ -198,7 +198,15 @@ def plan_by_shape(
                 f"bias_compensation gives down_proj a bias, and a stock {model_config.model_type} has biases in all three FFN "
                 "projections or in none; leave it out for target stock"
             )
-        total = sum(_size(shapes[0][role]) for role in compressed_roles(config))
+        roles = compressed_roles(config)
+        odd = next((index for index, shape in enumerate(shapes) if {*roles} - {*shape}), None)
+        if odd is not None:
+            raise ConfigError(
+                f"target stock gives all FFNs one width, and layer {odd} of this {model_config.model_type} model has no "
+                "attention that could be compressed, so that layers would lose different shares: compress the FFNs alone "
+                "(sublayers mlp)"
+            )
+        total = sum(_size(shapes[0][role]) for role in roles)
         hidden, dense_width = shapes[0]["down_proj"]
         asked = config.width_multiple
         multiple = stock_multiple(dense_width, 3 * hidden, total) if asked == "auto" else int(asked)
@@ -216,12 +224,13 @@ class _Prices:
         self.config = config
         self.shapes = shapes
         self.curves: dict[Key, list[Candidate]] = {}
-        self.total = sum(_size(shape[role]) for shape in shapes for role in compressed_roles(config))
-        together = len(shapes) if config.shapes == "uniform" else 1
-        self.multiples = {
-            role: _multiple(role, shapes[0][role], config, total=self.total, together=together)
-            for role in (*ATTENTION, "down_proj")
-        }
+        self.total = sum(_size(shape[role]) for shape in shapes for role in compressed_roles(config) if role in shape)
+        uniform = config.shapes == "uniform"
+        self.multiples = {}
+        for role in (*ATTENTION, "down_proj"):
+            if having := [shape[role] for shape in shapes if role in shape]:
+                together = len(having) if uniform else 1
+                self.multiples[role] = _multiple(role, having[0], config, total=self.total, together=together)
 
     def add(self, index: int, role: str, weight: Tensor, sensitivity: Sensitivity, metric: Tensor) -> None:
         # Second order of the loss: half the mean square of what the error moves along the gradient.
@@ -245,6 +254,8 @@ class _Prices:
         smallest: dict[Key, list[Candidate]] = {}
         for index, shapes in enumerate(self.shapes):
             for role in roles_needing_gradients(self.config):
+                if role not in shapes:
+                    continue
                 out_features, in_features = shapes[role]
                 multiple = self.multiples[role]
                 if role == "down_proj":
@@ -268,10 +279,9 @@ class _Prices:
         if self.config.shapes == "uniform":
             roles = dict.fromkeys(role for _, role in self.curves)  # a set would break ties by the hash seed
             layers = range(len(self.shapes))
-            shared = allocate_budget(
-                {role: shared_across_layers([self.curves[index, role] for index in layers]) for role in roles}, budget
-            )
-            taken = {(index, role): shared[role].size for index in layers for role in roles}
+            of_role = {role: [self.curves[i, role] for i in layers if (i, role) in self.curves] for role in roles}
+            shared = allocate_budget({role: shared_across_layers(curves) for role, curves in of_role.items()}, budget)
+            taken = {(index, role): shared[role].size for index, role in self.curves}
         else:
             taken = {key: candidate.size for key, candidate in allocate_budget(self.curves, budget).items()}
         plans = []
@@ -315,7 +325,7 @@ def _flap_widths(
 
 def channels_to_drop(config: CompressionConfig, shapes: Sequence[Mapping[str, Shape]]) -> int:
     """Attention stays dense, so the FFNs give up what all compressed sub-layers are to lose."""
-    total = sum(_size(shape[role]) for shape in shapes for role in compressed_roles(config))
+    total = sum(_size(shape[role]) for shape in shapes for role in compressed_roles(config) if role in shape)
     return int(config.sparsity * total / sum(_size(shapes[0][role]) / shapes[0]["gate_proj"][0] for role in MLP))
 
 

@@ -148,7 +148,7 @@ class _Ranges:
         for index, layer in enumerate(architecture.decoder_layers(model)):
             self._modules |= {
                 f"layer.{index}": layer,
-                f"layer.{index}.attention": layer.get_submodule(architecture.attention),
+                f"layer.{index}.attention": architecture.attention_of(layer),
                 f"layer.{index}.mlp": layer.get_submodule(architecture.mlp),
             }
 
@@ -257,7 +257,7 @@ def _weight_bytes(model: PreTrainedModel) -> dict[str, int]:
     layers = architecture.decoder_layers(model)
     return {
         "layers": read(*layers),
-        "attention": read(*(layer.get_submodule(architecture.attention) for layer in layers)),
+        "attention": read(*map(architecture.attention_of, layers)),
         "mlp": read(*(layer.get_submodule(architecture.mlp) for layer in layers)),
         "head": read(model.get_output_embeddings()),
     }

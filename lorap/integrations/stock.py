@@ -148,7 +148,7 @@ def give_biases(model: PreTrainedModel, roles: Collection[str]) -> None:
     """A bias for each of these projections in every layer, zero where it had none; changes ``model``."""
     architecture = known_architecture(model, to="export")
     for layer in architecture.decoder_layers(model):
-        for role in roles:
+        for role in {*roles} & {*architecture.roles(layer)}:
             linear = architecture.linears(layer)[role]
             if linear.bias is None:
                 linear.bias = nn.Parameter(linear.weight.data.new_zeros(linear.out_features))

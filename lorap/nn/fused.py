@@ -172,7 +172,8 @@ def merge_shared_inputs(model: Model) -> Model:
     """
     architecture = known_architecture(model, to="merge the projections of")
     for layer in architecture.decoder_layers(model):
-        _merge_attention(layer, architecture)
+        if SHARED_INPUTS["attention_input"][0] in architecture.roles(layer):
+            _merge_attention(layer, architecture)
         mlp = layer.get_submodule(architecture.mlp)
         if not isinstance(mlp, GatedMLP) and is_untouched(mlp) and _is_silu(getattr(mlp, "act_fn", None)):
             parts = [layer.get_submodule(architecture.projections[role]) for role in MLP]
@@ -201,7 +202,7 @@ def optimize_for_inference(model: Model, *, dtype: torch.dtype | None = None) ->
     merge_shared_inputs(model)
     architecture = known_architecture(model, to="merge the projections of")
     for layer in architecture.decoder_layers(model):
-        for role in ("o_proj", "down_proj"):
+        for role in {"o_proj", "down_proj"} & {*architecture.roles(layer)}:
             _swap_linear(layer, architecture.projections[role])
     if isinstance(getattr(model, "lm_head", None), nn.Linear):
         _swap_linear(model, "lm_head")

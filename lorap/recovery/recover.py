@@ -152,8 +152,8 @@ def target_names(model: PreTrainedModel, modules: str = "all") -> list[str]:
         ArchitectureError: the family is unknown.
     """
     architecture, names = known_architecture(model, to="tune"), []
-    for index in range(len(architecture.decoder_layers(model))):
-        for role in MODULES[modules]:
+    for index, layer in enumerate(architecture.decoder_layers(model)):
+        for role in (role for role in MODULES[modules] if role in architecture.roles(layer)):
             name = architecture.module_name(index, role)
             factors = isinstance(model.get_submodule(name), LowRankLinear)
             names += [f"{name}.{factor}" for factor in FACTORS] if factors else [name]

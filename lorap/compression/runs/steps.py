@@ -269,7 +269,7 @@ def put_projections(layer: nn.Module, stored: dict[str, StoredTensor], architect
         stored: its tensors in the file, by their names within the layer.
         architecture: of the model.
     """
-    for path in architecture.projections.values():
+    for path in (architecture.projections[role] for role in architecture.roles(layer)):
         inner = {
             name.removeprefix(path + "."): tensor for name, tensor in stored.items() if name.startswith(path + ".")
         }

@@ -28,7 +28,7 @@ from lorap.calibration.stream import CalibrationStream, Probe
 from lorap.calibration.windows import draw_windows
 from lorap.checkpoint.finite import check_finite
 from lorap.checkpoint.load import resolve_device
-from lorap.errors import CalibrationError, ConfigError
+from lorap.errors import ArchitectureError, CalibrationError, ConfigError
 from lorap.evaluation.inspection.report import Inspection, ProjectionSpectra
 from lorap.evaluation.inspection.values import Importance, SingularValues
 from lorap.nn.linear import embedding_weight
@@ -75,6 +75,10 @@ def inspect_model(
     context = DecoderContext.of(model, device=_home(model) if device == "auto" else resolve_device(device))
     architecture, every = context.architecture, context.layers
     chosen = _chosen(layers, len(every))
+    if odd := [index for index in chosen if "q_proj" not in architecture.roles(every[index])]:
+        raise ArchitectureError(
+            f"layer {odd[0]} has no attention of q, k, v and o, which would be compared across layers; name others with --layers"
+        )
     windows = stream = None
     if calibration is not None:
         windows = draw_windows(

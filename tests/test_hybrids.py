@@ -1,0 +1,75 @@
+"""Models that have attention in some layers only: what is compressed in the others, and what says no."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from families import HYBRID, config, tiny, windows
+
+import lorap
+from lorap.architectures import ARCHITECTURES, MLP, PROJECTIONS
+from lorap.checkpoint.folders import read_tensors
+from lorap.checkpoint.load import find_model
+from lorap.evaluation.info import describe_model
+from lorap.evaluation.inspection.inspect import inspect_model
+
+KINDS = ["linear_attention", "full_attention", "linear_attention"]
+OPTIONS = HYBRID | {"layer_types": KINDS, "num_hidden_layers": len(KINDS)}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"recipe": "lorap", "sparsity": 0.5},
+        {"recipe": "best", "sparsity": 0.3, "shapes": "uniform", "correction_steps": 0},
+        {"recipe": "flap", "sparsity": 0.3},
+        {"recipe": "best", "sparsity": 0.3, "storage": "factors", "correction_steps": 0},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_the_share_that_was_asked_for_is_gone_from_what_is_ours(options, tmp_path) -> None:
+    model = tiny("qwen3_5_text", **OPTIONS)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model, report = lorap.compress(model, calibration=windows(), config=config(**options), progress=False)
+    ours = {(one.layer, one.role) for one in report.projections}
+    assert ours == {
+        (index, role) for index, kind in enumerate(KINDS) for role in (PROJECTIONS if "full" in kind else MLP)
+    }
+    lorap.save(model, tmp_path / "small", report=report)
+    stored = read_tensors(tmp_path / "small")
+    names = [ARCHITECTURES["qwen3_5_text"].module_name(*one) for one in ours]
+
+    def params(tensors: dict) -> int:
+        own = [tensor for name, tensor in tensors.items() if name.startswith(tuple(f"{name}." for name in names))]
+        return sum(math.prod(tensor.shape) for tensor in own if tensor.shape != (1,) and tensor.dtype not in ("I64",))
+
+    assert params(stored) / params(before) == pytest.approx(1 - options["sparsity"], abs=0.02)
+    assert describe_model(find_model(tmp_path / "small"))["param_ratio"] == pytest.approx(
+        params(stored) / params(before)
+    )
+    after = model.state_dict()
+    others = [name for name in before if not name.startswith(tuple(f"{name}." for name in names))]
+    assert sum("linear_attn" in name for name in others) >= 2 * 6
+    assert all(torch.equal(before[name], after[name]) for name in others)
+
+
+def test_one_width_for_unlike_layers_is_refused() -> None:
+    with pytest.raises(lorap.ConfigError, match=r"layer 0 of this qwen3_5_text model has no attention.*sublayers mlp"):
+        lorap.compress(
+            tiny("qwen3_5_text", **OPTIONS),
+            calibration=windows(),
+            config=config(target="stock", sparsity=0.2),
+            progress=False,
+        )
+    alone = config(target="stock", sparsity=0.25, sublayers=("mlp",))
+    _, report = lorap.compress(tiny("qwen3_5_text", **OPTIONS), calibration=windows(), config=alone, progress=False)
+    assert {one.shape_after for one in report.by_role("down_proj")} == {(64, 75)}
+
+
+def test_spectra_are_of_layers_that_have_attention() -> None:
+    model = tiny("qwen3_5_text", **OPTIONS)
+    with pytest.raises(lorap.ArchitectureError, match="layer 0 has no attention of q, k, v and o"):
+        inspect_model(model, calibration=None, progress=False)
+    assert inspect_model(model, layers=[1], calibration=None, progress=False).layers == (1,)
