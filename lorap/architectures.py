@@ -159,6 +159,22 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
 )
 
 
+_EXPERTS = "its FFNs are mixtures of experts"
+_ONE_MATRIX = "some of its projections are stored as one matrix"
+_NO_GATE = "its FFN has no gate"
+# config.model_type -> why a family that people bring is none of them
+REFUSED: Mapping[str, str] = MappingProxyType(
+    {
+        "bitnet": "its FFN has a norm between gate * up and down",
+        "gemma4": "its layers share keys and values, or have no values of their own",
+        "gemma4_text": "its layers share keys and values, or have no values of their own",
+        **dict.fromkeys(("deepseek_v2", "deepseek_v3", "gpt_oss", "mixtral", "olmoe", "qwen3_moe"), _EXPERTS),
+        **dict.fromkeys(("glm", "glm4", "phi3"), _ONE_MATRIX),
+        **dict.fromkeys(("gpt2", "gpt_neox", "nemotron", "phi", "starcoder2"), _NO_GATE),
+    }
+)
+
+
 def known_architecture(model: nn.Module, *, to: str) -> Architecture:
     """The table entry for a model, dense or compressed.
 
@@ -183,10 +199,11 @@ def find_architecture(model: nn.Module) -> Architecture:
     """
     config = model.config
     model_type = getattr(config, "model_type", type(model).__name__)
-    supported = "; ".join(f"{name} ({entry.families})" for name, entry in ARCHITECTURES.items())
     if model_type not in ARCHITECTURES:
         names = ", ".join(getattr(config, "architectures", None) or [type(model).__name__])
-        raise ArchitectureError(f"cannot compress model type {model_type!r} ({names}); supported: {supported}")
+        why = f": {REFUSED[model_type]}" if model_type in REFUSED else ""
+        known = ", ".join(ARCHITECTURES)
+        raise ArchitectureError(f"cannot compress model type {model_type!r} ({names}){why}; supported: {known}")
     if (getattr(config, "quantization_config", None) or {}) and _quant_method(config) == "lorap":
         raise ArchitectureError(
             "this model was compressed by lorap already; start from the dense model and ask for a higher sparsity instead"

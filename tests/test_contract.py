@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lorap.architectures
-from lorap.architectures import ARCHITECTURES, Architecture
+from lorap.architectures import ARCHITECTURES, Architecture, find_architecture
 from lorap.calibration.context import DecoderContext
 from lorap.calibration.contract import verify_contract
 
@@ -123,3 +123,15 @@ def test_only_one_layer_of_each_kind_runs(make_model) -> None:
         layer.register_forward_hook(lambda *_args, index=index: ran.append(index))
     verify_contract(DecoderContext.of(model, device=torch.device("cpu")))
     assert [ran.count(index) for index in range(6)] == [3, 1, 1, 1, 1, 1]  # all are bypassed once
+
+
+@pytest.mark.parametrize(
+    ("model_type", "why"), [("bitnet", "a norm between gate"), ("gpt_neox", "no gate"), ("phi3", "one matrix")]
+)
+def test_families_that_people_bring_are_refused_with_the_reason(model_type, why) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = AutoConfig.for_model(model_type, **sizes, num_key_value_heads=4, vocab_size=90, pad_token_id=0)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(lorap.ArchitectureError, match=f"'{model_type}'.*{why}.*supported: llama, mistral"):
+        find_architecture(model)

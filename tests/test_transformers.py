@@ -24,7 +24,7 @@ import lorap
 from lorap.algorithms.pivoting import pivot
 from lorap.checkpoint.build import check_pivot_rows
 from lorap.checkpoint.format import LoRAPConfig
-from lorap.checkpoint.hf_quantizer import attach_quantization_config, register
+from lorap.checkpoint.hf_quantizer import attach_quantization_config, get_quantization_config, register
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -295,7 +295,7 @@ def test_checkpoints_of_older_formats_open(storage, version, make_model, compres
     assert torch.equal(logits(loaded, tokens), logits(model, tokens))
     loaded.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again/model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
-    assert lorap.checkpoint.quantize.get_quantization_config(loaded).format_version == version
+    assert get_quantization_config(loaded).format_version == version
 
 
 def test_pruned_to_one_width_it_is_an_ordinary_dense_checkpoint(make_model, compress_small, tokens, tmp_path):
