@@ -5,7 +5,9 @@ python benchmarks/quantized_targets.py
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import sys
 
 import common
 import torch
@@ -27,7 +29,7 @@ def quantized_bytes(rows: int, columns: int, bits: int) -> int:
 
 def rotating_quantized(*shapes: tuple[int, int], bits: int) -> itertools.cycle:
     def make(rows: int, columns: int) -> list[torch.Tensor]:
-        words = torch.randint(-(2**31), 2**31, (rows, packing.words(columns, bits)), dtype=torch.int64).to(torch.int32)
+        words = torch.randint(-(2**31), 2**31 - 1, (rows, packing.words(columns, bits)), dtype=torch.int32)
         return [words, common.random(rows, -(-columns // GROUPS[bits]), dtype=torch.bfloat16).div(2**bits)]
 
     nbytes = sum(quantized_bytes(*shape, bits) for shape in shapes)
@@ -66,13 +68,17 @@ def dense(tokens: int) -> tuple[dict[str, Call], dict[int, int]]:
 
 
 @torch.no_grad()
-def main(count: int = 15) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--rounds", type=int, default=15)
+    wanted = parser.parse_args()
     print(f"measuring {common.measured()}")
-    rows = []
+    rows, read = [], read_from_memory()
     for title, make in ((f"{K} x {N}, rank {RANK}", low_rank), (f"{N} x {WIDE}, dense", dense)):
-        for tokens in (1, 2, 4, 8, 16):
+        for tokens in wanted.tokens:
             calls, nbytes = make(tokens)
-            seconds = rounds({"read": read_from_memory()} | calls, count=count)
+            seconds = rounds({"read": read} | calls, count=wanted.rounds)
             for bits, group in GROUPS.items():
                 least = LEAST.get((tokens, bits)) if make is low_rank else None
                 share = ratio(seconds, "read", str(bits)) * nbytes[bits] / READ_BYTES
@@ -84,8 +90,9 @@ def main(count: int = 15) -> None:
                         f">= {least} x" if least else "",
                     ]
                 )
+                print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
     print(format_table(["", "faster than bfloat16", "share of reading", "wanted"], rows))
-    isa = torch.ops.lorap_cpu.quantized_isa(4)
+    isa = native.quantized_cpu_isa()
     print(f"\n{torch.get_num_threads()} threads, {native.cpu_isa(torch.bfloat16)} for bfloat16, {isa} for 4 and 8 bits")
 
 
