@@ -19,7 +19,7 @@ from lorap.jsonio import named
 from lorap.nn import int8
 from lorap.nn.linear import LowRankLinear
 from lorap.nn.low_rank_tensors import LOW_RANK_ONLY, WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_SHAPE, LowRankTensors
-from lorap.nn.quantized import QuantizedLinear, decoder_linears, put_empty
+from lorap.nn.quantized import QuantizedLinear, packed_linears, put_empty
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +62,7 @@ def _put_quantized(model: PreTrainedModel, config: LoRAPConfig) -> list[str]:
     """Room for quantized weights; returns the names of their tensors in ``model``."""
     if config.bits is None or config.group_size is None:
         return int8.put_slots(model)
-    names = [name for name, _ in decoder_linears(model)]
+    names = [name for name, _ in packed_linears(model)]
     return put_empty(model, names, bits=config.bits, group_size=config.group_size)
 
 

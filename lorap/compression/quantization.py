@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorap.algorithms.rounding import Rounded, round_factors, round_weight
-from lorap.architectures import PROJECTIONS, SHARED_INPUTS, known_architecture
+from lorap.architectures import SHARED_INPUTS, known_architecture
 from lorap.calibration.context import DecoderContext
 from lorap.calibration.mixtures import Sources
 from lorap.calibration.statistics import merged
@@ -52,7 +52,7 @@ def round_layer(
     layer, architecture, processes = context.layers[index], context.architecture, context.processes
     moments = {} if stream is None else input_moments(context, index, stream)
     rounded = {}
-    for role in processes.shard(PROJECTIONS):
+    for role in processes.shard(architecture.roles(layer)):
         linear: Any = layer.get_submodule(architecture.projections[role])
         name = architecture.module_name(index, role)
         rounded[role] = round_linear(linear, moments.get(role), bits=bits, group_size=group_size, name=name)
@@ -68,6 +68,7 @@ def input_moments(context: DecoderContext, index: int, stream: CalibrationStream
     probes = {
         name: Probe(layer.get_submodule(projections[readers[0]]), moments=True)
         for name, readers in SHARED_INPUTS.items()
+        if readers[0] in context.architecture.roles(layer)
     }
     found = {name: merged(folds) for name, folds in stream.observe(index, layer, probes).items()}
     for name, stats in found.items():
@@ -76,7 +77,7 @@ def input_moments(context: DecoderContext, index: int, stream: CalibrationStream
                 f"the activations in layer {index} are not finite (input of {', '.join(SHARED_INPUTS[name])}): the calibration "
                 "text or the weights overflow this dtype; try --dtype float32, or check the model"
             )
-    return {role: found[name].second_moment for name, readers in SHARED_INPUTS.items() for role in readers}
+    return {role: stats.second_moment for name, stats in found.items() for role in SHARED_INPUTS[name]}
 
 
 @torch.no_grad()
@@ -167,7 +168,7 @@ def quantize(
         weights: ``int8`` or ``int4``.
         group_size: a multiple of 32.
         calibration: as for :func:`lorap.compress`: weights are rounded such that the outputs change least on 128 windows of it
-            (GPTQ, arXiv 2210.17323). None rounds each to the nearest, which is as good in 8 bits, and worse in 4.
+            (GPTQ, arXiv 2210.17323). None rounds each to the nearest, which takes no text.
         tokenizer: for calibration texts.
 
     Raises:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lorap.architectures import ARCHITECTURES
+from lorap.architectures import ARCHITECTURES, Architecture
 from lorap.kernels.packing import dequantize, pack, words
 from lorap.nn import ops
 from lorap.nn.low_rank_tensors import GUARD_VALUE, WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_SHAPE
@@ -123,14 +123,28 @@ class QuantizedLinear(nn.Module):
 
 
 def decoder_linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
-    """What is quantized: every linear layer in the decoder layers, factors included; not the embeddings, not the head."""
+    """Every linear layer in the decoder layers, factors included; not the embeddings, not the head."""
     path = ARCHITECTURES[model.config.model_type].layers
-    return ((f"{path}.{name}", linear) for name, linear in linears(model.get_submodule(path)))
+    for name, part in model.get_submodule(path).named_modules():
+        if isinstance(part, nn.Linear):
+            yield f"{path}.{name}", part
 
 
-def linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Every ``nn.Linear`` of a module, with its name."""
-    return ((name, part) for name, part in module.named_modules() if isinstance(part, nn.Linear))
+def packed_linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
+    """What is packed: the projections of all decoder layers, of low-rank ones both factors."""
+    architecture = ARCHITECTURES[model.config.model_type]
+    for index, layer in enumerate(architecture.decoder_layers(model)):
+        for name, linear in projection_linears(layer, architecture):
+            yield f"{architecture.layers}.{index}.{name}", linear
+
+
+def projection_linears(layer: nn.Module, architecture: Architecture) -> Iterator[tuple[str, nn.Linear]]:
+    """The same of one decoder layer, by name within it."""
+    for role in architecture.roles(layer):
+        path = architecture.projections[role]
+        for name, part in layer.get_submodule(path).named_modules(prefix=path):
+            if isinstance(part, nn.Linear):
+                yield name, part
 
 
 def put_empty(module: nn.Module, names: Iterable[str], *, bits: int, group_size: int) -> list[str]:

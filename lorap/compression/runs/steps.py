@@ -20,7 +20,7 @@ from lorap.compression.store import Finished, RunStore
 from lorap.compression.windows import RunWindows
 from lorap.nn.linear import LowRankLinear
 from lorap.nn.low_rank_tensors import RIGHT, LowRankTensors
-from lorap.nn.quantized import linears, put_empty
+from lorap.nn.quantized import projection_linears, put_empty
 from lorap.reports.records import Evaluation, Share
 from lorap.reports.run import CorrectionReport, ProjectionReport
 
@@ -174,7 +174,9 @@ class JournalStore(RunStore):
         if found is None:
             return None
         device = next(layer.parameters()).device
-        put_empty(layer, [name for name, _ in linears(layer)], bits=bits, group_size=group_size)
+        put_empty(
+            layer, [name for name, _ in projection_linears(layer, self.architecture)], bits=bits, group_size=group_size
+        )
         self._reload(_rounded(index), layer, device)
         return found[1]  # type: ignore[no-any-return]
 
