@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import FAMILIES
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -242,3 +243,18 @@ def test_the_weight_of_a_layer_is_what_it_computes_with(make_model) -> None:
     layer = model.get_submodule(DOWN)
     eye = torch.eye(layer.in_features)
     torch.testing.assert_close(layer(eye).T, weight_of(layer))
+
+
+def test_attention_of_another_kind_stays_as_it_is(tokens, tmp_path) -> None:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "linear_num_key_heads": 2}
+    inner = {"linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    sizes = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
+    kind = getattr(transformers, "Qwen3_5TextConfig", None) or pytest.skip("this transformers has no such family")
+    config = kind(**heads, **inner, **sizes, bos_token_id=None, eos_token_id=0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    lorap.quantize(model, "int4", group_size=32, calibration=tokens).save_pretrained(tmp_path)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(opened, tokens), logits(model, tokens))
+    names = list(quantized_layers(opened))
+    assert not [name for name in names if "linear_attn" in name]
+    assert len(names) == 4 * 3 + 4  # three layers have a linear attention
