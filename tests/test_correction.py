@@ -278,6 +278,9 @@ def test_folds_have_to_agree() -> None:
     for after in ((1.9, 1.0), (1.9, 1.1), (2.1, 0.5), (1.9, math.nan), (math.inf, 0.5)):
         assert not agree((2.0, 1.0), after)
     assert not agree((math.nan,), (1.0,))
+    assert agree((2.0, 1.0), (1.98, 0.99))
+    assert not agree((2.0, 1.0), (1.98, 0.999))  # what is within the noise is no gain
+    assert not agree((0.0,), (0.0,))
 
 
 @pytest.mark.usefixtures("short_steps")
