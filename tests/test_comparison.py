@@ -194,7 +194,7 @@ def test_what_fails_fails_alone(model_folder, measured, monkeypatch, tmp_path):
     result = run("compare", bad, model_folder, *SIZES, "--rounds", 1, "--quiet", "--json")
     assert result.exit_code == 1
     assert re.search(r"^bad, texts: the loss on heldout is nan: .* overflow$", result.stderr, re.MULTILINE)
-    broken, whole = last_json(result)["models"]
+    broken, whole = json.loads(result.stdout.splitlines()[-1])["models"]
     assert (broken["texts"], list(broken["errors"])) == ([], ["texts"])
     assert (len(whole["texts"]), whole["errors"]) == (1, {})
     row = next(line for line in result.stderr.splitlines() if line.startswith("| bad"))

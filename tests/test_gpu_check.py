@@ -280,7 +280,7 @@ def test_ops_load_without_transformers():
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT / "benchmarks", capture_output=True, text=True, check=False
     )
-    assert run.stdout.split() == ["True", "7"], run.stderr
+    assert run.stdout.split() == ["True", "10"], run.stderr
 
 
 def test_table_of_make_bench(module, tmp_path):

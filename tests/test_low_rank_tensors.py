@@ -93,9 +93,9 @@ def test_every_role_is_built_stored_and_kept_alike(tmp_path, bias, pivoted, vers
     decoder = built.model.layers[0]
     file = tmp_path / "model.safetensors"
     store(built.state_dict(), file)
-    check_stored([str(file)], wanted)
+    check_stored(built, [str(file)], wanted)
     with pytest.raises(CheckpointError, match="names no such layer"):
-        check_stored([str(file)], {})
+        check_stored(built, [str(file)], {})
     # A run that is resumed.
     again = model(bias=bias).model.layers[0]
     stored = store(decoder.state_dict(), tmp_path / "layer.safetensors")

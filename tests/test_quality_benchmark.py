@@ -364,7 +364,7 @@ def test_one_command_makes_the_tables_that_are_in_the_document(q, monkeypatch, t
     monkeypatch.setattr(Path, "write_text", keep)
     q.results.write(document)
     assert document.read_text("utf-8") == whole
-    assert len(tables.findall(whole)) == 5
+    assert len(tables.findall(whole)) == 6
     assert [path.name for path in written] == ["table.md", "table.md", "tasks.md"]
     for path, text in written.items():
         assert path.read_text("utf-8") == text

@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import bits
 import pandas as pd
 import table
 from ablation import RESULTS, ablation_table
@@ -83,6 +84,7 @@ def write(document: Path) -> None:
     insert(document, "uncorrected", share_table(cells, UNCORRECTED, "mean"))
     insert(document, "few tokens", few_table(Cells(read_cells(FEW / "cells"))))
     insert(document, "tasks", task_table(tasks))
+    insert(document, "bits", bits.table({record["cell"]: record for record in read_cells(bits.OUT)}))
     insert(document, "ablation", "\n\n".join(ablation_table(cells, sparsity) for sparsity in SPARSITIES))
 
 

@@ -129,7 +129,7 @@ class Run:
         check_sizes(model.config, shapes_of(context.layers, context.architecture), config)
         report = CompressionReport(model=self.name, config=config, calibration={})
         report.params_total_before = count_parameters(model)  # before a tied embedding comes into memory by itself
-        with self.watch("check"):
+        with self.watch("verify"):
             verify_contract(context)
         drawn = self._windows(calibration, evaluation)
         windows, texts = drawn.calibration, drawn.texts
