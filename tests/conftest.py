@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from random_models import random_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -115,15 +116,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Any]:
             "pad_token_id": tokenizer.pad_token_id,
         }
         config = getattr(transformers, f"{prefix}Config")(**(options | special | overrides))
-        torch.manual_seed(0)
-        model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
-        with torch.no_grad():
-            # Fresh models have zero biases and weights of 0.02, under which every layer is close to the identity.
-            for parameter in model.parameters():
-                parameter.copy_(torch.randn_like(parameter) * (0.15 if parameter.ndim == 2 else 0.3))
-                if parameter.ndim == 1:
-                    parameter += 0.5
-        return model
+        return random_model(lambda: getattr(transformers, f"{prefix}ForCausalLM")(config))
 
     return make
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from random_models import random_model
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -88,14 +89,7 @@ COLUMNS = (
 def tiny(model_type: str, **overrides: Any) -> Any:
     """A random model of the family, the same on every call; no layer is close to the identity."""
     own = tiny_config(model_type, **overrides)
-    torch.manual_seed(0)
-    model = model_class(own).from_config(own).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * (0.15 if parameter.ndim == 2 else 0.3))
-            if parameter.ndim == 1:
-                parameter += 0.5
-    return model
+    return random_model(lambda: model_class(own).from_config(own))
 
 
 def tiny_config(model_type: str, **overrides: Any) -> Any:
