@@ -278,8 +278,8 @@ def test_folds_have_to_agree() -> None:
     for after in ((1.9, 1.0), (1.9, 1.1), (2.1, 0.5), (1.9, math.nan), (math.inf, 0.5)):
         assert not agree((2.0, 1.0), after)
     assert not agree((math.nan,), (1.0,))
-    assert agree((2.0, 1.0), (1.98, 0.99))
-    assert not agree((2.0, 1.0), (1.98, 0.999))  # what is within the noise is no gain
+    assert agree((2.0, 1.0), (1.98, 0.99), 0.005)
+    assert not agree((2.0, 1.0), (1.98, 0.999), 0.005)
     assert not agree((0.0,), (0.0,))
 
 
@@ -320,6 +320,10 @@ def test_the_best_fraction_of_the_way() -> None:
     )  # never 1: the first fold is not closer there
     assert best_fraction(before, {1.0: (math.nan, 0.1), 0.5: (2.0, 0.5)}, lambda _: pytest.fail("asked")) == 0.0
     assert best_fraction((2.0,), {1.0: (1.9,), 0.5: (1.95,)}, lambda _: 3.0) == 1.0
+    assert best_fraction((2.0,), {1.0: (1.995,), 0.5: (1.98,)}, lambda fraction: 3.0 - fraction) == 1.0
+    assert (
+        best_fraction((2.0,), {1.0: (1.995,), 0.5: (1.998,)}, lambda _: pytest.fail("asked")) == 0.0
+    )  # within the noise
 
 
 @pytest.mark.usefixtures("short_steps")

@@ -15,7 +15,7 @@ from lorap.calibration.backward import BATCH_TOKENS as BACKWARD_BATCH
 from lorap.calibration.context import DecoderContext
 from lorap.calibration.stream import CalibrationStream
 from lorap.calibration.windows import TokenWindows, fold_of
-from lorap.compression.distillation import agree, corrected_linears, distill, divergences
+from lorap.compression.distillation import WORTHWHILE, agree, corrected_linears, distill, divergences
 from lorap.compression.store import RunStore
 from lorap.config import CompressionConfig
 from lorap.evaluation.perplexity import BATCH_TOKENS as EVALUATION_BATCH
@@ -163,6 +163,8 @@ def best_fraction(
 ) -> float:
     """How far of the way of the steps: where divergence and loss together are least, of where each fold is closer than before.
 
+    Nowhere, unless each fold gains ``WORTHWHILE`` somewhere on the way.
+
     Args:
         before: divergence from the dense model before the steps, in nats per token, for each fold of unseen windows.
         after: the same at each fraction of the way.
@@ -171,6 +173,8 @@ def best_fraction(
     Returns:
         A fraction; 0 where no fraction has both folds' agreement.
     """
+    if not any(agree(before, found, WORTHWHILE) for found in after.values()):
+        return 0.0
     agreed = {
         fraction: sum(found) / len(found) + loss(fraction) for fraction, found in after.items() if agree(before, found)
     }
