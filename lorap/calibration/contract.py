@@ -13,6 +13,7 @@ compressed. Attention is not computed again: its scores may be scaled, capped, w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -108,10 +109,9 @@ class _Layer:
     def _verify_attention(self, calls: Mapping[str, _Calls]) -> None:
         self._same(calls["attention"].gave, calls["o_proj"].gave, "what attention gives is not what o_proj gives")
         silenced = self._run({"o_proj": self.linears["o_proj"]}, silent=self.linears["v_proj"])["o_proj"]
-        if silenced.read is not None and (left := float(silenced.read.norm())) > TOLERANCE * _norm(
-            calls["o_proj"].read
-        ):
-            share = left / _norm(calls["o_proj"].read)
+        left, whole = _norm(silenced.read), _norm(calls["o_proj"].read)
+        if left > TOLERANCE * whole:
+            share = left / whole if whole else math.inf
             raise self._refusal(f"with v_proj silenced, {share:.3g} of what o_proj reads stays")
 
     def _run(self, modules: Mapping[str, nn.Module], silent: nn.Module | None = None) -> dict[str, _Calls]:

@@ -7,14 +7,16 @@ before they are added, unless the activations are float64 or a mean will be subt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lorap.algorithms.moments import Moment
 from lorap.algorithms.symmetric import add_outer_products
+from lorap.architectures import SHARED_INPUTS
 from lorap.distributed import Processes
+from lorap.errors import CalibrationError
 from lorap.kernels import reference
 from lorap.nn import ops
 from lorap.nn.implementations import HALVES
@@ -183,3 +185,24 @@ def merged(folds: Sequence[ActivationStats], *, moments: bool = True) -> Activat
     for fold in folds:
         both.merge(fold)
     return both
+
+
+def check_activations(
+    found: Mapping[str, Sequence[ActivationStats]], index: int, *, way_out: str = "check the model"
+) -> None:
+    """Refuse statistics of activations that are NaN or infinite.
+
+    Args:
+        found: of each fold, by the name of the input.
+        index: of the decoder layer, for the message.
+        way_out: what to try besides float32.
+
+    Raises:
+        CalibrationError: naming the layer and the projections that read them.
+    """
+    for name, folds in found.items():
+        if not all(stats.is_finite for stats in folds):
+            raise CalibrationError(
+                f"the activations in layer {index} are not finite (input of {', '.join(SHARED_INPUTS[name])}): the calibration "
+                f"text or the weights overflow this dtype; try --dtype float32, or {way_out}"
+            )

@@ -19,13 +19,12 @@ from lorap.algorithms.pruning import channel_importance, removed_shares
 from lorap.algorithms.refit import fluctuation_scores, keep_best, output_scores, removed_share, repair_down
 from lorap.architectures import MLP, PROJECTIONS, SHARED_INPUTS
 from lorap.calibration.context import DecoderContext
-from lorap.calibration.statistics import ActivationStats, merged
+from lorap.calibration.statistics import ActivationStats, check_activations, merged
 from lorap.calibration.stream import CalibrationStream, Probe
 from lorap.compression.allocation import LayerPlan
 from lorap.compression.shrinkage import choose_ridge, choose_shrinkage, shrunk
 from lorap.config import CompressionConfig
 from lorap.distributed import Processes
-from lorap.errors import CalibrationError
 from lorap.nn.linear import LowRankLinear, count_parameters, keep_inputs, keep_outputs, new_linear
 from lorap.reports.run import ProjectionReport
 from lorap.reports.spectra import Spectrum, sampled_spectrum
@@ -121,12 +120,7 @@ class LayerCompressor:
         """Statistics by the name of the input."""
         probes = {name: self._probe(name, dense[SHARED_INPUTS[name][0]]) for name in inputs}
         found = self.stream.observe(index, layer, probes)
-        for name, folds in found.items():
-            if not all(stats.is_finite for stats in folds):
-                raise CalibrationError(
-                    f"the activations in layer {index} are not finite (input of {', '.join(SHARED_INPUTS[name])}): the "
-                    "calibration text or the weights overflow this dtype; try --dtype float32, or check the model"
-                )
+        check_activations(found, index)
         return found
 
     def _probe(self, name: str, linear: nn.Linear) -> Probe:

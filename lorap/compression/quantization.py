@@ -13,14 +13,14 @@ from lorap.algorithms.rounding import Rounded, round_factors, round_weight
 from lorap.architectures import SHARED_INPUTS, known_architecture
 from lorap.calibration.context import DecoderContext
 from lorap.calibration.mixtures import Sources
-from lorap.calibration.statistics import merged
+from lorap.calibration.statistics import check_activations, merged
 from lorap.calibration.stream import CalibrationStream, Probe
 from lorap.checkpoint.build import bare_prefix
 from lorap.checkpoint.format import LoRAPConfig
 from lorap.checkpoint.hf_quantizer import attach_quantization_config, get_quantization_config
 from lorap.compression.windows import read_windows
 from lorap.config import CompressionConfig
-from lorap.errors import ArchitectureError, CalibrationError, ConfigError, FactorizationError
+from lorap.errors import ArchitectureError, ConfigError, FactorizationError
 from lorap.kernels import reference
 from lorap.nn.linear import LowRankLinear, new_linear
 from lorap.nn.low_rank_tensors import NAMED_GUARD
@@ -70,14 +70,10 @@ def input_moments(context: DecoderContext, index: int, stream: CalibrationStream
         for name, readers in SHARED_INPUTS.items()
         if readers[0] in context.architecture.roles(layer)
     }
-    found = {name: merged(folds) for name, folds in stream.observe(index, layer, probes).items()}
-    for name, stats in found.items():
-        if not stats.is_finite:
-            raise CalibrationError(
-                f"the activations in layer {index} are not finite (input of {', '.join(SHARED_INPUTS[name])}): the calibration "
-                "text or the weights overflow this dtype; try --dtype float32, or check the model"
-            )
-    return {role: stats.second_moment for name, stats in found.items() for role in SHARED_INPUTS[name]}
+    found = stream.observe(index, layer, probes)
+    check_activations(found, index)
+    moments = {name: merged(folds).second_moment for name, folds in found.items()}
+    return {role: moment for name, moment in moments.items() for role in SHARED_INPUTS[name]}
 
 
 @torch.no_grad()

@@ -24,11 +24,12 @@ from lorap.architectures import MLP, SHARED_INPUTS, Architecture
 from lorap.calibration.context import DecoderContext
 from lorap.calibration.mixtures import Sources
 from lorap.calibration.sources import DEFAULT_CALIBRATION
+from lorap.calibration.statistics import check_activations
 from lorap.calibration.stream import CalibrationStream, Probe
 from lorap.calibration.windows import draw_windows
 from lorap.checkpoint.finite import check_finite
 from lorap.checkpoint.load import resolve_device
-from lorap.errors import ArchitectureError, CalibrationError, ConfigError
+from lorap.errors import ArchitectureError, ConfigError
 from lorap.evaluation.inspection.report import Inspection, ProjectionSpectra
 from lorap.evaluation.inspection.values import Importance, SingularValues
 from lorap.nn.linear import embedding_weight
@@ -135,14 +136,10 @@ def _sq_norms(stream: CalibrationStream, index: int, layer: nn.Module, architect
     linears = architecture.linears(layer)
     probes = {name: Probe(linears[readers[0]]) for name, readers in SHARED_INPUTS.items()}
     norms: dict[str, Tensor] = {}
-    for name, (stats,) in stream.observe(index, layer, probes).items():
-        readers = SHARED_INPUTS[name]
-        if not stats.is_finite:
-            raise CalibrationError(
-                f"the activations in layer {index} are not finite (input of {', '.join(readers)}): the calibration text or the "
-                "weights overflow this dtype; try --dtype float32, or --calibration none for plain spectra"
-            )
-        norms |= {role: stats.channel_sq_norm / max(stats.tokens, 1) for role in readers}
+    found = stream.observe(index, layer, probes)
+    check_activations(found, index, way_out="--calibration none for plain spectra")
+    for name, (stats,) in found.items():
+        norms |= {role: stats.channel_sq_norm / max(stats.tokens, 1) for role in SHARED_INPUTS[name]}
     return norms
 
 
