@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from random_models import random_model
+from tiny_models import random_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 

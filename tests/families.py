@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from random_models import random_model
+from tiny_models import random_model
 from torch import Tensor
 from transformers import AutoConfig
 

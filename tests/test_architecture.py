@@ -192,3 +192,14 @@ def test_every_kind_of_import_is_seen():
     assert upwards(imports) == {("lorap.files", "lorap.nn.linear"), ("lorap.nn.linear", "lorap.cli.main")}
     with pytest.raises(CycleError):
         TopologicalSorter(imports).prepare()
+
+
+def test_modules_beside_the_package_have_names_of_their_own() -> None:
+    """Tests import from benchmarks/: of two modules of one name, the first that was imported would answer for both."""
+    repository = ROOT.parent
+    tests, benchmarks = (
+        {path.stem for path in (repository / folder).rglob("*.py")} for folder in ("tests", "benchmarks")
+    )
+    assert {"tiny_models"} <= tests - benchmarks
+    assert {"random_models", "table"} <= benchmarks - tests
+    assert tests & benchmarks == {"conftest"}

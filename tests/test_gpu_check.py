@@ -231,9 +231,9 @@ def test_a_step_that_hangs_is_ended_with_all_that_it_started(module, monkeypatch
     monkeypatch.setattr(runner, "ROOT", tmp_path)
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks/gpu_check.py").write_text(script)
-    assert runner.run(runner.Step("values", 60), tmp_path, 3, dry_run=False) == 124
+    assert runner.run(runner.Step("values", 60), tmp_path, 5, dry_run=False) == 124
     state = Path(f"/proc/{child.read_text()}/stat")
-    for _ in range(100):
+    for _ in range(1500):
         if not state.exists() or state.read_text().split()[2] == "Z":
             return
         time.sleep(0.02)
