@@ -392,6 +392,21 @@ def test_two_of_four_layers_tell_what_four_take(
     assert plan["seconds"] == pytest.approx(sum(done["seconds"].values()), rel=0.1)
 
 
+@pytest.mark.usefixtures("short_steps")
+def test_steps_that_a_short_text_leaves_nothing_to_judge_by_are_told_as_compress_does(
+    model_folder: Path, small_text: Path, tmp_path: Path
+) -> None:
+    """Of 4 windows, all that the text has, none can be spared."""
+    small_text.write_text(small_text.read_text("utf-8")[:300], "utf-8")
+    words = ["--calibration", small_text, "--num-calibration-samples", 4, "--calibration-seq-len", 32]
+    words += ["--eval-text", "none", "--sparsity", 0.5]
+    done = run("compress", model_folder, tmp_path / "out", *words)
+    told = next(line for line in done.output.splitlines() if line.startswith("correction: 0 of 8 steps taken"))
+    planned = run("plan", model_folder, *words, "--out", tmp_path)
+    assert told in planned.stdout.splitlines()
+    assert "few windows" not in planned.stdout
+
+
 def test_a_trial_that_cannot_be_written_is_refused(model_folder: Path, small_text: Path, tmp_path: Path) -> None:
     result = run("plan", model_folder, "--calibration", small_text, *SMALL, "--out", tmp_path / "absent")
     assert result.exit_code == 2

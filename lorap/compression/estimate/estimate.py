@@ -15,7 +15,7 @@ from lorap.compression.estimate.texts import Texts
 from lorap.compression.estimate.trial import Trial
 from lorap.config import CompressionConfig
 from lorap.evaluation.info import KINDS
-from lorap.reports.run import format_table, shortage
+from lorap.reports.run import CorrectionReport, correction_lines, format_table, shortage
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,22 @@ class Estimate:
 
     def table(self) -> str:
         """Sizes, then time and memory."""
-        lines = [size_table(self.shape, self.config, self.sizes), ""]
+        lines = [size_table(self.shape, self.config, self.sizes), *self._few_windows(), ""]
         if self.trial:
             lines += [self._stage_table(self.trial), ""]
         lines.append(f"peak memory: {quantity(self.memory_bytes, 'B')}")
         lines.append(f"disk: {quantity(self.disk_bytes, 'B')} beside the model that is read")
         return "\n".join([*lines, *self.remarks])
+
+    def _few_windows(self) -> list[str]:
+        """Where the windows are not enough for all correction steps: how many there will be at most."""
+        windows, asked = self.config.num_calibration_samples, self.config.correction_steps
+        if not self.config.corrects:
+            return []
+        if self.trial and not self.trial.judged:
+            return correction_lines(CorrectionReport(asked, 0, windows=windows))
+        plan = schedule(windows, self.config.calibration_seq_len, asked)
+        return shortage(windows, plan.steps, asked, plan.enough)
 
     def _stage_table(self, trial: Trial) -> str:
         where, threads = trial.environment["device"], trial.environment["threads"]
@@ -184,10 +194,6 @@ def size_table(shape: ModelShape, config: CompressionConfig, sizes: Sizes) -> st
             f"Ranks and widths will be decided by {sizes.decided_by}; those above are an even split of the budget, "
             f"{sizes.budget:,} parameters for the compressed sub-layers' matrices, which will be spent in any case.",
         ]
-    if config.corrects:
-        windows, asked = config.num_calibration_samples, config.correction_steps
-        plan = schedule(windows, config.calibration_seq_len, asked)
-        lines += shortage(windows, plan.steps, asked, plan.enough)
     return "\n".join(lines)
 
 

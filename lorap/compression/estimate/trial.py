@@ -64,6 +64,7 @@ class Trial:
         tried: seconds by stage of the trial; what was done in a layer apart.
         stages: seconds by stage of the whole run.
         environment: where.
+        judged: whether the texts leave windows to judge correction steps by; without any there are none.
     """
 
     layers: int
@@ -71,6 +72,7 @@ class Trial:
     tried: Mapping[str, float]
     stages: Mapping[str, float]
     environment: Mapping[str, Any]
+    judged: bool = True
 
 
 def try_layers(
@@ -128,6 +130,7 @@ def try_layers(
                 tried=tried,
                 stages=_multiplied(tried, times, shape.num_layers / len(layers)),
                 environment=report.environment,
+                judged=report.correction is None or report.correction.enough > 0,
             )
     except OSError as error:
         raise CheckpointError(
