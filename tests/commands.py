@@ -10,12 +10,13 @@ from lorap.cli import app
 
 
 def run(*arguments: Any, stdin: str | bytes | None = None) -> Any:
-    """``lorap`` with these words. It installs a handler of SIGTERM; pytest's own comes back."""
-    before = signal.getsignal(signal.SIGTERM)
+    """``lorap`` with these words. It installs handlers of signals; pytest's own come back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def last_json(result: Any) -> dict[str, Any]:

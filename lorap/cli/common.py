@@ -151,6 +151,8 @@ def user_errors(
             left = f"what is finished is kept in {unfinished()}; run the same command again to go on"
         else:
             left = "nothing was written"
+        for number in (signal.SIGINT, signal.SIGTERM):  # nobody who asks twice gets tracebacks of Python's own end
+            signal.signal(number, signal.SIG_IGN)
         typer.echo(f"lorap: interrupted; {left}", err=True)
         raise typer.Exit(exit_code(error)) from None
 
@@ -187,5 +189,6 @@ def exit_code(error: KeyboardInterrupt) -> int:
 
 
 def interrupt(_signal: int, _frame: Any) -> NoReturn:
-    """A signal handler: a killed run cleans up like an interrupted one."""
+    """A signal handler: a killed run cleans up like an interrupted one. `timeout` sends the signal twice."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise Terminated
