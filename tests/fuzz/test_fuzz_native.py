@@ -19,6 +19,7 @@ needs_library = pytest.mark.skipif(not native.HAS_CPU, reason="lorap/_native.so 
 CALLS = 4000
 
 
+@pytest.mark.slow  # `make test` has the kernels alone, in tests/test_native.py
 @pytest.mark.skipif(fuzz_native.why_not() is not None, reason=str(fuzz_native.why_not()))
 def test_the_operators_pass_the_sanitizers() -> None:
     fuzz_native.build()
