@@ -85,6 +85,10 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 Auto = Literal["auto"]
 _FROM_RECIPE: Final[Any] = None
+_FROM_BUDGET: Final[Any] = None
+DEFAULT_SPARSITY = 0.2
+# Of bytes, one of which may be given in place of a sparsity.
+BUDGETS = ("size", "bits_per_weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +97,12 @@ class CompressionConfig:
 
     Args:
         recipe: where the other options come from: ``best``, ``lorap`` (the paper, exactly), ``svd-llm`` or ``flap``.
-        sparsity: fraction of the parameters of the compressed sub-layers to remove, in [0, 1).
+        sparsity: fraction of the parameters of the compressed sub-layers to remove, in [0, 1); 0.2 unless given. With ``size`` or
+            ``bits_per_weight`` the least to remove, 0 unless given.
+        size: bytes that the folder's weights take at most, a number or text like ``1.2GB``. ``weights``, unless given, and the
+            sparsity follow from it: first as few bits as it takes, down to int4, then sparsity.
+        bits_per_weight: the same in bits on disk for each weight that the dense decoder layers' projections have, with all that
+            belongs to them, such as scales.
         sublayers: which of ``self_attn`` and ``mlp`` to compress.
         allocation: who gets the parameters that stay. ``paper``: every layer and both sub-layers keep the same share, {v, o} get
             ``vo_to_qk_ratio`` times what {q, k} get. ``even``: every matrix keeps the same share. ``loss``: ranks and widths of
@@ -134,7 +143,8 @@ class CompressionConfig:
             on the calibration windows, 1,536 tokens a step, none of them twice; fewer and smaller steps where there are fewer
             tokens, and none that further windows, not calibrated on, do not confirm. Sizes do not change.
         weights: how many bits they have in the end, in every linear layer of the decoder: ``float`` as many as the model's dtype,
-            ``int8``, ``int4``. They are rounded last, behind correction steps, layer by layer on the calibration windows. The
+            ``int8``, ``int4``, or, with ``size`` or ``bits_per_weight``, ``auto``: the most that fit without sparsity, else the
+            fewest. They are rounded last, behind correction steps, layer by layer on the calibration windows. The
             sparsity counts parameters, not bits; at 0 the result is the quantized dense model.
         group_size: how many int8 or int4 weights of a row share a scale, a multiple of 32.
         target: who is to open the result. ``lorap``: hosts that have lorap. ``stock``: every host. Attention stays dense and all
@@ -149,7 +159,9 @@ class CompressionConfig:
     """
 
     recipe: str = DEFAULT_RECIPE
-    sparsity: Annotated[float, Interval(ge=0, lt=1)] = 0.2
+    sparsity: Annotated[float, Interval(ge=0, lt=1)] = _FROM_BUDGET
+    size: Union[Size, None] = None
+    bits_per_weight: Union[Annotated[float, Interval(gt=0, lt=math.inf)], None] = None
     sublayers: Annotated[tuple[Literal["self_attn", "mlp"], ...], MinLen(1)] = _FROM_RECIPE
     allocation: Literal["paper", "even", "loss", "flap"] = _FROM_RECIPE
     vo_to_qk_ratio: Annotated[float, Interval(gt=0, lt=math.inf)] = _FROM_RECIPE
@@ -169,7 +181,7 @@ class CompressionConfig:
     sequential: Literal["layer", "sublayer"] = _FROM_RECIPE
     storage: Literal["factors", "pivoted"] = _FROM_RECIPE
     correction_steps: Count = _FROM_RECIPE
-    weights: Literal["float", "int8", "int4"] = _FROM_RECIPE
+    weights: Literal["float", "int8", "int4", "auto"] = _FROM_RECIPE
     group_size: Annotated[int, Interval(ge=32, le=2**31 - 1), MultipleOf(32)] = _FROM_RECIPE
     target: Literal["lorap", "stock"] = _FROM_RECIPE
     num_calibration_samples: Size = 128
@@ -179,12 +191,20 @@ class CompressionConfig:
     def __post_init__(self) -> None:
         known = isinstance(self.recipe, str) and self.recipe in RECIPES
         _check(known, f"unknown recipe {shown(self.recipe)}; known: {', '.join(RECIPES)}")
-        shapes, width_multiple, storage = self.shapes, self.width_multiple, self.storage
+        shapes, width_multiple, storage, weights = self.shapes, self.width_multiple, self.storage, self.weights
         for name, value in RECIPES[self.recipe].items():
             if getattr(self, name) is _FROM_RECIPE:
                 object.__setattr__(self, name, value)
-        if self.weights == "int4" and storage is _FROM_RECIPE:
+        if self.has_byte_budget and weights is _FROM_RECIPE:
+            object.__setattr__(self, "weights", "auto")
+        if self.weights in ("int4", "auto") and storage is _FROM_RECIPE:
             object.__setattr__(self, "storage", "factors")
+        if self.sparsity is _FROM_BUDGET:
+            object.__setattr__(self, "sparsity", 0.0 if self.has_byte_budget else DEFAULT_SPARSITY)
+        if isinstance(self.size, str):
+            from lorap.system import parse_bytes  # brings torch with it
+
+            object.__setattr__(self, "size", parse_bytes(self.size))
         if self.target == "stock" and shapes is _FROM_RECIPE:
             object.__setattr__(self, "shapes", "uniform")
         if self.target == "stock" and width_multiple is _FROM_RECIPE:
@@ -209,11 +229,27 @@ class CompressionConfig:
             self.weights != "int4" or self.storage == "factors",
             "int4 weights are too coarse for pivoted storage; use storage factors, or weights int8",
         )
+        self._check_budget()
         if self.target == "stock":
             self._check_stock()
         _check(
             self.shapes == "free" or self.allocation != "flap",
             "allocation flap gives every layer its own FFN width; use shapes free, or another allocation",
+        )
+
+    def _check_budget(self) -> None:
+        _check(
+            self.size is None or self.bits_per_weight is None,
+            f"size {self.size} and bits_per_weight {self.bits_per_weight} are two budgets of bytes; give one of them",
+        )
+        _check(
+            self.has_byte_budget or self.weights != "auto",
+            "weights auto follow from a budget of bytes; give size or bits_per_weight, or weights float, int8 or int4",
+        )
+        _check(
+            not self.has_byte_budget or self.allocation != "flap",
+            "allocation flap decides on widths by scores, so their bytes are not known before; with size or bits_per_weight "
+            "use allocation loss, even or paper",
         )
 
     def _check_stock(self) -> None:
@@ -231,7 +267,7 @@ class CompressionConfig:
             "paper, even or loss, or target lorap",
         )
         _check(
-            self.weights == "float",
+            self.weights in ("float", "auto"),
             f"target stock writes floating-point weights, not {self.weights}; use weights float, or target lorap",
         )
         _check(
@@ -243,6 +279,20 @@ class CompressionConfig:
     def corrects(self) -> bool:
         """Whether weights move when all layers are compressed."""
         return self.correction_steps > 0 and self.sparsity > 0
+
+    @property
+    def has_byte_budget(self) -> bool:
+        """Whether bytes are asked for, which decide on what is left open."""
+        return self.size is not None or self.bits_per_weight is not None
+
+    @property
+    def budget_text(self) -> str:
+        """The budget of bytes in words; empty where there is none."""
+        if self.size is not None:
+            return f"a size of {self.size:,} bytes"
+        if self.bits_per_weight is not None:
+            return f"{self.bits_per_weight:g} bits for each weight of the dense decoder layers"
+        return ""
 
     @property
     def bits(self) -> int | None:
@@ -258,8 +308,9 @@ class CompressionConfig:
         return cls(recipe=recipe, **{name: value for name, value in overrides.items() if value is not None})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**asdict(self), "sublayers": list(self.sublayers)}
+        """Plain values for JSON; budgets of bytes only where there are any."""
+        values = {**asdict(self), "sublayers": list(self.sublayers)}
+        return {name: value for name, value in values.items() if value is not None or name not in BUDGETS}
 
 
 def _check(condition: bool, message: str) -> None:

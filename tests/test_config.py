@@ -120,7 +120,7 @@ def test_best_is_the_default() -> None:
 
 @pytest.mark.parametrize("recipe", list(RECIPES))
 def test_a_recipe_says_every_choice(recipe: str) -> None:
-    given = {"recipe", "sparsity", "num_calibration_samples", "calibration_seq_len", "seed"}
+    given = {"recipe", "sparsity", "size", "bits_per_weight", "num_calibration_samples", "calibration_seq_len", "seed"}
     assert set(RECIPES[recipe]) == {field.name for field in dataclasses.fields(CompressionConfig)} - given
     config = CompressionConfig(recipe=recipe)
     assert None not in config.to_dict().values()

@@ -16,8 +16,10 @@ from lorap.calibration.context import DecoderContext
 from lorap.calibration.sensitivity import Sensitivity
 from lorap.calibration.stream import CalibrationStream, Probe
 from lorap.compression.allocation import plan_layer
-from lorap.compression.planning import PRICE_SHRINKAGE, Plan, _Prices, make_plan, spread_sample, threshold_widths
+from lorap.compression.planning import Plan, make_plan, spread_sample, threshold_widths
+from lorap.compression.prices import PRICE_SHRINKAGE, Prices
 from lorap.compression.shrinkage import output_metric, shrunk
+from lorap.compression.stored_bytes import DenseModel
 from lorap.config import CompressionConfig
 from lorap.errors import CalibrationError, ConfigError
 
@@ -258,7 +260,7 @@ def test_what_the_loss_does_not_mind_gives_more(make_model, tokens) -> None:
 def test_a_price_is_half_the_mean_square_of_what_moves_along_the_gradient(make_model, tokens) -> None:
     """The cost of each rank, as it is offered, is that of the truncated product, with A and C of the sensitivities."""
     model = make_model("llama-gqa")
-    prices = _Prices(CompressionConfig(rank_multiple=5), shapes_of(model))
+    prices = Prices(CompressionConfig(rank_multiple=5), DenseModel.of(model, find_architecture(model)))
     g, x = torch.randn(200, 64), torch.randn(200, 64)
     sensitivity = Sensitivity(output=g.T @ g / 200, input=x.double().T @ x.double() / 200)
     weight = model.model.layers[0].self_attn.q_proj.weight.data

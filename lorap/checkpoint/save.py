@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorap.checkpoint import host_keys
-from lorap.checkpoint.folders import CONFIG, stored_parameters
+from lorap.checkpoint.folders import CONFIG, read_tensors, stored_parameters
 from lorap.checkpoint.write import write_model, write_settings
 from lorap.errors import CheckpointError
 from lorap.files import reason
@@ -52,12 +52,24 @@ def save(
     with staged_folder(out, overwrite=overwrite, needed_bytes=needed_bytes) as stage:
         write_model(model, stage, max_shard_size=max_shard_size)
         host_keys.complete(stage, tokenizer)
-        saved = stored_parameters(stage)
-        if saved != report.params_saved:
-            raise CheckpointError(f"{saved:,} parameters reached the disk, but the model has {report.params_saved:,}")
+        check_saved(stage, report)
         report.seconds["save"] = time.perf_counter() - start
         write_reports(report, stage)
     return out
+
+
+def check_saved(folder: Path, report: CompressionReport) -> None:
+    """Refuse a folder that holds other parameters than the report tells of, or more bytes than were asked for.
+
+    Raises:
+        CheckpointError: with both numbers.
+    """
+    saved = stored_parameters(folder)
+    if saved != report.params_saved:
+        raise CheckpointError(f"{saved:,} parameters reached the disk, but the model has {report.params_saved:,}")
+    stored, size = sum(tensor.nbytes for tensor in read_tensors(folder).values()), report.config.size
+    if size is not None and stored > size:
+        raise CheckpointError(f"the weights take {stored:,} bytes, more than the {size:,} that were asked for")
 
 
 def try_settings(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:

@@ -53,13 +53,27 @@ def compress_command(
     # What becomes of the model. An option that is called like a field of CompressionConfig is that field; nothing else has to
     # be written for it. None leaves the choice to the recipe.
     sparsity: Annotated[
-        float,
+        Optional[float],
         typer.Option(
             "--sparsity",
             "--sparsity-ratio",
-            help="Fraction of the compressed sub-layers' parameters to remove, in [0, 1).",
+            help="Fraction of the compressed sub-layers' parameters to remove, in [0, 1).  [default: 0.2, or what --size or "
+            "--bits-per-weight takes]",
         ),
-    ] = 0.2,
+    ] = None,
+    size: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Bytes of all weights in OUT at most, such as 1.2GB: --weights and the sparsity follow.",
+            metavar="SIZE",
+        ),
+    ] = None,
+    bits_per_weight: Annotated[
+        Optional[float],
+        typer.Option(
+            help="The same in bits for each weight of the dense decoder layers, scales included, such as 3.5."
+        ),
+    ] = None,
     recipe: Annotated[
         str,
         typer.Option(
@@ -178,7 +192,8 @@ def compress_command(
         _option(
             "weights",
             "Bits of the weights in OUT: float, as --dtype says; int8 or int4, rounded on the calibration text at the end. With "
-            "--sparsity 0 nothing else is done.",
+            "--sparsity 0 nothing else is done. auto: the most that fit --size or --bits-per-weight, which choose it by "
+            "themselves.",
         ),
     ] = None,
     group_size: Annotated[
@@ -244,6 +259,7 @@ def compress_command(
       lorap compress HuggingFaceTB/SmolLM2-135M ./small --sparsity 0.2
       lorap compress ./llama ./small --sparsity 0.5 --calibration my.jsonl --eval-text wiki.txt
       lorap compress ./llama ./small --recipe lorap --allocation even
+      lorap compress ./llama ./small --size 1.2GB
       lorap compress ./llama ./small --weights int4
       lorap compress ./llama ./small --target stock
       torchrun --nproc-per-node 2 -m lorap compress ./llama ./small

@@ -95,7 +95,7 @@ def plan_command(
         room = free_memory_bytes(resolve_device(options.device))
         found = estimate(shape, config, texts, room=room, max_memory=options.max_memory_bytes)
         if time and found.fits:
-            trial = try_layers(source, shape, config, options, found.sizes, texts, folder=out)
+            trial = try_layers(source, shape, found.config, options, found.sizes, texts, folder=out)
             found = replace(found, trial=trial)
         typer.echo(found.table())
         answer(found.to_dict())

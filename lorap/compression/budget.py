@@ -40,7 +40,7 @@ class Candidate:
 
     Args:
         size: rank or width; for a matrix the smaller side means that it stays dense.
-        params: that it would hold.
+        params: that it would hold; bytes where the budget is one of bytes.
         cost: expected increase of the loss, in nats per token, or any other unit that all candidates share.
     """
 

@@ -28,12 +28,14 @@ from lorap.checkpoint.finite import check_finite
 from lorap.checkpoint.load import check_tokenizer, find_model, load_model, load_tokenizer, resolve_device
 from lorap.checkpoint.paging import offloaded_tensors
 from lorap.checkpoint.validate import untie_own_head
+from lorap.compression.byte_budget import resolve_budget
 from lorap.compression.correction import Correction
 from lorap.compression.layer import LayerCompressor
-from lorap.compression.planning import Plan, check_sizes, make_plan, shapes_of
+from lorap.compression.planning import Plan, check_sizes, make_plan
 from lorap.compression.quantization import round_layer
 from lorap.compression.result import describe_in_config
 from lorap.compression.store import Finished, RunStore
+from lorap.compression.stored_bytes import DenseModel
 from lorap.compression.windows import RunWindows, read_windows
 from lorap.config import CompressionConfig
 from lorap.errors import ConfigError
@@ -89,7 +91,8 @@ def compress(
         model, tokenizer, name = _open(model_or_path, tokenizer, device, dtype)
         where = _home(model) if device == "auto" else resolve_device(device)
         context = DecoderContext.of(model, device=where, progress=progress)
-    run = Run(context, name, tokenizer, config or CompressionConfig(), watch)
+    config = resolve_budget(DenseModel.of(model, context.architecture), config or CompressionConfig())
+    run = Run(context, name, tokenizer, config, watch)
     return model, run.compress(calibration, evaluation)
 
 
@@ -101,7 +104,7 @@ class Run:
         context: the model, in memory or offloaded (:mod:`lorap.checkpoint.paging`).
         name: of the model, for the report.
         tokenizer: for text.
-        config: what to do.
+        config: what to do, with weights and a sparsity even where bytes are asked for.
         watch: takes the time by stage.
         store: takes what is done; by default nothing is kept.
     """
@@ -126,7 +129,7 @@ class Run:
         context, config = self.context, self.config
         model = context.model
         model.tie_weights()
-        check_sizes(model.config, shapes_of(context.layers, context.architecture), config)
+        check_sizes(DenseModel.of(model, context.architecture), config)
         report = CompressionReport(model=self.name, config=config, calibration={})
         report.params_total_before = count_parameters(model)  # before a tied embedding comes into memory by itself
         with self.watch("verify"):

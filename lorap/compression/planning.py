@@ -8,51 +8,34 @@ does it all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from lorap.algorithms.factorization import spectrum, suffix_sums
-from lorap.algorithms.moments import Moment
-from lorap.algorithms.refit import fluctuation_scores, output_scores, repaired_tail
-from lorap.architectures import ATTENTION, MLP, PROJECTIONS, Architecture, text_config
+from lorap.algorithms.refit import fluctuation_scores
+from lorap.architectures import MLP, PROJECTIONS, text_config
 from lorap.calibration.context import DecoderContext
 from lorap.calibration.sensitivity import Sensitivity, layer_sensitivities
 from lorap.calibration.stream import CalibrationStream, Probe
 from lorap.calibration.windows import TokenWindows
 from lorap.compression.allocation import LayerPlan, Shape, plan_layer, stock_width
-from lorap.compression.budget import (
-    SMALLEST_RANK_MULTIPLE,
-    Candidate,
-    affordable_multiple,
-    allocate_budget,
-    rank_candidates,
-    shared_across_layers,
-    stock_multiple,
-    width_candidates,
-)
-from lorap.compression.shrinkage import output_metric, shrunk
+from lorap.compression.budget import stock_multiple
+from lorap.compression.prices import Prices
+from lorap.compression.shrinkage import output_metric
+from lorap.compression.stored_bytes import DenseModel
 from lorap.config import CompressionConfig
-from lorap.distributed import Processes
 from lorap.errors import CalibrationError, ConfigError
 from lorap.requirements import compressed_roles, roles_needing_gradients, roles_with_output_metric
 from lorap.system import release_freed_memory
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 Key = tuple[int, str]  # (layer index, role); the FFN of a layer goes by the name of its down projection
 
 # An eighth of the default calibration text is enough to price errors: 4,096 tokens gave the same result within 1.5 % at
 # sparsity 0.5 (docs/recipes.md), and the backward pass costs three forward passes.
 SENSITIVITY_TOKENS = 2048
-# Second moments of so few tokens are noisy; prices need less accuracy than factors do.
-PRICE_SHRINKAGE = 0.1
-PRICE_RIDGE = 0.01
 
 
 @dataclass(frozen=True)
@@ -106,14 +89,14 @@ def make_plan(
         CalibrationError: the gradients or activations are not finite.
     """
     model, layers, architecture, processes = context.model, context.layers, context.architecture, context.processes
-    shapes = shapes_of(layers, architecture)
+    dense = DenseModel.of(model, architecture)
     if config.allocation == "flap" and config.sparsity > 0:
-        return Plan(_flap_widths(context, windows, config, shapes))
-    by_shape, roles = plan_by_shape(model.config, shapes, config), roles_needing_gradients(config)
+        return Plan(_flap_widths(context, windows, config, dense.shapes))
+    by_shape, roles = plan_by_shape(dense, config), roles_needing_gradients(config)
     weighed = roles_with_output_metric(config)
     if not roles:
-        return Plan(by_shape or [LayerPlan(ranks={}, intermediate_size=shape["gate_proj"][0]) for shape in shapes])
-    prices = _Prices(config, shapes)
+        return Plan(by_shape or dense.unchanged())
+    prices = Prices(config, dense)
     metrics: MutableMapping[Key, Tensor] = {} if output_metrics is None else output_metrics
     sampled = spread_sample(windows, SENSITIVITY_TOKENS)
 
@@ -139,33 +122,22 @@ def make_plan(
     return Plan(by_shape or prices.allocate(processes), metrics)
 
 
-def shapes_of(layers: Iterable[nn.Module], architecture: Architecture) -> list[dict[str, Shape]]:
-    """(out_features, in_features) of the projections of each layer, by role."""
-    return [
-        {role: (linear.out_features, linear.in_features) for role, linear in architecture.linears(layer).items()}
-        for layer in layers
-    ]
-
-
-def check_sizes(
-    model_config: PreTrainedConfig, shapes: Sequence[Mapping[str, Shape]], config: CompressionConfig
-) -> None:
+def check_sizes(dense: DenseModel, config: CompressionConfig) -> None:
     """Refuse, before a weight or a text is read, a sparsity that no choice of ranks and widths can reach.
 
     Args:
-        model_config: of the dense model.
-        shapes: (out_features, in_features) of the projections of each layer, by role.
+        dense: the model.
         config: what is asked for.
 
     Raises:
         ConfigError: the sparsity leaves too little.
     """
-    if config.sparsity == 0 or plan_by_shape(model_config, shapes, config) is not None:
+    if config.sparsity == 0 or plan_by_shape(dense, config) is not None:
         return
     if config.allocation == "flap":
-        _check_drop(channels_to_drop(config, shapes), [shape["gate_proj"][0] for shape in shapes])
+        _check_drop(channels_to_drop(config, dense.shapes), [shape["gate_proj"][0] for shape in dense.shapes])
     else:
-        _Prices(config, shapes).check_budget()
+        Prices(config, dense).check_budget()
 
 
 def _check_gradients(sensitivity: Sensitivity, name: str, dtype: torch.dtype) -> None:
@@ -176,14 +148,11 @@ def _check_gradients(sensitivity: Sensitivity, name: str, dtype: torch.dtype) ->
         )
 
 
-def plan_by_shape(
-    model_config: PreTrainedConfig, shapes: Sequence[Mapping[str, Shape]], config: CompressionConfig
-) -> list[LayerPlan] | None:
+def plan_by_shape(dense: DenseModel, config: CompressionConfig) -> list[LayerPlan] | None:
     """The plan of each layer where it follows from shapes alone.
 
     Args:
-        model_config: of the dense model.
-        shapes: (out_features, in_features) of the projections of each layer, by role.
+        dense: the model.
         config: what is asked for.
 
     Returns:
@@ -192,6 +161,7 @@ def plan_by_shape(
     Raises:
         ConfigError: the sparsity leaves too little, or a stock model of this family has no place for a bias.
     """
+    shapes, model_config = dense.shapes, dense.config
     if config.sparsity > 0 and config.target == "stock":
         if config.bias_compensation and not getattr(text_config(model_config), "mlp_bias", False):
             raise ConfigError(
@@ -215,95 +185,6 @@ def plan_by_shape(
     if config.allocation in ("paper", "even"):
         return [plan_layer(shape, config) for shape in shapes]
     return None
-
-
-class _Prices:
-    """Candidates of all matrices, gathered layer by layer."""
-
-    def __init__(self, config: CompressionConfig, shapes: Sequence[Mapping[str, Shape]]) -> None:
-        self.config = config
-        self.shapes = shapes
-        self.curves: dict[Key, list[Candidate]] = {}
-        self.total = sum(_size(shape[role]) for shape in shapes for role in compressed_roles(config) if role in shape)
-        uniform = config.shapes == "uniform"
-        self.multiples = {}
-        for role in (*ATTENTION, "down_proj"):
-            if having := [shape[role] for shape in shapes if role in shape]:
-                together = len(having) if uniform else 1
-                self.multiples[role] = _multiple(role, having[0], config, total=self.total, together=together)
-
-    def add(self, index: int, role: str, weight: Tensor, sensitivity: Sensitivity, metric: Tensor) -> None:
-        # Second order of the loss: half the mean square of what the error moves along the gradient.
-        if role == "down_proj":
-            moment = Moment(sensitivity.input.to(weight.device), shrinkage=PRICE_SHRINKAGE)
-            order = output_scores(weight, moment.diagonal, metric).argsort(descending=True, stable=True)
-            tail = repaired_tail(weight, moment, order, ridge=PRICE_RIDGE, output_metric=metric)
-            candidates = width_candidates(weight.shape[0], tail / 2, multiple=self.multiples[role])
-        else:
-            tail = suffix_sums(spectrum(weight, shrunk(sensitivity.input.to(weight.device), PRICE_SHRINKAGE), metric))
-            candidates = rank_candidates(
-                (weight.shape[0], weight.shape[1]),
-                tail / 2,
-                pivoted=self.config.storage == "pivoted",
-                multiple=self.multiples[role],
-            )
-        self.curves[index, role] = candidates
-
-    def check_budget(self) -> None:
-        """Refuse a budget below the smallest candidates of all matrices, which no weight has a say in."""
-        smallest: dict[Key, list[Candidate]] = {}
-        for index, shapes in enumerate(self.shapes):
-            for role in roles_needing_gradients(self.config):
-                if role not in shapes:
-                    continue
-                out_features, in_features = shapes[role]
-                multiple = self.multiples[role]
-                if role == "down_proj":
-                    candidates = width_candidates(out_features, torch.zeros(in_features + 1), multiple=multiple)
-                else:
-                    pivoted = self.config.storage == "pivoted"
-                    tail = torch.zeros(min(shapes[role]) + 1)
-                    candidates = rank_candidates(shapes[role], tail, pivoted=pivoted, multiple=multiple)
-                smallest[index, role] = [min(candidates, key=lambda candidate: candidate.params)]
-        allocate_budget(smallest, (1 - self.config.sparsity) * self.total)
-
-    def allocate(self, processes: Processes) -> list[LayerPlan]:
-        gathered: dict[Key, list[Candidate]] = {}
-        for curves in processes.all_gather(self.curves):
-            gathered |= curves
-        # In one order, whoever made them: it breaks ties.
-        self.curves = {
-            key: gathered[key] for key in sorted(gathered, key=lambda key: (-key[0], PROJECTIONS.index(key[1])))
-        }
-        budget = (1 - self.config.sparsity) * self.total
-        if self.config.shapes == "uniform":
-            roles = dict.fromkeys(role for _, role in self.curves)  # a set would break ties by the hash seed
-            layers = range(len(self.shapes))
-            of_role = {role: [self.curves[i, role] for i in layers if (i, role) in self.curves] for role in roles}
-            shared = allocate_budget({role: shared_across_layers(curves) for role, curves in of_role.items()}, budget)
-            taken = {(index, role): shared[role].size for index, role in self.curves}
-        else:
-            taken = {key: candidate.size for key, candidate in allocate_budget(self.curves, budget).items()}
-        plans = []
-        for index, shapes in enumerate(self.shapes):
-            ranks = {role: taken[index, role] for role in ATTENTION if (index, role) in taken}
-            plans.append(
-                LayerPlan(
-                    ranks={role: rank for role, rank in ranks.items() if rank < min(shapes[role])},
-                    intermediate_size=taken.get((index, "down_proj"), shapes["gate_proj"][0]),
-                )
-            )
-        return plans
-
-
-def _multiple(role: str, shape: Shape, config: CompressionConfig, *, total: int, together: int) -> int:
-    asked = config.width_multiple if role == "down_proj" else config.rank_multiple
-    if asked != "auto":
-        return int(asked)
-    if role == "down_proj":
-        return affordable_multiple(shape[1], 3 * shape[0] * together, total, smallest=1)
-    smallest = min(SMALLEST_RANK_MULTIPLE, max(1, min(shape) // 8))
-    return affordable_multiple(min(shape), sum(shape) * together, total, smallest=smallest)
 
 
 def _flap_widths(

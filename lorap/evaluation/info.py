@@ -87,6 +87,7 @@ def describe_model(source: ModelSource) -> dict[str, Any]:
         "weights": settings.weights if settings else None,
         "group_size": settings.group_size if settings else None,
         "bits_per_weight": _bits_per_weight(tensors, after),
+        "bits_per_dense_weight": None if before is None else _bits_per_weight(tensors, before),
         "dtypes": sorted({tensor.dtype for tensor in tensors.values() if not tensor.is_index}),
         "storage": settings.storage if settings and ranks else None,
         "kinds": {
@@ -169,9 +170,14 @@ def _dense_counts(report: CompressionReport | None, now: Mapping[str, int]) -> d
     return dense if fits and sum(dense.values()) == report.params_total_before else None
 
 
-def _bits_per_weight(tensors: Mapping[str, TensorInfo], now: Mapping[str, int]) -> float | None:
-    """Bits on disk for each parameter of the decoder layers' projections: scales, row numbers and guards go with the weights."""
-    count = sum(now.get(role, 0) for role in PROJECTIONS)
+def _bits_per_weight(tensors: Mapping[str, TensorInfo], params: Mapping[str, int]) -> float | None:
+    """Bits on disk for each parameter of the decoder layers' projections: scales, row numbers and guards go with the weights.
+
+    Args:
+        tensors: on disk.
+        params: by kind; of this model, or of the dense one.
+    """
+    count = sum(params.get(role, 0) for role in PROJECTIONS)
     stored = sum(tensor.nbytes for name, tensor in tensors.items() if kind_of(name) in PROJECTIONS)
     return 8 * stored / count if count else None
 
@@ -219,6 +225,8 @@ def format_info(info: Mapping[str, Any]) -> str:
             f"\nweights are {stored}, {info['bits_per_weight']:.2f} bits for each in the decoder layers; their scales take "
             f"{info['scale_bytes'] / 1e3:,.1f} kB and are not counted as parameters"
         )
+    if info["compressed_by_lorap"] and info["bits_per_dense_weight"]:
+        head += f"\n{info['bits_per_dense_weight']:.2f} bits on disk for each weight that the dense decoder layers have"
     return head + "\n\n" + format_table(["", "parameters", "kept", "rank"], rows)
 
 

@@ -143,6 +143,7 @@ def model_card(report: CompressionReport) -> str:
     corrected += "\n" if corrected else ""
     options = "\n".join(f"| {name} | {value} |" for name, value in config.to_dict().items())
     calibration = report.calibration
+    asked = f"that follows from {config.budget_text}" if config.has_byte_budget else "asked for"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -154,7 +155,7 @@ tags:
 
 # {report.model}, compressed by lorap
 
-Base model: **{report.model}**. Recipe: **{config.recipe}**. Sparsity asked for: **{config.sparsity}** of
+Base model: **{report.model}**. Recipe: **{config.recipe}**. Sparsity {asked}: **{config.sparsity:.6g}** of
 {" and ".join(config.sublayers)}; kept share of these parameters: **{report.param_ratio:.4f}**
 ({report.params_before:,} -> {report.params_after:,}; the whole model {report.params_total_before:,} -> {report.params_saved:,}).
 

@@ -256,7 +256,7 @@ def _span(values: Sequence[int]) -> str:
 def rounding_lines(report: CompressionReport) -> list[str]:
     """What whole blocks of a stock width removed beyond what was asked for."""
     asked, removed = report.config.sparsity, 1 - report.param_ratio
-    if report.config.target != "stock" or not asked or removed - asked < TOLD_ROUNDING:
+    if report.config.target != "stock" or report.config.has_byte_budget or not asked or removed - asked < TOLD_ROUNDING:
         return []
     width = report.by_role("down_proj")[0].shape_after[1]
     return [

@@ -8,6 +8,7 @@ from typing import Any
 
 from lorap.algorithms.step_schedule import schedule
 from lorap.architectures import PROJECTIONS
+from lorap.compression.byte_budget import resolve_budget
 from lorap.compression.estimate.memory import Memory, resident_bytes
 from lorap.compression.estimate.shapes import ModelShape
 from lorap.compression.estimate.sizes import Sizes, planned_sizes
@@ -154,6 +155,7 @@ def estimate(
     Raises:
         ConfigError: the sparsity leaves too little.
     """
+    config = resolve_budget(shape.dense, config)
     sizes = planned_sizes(shape, config)
     base = resident_bytes()
     room = room and room + base
@@ -183,17 +185,25 @@ def size_table(shape: ModelShape, config: CompressionConfig, sizes: Sizes) -> st
     rows.append([*whole, quantity(stored, "B"), quantity(saved, "B")])
     header = ["", "parameters before", "after", "kept", "rank", "width", "stored", "saved"]
     lines = [
-        f"{shape.name}: {shape.config.model_type}, {shape.num_layers} layers, recipe {config.recipe}, sparsity {config.sparsity}",
+        f"{shape.name}: {shape.config.model_type}, {shape.num_layers} layers, recipe {config.recipe}, "
+        f"sparsity {config.sparsity:.6g}",
         "",
         format_table(header, rows),
     ]
     if sizes.index_bytes:
         lines.append(f"of the saved bytes {quantity(sizes.index_bytes, 'B')} are row numbers of pivoted storage")
+    if config.has_byte_budget:
+        lines.append(
+            f"Weights are {config.weights} and the sparsity {config.sparsity:.4f}, as {config.budget_text} wants it."
+        )
     if sizes.decided_by:
-        lines += [
-            f"Ranks and widths will be decided by {sizes.decided_by}; those above are an even split of the budget, "
-            f"{sizes.budget:,} parameters for the compressed sub-layers' matrices, which will be spent in any case.",
-        ]
+        spent = (
+            "" if config.has_byte_budget else f", {sizes.budget:,} parameters for the compressed sub-layers' matrices"
+        )
+        lines.append(
+            f"Ranks and widths will be decided by {sizes.decided_by}; those above are an even split of the budget{spent}, which "
+            "will be spent in any case."
+        )
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ from lorap.checkpoint.load import DTYPES, ModelSource, dtype_name
 from lorap.checkpoint.paging import main_dtype
 from lorap.checkpoint.validate import empty_model
 from lorap.compression.allocation import Shape
-from lorap.compression.planning import shapes_of
+from lorap.compression.stored_bytes import DenseModel
 from lorap.errors import ArchitectureError, CheckpointError
 from lorap.evaluation.info import gguf_tensors, kind_of
 
@@ -26,6 +26,7 @@ class ModelShape:
     Args:
         name: what to call the model.
         config: of transformers.
+        dense: the same model as what its bytes depend on.
         dtype: in which it is computed and saved.
         num_layers: decoder layers.
         projections: (out_features, in_features) by role.
@@ -39,6 +40,7 @@ class ModelShape:
 
     name: str
     config: Any
+    dense: DenseModel
     dtype: str
     num_layers: int
     projections: Mapping[str, Shape]
@@ -71,8 +73,8 @@ class ModelShape:
             wanted = wanted or DTYPES["float32"]
         model = empty_model(config, wanted)
         architecture = find_architecture(model)
-        layers = architecture.decoder_layers(model)
-        shapes = shapes_of(layers, architecture)
+        dense = DenseModel.of(model, architecture)
+        shapes = dense.shapes
         if not shapes or any(each != shapes[0] for each in shapes):
             raise ArchitectureError(
                 f"{source.name} has no decoder layers, or layers of different shapes, which plan does not know"
@@ -86,12 +88,11 @@ class ModelShape:
         return cls(
             name=source.name,
             config=config,
+            dense=dense,
             dtype=str(model.dtype).removeprefix("torch."),
             num_layers=len(shapes),
             projections=shapes[0],
-            biases=frozenset(
-                role for role, linear in architecture.linears(layers[0]).items() if linear.bias is not None
-            ),
+            biases=dense.biases[0],
             hidden_size=hidden_size,
             vocab_size=vocab_size,
             tied=bool(config.tie_word_embeddings),

@@ -35,6 +35,7 @@ from lorap.compression.estimate.watch import IN_LAYER, LayerWatch, TimedContext
 from lorap.compression.runs.journal import open_journal
 from lorap.compression.runs.run import FolderRun, RunOptions
 from lorap.compression.runs.steps import JournalStore
+from lorap.compression.stored_bytes import without_budget
 from lorap.compression.windows import RunWindows, read_windows
 from lorap.config import CompressionConfig
 from lorap.errors import CheckpointError
@@ -90,7 +91,7 @@ def try_layers(
     Args:
         source: a local model, which is read only.
         shape: of it.
-        config, options: as for :func:`lorap.compress_to_folder`.
+        config, options: as for :func:`lorap.compress_to_folder`; weights and sparsity follow from no budget any more.
         sizes: what will be left.
         texts: how much will be read.
         folder: on the disk that the output will be on; what is written there goes again.
@@ -115,7 +116,8 @@ def try_layers(
                 out = Path(name) / f"small-{turn}"
                 with open_journal(out) as journal:
                     quiet = replace(options, progress=False)
-                    run = _TrialRun(find_model(place), out, config, quiet, journal, LayerWatch(bar), texts=texts)
+                    chosen = without_budget(config)
+                    run = _TrialRun(find_model(place), out, chosen, quiet, journal, LayerWatch(bar), texts=texts)
                     report = run.run()
                 if sum(report.seconds.values()) > QUICK_SECONDS:
                     break

@@ -21,15 +21,16 @@ from lorap.calibration.mixtures import Sources, check_sources
 from lorap.calibration.offload import HiddenStateStore
 from lorap.calibration.sources import DEFAULT_CALIBRATION, Source
 from lorap.checkpoint import host_keys
-from lorap.checkpoint.folders import stored_parameters
 from lorap.checkpoint.load import ModelSource, check_tokenizer, find_model, load_model, load_tokenizer, own_device
-from lorap.checkpoint.save import try_settings, write_reports
+from lorap.checkpoint.save import check_saved, try_settings, write_reports
 from lorap.checkpoint.write import write_model
+from lorap.compression.byte_budget import resolve_budget
 from lorap.compression.pipeline import Run
-from lorap.compression.planning import check_sizes, shapes_of
+from lorap.compression.planning import check_sizes
 from lorap.compression.runs.fingerprints import check_weights, identity_of
 from lorap.compression.runs.journal import COMPLETE, STAGE, Journal, check_identity, finish, is_complete, open_journal
 from lorap.compression.runs.steps import JournalStore
+from lorap.compression.stored_bytes import DenseModel
 from lorap.config import CompressionConfig
 from lorap.distributed import is_main_process, joined
 from lorap.errors import CheckpointError
@@ -133,6 +134,9 @@ class FolderRun:
             model = load_model(self.source, dtype=self.options.dtype, device=device, paged=True)
             check_tokenizer(tokenizer, len(embedding_weight(model)))
         with watch("check"):
+            dense = DenseModel.of(model, find_architecture(model))
+            self.config = resolve_budget(dense, self.config)
+            check_sizes(dense, self.config)
             self._check(model, tokenizer, device)
         report = self._finished()
         if report is None:
@@ -175,8 +179,7 @@ class FolderRun:
 
     def _check(self, model: PreTrainedModel, tokenizer: Any, device: torch.device) -> None:
         """The run is the one that was begun, its end can be written, and every weight is looked at once, before any work."""
-        options, architecture = self.options, find_architecture(model)
-        check_sizes(model.config, shapes_of(architecture.decoder_layers(model), architecture), self.config)
+        options = self.options
         if self.journal.processes.is_main_process:
             self._try_writing(model, tokenizer)
             identity = identity_of(
@@ -216,7 +219,7 @@ class FolderRun:
                 stage.mkdir()
                 write_model(model, stage, max_shard_size=self.options.max_shard_size)
                 host_keys.complete(stage, tokenizer)
-                saved = stored_parameters(stage)
+                check_saved(stage, report)
             report.seconds = watch.seconds
             write_reports(report, stage)
             sync_tree(stage)
@@ -225,6 +228,4 @@ class FolderRun:
                 f"could not write {self.out}: {reason(error, self.out)}; all layers are kept: mend that and run the same "
                 "command again"
             ) from error
-        if saved != report.params_saved:
-            raise CheckpointError(f"{saved:,} parameters reached the disk, but the model has {report.params_saved:,}")
         self.journal.keep_alone(COMPLETE, {"report": report.to_dict(), PACKAGING: self._packaging()})

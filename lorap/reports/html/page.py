@@ -96,7 +96,11 @@ def _tiles(report: CompressionReport) -> list[tuple[str, str, str]]:
     kept = f"{after / before:.4f}" if before else "unknown"
     tiles = [
         ("Recipe", config.recipe, ""),
-        ("Sparsity asked for", f"{config.sparsity:g}", f"of {' and '.join(config.sublayers)}"),
+        (
+            "Sparsity that follows" if config.has_byte_budget else "Sparsity asked for",
+            f"{config.sparsity:g}",
+            ", ".join(filter(None, (f"of {' and '.join(config.sublayers)}", config.budget_text))),
+        ),
         ("Kept of these", f"{report.param_ratio:.4f}", f"{report.params_before:,} \u2192 {report.params_after:,}"),
         ("Kept of the whole model", kept, f"{before:,} \u2192 {after:,}{size}"),
     ]
@@ -201,9 +205,9 @@ def _options(config: CompressionConfig) -> tuple[list[list[str]], list[str]]:
     rows, changed = [], []
     for name, value in config.to_dict().items():
         source = f"recipe {config.recipe}" if name in RECIPES[config.recipe] else "default"
-        if value != usual[name]:
+        if value != usual.get(name):
             changed.append(name)
-            source = f"changed; {source}: {_plain(usual[name])}"
+            source = f"changed; {source}: {_plain(usual.get(name, 'none'))}"
         rows.append([name, _plain(value), source])
     return rows, changed
 
