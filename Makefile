@@ -8,7 +8,7 @@ VLLM := .venv-vllm/bin
 VLLM_READY := .venv-vllm/.ready
 VLLM_VERSION := 0.32.0
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all fuzz test-vllm test-hosts test-transformers4 test-mlx test-openvino lint bench targets inference quality
+.PHONY: help setup demo test test-all fuzz test-vllm test-hosts test-transformers4 test-mlx test-openvino test-compressed-tensors lint bench targets inference quality
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile
@@ -72,7 +72,7 @@ $(VLLM_READY): $(READY)
 
 # Hosts without lorap, each in an environment of its own, on folders that .venv makes. torch first, as above.
 HOSTS := HOST_FOLDERS=$(CURDIR)/.cache/hosts OMP_NUM_THREADS=1
-test-hosts: test-transformers4 test-mlx test-openvino ## exported models in transformers 4, mlx-lm and OpenVINO GenAI
+test-hosts: test-transformers4 test-compressed-tensors test-mlx test-openvino ## exported models in transformers 4, with compressed-tensors, in mlx-lm and OpenVINO GenAI
 
 .cache/hosts/expected.json: $(READY) tests/hosts/make_folders.py $(wildcard lorap/*.py lorap/*/*.py)
 	$(BIN)/python benchmarks/assets.py
@@ -80,6 +80,9 @@ test-hosts: test-transformers4 test-mlx test-openvino ## exported models in tran
 
 test-transformers4: .cache/hosts/expected.json .venv-transformers4/.ready
 	$(HOSTS) .venv-transformers4/bin/python -m pytest --noconftest tests/hosts/test_transformers4.py -s --quiet
+
+test-compressed-tensors: .cache/hosts/expected.json .venv-compressed-tensors/.ready
+	$(HOSTS) .venv-compressed-tensors/bin/python -m pytest --noconftest tests/hosts/test_compressed_tensors.py -s --quiet
 
 test-mlx: .cache/hosts/expected.json .venv-mlx/.ready
 	$(HOSTS) .venv-mlx/bin/python -m pytest --noconftest tests/hosts/test_mlx.py -s --quiet
@@ -91,6 +94,12 @@ test-openvino: .cache/hosts/expected.json .venv-openvino/.ready
 	$(PYTHON) -m venv .venv-transformers4
 	.venv-transformers4/bin/python -m $(INSTALL) torch==2.13.0
 	.venv-transformers4/bin/python -m $(INSTALL) transformers==4.57.6 accelerate jinja2 pytest
+	touch $@
+
+.venv-compressed-tensors/.ready:
+	$(PYTHON) -m venv .venv-compressed-tensors
+	.venv-compressed-tensors/bin/python -m $(INSTALL) torch==2.13.0
+	.venv-compressed-tensors/bin/python -m $(INSTALL) transformers==5.24.0 compressed-tensors==0.17.0 accelerate pytest
 	touch $@
 
 .venv-mlx/.ready:

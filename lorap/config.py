@@ -149,7 +149,8 @@ class CompressionConfig:
         group_size: how many int8 or int4 weights of a row share a scale, a multiple of 32.
         target: who is to open the result. ``lorap``: hosts that have lorap. ``stock``: every host. Attention stays dense and all
             FFNs get one width, narrow enough for the whole sparsity, so ``allocation`` decides nothing and ``shapes`` is
-            uniform; the same model costs more quality, and all of the saving is real without any plug-in.
+            uniform; the same model costs more quality, and all of the saving is real without any plug-in. Weights in int8 or int4
+            are stored as compressed-tensors has them, whose package the host needs.
         num_calibration_samples: how many token windows the statistics come from.
         calibration_seq_len: tokens in each window.
         seed: which windows are drawn.
@@ -265,10 +266,6 @@ class CompressionConfig:
             self.allocation != "flap",
             "allocation flap gives every layer its own FFN width, and stock model classes have one for all; use allocation "
             "paper, even or loss, or target lorap",
-        )
-        _check(
-            self.weights in ("float", "auto"),
-            f"target stock writes floating-point weights, not {self.weights}; use weights float, or target lorap",
         )
         _check(
             self.shapes == "uniform",

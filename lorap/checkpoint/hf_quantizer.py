@@ -100,6 +100,13 @@ def get_quantization_config(model: PreTrainedModel) -> LoRAPConfig | None:
     return found if isinstance(found, LoRAPConfig) else None
 
 
+def weights_of(model: PreTrainedModel) -> str:
+    """How the weights of the decoder's linear layers are stored: ``float``, ``int8`` or ``int4``."""
+    if (compression := get_quantization_config(model)) is not None:
+        return compression.weights
+    return next((f"int{module.bits}" for module in model.modules() if isinstance(module, QuantizedLinear)), "float")
+
+
 def detach_quantization_config(model: PreTrainedModel) -> None:
     """Make ``model.save_pretrained`` write an ordinary checkpoint again; only for what opens without the plug-in."""
     LoRAPHfQuantizer(LoRAPConfig(), pre_quantized=True).remove_quantization_config(model)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from lorap.architectures import known_architecture
 from lorap.checkpoint.format import LoRAPConfig
-from lorap.checkpoint.hf_quantizer import attach_quantization_config, get_quantization_config
+from lorap.checkpoint.hf_quantizer import attach_quantization_config, get_quantization_config, weights_of
 from lorap.errors import ArchitectureError
 from lorap.nn.int8 import quantize_weights
 
@@ -30,8 +30,8 @@ def quantize_int8(model: Model) -> Model:
     """
     known_architecture(model, to="quantize")
     compression = get_quantization_config(model) or LoRAPConfig()
-    if compression.weights != "float":
-        raise ArchitectureError(f"the weights of this model are {compression.weights} already")
+    if (stored := weights_of(model)) != "float":
+        raise ArchitectureError(f"the weights of this model are {stored} already")
     quantize_weights(model)
     attach_quantization_config(
         model, LoRAPConfig(**(compression.to_dict() | {"weights": "int8", "format_version": None}))

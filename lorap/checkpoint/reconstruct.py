@@ -12,6 +12,7 @@ from lorap.checkpoint.hf_quantizer import (
     attach_quantization_config,
     detach_quantization_config,
     get_quantization_config,
+    weights_of,
 )
 from lorap.errors import ArchitectureError
 from lorap.nn.linear import LowRankLinear, has_plain_factors
@@ -53,12 +54,11 @@ def check_floating_point(model: PreTrainedModel) -> LoRAPConfig | None:
     Raises:
         ArchitectureError: the weights are quantized.
     """
-    compression = get_quantization_config(model)
-    if compression is not None and compression.weights != "float":
+    if (weights := weights_of(model)) != "float":
         raise ArchitectureError(
-            f"the weights of this model are {compression.weights}; reconstruct or export it before it is quantized"
+            f"the weights of this model are {weights}; reconstruct or export it before it is quantized"
         )
-    return compression
+    return get_quantization_config(model)
 
 
 @torch.no_grad()

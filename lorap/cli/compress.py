@@ -204,7 +204,7 @@ def compress_command(
         _option(
             "target",
             "Who is to open OUT: lorap, hosts that have it; stock, any host: attention stays dense and one FFN width takes the "
-            "whole sparsity.",
+            "whole sparsity; int8 and int4 as compressed-tensors has them.",
         ),
     ] = None,
     num_calibration_samples: Annotated[int, typer.Option(help="Token windows to calibrate on.")] = 128,
@@ -296,6 +296,14 @@ def next_steps(model: str, out: Path, report: CompressionReport) -> list[tuple[s
     stock = report.config.target == "stock"
     gguf = stock or len(widths) > 1
     host = ("llama.cpp" if gguf else "hosts without lorap") + ("" if stock else ", but larger")
+    if stock and report.config.bits is not None:
+        return [
+            (f"vllm serve {folder}", "serve it"),
+            (
+                f'AutoModelForCausalLM.from_pretrained("{out}")',
+                "open it in transformers, with compressed-tensors installed",
+            ),
+        ]
     return [
         (f"lorap eval {folder} --baseline {dense}", "how much worse it predicts"),
         (f'lorap generate {folder} --prompt "..."', "what it says"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from lorap.compression.planning import plan_by_shape
+from lorap.compression.planning import broken_groups, plan_by_shape
 from lorap.compression.prices import Prices
 from lorap.compression.stored_bytes import DenseModel
 from lorap.config import CompressionConfig
@@ -36,9 +36,11 @@ def resolve_budget(dense: DenseModel, config: CompressionConfig) -> CompressionC
     budget = dense.projection_budget(config)
     choices = weights_to_try(config)
     for chosen in choices:
-        if _bytes_at(dense, chosen, chosen.sparsity) <= budget:
+        fits = _bytes_at(dense, chosen, chosen.sparsity) <= budget
+        if fits and (len(choices) == 1 or broken_groups(dense, chosen) is None):
             return chosen
-    return _with_sparsity(dense, choices[-1], budget)
+    pruned = [chosen for chosen in choices if broken_groups(dense, replace(chosen, sparsity=0.5)) is None]
+    return _with_sparsity(dense, (pruned or choices)[-1], budget)
 
 
 def weights_to_try(config: CompressionConfig) -> list[CompressionConfig]:
@@ -46,9 +48,7 @@ def weights_to_try(config: CompressionConfig) -> list[CompressionConfig]:
     if config.weights != "auto":
         return [config]
     kinds: tuple[Literal["float", "int8", "int4"], ...] = ("float", "int8", "int4")
-    if config.target == "stock":
-        kinds = kinds[:1]
-    elif config.storage == "pivoted":  # 4 bits are too few for its coefficients
+    if config.storage == "pivoted":  # 4 bits are too few for its coefficients
         kinds = kinds[:2]
     return [replace(config, weights=kind) for kind in kinds]
 

@@ -8,6 +8,7 @@ does it all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -130,8 +131,9 @@ def check_sizes(dense: DenseModel, config: CompressionConfig) -> None:
         config: what is asked for.
 
     Raises:
-        ConfigError: the sparsity leaves too little.
+        ConfigError: the sparsity leaves too little; or rows are no whole groups, where a host without lorap wants them.
     """
+    _check_groups(dense, config)
     if config.sparsity == 0 or plan_by_shape(dense, config) is not None:
         return
     if config.allocation == "flap":
@@ -146,6 +148,33 @@ def _check_gradients(sensitivity: Sensitivity, name: str, dtype: torch.dtype) ->
             f"the gradients at {name} are not finite in {dtype}: try --dtype float32 or bfloat16, or do without them: "
             "--allocation even --output-weighting none"
         )
+
+
+def broken_groups(dense: DenseModel, config: CompressionConfig) -> tuple[str, int] | None:
+    """A projection whose inputs are no whole groups although its host takes no others, with their number; None where all fit.
+
+    compressed-tensors works out the size of groups from their number, so that a last one with fewer weights changes all.
+    """
+    if config.target != "stock" or config.bits is None:
+        return None
+    return next(((role, count) for role, count in _inputs(dense, config) if count % config.group_size), None)
+
+
+def _inputs(dense: DenseModel, config: CompressionConfig) -> list[tuple[str, int]]:
+    """Projections with the number of their inputs, where no width is chosen for it."""
+    roles = [role for role in PROJECTIONS if role != "down_proj" or config.sparsity == 0]
+    return [(role, shapes[role][1]) for shapes in dense.shapes for role in roles if role in shapes]
+
+
+def _check_groups(dense: DenseModel, config: CompressionConfig) -> None:
+    if (broken := broken_groups(dense, config)) is None:
+        return
+    fitting = [size for size in range(32, 257, 32) if not any(count % size for _, count in _inputs(dense, config))]
+    way_out = f"choose group_size {fitting[-1]}" if fitting else "use weights float"
+    raise ConfigError(
+        f"target stock stores {config.weights} weights in rows of whole groups, as compressed-tensors wants them, and the "
+        f"{broken[1]:,} inputs of {broken[0]} are no multiple of group_size {config.group_size}; {way_out}, or target lorap"
+    )
 
 
 def plan_by_shape(dense: DenseModel, config: CompressionConfig) -> list[LayerPlan] | None:
@@ -180,6 +209,8 @@ def plan_by_shape(dense: DenseModel, config: CompressionConfig) -> list[LayerPla
         hidden, dense_width = shapes[0]["down_proj"]
         asked = config.width_multiple
         multiple = stock_multiple(dense_width, 3 * hidden, total) if asked == "auto" else int(asked)
+        if config.bits is not None:
+            multiple = math.lcm(multiple, config.group_size)
         width = stock_width(shapes[0], config, multiple=multiple)
         return [LayerPlan(ranks={}, intermediate_size=width) for _ in shapes]
     if config.allocation in ("paper", "even"):

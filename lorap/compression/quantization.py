@@ -17,7 +17,7 @@ from lorap.calibration.statistics import check_activations, merged
 from lorap.calibration.stream import CalibrationStream, Probe
 from lorap.checkpoint.build import bare_prefix
 from lorap.checkpoint.format import LoRAPConfig
-from lorap.checkpoint.hf_quantizer import attach_quantization_config, get_quantization_config
+from lorap.checkpoint.hf_quantizer import attach_quantization_config, get_quantization_config, weights_of
 from lorap.compression.windows import read_windows
 from lorap.config import CompressionConfig
 from lorap.errors import ArchitectureError, ConfigError, FactorizationError
@@ -177,8 +177,8 @@ def quantize(
         raise ConfigError("weights float is what the model has; choose int8 or int4")
     architecture = known_architecture(model, to="quantize")
     compression = get_quantization_config(model) or LoRAPConfig()
-    if compression.weights != "float":
-        raise ArchitectureError(f"the weights of this model are {compression.weights} already")
+    if (stored := weights_of(model)) != "float":
+        raise ArchitectureError(f"the weights of this model are {stored} already")
     layers = tuple(architecture.decoder_layers(model))
     context = DecoderContext(model.eval(), architecture, layers, next(model.parameters()).device)
     stream = None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lorap.architectures import text_config
 from lorap.calibration.context import DecoderContext
+from lorap.checkpoint.compressed_tensors import attach_compressed_tensors
 from lorap.checkpoint.format import LoRAPConfig
 from lorap.checkpoint.hf_quantizer import attach_quantization_config
 from lorap.compression.allocation import LayerPlan
@@ -37,7 +38,9 @@ def describe_in_config(context: DecoderContext, plans: Sequence[LayerPlan], conf
         text.intermediate_size = widths[0]
     sizes = {f"{architecture.layers}.{index}.{architecture.mlp}": width for index, width in enumerate(widths)}
     changed = ranks or widths != [dense_width] * len(widths) or config.bits is not None
-    if config.target != "stock" and changed:
+    if config.target == "stock" and config.bits is not None:
+        attach_compressed_tensors(model, bits=config.bits, group_size=config.group_size)
+    elif config.target != "stock" and changed:
         shapes = LoRAPConfig(
             ranks=ranks,
             intermediate_sizes={} if uniform else sizes,

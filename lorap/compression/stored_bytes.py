@@ -24,17 +24,20 @@ class Storage:
         bits: of a packed weight; None where weights have the dtype of the model.
         group_size: packed weights of a row that share a scale.
         pivoted: whether low-rank layers are rows and coefficients.
+        guarded: whether packed weights have a guard.
     """
 
     itemsize: int
     bits: int | None
     group_size: int
     pivoted: bool
+    guarded: bool
 
     @classmethod
     def of(cls, config: CompressionConfig, itemsize: int) -> Storage:
         """What ``config`` asks for; its ``weights`` are known."""
-        return cls(itemsize, config.bits, config.group_size, config.storage == "pivoted")
+        guarded = config.target != "stock"
+        return cls(itemsize, config.bits, config.group_size, config.storage == "pivoted", guarded)
 
     def matrix(self, shape: Shape) -> int:
         """Bytes of a dense weight (out_features, in_features)."""
@@ -42,7 +45,7 @@ class Storage:
         if self.bits is None:
             return rows * columns * self.itemsize
         row = 4 * -(-columns * self.bits // 32) + self.itemsize * -(-columns // self.group_size)
-        return rows * row + 2 * INDEX_ITEMSIZE + self.itemsize  # weight_shape, and a guard
+        return rows * row + 2 * INDEX_ITEMSIZE + self.guarded * self.itemsize  # weight_shape, and a guard
 
     def pair(self, shape: Shape, rank: int) -> int:
         """Bytes of a low-rank one, with row numbers and guards."""

@@ -116,6 +116,10 @@ class QuantizedLinear(nn.Module):
         scale = self.weight_scale
         return dequantize(self.weight_packed, scale, self.bits, self.group_size, self.in_features, dtype or scale.dtype)
 
+    def drop_guard(self) -> None:
+        """Leave the guard out of what is saved."""
+        self._non_persistent_buffers_set.add("weight")
+
     def extra_repr(self) -> str:
         """Sizes and bits."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

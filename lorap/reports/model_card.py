@@ -116,6 +116,11 @@ def _rounding(config: CompressionConfig) -> str:
     return (
         f"Weights of the decoder layers are {stored}, rounded such that the outputs change least on the calibration text "
         "({2210.17323})."
+        + (
+            " They are stored as compressed-tensors has them: hosts need its package."
+            if config.target == "stock"
+            else ""
+        )
     )
 
 

@@ -92,6 +92,20 @@ def make_deci(out: Path, vocab_size: int, tokens: torch.Tensor) -> None:
     lorap.export_deci(model, out / "deci")
 
 
+def make_packed(out: Path, vocab_size: int, tokens: torch.Tensor) -> None:
+    """Folders in compressed-tensors' layout, and what is expected of them; a row of words has no last one that is half empty."""
+    expected = {}
+    for weights, sparsity in (("int4", 0.3), ("int8", 0.0)):
+        config = lorap.CompressionConfig(
+            sparsity=sparsity, target="stock", weights=weights, group_size=32, correction_steps=0
+        )
+        model = make_model(*KINDS["qwen2"], vocab_size)
+        model, report = lorap.compress(model, calibration=tokens, config=config, progress=False)
+        lorap.save(model, out / weights, report=report)
+        expected[weights] = losses_of(model, tokens[:1])
+    (out / "packed.json").write_text(json.dumps(expected), "utf-8")
+
+
 def main(out: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
@@ -107,6 +121,7 @@ def main(out: Path) -> None:
         lorap.export_stock(model, out / name, tokenizer=tokenizer)
         expected[name] = expectation(out / name, tokens[:1])
     make_deci(out, len(tokenizer), tokens[:1])
+    make_packed(out, len(tokenizer), tokens)
     if any(REAL.glob("*.gguf")):
         source = find_model(REAL)
         model, tokenizer = load_model(source), load_tokenizer(source)

@@ -69,9 +69,9 @@ def planned_sizes(shape: ModelShape, config: CompressionConfig) -> Sizes:
 
 
 def _planned_layer(shape: ModelShape, config: CompressionConfig) -> tuple[LayerPlan, str]:
+    check_sizes(shape.dense, config)
     if config.sparsity == 0:
         return LayerPlan(ranks={}, intermediate_size=shape.width), ""
-    check_sizes(shape.dense, config)
     if config.allocation == "flap":
         width = shape.width - round(channels_to_drop(config, shape.dense.shapes) / shape.num_layers)
         return LayerPlan(ranks={}, intermediate_size=width), "one threshold on the channel scores of all layers"
