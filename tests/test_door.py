@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -396,12 +397,32 @@ def test_a_pickled_tensor_lies_where_its_header_says(dtype: torch.dtype, tmp_pat
     torch.manual_seed(0)
     whole = (torch.randn(7, 5) * 10).to(dtype)
     part = whole[2:5]
-    torch.save({"whole": whole, "part": part, "again": whole, "none": whole[:0]}, tmp_path / "m.bin")
+    nothing = torch.empty(0, 3, dtype=dtype)
+    torch.save(
+        {"whole": whole, "part": part, "again": whole, "none": whole[:0], "nothing": nothing}, tmp_path / "m.bin"
+    )
     found = stored_tensors(tmp_path / "m.bin")
     assert torch.equal(found["whole"].read(), whole)
     assert torch.equal(found["part"].read(), part)
     assert found["again"].info == found["whole"].info
     assert found["none"].shape == (0, 5)
+    assert found["nothing"].read().shape == (0, 3)
+
+
+def test_an_archive_whose_parts_disagree_is_refused(tmp_path: Path) -> None:
+    """A flipped bit in the header of one tensor would move the next one; the checksum of a pickle is of all of it."""
+    path = tmp_path / "m.bin"
+    torch.save({"a": torch.arange(15.0).view(3, 5), "b": torch.ones(7)}, path)
+    saved = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        (begin,) = (entry.header_offset for entry in archive.infolist() if entry.filename.endswith("data/0"))
+    header = bytearray(saved)
+    header[begin + 28 : begin + 30] = b"\0\0"  # how long what pads it is
+    for damaged in (bytes(header), saved.replace(b"cpu", b"cpv", 1)):
+        assert damaged != saved
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="truncated or corrupt"):
+            read_pickled_header(path)
 
 
 class Evil:
