@@ -91,6 +91,20 @@ def test_bits_go_before_sparsity() -> None:
     assert resolve_budget(dense, CompressionConfig(sparsity=0.3)) == CompressionConfig(sparsity=0.3)
 
 
+@pytest.mark.parametrize("family", ["llama-gqa", "llama-biases"])
+def test_all_else_is_what_the_files_hold(family, make_model, tmp_path) -> None:
+    """Tied heads once, buffers that are saved, and what has a dtype of its own."""
+    model = make_model(family, **ODD | {"head_dim": 20}).bfloat16()
+    model.model.norm.float()
+    model.register_buffer("kept", torch.ones(7, dtype=torch.int64))
+    found = DenseModel.of(model, find_architecture(model))
+    model.save_pretrained(tmp_path)
+    stored = read_tensors(tmp_path)
+    assert found.other_bytes == sum(info.nbytes for name, info in stored.items() if "_proj." not in name)
+    everything = found.other_bytes + found.planned(found.unchanged(), CompressionConfig(weights="float"))
+    assert everything == stored_bytes(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("family", "options"),
     [

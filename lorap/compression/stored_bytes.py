@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lorap.architectures import MLP, Architecture
+from lorap.checkpoint.write import model_tensors, nbytes
 from lorap.compression.allocation import LayerPlan, Shape
 from lorap.config import CompressionConfig
 from lorap.nn.low_rank_tensors import INDEX_ITEMSIZE, LEFT, RIGHT, LowRankTensors
@@ -80,17 +81,16 @@ class DenseModel:
 
     @classmethod
     def of(cls, model: PreTrainedModel, architecture: Architecture) -> DenseModel:
-        """That of a model in memory, offloaded, or on the meta device; its tied weights are tied."""
+        """That of a model in memory, offloaded, or on the meta device."""
         linears = [architecture.linears(layer) for layer in architecture.decoder_layers(model)]
-        own = {id(parameter) for layer in linears for linear in layer.values() for parameter in linear.parameters()}
-        itemsize = model.dtype.itemsize
-        others = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in own)
+        names = (architecture.module_name(index, role) for index, layer in enumerate(linears) for role in layer)
+        own = {f"{name}.{leaf}" for name in names for leaf in ("weight", "bias")}
         return cls(
             config=model.config,
             shapes=[{role: (each.out_features, each.in_features) for role, each in layer.items()} for layer in linears],
             biases=[frozenset(role for role, each in layer.items() if each.bias is not None) for layer in linears],
-            itemsize=itemsize,
-            other_bytes=others * itemsize,
+            itemsize=model.dtype.itemsize,
+            other_bytes=sum(nbytes(tensor) for name, tensor in model_tensors(model) if name not in own),
         )
 
     @property
