@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from lorap.errors import ArchitectureError
+from lorap.splitting import GATE_UP, QKV, Fused, split
 
 if TYPE_CHECKING:  # names and shapes alone take no torch
     from torch import Tensor, nn
@@ -54,6 +55,7 @@ class Architecture:
         activation: path from the FFN to the function between gate and up; configs name it in several fields, or none.
         projections: path from a decoder layer to each of the seven linear layers.
         other_attention: path to what some layers have in place of attention, and which stays as it is; empty where none has.
+        fused: what the family stores as one matrix, and lorap splits (:mod:`lorap.splitting`).
     """
 
     families: str
@@ -63,6 +65,7 @@ class Architecture:
     activation: str = "act_fn"
     projections: Mapping[str, str] = field(default_factory=_llama_projections)
     other_attention: str = ""
+    fused: Fused = field(default_factory=lambda: MappingProxyType({}))
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
         """The decoder layers of ``model``, in order."""
@@ -116,6 +119,9 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "qwen2": Architecture("Qwen2, Qwen2.5"),
         "qwen3": Architecture("Qwen3"),
         "smollm3": Architecture("SmolLM3"),
+        "phi3": Architecture("Phi-3, Phi-4", activation="activation_fn", fused={"self_attn": QKV, "mlp": GATE_UP}),
+        "glm": Architecture("GLM-4 of 2024", activation="activation_fn", fused={"mlp": GATE_UP}),
+        "glm4": Architecture("GLM-4 of 2025", activation="activation_fn", fused={"mlp": GATE_UP}),
         "cohere": Architecture("Command R"),
         "cohere2": Architecture("Command R7B, Command A"),
         "cwm": Architecture("Code World Model"),
@@ -160,7 +166,6 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
 
 
 _EXPERTS = "its FFNs are mixtures of experts"
-_ONE_MATRIX = "some of its projections are stored as one matrix"
 _NO_GATE = "its FFN has no gate"
 # config.model_type -> why a family that people bring is none of them
 REFUSED: Mapping[str, str] = MappingProxyType(
@@ -169,7 +174,6 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "gemma4": "its layers share keys and values, or have no values of their own",
         "gemma4_text": "its layers share keys and values, or have no values of their own",
         **dict.fromkeys(("deepseek_v2", "deepseek_v3", "gpt_oss", "mixtral", "olmoe", "qwen3_moe"), _EXPERTS),
-        **dict.fromkeys(("glm", "glm4", "phi3"), _ONE_MATRIX),
         **dict.fromkeys(("gpt2", "gpt_neox", "nemotron", "phi", "starcoder2"), _NO_GATE),
     }
 )
@@ -179,7 +183,7 @@ def known_architecture(model: nn.Module, *, to: str) -> Architecture:
     """The table entry for a model, dense or compressed.
 
     Args:
-        model: of transformers.
+        model: of transformers; what its family stores as one matrix is split.
         to: what it is wanted for, for the message.
 
     Raises:
@@ -188,11 +192,19 @@ def known_architecture(model: nn.Module, *, to: str) -> Architecture:
     model_type = getattr(model.config, "model_type", "")
     if model_type not in ARCHITECTURES:
         raise ArchitectureError(f"cannot {to} model type {model_type!r}; known: {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[model_type]
+    return split_model(model)
+
+
+def split_model(model: Any) -> Architecture:
+    """Split what the family of ``model``, one of ``ARCHITECTURES``, stores as one matrix; the model computes the same."""
+    architecture = ARCHITECTURES[model.config.model_type]
+    if architecture.fused:
+        split(architecture.decoder_layers(model), architecture.fused)
+    return architecture
 
 
 def find_architecture(model: nn.Module) -> Architecture:
-    """The table entry for a model, after checking that its layers really look like that.
+    """The table entry for a model, after checking that its layers really look like that; splits as :func:`known_architecture`.
 
     Raises:
         ArchitectureError: the family is unknown, or a projection is missing, fused, quantized or already compressed.
@@ -208,7 +220,7 @@ def find_architecture(model: nn.Module) -> Architecture:
         raise ArchitectureError(
             "this model was compressed by lorap already; start from the dense model and ask for a higher sparsity instead"
         )
-    architecture = ARCHITECTURES[model_type]
+    architecture = split_model(model)
     for index, layer in enumerate(architecture.decoder_layers(model)):
         for role in architecture.roles(layer):
             _check_linear(layer, architecture.projections[role], architecture.module_name(index, role))

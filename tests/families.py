@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 import lorap
-from lorap.architectures import ARCHITECTURES, PROJECTIONS
+from lorap.architectures import ARCHITECTURES, PROJECTIONS, known_architecture
 from lorap.checkpoint.load import find_model, load_model
 from lorap.checkpoint.validate import model_class
 from lorap.compression.runs.run import RunOptions
@@ -54,6 +54,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
     "granite": {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22},
     "granite_swa": {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22},
+    "glm": {"attention_bias": True},
     "stablelm": {"use_parallel_residual": True, "qk_layernorm": True},
 }
 # Models that see: what their vision has, and of which family the language model is.
@@ -190,9 +191,10 @@ def check(model_type: str, place: Path, tokenizer: Any) -> dict[str, str]:
 
 def assert_nothing_else_changed(model: Any, model_type: str) -> None:
     """All but the projections is what it was, bit by bit; of models that see also their vision."""
-    architecture, found = ARCHITECTURES[model_type], model.state_dict()
+    before, found = tiny(model_type), model.state_dict()
+    architecture = known_architecture(before, to="split")
     names = [architecture.module_name(index, role) for index in range(2) for role in PROJECTIONS]
-    others = {n: t for n, t in tiny(model_type).state_dict().items() if not n.startswith(tuple(f"{m}." for m in names))}
+    others = {n: t for n, t in before.state_dict().items() if not n.startswith(tuple(f"{m}." for m in names))}
     assert len(others) >= 3
     assert all(torch.equal(found[name], tensor) for name, tensor in others.items())
 
@@ -256,6 +258,16 @@ transformers 5 has for them; older names, as most folders on the hub have, are r
 Qwen3.5 and 3.6 have attention in every fourth layer and something else in the others: FFNs are compressed in all layers,
 attention where it is of q, k, v and o, and the rest stays, bit by bit. `--target stock` would take unlike shares from their
 layers and is refused.
+
+Phi-3, Phi-4 and GLM-4 store gate and up as one matrix, Phi also q, k and v. lorap splits them, row by row, and a compressed
+folder holds them under the names that Llama has for them; `lorap export --format stock` joins them again. `--target stock` is
+refused.
+
+Weights that another program has quantized are read as the floating-point numbers that they stand for, a layer at a time: fp8
+(DeepSeek's and Qwen's blocks, or one scale), compressed-tensors (`float-quantized`, `int-quantized`, `naive-quantized`, and
+`pack-quantized` of 4 and 8 bits), AWQ (`gemm`) and GPTQ (2, 4 and 8 bits). Each is compared with its formula in float64, and
+eight models that compressed-tensors 0.20.1 had quantized with what it reads back itself: the same numbers. What comes out is in
+floating point. bitsandbytes, mxfp4, nvfp4, 3 bits, and weights that are sparse or rotated besides are refused.
 
 Not among them, and refused by name: FFNs without a gate or with a norm inside (GPT-NeoX, Phi-2, Nemotron, BitNet), mixtures of
 experts, multi-head latent attention (DeepSeek), state spaces. Other families are a row in `lorap/architectures.py` away.

@@ -471,24 +471,25 @@ def test_compressed_model_is_not_compressed_again(small_folder, tmp_path):
     assert_refused(result, "compressed by lorap already; start from the dense model")
 
 
-def test_fused_projections_are_refused_with_what_works(tokenizer, tmp_path):
-    config = transformers.Phi3Config(
+def test_experts_are_refused_with_what_works(tokenizer, tmp_path):
+    config = transformers.MixtralConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=100,
         num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=4,
+        num_local_experts=2,
         bos_token_id=None,
         eos_token_id=0,
         pad_token_id=1,
     )
-    transformers.Phi3ForCausalLM(config).save_pretrained(tmp_path / "phi")
-    tokenizer.save_pretrained(tmp_path / "phi")
-    result = run("compress", tmp_path / "phi", tmp_path / "out", *SMALL)
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "mixture")
+    tokenizer.save_pretrained(tmp_path / "mixture")
+    result = run("compress", tmp_path / "mixture", tmp_path / "out", *SMALL)
     assert_refused(
         result,
-        "model type 'phi3' (Phi3ForCausalLM): some of its projections are stored as one matrix; supported: llama,",
+        "model type 'mixtral' (MixtralForCausalLM): its FFNs are mixtures of experts; supported: llama,",
     )
 
 

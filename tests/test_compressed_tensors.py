@@ -14,6 +14,7 @@ from torch import Tensor
 
 import lorap
 from lorap.checkpoint.folders import read_tensors
+from lorap.checkpoint.load import find_model, load_model
 from lorap.nn.quantized import QuantizedLinear
 
 SIZES = {"hidden_size": 96, "intermediate_size": 352, "num_attention_heads": 3, "num_key_value_heads": 1}
@@ -54,6 +55,9 @@ def test_the_folder_holds_what_the_model_computes_with(
         stored = [tensors[f"{name}.{leaf}"] for leaf in ("weight_packed", "weight_scale", "weight_shape")]
         assert torch.equal(unpacked(*stored, bits, 32), module.dequantize(torch.float32))
         assert f"{name}.weight" not in tensors
+    opened = load_model(find_model(tmp_path))  # as a source: the same numbers in floating point
+    for name, module in packed.items():
+        assert torch.equal(opened.get_parameter(f"{name}.weight"), module.dequantize(torch.float32).to(dtype))
     for door in (lorap.export_stock, lorap.export_gguf, lorap.export_deci):
         options = {"tokenizer": None} if door is lorap.export_gguf else {}
         with pytest.raises(lorap.ArchitectureError, match=f"are {weights}; reconstruct or export it before"):

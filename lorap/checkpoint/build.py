@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lorap.architectures import ARCHITECTURES, ATTENTION, MLP
+from lorap.architectures import ARCHITECTURES, ATTENTION, MLP, split_model
 from lorap.checkpoint.format import LoRAPConfig
 from lorap.checkpoint.headers import read_header
 from lorap.checkpoint.renaming import renamed
@@ -20,6 +20,7 @@ from lorap.nn import int8
 from lorap.nn.linear import LowRankLinear
 from lorap.nn.low_rank_tensors import LOW_RANK_ONLY, WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_SHAPE, LowRankTensors
 from lorap.nn.quantized import QuantizedLinear, packed_linears, put_empty
+from lorap.splitting import join
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +35,8 @@ def put_layers(model: PreTrainedModel, config: LoRAPConfig) -> dict[str, tuple[i
     Raises:
         CheckpointError: a name is no linear layer or FFN of the dense model, or a rank does not fit.
     """
+    if model.config.model_type in ARCHITECTURES:
+        split_model(model)
     bare = bare_prefix(model)
     wanted = _put_low_rank(model, config, bare)
     for full_name, width in config.intermediate_sizes.items():
@@ -56,6 +59,17 @@ def put_layers(model: PreTrainedModel, config: LoRAPConfig) -> dict[str, tuple[i
         wanted += _put_quantized(model, config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return {bare + name: shapes[name] for name in wanted}
+
+
+def join_model(model: PreTrainedModel) -> None:
+    """Join what the family of ``model`` stores as one matrix; the opposite of :func:`lorap.architectures.split_model`.
+
+    Raises:
+        ArchitectureError: a projection is no dense linear layer any more.
+    """
+    architecture = ARCHITECTURES.get(model.config.model_type)
+    if architecture is not None and architecture.fused:
+        join(architecture.decoder_layers(model), architecture.fused)
 
 
 def _put_quantized(model: PreTrainedModel, config: LoRAPConfig) -> list[str]:

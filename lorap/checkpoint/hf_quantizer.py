@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from lorap.checkpoint.build import check_pivot_rows, check_quantized, check_stored, keep_whole, put_layers
+from lorap.checkpoint.build import check_pivot_rows, check_quantized, check_stored, join_model, keep_whole, put_layers
 from lorap.checkpoint.format import QUANT_METHOD, LoRAPConfig
 from lorap.checkpoint.guards import put_guards, register_activations
 from lorap.nn import int8
@@ -108,8 +108,13 @@ def weights_of(model: PreTrainedModel) -> str:
 
 
 def detach_quantization_config(model: PreTrainedModel) -> None:
-    """Make ``model.save_pretrained`` write an ordinary checkpoint again; only for what opens without the plug-in."""
+    """Make ``model.save_pretrained`` write an ordinary checkpoint again; only for what opens without the plug-in.
+
+    Raises:
+        ArchitectureError: what the family stores as one matrix is none any more.
+    """
     LoRAPHfQuantizer(LoRAPConfig(), pre_quantized=True).remove_quantization_config(model)
+    join_model(model)
     put_guards(model, False)
 
 

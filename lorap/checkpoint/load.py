@@ -14,16 +14,19 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
+from lorap.architectures import ARCHITECTURES, split_model
 from lorap.checkpoint.find import ModelSource, locate
 from lorap.checkpoint.finite import check_finite
 from lorap.checkpoint.folders import weight_files
+from lorap.checkpoint.foreign import is_floating_point_read
 from lorap.checkpoint.gguf.reading import check_gguf_file, load_gguf
 from lorap.checkpoint.gguf.tokenizer import load_gguf_tokenizer
-from lorap.checkpoint.paging import paged_model
+from lorap.checkpoint.paging import main_dtype, paged_model
+from lorap.checkpoint.rows import joined
 from lorap.checkpoint.unused_tensors import check_unused
-from lorap.checkpoint.validate import CheckedFolder, check_folder, model_class
+from lorap.checkpoint.validate import CheckedFolder, check_folder, empty_model, model_class
 from lorap.distributed import local_rank
 from lorap.errors import CheckpointError, ConfigError, LoRAPError
 from lorap.jsonio import named
@@ -152,6 +155,8 @@ def _load_whole(source: ModelSource, dtype: torch.dtype | None) -> Any:
 
 def _load_folder(folder: CheckedFolder, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
     """The model from ``from_pretrained``, and what that found in the files."""
+    if is_floating_point_read(folder.tensors):
+        return _load_quantized(folder, dtype)
     # Never None, with which transformers asks at the terminal whether to run the checkpoint's code.
     loaded: Any = model_class(folder.config).from_pretrained(
         str(folder.folder),
@@ -164,6 +169,28 @@ def _load_folder(folder: CheckedFolder, dtype: torch.dtype | None) -> tuple[Any,
     )
     model, found = loaded
     check_unused(model, folder.tensors, found["unexpected_keys"])
+    if folder.config.model_type in ARCHITECTURES:
+        split_model(model)
+    return model, found
+
+
+def _load_quantized(folder: CheckedFolder, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
+    """The same where weights are read as the floating-point numbers that they stand for."""
+    wanted = dtype or getattr(folder.config, "dtype", None) or main_dtype(folder.tensors)
+    state = {name: stored.read().to(wanted) for name, stored in folder.tensors.items()}
+    loaded: Any = type(empty_model(folder.config)).from_pretrained(
+        None,
+        config=folder.config,
+        state_dict=joined(state, folder.config.model_type),
+        dtype=wanted,
+        output_loading_info=True,
+    )
+    model, found = loaded
+    check_unused(model, folder.tensors, found["unexpected_keys"])
+    split_model(model)
+    model.config._name_or_path = str(folder.folder)
+    if (folder.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder.folder))
     return model, found
 
 

@@ -50,12 +50,18 @@ class OffloadedTensors:
         for owner, name, buffer in computed_buffers(module):
             owner._buffers[name] = buffer.to(device)
 
+    @property
+    def nbytes(self) -> int:
+        """What they take in memory."""
+        return sum(nbytes_of(stored, self.dtype or stored.dtype) for stored in self.tensors.values())
+
     def prefetch(self) -> None:
         """Let the system read ahead what will be wanted next; returns at once."""
         if not hasattr(os, "posix_fadvise"):
             return
-        for path in {stored.path for stored in self.tensors.values()}:
-            here = [stored.info for stored in self.tensors.values() if stored.path == path]
+        parts = [part for stored in self.tensors.values() for part in stored.parts]
+        for path in {part.path for part in parts}:
+            here = [part.info for part in parts if part.path == path]
             with path.open("rb") as file:
                 for info in here:
                     os.posix_fadvise(file.fileno(), info.offset, info.nbytes, os.POSIX_FADV_WILLNEED)
@@ -132,7 +138,7 @@ def in_memory_throughout(
     """
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     paged = [unit for unit in (*ends, *layers) if offloaded_tensors(unit) is not None]
-    size = sum(stored.info.nbytes for unit in paged for stored in unit.offloaded.tensors.values())  # type: ignore[union-attr]
+    size = sum(unit.offloaded.nbytes for unit in paged)  # type: ignore[union-attr,misc]
     if limit_bytes is None:
         device = paged[0].offloaded.device if paged else torch.device("cpu")  # type: ignore[union-attr]
         limit_bytes = free_memory_bytes(device) // 2
@@ -265,4 +271,4 @@ def renew_buffers(model: PreTrainedModel, device: torch.device) -> bool:
 def main_dtype(files: Mapping[str, StoredTensor]) -> torch.dtype:
     """That of the largest tensor: what a model is computed in whose config does not say."""
     largest = max(files.values(), key=lambda stored: stored.info.nbytes)
-    return STORED_DTYPES.get(largest.info.dtype, torch.float32)
+    return largest.dtype if largest.info.dtype in STORED_DTYPES else torch.float32

@@ -24,6 +24,9 @@ STORED_DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I8": torch.int8,
@@ -77,6 +80,11 @@ class StoredTensor:
             raise CheckpointError(f"{self.path}: {self.name} is stored as {self.info.dtype}, which lorap cannot read")
         return STORED_DTYPES[self.info.dtype]
 
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        """What of it lies in files: itself."""
+        return (self,)
+
     def read(self) -> Tensor:
         """The tensor, in memory of its own.
 
@@ -84,26 +92,25 @@ class StoredTensor:
             CheckpointError: the file was changed, is shorter than it was, or cannot be read.
         """
         data = torch.empty(self.info.nbytes, dtype=torch.uint8)
-        for start, piece in read_pieces(self):
+        for start, piece in self.pieces():
             data[start : start + len(piece)] = piece
         return data.view(self.dtype).view(self.shape)
 
-
-def read_pieces(stored: StoredTensor, *, size: int = 2**26) -> Iterator[tuple[int, Tensor]]:
-    """(offset within the tensor, uint8 bytes) of one tensor, piece by piece; errors as :meth:`StoredTensor.read`."""
-    try:
-        with stored.path.open("rb", buffering=0) as file:
-            if Stamp.of(file.fileno()) != stored.stamp:
-                raise CheckpointError(f"{stored.path} was changed while it was in use; bring it back, or start again")
-            for start in range(0, stored.info.nbytes, size):
-                piece = torch.empty(min(size, stored.info.nbytes - start), dtype=torch.uint8)
-                if read_into(file.fileno(), piece.numpy().data, stored.info.offset + start) < len(piece):
-                    raise CheckpointError(
-                        f"{stored.path} ends within {stored.name}: it was cut off while it was in use; copy it again"
-                    )
-                yield start, piece
-    except OSError as error:
-        raise CheckpointError(f"cannot read {stored.name} from {stored.path}: {error.strerror}") from error
+    def pieces(self, *, size: int = 2**26) -> Iterator[tuple[int, Tensor]]:
+        """(offset within the tensor, uint8 bytes), piece by piece; errors as :meth:`read`."""
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                if Stamp.of(file.fileno()) != self.stamp:
+                    raise CheckpointError(f"{self.path} was changed while it was in use; bring it back, or start again")
+                for start in range(0, self.info.nbytes, size):
+                    piece = torch.empty(min(size, self.info.nbytes - start), dtype=torch.uint8)
+                    if read_into(file.fileno(), piece.numpy().data, self.info.offset + start) < len(piece):
+                        raise CheckpointError(
+                            f"{self.path} ends within {self.name}: it was cut off while it was in use; copy it again"
+                        )
+                    yield start, piece
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.name} from {self.path}: {error.strerror}") from error
 
 
 def read_into(file: int, view: memoryview, offset: int) -> int:
@@ -136,7 +143,7 @@ def same_values(one: StoredTensor, other: StoredTensor) -> bool:
     if one.shape != other.shape:
         return False
     elements = 2**23
-    pieces = (read_pieces(stored, size=elements * stored.dtype.itemsize) for stored in (one, other))
+    pieces = (stored.pieces(size=elements * stored.dtype.itemsize) for stored in (one, other))
     return all(
         torch.equal(ours.view(one.dtype).double(), theirs.view(other.dtype).double())
         for (_, ours), (_, theirs) in zip(*pieces, strict=True)

@@ -20,12 +20,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-from lorap.architectures import ARCHITECTURES, text_config
+from lorap.architectures import ARCHITECTURES, split_model, text_config
 from lorap.checkpoint.build import check_stored, put_layers
 from lorap.checkpoint.folders import CONFIG, CONTAINERS, read_files, weight_files
+from lorap.checkpoint.foreign import floating_point, is_floating_point_read
 from lorap.checkpoint.format import QUANT_METHOD, LoRAPConfig
 from lorap.checkpoint.headers import TensorInfo
 from lorap.checkpoint.renaming import renamed
+from lorap.checkpoint.rows import split_tensors
 from lorap.checkpoint.stored_tensors import STORED_DTYPES, Stamp, StoredTensor, same_values
 from lorap.checkpoint.unused_tensors import check_unused, origin_of, unused_names
 from lorap.errors import CheckpointError
@@ -152,6 +154,12 @@ def check_folder(folder: Path) -> CheckedFolder:
         _check_finite(settings)
         _check_padding(settings)
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    foreign = (
+        settings["quantization_config"] if known and settings.get("quantization_config") and not compression else None
+    )
+    if foreign and any(stored.info.dtype not in FLOATS for stored in tensors.values()):
+        tensors = floating_point(tensors, foreign)
+        del config.quantization_config
     if hasattr(config, "auto_map"):
         # What is written has no such files; and whoever lets code run would get another model than the one compressed here.
         del config.auto_map
@@ -164,18 +172,22 @@ def check_folder(folder: Path) -> CheckedFolder:
     model = empty_model(config)
     wanted = put_layers(model, compression) if compression else {}
     tensors = renamed(model, tensors)
+    if known and not compression:
+        tensors = split_tensors(tensors, model)
     headers = {name: stored.info for name, stored in tensors.items()}
     unused = unused_names(model, tensors)
-    if known and settings.get("quantization_config") and not compression:
-        _refuse_quantized(settings["quantization_config"], headers, unused)
+    read = is_floating_point_read(tensors)
+    if foreign and not read:
+        _refuse_quantized(foreign, headers, unused)
     if known:
         integers = [name for name in wanted if name.endswith(INTEGERS)]
+        integers += [name for name, stored in tensors.items() if is_floating_point_read({name: stored})]
         _check_shapes(model, headers, integers, unused)
     if compression:
         check_stored(model, [str(path) for path in weight_files(folder)], wanted)
     if known or model.state_dict().keys() <= tensors.keys():  # else transformers has other names for some of them
         check_unused(model, tensors, unused)
-    _check_total(model, headers, 1 if known else MAX_PACKED)
+    _check_total(model, headers, 1 if known and not read else MAX_PACKED)
     untie_stored_head(model, config, tensors)
     return CheckedFolder(folder, settings, config, tensors, compression)
 
@@ -260,9 +272,12 @@ def check_counts(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
 
 
 def empty_model(config: Any, dtype: torch.dtype | None = None) -> Any:
-    """The model that a config describes, on the meta device, in ``dtype`` or what the config says."""
+    """The model that a config describes, on the meta device, in ``dtype`` or what the config says, split as lorap has it."""
     with torch.device("meta"):
-        return model_class(config).from_config(config, trust_remote_code=False, **({"dtype": dtype} if dtype else {}))
+        model = model_class(config).from_config(config, trust_remote_code=False, **({"dtype": dtype} if dtype else {}))
+    if config.model_type in ARCHITECTURES:
+        split_model(model)
+    return model
 
 
 def model_class(config: Any) -> Any:

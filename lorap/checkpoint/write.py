@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorap.checkpoint.folders import INDEX
 from lorap.checkpoint.paging import OffloadedTensors, offloaded_tensors
-from lorap.checkpoint.stored_tensors import STORED_DTYPES, StoredTensor, read_pieces
+from lorap.checkpoint.stored_tensors import STORED_DTYPES, StoredTensor
 from lorap.jsonio import write_json
 from lorap.system import parse_bytes
 
@@ -152,7 +152,7 @@ def _as_loaded(stored: StoredTensor, offloaded: OffloadedTensors) -> Writable:
 
 def _pieces(tensor: Writable) -> Iterator[memoryview]:
     if isinstance(tensor, StoredTensor):
-        for _, piece in read_pieces(tensor):
+        for _, piece in tensor.pieces():
             yield piece.numpy().data
     else:
         yield as_bytes(tensor.stored.read().to(tensor.dtype) if isinstance(tensor, Cast) else tensor)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorap.algorithms.refit import fluctuation_scores
-from lorap.architectures import MLP, PROJECTIONS, text_config
+from lorap.architectures import ARCHITECTURES, MLP, PROJECTIONS, text_config
 from lorap.calibration.context import DecoderContext
 from lorap.calibration.sensitivity import Sensitivity, layer_sensitivities
 from lorap.calibration.stream import CalibrationStream, Probe
@@ -191,6 +191,12 @@ def plan_by_shape(dense: DenseModel, config: CompressionConfig) -> list[LayerPla
         ConfigError: the sparsity leaves too little, or a stock model of this family has no place for a bias.
     """
     shapes, model_config = dense.shapes, dense.config
+    architecture = ARCHITECTURES.get(model_config.model_type)
+    if config.target == "stock" and architecture is not None and architecture.fused:
+        raise ConfigError(
+            f"a {model_config.model_type} model of target stock would be written as lorap has split it, which no other host "
+            "opens: compress with --sublayers mlp --shapes uniform, and then `lorap export --format stock` joins it again"
+        )
     if config.sparsity > 0 and config.target == "stock":
         if config.bias_compensation and not getattr(text_config(model_config), "mlp_bias", False):
             raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from lorap.architectures import text_config
@@ -12,6 +13,8 @@ from lorap.checkpoint.hf_quantizer import attach_quantization_config
 from lorap.compression.allocation import LayerPlan
 from lorap.config import CompressionConfig
 from lorap.version import __version__
+
+_logger = logging.getLogger(__name__)
 
 
 def describe_in_config(context: DecoderContext, plans: Sequence[LayerPlan], config: CompressionConfig) -> None:
@@ -37,13 +40,20 @@ def describe_in_config(context: DecoderContext, plans: Sequence[LayerPlan], conf
     if uniform:
         text.intermediate_size = widths[0]
     sizes = {f"{architecture.layers}.{index}.{architecture.mlp}": width for index, width in enumerate(widths)}
-    changed = ranks or widths != [dense_width] * len(widths) or config.bits is not None
+    # What a family stores as one matrix is stored in parts now, which no host but lorap looks for.
+    split = bool(architecture.fused)
+    changed = split or ranks or widths != [dense_width] * len(widths) or config.bits is not None
+    if split:
+        matrices = " and ".join(f"{whole} as {', '.join(parts)}" for whole, parts in architecture.fused.values())
+        _logger.info(
+            "%s: so they are stored, for lorap to open; `lorap export --format stock` joins them again", matrices
+        )
     if config.target == "stock" and config.bits is not None:
         attach_compressed_tensors(model, bits=config.bits, group_size=config.group_size)
     elif config.target != "stock" and changed:
         shapes = LoRAPConfig(
             ranks=ranks,
-            intermediate_sizes={} if uniform else sizes,
+            intermediate_sizes={} if uniform and not split else sizes,
             dense_intermediate_size=dense_width,
             storage=config.storage if ranks else "factors",
             biases=biases,

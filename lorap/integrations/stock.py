@@ -132,9 +132,9 @@ def _fit_biases(model: PreTrainedModel, architecture: Architecture) -> None:
     """Biases that the class has only if its config says so; zeros where a projection has none of its own."""
     has, text = architecture.roles_with_bias(model), text_config(model.config)
     for field, roles in _BIAS_FIELDS.items():
-        if has & set(roles) - architecture.roles_with_bias(_stock_twin(model)) and hasattr(text, field):
+        if has & set(roles) - architecture.roles_with_bias(_split_twin(model)) and hasattr(text, field):
             setattr(text, field, True)
-    room = architecture.roles_with_bias(_stock_twin(model))
+    room = architecture.roles_with_bias(_split_twin(model))
     homeless = [role for role in PROJECTIONS if role in has - room]
     if homeless:
         raise ArchitectureError(
@@ -158,6 +158,13 @@ def _stock_twin(model: PreTrainedModel) -> Any:
     """What the model's class makes of its config, without weights."""
     with torch.device("meta"):
         return type(model)(copy.deepcopy(model.config))
+
+
+def _split_twin(model: PreTrainedModel) -> Any:
+    """The same with a linear layer for each projection."""
+    twin = _stock_twin(model)
+    known_architecture(twin, to="export")
+    return twin
 
 
 def _check_class(model: PreTrainedModel) -> None:

@@ -175,7 +175,7 @@ def merge_shared_inputs(model: Model) -> Model:
         if SHARED_INPUTS["attention_input"][0] in architecture.roles(layer):
             _merge_attention(layer, architecture)
         mlp = layer.get_submodule(architecture.mlp)
-        if not isinstance(mlp, GatedMLP) and is_untouched(mlp) and _is_silu(getattr(mlp, "act_fn", None)):
+        if not isinstance(mlp, GatedMLP) and is_untouched(mlp) and _is_silu(architecture.activation_of(layer)):
             parts = [layer.get_submodule(architecture.projections[role]) for role in MLP]
             layer.set_submodule(architecture.mlp, GatedMLP(*parts).train(mlp.training))
     return model

@@ -155,6 +155,7 @@ def _write_layers(
         settings, tensors = model.config.to_dict(), model.state_dict()
         settings["architectures"] = [type(model).__name__]
     settings["tie_word_embeddings"] = shape.tied
+    settings.pop("quantization_config", None)  # what is written is floating point
     text = settings
     if "text_config" in settings:
         text = settings["text_config"] = dict(settings["text_config"])

@@ -18,7 +18,7 @@ from lorap.calibration.windows import hash_ids
 from lorap.checkpoint.finite import count_not_finite, refuse_not_finite
 from lorap.checkpoint.load import ModelSource
 from lorap.checkpoint.paging import offloaded_tensors
-from lorap.checkpoint.stored_tensors import Stamp, StoredTensor, read_pieces, stored_tensors
+from lorap.checkpoint.stored_tensors import Stamp, StoredTensor, stored_tensors
 from lorap.compression.runs.journal import Journal
 from lorap.errors import JournalError
 from lorap.files import hash_files
@@ -97,7 +97,9 @@ def check_weights(journal: Journal, source: ModelSource, model: PreTrainedModel,
         JournalError: a weight file is another one than when the run began.
         CheckpointError: a file cannot be read, or a tensor in it has NaN or infinity, in the dtype that it is read in.
     """
-    dtypes = _paged_dtypes(model)
+    tensors, paged = (source.checked.tensors if source.checked else {}), _paged_dtypes(model)
+    # Files may have other names for them than the model.
+    dtypes = {stored.name: paged[name] for name, stored in tensors.items() if name in paged}
     files = source.weight_files
     stamps = {path.name: [Stamp.of(path).size, Stamp.of(path).mtime_ns] for path in files}
     before = journal.read(WEIGHTS_STEP) if journal.has(WEIGHTS_STEP) else None
@@ -109,6 +111,9 @@ def check_weights(journal: Journal, source: ModelSource, model: PreTrainedModel,
     ) as bar:
         for path in files:
             hashes[path.name] = _look_through(path, dtypes, bar)
+    for name, stored in tensors.items():
+        if name in paged and stored.parts != (stored,):  # of several tensors: each may be finite, and the weight not
+            refuse_not_finite(name, count_not_finite(stored.read().to(paged[name])), paged[name])
     if before is not None and before["hashes"] != hashes and not journal.processes.broadcast(journal.has_layers()):
         journal.begin_anew()
     elif before is not None and before["hashes"] != hashes:
@@ -133,7 +138,7 @@ def _look_through(path: Path, dtypes: Mapping[str, torch.dtype], bar: Any) -> st
         bar.update(path.stat().st_size)
         for stored in stored_tensors(path).values() if path.suffix == ".bin" else ():
             if stored.name in dtypes:
-                bad = sum(_not_finite(piece, stored, dtypes) for _, piece in read_pieces(stored))
+                bad = sum(_not_finite(piece, stored, dtypes) for _, piece in stored.pieces())
                 refuse_not_finite(stored.name, bad, dtypes[stored.name])
         return hash_files(path)
     tensors = sorted(stored_tensors(path).values(), key=lambda stored: stored.info.offset)
@@ -142,7 +147,7 @@ def _look_through(path: Path, dtypes: Mapping[str, torch.dtype], bar: Any) -> st
         sha = hashlib.sha256(file.read(first))
     for stored in tensors:
         bad = 0
-        for _, piece in read_pieces(stored):
+        for _, piece in stored.pieces():
             sha.update(piece.numpy().data)
             bad += _not_finite(piece, stored, dtypes)
             bar.update(len(piece))
