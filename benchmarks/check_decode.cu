@@ -1,4 +1,4 @@
-// low_rank_decode.cu on a GPU without torch: values against double, one cudaMalloc for each tensor, so that
+// The kernels of csrc/cuda on a GPU without torch: values against double, one cudaMalloc for each tensor, so that
 // compute-sanitizer sees the first byte beyond each, and starts in a second. Also times a launch in a graph.
 // benchmarks/gpu_check.sh builds and runs it:
 //
@@ -61,6 +61,8 @@ struct Device {
   ~Device() { cudaFree(data); }
 };
 
+using Decode = decltype(lorap::low_rank_decode);
+
 struct Case {
   int64_t m, k, r, n;
   bool bias, pivoted;
@@ -96,7 +98,7 @@ double error_of(const Case& c, const std::vector<T>& x, const std::vector<T>& ri
 }
 
 // Microseconds of one of 100 launches in a graph. All of them read the same weights, which may stay in L2.
-float time_of(const lorap::LowRankDecode& problem, lorap::DecodeType type, cudaStream_t stream) {
+float time_of(Decode* decode, const lorap::LowRankDecode& problem, lorap::DecodeType type, cudaStream_t stream) {
   cudaGraph_t graph;
   cudaGraphExec_t launches;
   cudaEvent_t start, end;
@@ -104,7 +106,7 @@ float time_of(const lorap::LowRankDecode& problem, lorap::DecodeType type, cudaS
   CHECK(cudaEventCreate(&start));
   CHECK(cudaEventCreate(&end));
   CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-  for (int i = 0; i < 100; ++i) CHECK(lorap::low_rank_decode(problem, type, stream));
+  for (int i = 0; i < 100; ++i) CHECK(decode(problem, type, stream));
   CHECK(cudaStreamEndCapture(stream, &graph));
   CHECK(cudaGraphInstantiate(&launches, graph, 0));
   for (int i = 0; i < 2; ++i) {
@@ -120,7 +122,7 @@ float time_of(const lorap::LowRankDecode& problem, lorap::DecodeType type, cudaS
 }
 
 template <typename T>
-bool run(const Case& c, bool time) {
+bool run(const Case& c, bool time, Decode* decode = lorap::low_rank_decode) {
   const int64_t rows = c.pivoted ? c.n - c.r : c.n;
   std::vector<T> x(c.m * c.k), right(c.r * c.k), left(rows * c.r), bias(c.n), y(c.m * c.n);
   for (auto* values : {&x, &right, &left, &bias})
@@ -147,7 +149,7 @@ bool run(const Case& c, bool time) {
   bool differs = false;
   std::vector<T> first;
   for (int launch = 0; launch < 3; ++launch) {
-    CHECK(lorap::low_rank_decode(problem, Type<T>::kDecode, stream));
+    CHECK(decode(problem, Type<T>::kDecode, stream));
     CHECK(cudaStreamSynchronize(stream));
     CHECK(cudaMemcpy(y.data(), on_y.data, y.size() * sizeof(T), cudaMemcpyDeviceToHost));
     if (launch == 0) first = y;
@@ -155,10 +157,11 @@ bool run(const Case& c, bool time) {
   }
   const double error = error_of(c, x, right, left, bias, pivots, y);
   const bool ok = error < Type<T>::kLimit && !differs;
-  std::printf("%s M=%d K=%d R=%d N=%d%s%s: error %.2e%s%s", Type<T>::kName, int(c.m), int(c.k), int(c.r), int(c.n),
+  std::printf("%s%s M=%d K=%d R=%d N=%d%s%s: error %.2e%s%s", Type<T>::kName,
+              decode == lorap::low_rank_decode_mma ? " mma" : "", int(c.m), int(c.k), int(c.r), int(c.n),
               c.bias ? " bias" : "", c.pivoted ? " pivoted" : "", error, differs ? " DIFFERS between launches" : "",
               ok ? " ok" : " WRONG");
-  if (time) std::printf(" %.2f us", time_of(problem, Type<T>::kDecode, stream));
+  if (time) std::printf(" %.2f us", time_of(decode, problem, Type<T>::kDecode, stream));
   std::printf("\n");
   CHECK(cudaStreamDestroy(stream));
   return ok;
@@ -173,17 +176,23 @@ int main(int count, char**) {
                         {0, 80, 8, 24, false, true},
                         {0, 2056, 264, 333, true, false}};
   int wrong = 0;
-  for (int m = 1; m <= 8; ++m)
+  Decode* const tensor_cores = lorap::low_rank_decode_mma;
+  for (int m = 1; m <= 16; ++m)
     for (Case c : small) {
       c.m = m;
-      wrong += !run<__nv_bfloat16>(c, false) + !run<__half>(c, false);
+      if (m <= 8) wrong += !run<__nv_bfloat16>(c, false) + !run<__half>(c, false);
+      wrong += !run<__nv_bfloat16>(c, false, tensor_cores) + !run<__half>(c, false, tensor_cores);
     }
   wrong += !run<__nv_bfloat16>({8, 264, 1536, 11008, true, false}, false);  // left fits shared memory in part
-  for (int m : {1, 4, 8})
+  wrong += !run<__half>({16, 72, 64, 20001, true, true}, false);  // more than one round of tiles
+  for (int m : {1, 4, 8, 16})
     for (Case c : {Case{m, 4096, 512, 4096, false, false},
                    {m, 4096, 1024, 4096, false, true},
                    {m, 4096, 1632, 4096, false, false}})
-      if (!quick) wrong += !run<__nv_bfloat16>(c, true);
+      if (!quick) {
+        if (m <= 8) wrong += !run<__nv_bfloat16>(c, true);
+        if (m >= 4) wrong += !run<__nv_bfloat16>(c, true, tensor_cores);
+      }
   std::printf("%d wrong\n", wrong);
   return wrong ? 1 : 0;
 }

@@ -196,7 +196,7 @@ def build_rows(device: torch.device, _scale: int, *, work: Path) -> Iterator[Ite
     ]
     command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(torch_home / "include")]
     command += [
-        "csrc/cuda/low_rank_decode.cu",
+        *map(str, sorted((root / "csrc/cuda").glob("*.cu"))),
         "csrc/cuda/ops.cpp",
         "-L",
         str(torch_home / "lib"),

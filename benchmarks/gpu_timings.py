@@ -27,7 +27,7 @@ SHAPES = {  # (in_features K, rank R, out_features N)
     "LLaMA-3-8B k": (4096, 512, 1024),
     "Qwen3-8B up": (4096, 1632, 12288),
 }
-TRITON_TOKENS, CUDA_TOKENS = 64, 8
+TRITON_TOKENS, CUDA_TOKENS = 64, 16
 CHECKED = {  # way -> the op and backend whose self-check it must have passed
     "triton": ("low_rank_linear", "triton"),
     "triton, no pdl": ("low_rank_linear_group", "triton, no pdl"),
@@ -59,7 +59,7 @@ def predicted(kind: str, m: int, k: int, r: int, n: int) -> float:
     if kind.startswith("two GEMMs"):
         return cost.two_gemms_seconds(m, k, [r], [rows]) + (cost.order_seconds(m, n) if rows < n else 0.0)
     if kind.startswith("cuda"):
-        return cost.one_launch_seconds(k, r, rows)
+        return cost.one_launch_seconds(m, k, r, rows)
     return cost.pair_seconds(m, k, [r], [rows], pdl="no pdl" not in kind)
 
 

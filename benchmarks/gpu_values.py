@@ -116,8 +116,8 @@ def runner(ops: Any, op: str, backend: str, arguments: tuple[Any, ...]) -> Calla
     if backend == "triton one launch":
         return "no pivots" if len(arguments) > 4 else lambda: low_rank_fused.low_rank_fused(*arguments)
     m, k, r = *x.shape, arguments[1].shape[0]
-    if x.dtype not in (torch.bfloat16, torch.float16) or m > 8 or k % 8 or r % 8:
-        return "for 16 bits, at most 8 tokens, K and R multiples of 8"
+    if x.dtype not in (torch.bfloat16, torch.float16) or m > 16 or k % 8 or r % 8:
+        return "for 16 bits, at most 16 tokens, K and R multiples of 8"
     return lambda: torch.ops.lorap_cuda.low_rank_linear(*arguments)
 
 
@@ -251,9 +251,9 @@ def _repeats(call: Callable[[], Any], _x: Tensor) -> bool:
 
 
 def program_rows(device: torch.device, _scale: int, *, work: Path) -> Iterator[Item]:
-    """The CUDA kernel without torch: every allocation is one of the driver's, values against double, repeated launches, times."""
+    """The CUDA kernels without torch: every allocation is the driver's, values against double, repeated launches, times."""
     program = work / "check_decode"
-    sources = [ROOT / "benchmarks/check_decode.cu", ROOT / "csrc/cuda/low_rank_decode.cu"]
+    sources = [ROOT / "benchmarks/check_decode.cu", *sorted((ROOT / "csrc/cuda").glob("*.cu"))]
     major, minor = torch.cuda.get_device_capability(device)
     arch = f"{major}{minor}" + ("a" if major == 9 else "")
     nvcc = _tool("nvcc") or "nvcc"

@@ -1,6 +1,7 @@
 """The tables of docs/kernels.md that need no GPU: what the compiler made of each form of the kernels, and modelled times.
 
     python benchmarks/kernel_table.py --write docs/kernels.md --also PYTHON    replace the text between the markers there
+    python benchmarks/kernel_table.py --write docs/kernels.md --keep-triton    the same, but for the table of the Triton kernels
     python benchmarks/kernel_table.py                                          print it
 
 PYTHON is an interpreter with another version of triton, whose numbers stand beside those of this one. Registers, shared memory
@@ -15,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import version
@@ -90,18 +92,44 @@ def triton_table(others: list[str]) -> str:
 
 
 def cuda_table() -> str:
-    """ptxas's report on csrc/cuda: one row per instance of the kernel."""
+    """What ptxas made of csrc/cuda: one row per instance of a kernel."""
+    from lorap.nn.implementations import MMA_SHARED_BYTES
+
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         return "nvcc was not there when this table was made.\n"
-    source = ROOT / "csrc/cuda/low_rank_decode.cu"
-    command = [nvcc, "-std=c++17", "-cubin", f"-gencode=arch=compute_{ARCH}a,code=sm_{ARCH}a", "-Xptxas", "-v", "-O3"]
-    report = subprocess.run([*command, "-o", "/dev/null", source], capture_output=True, text=True, check=True).stderr
-    pattern = r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers"
-    found = re.findall(pattern, report, re.DOTALL)
-    return markdown(
-        ["instance", "registers / spilled"], [[f"`{_demangle(name)}`", f"{r} / {s}"] for name, s, r in found]
-    )
+    pattern, rows = r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", []
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+            command = [
+                nvcc,
+                "-std=c++17",
+                "-cubin",
+                f"-gencode=arch=compute_{ARCH}a,code=sm_{ARCH}a",
+                "-Xptxas",
+                "-v",
+                "-O3",
+            ]
+            report = subprocess.run([*command, "-o", cubin, source], capture_output=True, text=True, check=True).stderr
+            code = _machine_code(cubin)
+            for name, spilled, registers in re.findall(pattern, report, re.DOTALL):
+                groups = re.findall(r"DEPBAR\.LE SB0, (0x\w+)", code[name])
+                uses_mma, ahead = "HMMA" in code[name], min((int(group, 16) for group in groups), default=0)
+                shared = f"{MMA_SHARED_BYTES // 1024} + R / 128 if pivoted" if uses_mma else "all, for `left`"
+                flight = f"{ahead} KB a warp" if uses_mma else "8 loads a thread"
+                cells = [f"{registers} / {spilled}", shared, flight, "mma" if uses_mma else "fma"]
+                rows.append([f"`{_demangle(name)}`", *cells])
+    return markdown(["instance", "registers / spilled", "shared KB", "weights on their way", "unit"], rows)
+
+
+def _machine_code(cubin: Path) -> dict[str, str]:
+    """The instructions of each function, by the disassembler that comes with triton."""
+    from triton import knobs
+
+    tool = [knobs.nvidia.cuobjdump.path, "--dump-sass", str(cubin)]
+    text = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
+    return dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function :|\Z)", text, re.DOTALL))
 
 
 def _demangle(name: str) -> str:
@@ -123,7 +151,7 @@ def layer_table() -> str:
             others = (
                 cost.dense_seconds(m, 4096, [4096]),
                 cost.two_gemms_seconds(*sizes, (4096,)),
-                cost.one_launch_seconds(4096, rank, 4096) if m <= 8 else None,
+                cost.one_launch_seconds(m, 4096, rank, 4096) if m <= 16 else None,
             )
             cells = ["" if us is None else f"{1e6 * us:.1f}" for us in others]
             name = f"{m}, r {rank}" + (", pivoted" if left < 4096 else "")
@@ -160,13 +188,21 @@ def group_table() -> str:
     return markdown(["projections", "tokens", "Triton", "torch", "dense", "runs in", "measured"], rows)
 
 
-def text(others: list[str]) -> str:
+def standing_triton_table(old: str) -> str:
+    """The table of the Triton kernels in what this program wrote before."""
+    rows = re.search(r"^\| kernel \|.*\n(?:\|.*\n)+", old, re.MULTILINE)
+    if rows is None:
+        raise SystemExit("there is no table of Triton kernels to keep; run without --keep-triton")
+    return rows[0]
+
+
+def text(triton: str) -> str:
     return "\n".join(
         [
             f"sm_{ARCH}: registers per thread / bytes spilled / shared memory in KB / 16-byte loads issued before the first "
             "multiply-add, of all / unit that multiplies.\n",
-            triton_table(others),
-            f"`csrc/cuda/low_rank_decode.cu`, sm_{ARCH}a:\n",
+            triton,
+            f"`csrc/cuda`, sm_{ARCH}a:\n",
             cuda_table(),
             "One layer of 4096 x 4096 in bfloat16 on an H200, modelled, in microseconds, in a CUDA graph. Never run on a GPU.\n",
             layer_table(),
@@ -182,15 +218,21 @@ def main() -> None:
     parser.add_argument("--write", type=Path, metavar="FILE", help="replace the text between the markers in FILE")
     parser.add_argument("--also", action="append", default=[], metavar="PYTHON", help="with another version of triton")
     parser.add_argument("--json", action="store_true", help="only this interpreter's column, for another one")
+    parser.add_argument(
+        "--keep-triton", action="store_true", help="keep their table: none of them has changed"
+    )
     options = parser.parse_args()
+    if options.keep_triton and options.write is None:
+        parser.error("--keep-triton needs --write: the file that has the table")
     if options.json:
         json.dump(compiled(), sys.stdout)
     elif options.write is None:
-        print(text(options.also))
+        print(text(triton_table(options.also)))
     else:
         before, _, rest = options.write.read_text().partition(BEGIN)
-        _, _, after = rest.partition(END)
-        options.write.write_text(f"{before}{BEGIN}\n{text(options.also)}{END}{after}")
+        old, _, after = rest.partition(END)
+        triton = standing_triton_table(old) if options.keep_triton else triton_table(options.also)
+        options.write.write_text(f"{before}{BEGIN}\n{text(triton)}{END}{after}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import torch
 import lorap
 from lorap import BackendError
 from lorap.evaluation.environment import describe_environment
+from lorap.kernels import reference
 from lorap.nn import dispatch, graphs, implementations, native, ops
 
 ROOT = Path(__file__).parents[1]
@@ -459,6 +460,38 @@ def test_unaligned_x_does_not_reach_the_cuda_kernel(monkeypatch: pytest.MonkeyPa
     x = torch.randn(17).bfloat16()[1:].view(1, 16)
     y = implementations.implementation("low_rank_linear", "cuda")(x, right, left)
     torch.testing.assert_close(y, x @ right.T @ left.T)
+
+
+@pytest.fixture
+def cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """(tokens, pivoted) of the calls that reach the CUDA kernels, on a GPU whose SMs have 106 KB of shared memory."""
+    calls: list[tuple[int, bool]] = []
+
+    def run(x: torch.Tensor, right: torch.Tensor, left: torch.Tensor, bias: Any, rows: Any) -> torch.Tensor:
+        calls.append((implementations.tokens_of(x), rows is not None))
+        return reference.low_rank_linear(x, right, left, bias, rows)
+
+    op = SimpleNamespace(low_rank_linear=SimpleNamespace(default=run))
+    monkeypatch.setattr(torch.ops, "lorap_cuda", op, raising=False)
+    gpu = SimpleNamespace(shared_memory_per_multiprocessor=106 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    return calls
+
+
+def test_more_tokens_than_8_reach_the_cuda_kernel_where_its_shared_memory_is(cuda_kernels: list[Any]) -> None:
+    run = implementations.implementation("low_rank_linear", "cuda")
+    for tokens in (8, 9, 16, 17):
+        layer = torch.zeros(tokens, 64), torch.zeros(136, 64), torch.zeros(24, 136)
+        run(*layer)
+        run(*layer, None, torch.arange(136))  # takes 8 bytes a pivot, which is too much from 9 tokens on
+    assert cuda_kernels == [(8, False), (8, True), (9, False), (16, False)]
+
+
+def test_the_self_check_runs_the_cuda_kernel_for_many_tokens(cuda_kernels: list[Any]) -> None:
+    cpu = torch.device("cpu")
+    assert dispatch.self_check("low_rank_linear", "cuda", cpu, torch.bfloat16, tokens=16) is None
+    found = {(tokens > 8, pivoted) for tokens, pivoted in cuda_kernels}
+    assert found == {(many, pivoted) for many in (False, True) for pivoted in (False, True)}
 
 
 # --- without the native library --------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""The CUDA decode kernel without a GPU: what the compiler made of it, and its own source run on the host.
+"""The CUDA decode kernels without a GPU: what the compiler made of them, and their own source run on the host.
 
-``csrc/emulation`` executes every CUDA thread of ``csrc/cuda/low_rank_decode.cu`` as a fiber; see the head of
+``csrc/emulation`` executes every CUDA thread of ``csrc/cuda/*.cu`` as a fiber; see the head of
 ``cuda_emulation.h`` for what that shows. Speed is not tested here. Parts skip where nvcc or g++ is missing.
 """
 
@@ -18,8 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lorap.nn import implementations
+
 CSRC = Path(__file__).parents[1] / "csrc"
-KERNEL = CSRC / "cuda" / "low_rank_decode.cu"
+KERNEL, MMA_KERNEL = CSRC / "cuda" / "low_rank_decode.cu", CSRC / "cuda" / "low_rank_decode_mma.cu"
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin")
 TORCH = Path(torch.__file__).parent
 STABLE_ABI = ["-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(TORCH / "include")]
@@ -35,18 +37,28 @@ def run(command: list[str], **options) -> str:
     return result.stdout + result.stderr
 
 
-# What the compiler made of the kernel
+# What the compiler made of the kernels
+
+every_arch = pytest.mark.parametrize(
+    "arch", [pytest.param("80", marks=pytest.mark.slow), "90a", pytest.param("100", marks=pytest.mark.slow)]
+)
+
+
+def compiled(kernel: Path, arch: str, cubin: Path) -> tuple[str, list[tuple[str, str]] | None]:
+    """ptxas's report, and the machine code of each function; None without cuobjdump, which comes with triton."""
+    target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    log = run([NVCC, "-std=c++20", "-cubin", target, "-Xptxas", "-v", "-o", cubin, kernel])
+    triton = find_spec("triton")
+    cuobjdump = triton and Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not cuobjdump or not cuobjdump.exists():
+        return log, None
+    return log, re.findall(r"Function : (\S+)\n(.*?)(?=Function :|\Z)", run([cuobjdump, "-sass", cubin]), re.DOTALL)
 
 
 @needs_nvcc
-@pytest.mark.parametrize(
-    "arch", [pytest.param("80", marks=pytest.mark.slow), "90a", pytest.param("100", marks=pytest.mark.slow)]
-)
+@every_arch
 def test_machine_code(arch, tmp_path):
-    cubin = tmp_path / "kernel.cubin"
-    target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-    log = run([NVCC, "-std=c++20", "-cubin", target, "-Xptxas", "-v", "-o", cubin, KERNEL])
-
+    log, functions = compiled(KERNEL, arch, tmp_path / "kernel.cubin")
     instances = set(re.findall(r"Function properties for \S*low_rank_decode_kernelI(\w+?Li\d)E", log))
     assert instances == {f"{scalar}Li{m}" for scalar in ("13__nv_bfloat16", "6__half") for m in (1, 2, 4, 8)}
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
@@ -56,17 +68,38 @@ def test_machine_code(arch, tmp_path):
     assert len(registers) == 8
     assert max(registers) <= 232
 
-    triton = find_spec("triton")
-    cuobjdump = triton and Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not cuobjdump or not cuobjdump.exists():
-        pytest.skip("registers and spills hold; the instructions need cuobjdump, which comes with triton")
-    sass = run([cuobjdump, "-sass", cubin])
-    for name, code in re.findall(r"Function : (\S+)\n(.*?)(?=Function :|\Z)", sass, re.DOTALL):
+    if functions is None:
+        pytest.skip("registers and spills hold; the instructions need cuobjdump")
+    for name, code in functions:
         loads = re.findall(r"\b(LDG\.\S+|LDGSTS\S+|LDL\S*)", code)
         assert any(load.startswith("LDG.E.EF.128") for load in loads), name  # weights: evict first
         assert any(load.startswith("LDGSTS.E.BYPASS.128") for load in loads), name  # prefetch of left
         narrow = [load for load in loads if "128" not in load and "STRONG" not in load]
         assert set(narrow) == {"LDG.E.U16"}, name  # the bias, once per output
+
+
+@needs_nvcc
+@every_arch
+def test_machine_code_for_tensor_cores(arch, tmp_path):
+    """Weights are copied asynchronously, eight units ahead of the one that is multiplied, and nothing waits for more."""
+    log, functions = compiled(MMA_KERNEL, arch, tmp_path / "kernel.cubin")
+    assert (
+        re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+        == [("0",) * 3] * 2
+    )
+    assert max(map(int, re.findall(r"Used (\d+) registers", log))) <= 168
+    if functions is None:
+        pytest.skip("registers and spills hold; the instructions need cuobjdump")
+    assert len(functions) == 2
+    for name, code in functions:
+        assert "HMMA.16816.F32" + ".BF16" * ("bfloat16" in name) + " " in code, name
+        loads = re.findall(r"\b(LDG\.\S+|LDGSTS\S+|LDL\S*)", code)
+        assert set(loads) == {"LDGSTS.E.BYPASS.128", "LDG.E.128.STRONG.GPU", "LDG.E.U16"}, name  # the last is the bias
+        assert set(re.findall(r"DEPBAR\.LE SB0, (\S+)", code)) == {"0x8"}, name  # groups that may be on their way
+        before = code[: code.index("HMMA")]
+        assert before.index("LDGSTS") < before.index("LDGDEPBAR") < before.index("DEPBAR.LE"), name
+        assert len(re.findall(r"LDG\.E\.128", before)) >= 8, name  # x of two steps
+        assert ("UCGABAR" in code) == (arch != "80"), name  # clusters
 
 
 @needs_nvcc
@@ -103,10 +136,10 @@ def link_torch(prefix: str = "") -> list[str]:
 
 
 @cache
-def emulator(folder: Path, sanitizer: str = "", kernel: Path = KERNEL) -> Path:
+def emulator(folder: Path, sanitizer: str = "", kernels: tuple[Path, ...] = (KERNEL, MMA_KERNEL)) -> Path:
     program = folder / f"run_{sanitizer or 'plain'}"
     options = [*EMULATION, *(["-g", f"-fsanitize={sanitizer}"] if sanitizer else [])]
-    sources = [CSRC / "emulation" / "run_low_rank_decode.cpp", "-x", "c++", kernel]
+    sources = [CSRC / "emulation" / "run_low_rank_decode.cpp", "-x", "c++", *kernels]
     run(["g++", "-std=c++17", *options, "-I", CSRC / "cuda", "-o", program, *sources])
     return program
 
@@ -157,7 +190,38 @@ def test_emulated_kernel_matches_float64(case, emulate):
     shrunk_error, y_error, shared_bytes, grid_barriers = emulate(case)
     assert shrunk_error < 3e-7
     assert y_error < 3e-7
-    assert shared_bytes <= int(case.split()[-2])
+    assert shared_bytes <= int(case.split()[7])
+    assert grid_barriers == 1
+
+
+# The same and at last: 1 for the kernel on tensor cores, 2 for it on a GPU that has clusters.
+MMA_CASES = {
+    "one token": "bfloat16 1 72 40 130 1 4 200000 0 2",
+    "two tokens": "float16 2 264 24 100 0 3 200000 0 1",
+    "eight tokens, one row of right for a cluster": "bfloat16 8 520 8 63 1 8 200000 0 2",
+    "nine tokens": "float16 9 136 104 65 1 4 200000 0 2",
+    "nine tokens, chosen for their number": "bfloat16 9 72 40 130 0 4 200000 0",
+    "thirteen tokens, pivots between the others": "bfloat16 13 328 72 333 1 4 200000 1 2",
+    "sixteen tokens, pivots first": "float16 16 1000 152 401 0 4 200000 2 2",
+    "sixteen tokens, pivots last": "bfloat16 16 72 40 41 1 4 200000 3 2",
+    "fewer multiprocessors than a cluster has": "bfloat16 16 72 40 130 1 3 200000 0 2",
+    "warps split K, three rounds": "bfloat16 9 4104 136 63 1 1 200000 0 1",
+    "two rounds of left": "bfloat16 16 8 8 1101 1 2 200000 0 1",
+    "two rounds of left in a cluster": "float16 16 8 16 560 0 4 200000 1 2",
+    "one output": "float16 16 64 104 1 1 2 200000 0 1",
+    "all rows are pivots": "float16 12 136 40 40 1 4 200000 1 2",
+}
+
+
+@needs_gxx
+@pytest.mark.parametrize("case", MMA_CASES.values(), ids=MMA_CASES.keys())
+def test_emulated_kernel_for_tensor_cores_matches_float64(case, emulate):
+    """Errors as above, and for `shrunk` beyond its rounding too; y is that of the `shrunk` that was found."""
+    shrunk_error, y_error, shared_bytes, grid_barriers = emulate(case)
+    assert shrunk_error < 3e-7
+    assert y_error < 3e-7
+    rank, pivoted = int(case.split()[3]), case.split()[8] != "0"
+    assert shared_bytes == implementations.MMA_SHARED_BYTES + 8 * rank * pivoted
     assert grid_barriers == 1
 
 
@@ -174,10 +238,18 @@ def test_emulated_prefetch_uses_the_shared_memory_there_is(emulate):
 
 @needs_gxx
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["tokens filled up to four", "pivots first, left prefetched in part"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        CASES["tokens filled up to four"],
+        CASES["pivots first, left prefetched in part"],
+        MMA_CASES["sixteen tokens, pivots last"],
+        MMA_CASES["two rounds of left in a cluster"],
+    ],
+)
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
-def test_emulated_kernel_has_no_races_and_stays_in_bounds(case, sanitizer, emulate):
-    emulate(CASES[case], sanitizer)
+def test_sanitizers_find_no_races_in_the_kernels_and_no_access_out_of_bounds(case, sanitizer, emulate):
+    emulate(case, sanitizer)
 
 
 @needs_gxx
@@ -186,8 +258,32 @@ def test_emulator_notices_a_missing_barrier(tmp_path):
     broken = tmp_path / "broken.cu"
     broken.write_text(source.replace("__pipeline_wait_prior(0);\n  __syncthreads();", "__pipeline_wait_prior(0);"))
     assert broken.read_text() != source
-    program = emulator(tmp_path, kernel=broken)
+    program = emulator(tmp_path, kernels=(broken, MMA_KERNEL))
     result = subprocess.run([program, *CASES["one token"].split()], capture_output=True, text=True)
+    assert result.returncode == 1, result.stdout
+
+
+BROKEN = {  # what, instead of what, in which case it shows
+    "a unit is read before it has arrived": ("wait_prior(kRing - 1)", "wait_prior(kRing)", "nine tokens"),
+    "sums of other blocks are read before they are there": ("  cluster_barrier();\n  const", "  const", "one token"),
+    "sums are overwritten before they are read": (
+        "if (round > 0) cluster_barrier();",
+        "",
+        "two rounds of left in a cluster",
+    ),
+}
+
+
+@needs_gxx
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", BROKEN)
+def test_emulator_notices_a_missing_wait(fault, tmp_path):
+    right, wrong, case = BROKEN[fault]
+    source, broken = MMA_KERNEL.read_text(), tmp_path / "broken.cu"
+    assert source.count(right) == 1
+    broken.write_text(source.replace(right, wrong))
+    program = emulator(tmp_path, kernels=(KERNEL, broken))
+    result = subprocess.run([program, *MMA_CASES[case].split()], capture_output=True, text=True)
     assert result.returncode == 1, result.stdout
 
 
@@ -195,7 +291,7 @@ def test_emulator_notices_a_missing_barrier(tmp_path):
 def test_operator_around_the_emulated_kernel(tmp_path):
     """cuda/ops.cpp with the CPU in place of the GPU, in its own process, since it takes the operator's name."""
     library = tmp_path / "emulated_ops.so"
-    sources = [CSRC / "emulation" / "ops_on_cpu.cpp", "-x", "c++", KERNEL, "-x", "none"]
+    sources = [CSRC / "emulation" / "ops_on_cpu.cpp", "-x", "c++", KERNEL, MMA_KERNEL, "-x", "none"]
     run(["g++", *STABLE_ABI, *EMULATION, "-fPIC", "-shared", "-o", library, *sources, *link_torch()])
     run([sys.executable, "-c", OPERATOR_SCRIPT, library], env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -223,6 +319,11 @@ b = torch.cat((bias, bias[:24])).to(x.dtype)
 for b in (b, None):
     y = op(*args[:3], b, rows)
     torch.testing.assert_close(y.double(), exact + (0 if b is None else b), rtol=tolerance, atol=1e-4)
+many = x.repeat(2, 1, 1)  # for tensor cores, where what the first factor gives is rounded too
+y = op(many, right, left, b, rows).double()
+assert y.shape == (4, 3, 124)
+assert float((y - exact.repeat(2, 1, 1)).norm() / exact.norm()) < 2 * tolerance
+torch.testing.assert_close(y[:2], y[2:], rtol=0, atol=0)
 assert op(x[0, 0], right, left, bias).shape == (100,)
 assert op(x[:0], right, left, bias).shape == (0, 3, 100)
 torch.testing.assert_close(op(x, right, left[:99], bias[1:]), op(x, right, left[:99], bias[1:].clone()))  # odd start
@@ -235,7 +336,7 @@ def refuses(message, *args):
     else:
         raise AssertionError(f"accepted: {message}")
 
-refuses("x has 12 tokens, at most 8", x.repeat(2, 1, 1), right, left, None)
+refuses("x has 18 tokens, at most 16", x.repeat(3, 1, 1), right, left, None)
 refuses("K = 64 and R = 20 must be positive multiples of 8", x, right[:20], left[:, :20].contiguous(), None)
 refuses("x (..., 64), right (24, 64) and left (100, 16) do not fit together", x, right, left[:, :16], None)
 refuses("expected x (..., K), right (R, K) and left (N, R), got 3, 1 and 2 dimensions", x, right[0], left, None)
@@ -246,6 +347,6 @@ refuses("bias has 99 elements, the output 100 rows", x, right, left, bias[1:])
 refuses("pivot_rows must be 24 int64, one per rank; there are 23", x, right, left, None, torch.arange(23))
 refuses("pivot_rows must be contiguous and start at a multiple of 16 bytes", x, right, left, None, torch.arange(25)[1:])
 refuses("right must start at a multiple of 16 bytes", x, torch.cat((bias[:1], right.flatten()))[1:].view(24, 64), left, None)
-big = [torch.zeros(size, dtype=dtype) for size in ((8, 8), (4096, 8), (8, 4096))]
-refuses("rank 4096 is too large for 8 tokens", *big, None)
+big = [torch.zeros(size, dtype=dtype) for size in ((8, 8), (8192, 8), (8, 8192))]
+refuses("rank 8192 is too large for 8 tokens", *big, None)
 """

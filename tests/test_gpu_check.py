@@ -47,7 +47,7 @@ def shell(*options: str, **environment: str) -> subprocess.CompletedProcess[str]
 # Times of the review of these kernels for 4096 x 4096 at ranks 512, 1024 and 1632, from the same arithmetic done by hand.
 MODELLED = {  # tokens: dense, then two GEMMs and the one-launch kernel for each rank
     1: (10, {512: (6.5, 4.3), 1024: (9, 6.5), 1632: (11.8, 8.5)}),
-    16: (10.5, {512: (7.5, None), 1024: (9.5, None), 1632: (12, None)}),
+    16: (10.5, {512: (7.5, None), 1024: (9.5, 7.5), 1632: (12, 10)}),
     2048: (93, {512: (27, None), 1024: (50, None), 1632: (76, None)}),
 }
 
@@ -61,6 +61,7 @@ def test_predictions(module, tokens):
         assert 1e6 * predicted("two GEMMs", *sizes) == pytest.approx(two, rel=0.14)
         if one is not None:
             assert 1e6 * predicted("cuda", *sizes) == pytest.approx(one, rel=0.08)
+        if tokens == 1:
             assert predicted("triton", *sizes) <= 1.15 * predicted("cuda", *sizes)
             assert predicted("triton", *sizes) < predicted("triton, no pdl", *sizes)
 

@@ -19,25 +19,15 @@
 // call for the same reason.
 #include <algorithm>
 
-#include "low_rank_decode.h"
-
-#ifndef LORAP_EMULATE_CUDA  // otherwise this very file runs on the host, see csrc/emulation
-#include <cooperative_groups.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_pipeline_primitives.h>
-
-extern __shared__ uint4 shared_memory[];
-#endif
+#include "low_rank_device.h"
 
 namespace lorap {
 namespace {
 
-constexpr int kWarpSize = 32;
 constexpr int kWarps = 8;  // few, so that each may use 255 registers: loads in flight rather than threads in flight
 constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kTokens = 8;
 constexpr int kRows = 4;    // rows of a factor that share each activation a thread has loaded
-constexpr int kVector = 8;  // scalars in 16 bytes, the widest load
 
 struct Problem : LowRankDecode {
   int right_rows = 0;       // rows of right per block
@@ -47,14 +37,6 @@ struct Problem : LowRankDecode {
   int pivot_vectors = 0;    // of 16 bytes: `pivots`, which follow there
   int64_t left_total = 0;   // rows of left
 };
-
-// One name for what each type spells differently.
-__device__ float2 widen(__nv_bfloat162 pair) { return __bfloat1622float2(pair); }
-__device__ float2 widen(__half2 pair) { return __half22float2(pair); }
-__device__ void narrow(float value, __nv_bfloat16& result) { result = __float2bfloat16_rn(value); }
-__device__ void narrow(float value, __half& result) { result = __float2half_rn(value); }
-__device__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
-__device__ float to_float(__half value) { return __half2float(value); }
 
 template <typename Scalar>
 struct PairOf;
@@ -172,28 +154,6 @@ __device__ void gather(const Problem& p, float4* shrunk) {
   }
 }
 
-template <typename Scalar>
-__device__ void store(const Problem& p, int m, int64_t row, float sum) {
-  if (p.bias != nullptr) sum += to_float(static_cast<const Scalar*>(p.bias)[row]);
-  narrow(sum, static_cast<Scalar*>(p.y)[m * p.n + row]);
-}
-
-// Where in y a row of left is: it comes after all pivots with pivots[i] - i <= row, of which there are more with each
-// i.
-__device__ int64_t output_row(const Problem& p, const int64_t* pivots, int64_t row) {
-  if (p.pivots == nullptr) return row;
-  int before = 0, end = int(p.r);
-  while (before < end) {
-    const int middle = (before + end) / 2;
-    if (pivots[middle] - middle <= row) {
-      before = middle + 1;
-    } else {
-      end = middle;
-    }
-  }
-  return row + before;
-}
-
 // Outputs that are `shrunk` itself: those of this block's rows of right.
 template <typename Scalar, int M>
 __device__ void copy_pivots(const Problem& p, const float4* shrunk, const int64_t* pivots, int64_t first_row,
@@ -284,8 +244,6 @@ __global__ void __launch_bounds__(kThreads, 1) low_rank_decode_kernel(Problem p)
   expand<Scalar, M>(p, shrunk, output_rows, left, prefetched, first_left, left_rows);
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <typename Scalar, int M>
 cudaError_t launch(const LowRankDecode& arguments, cudaStream_t stream) {
   const auto kernel = low_rank_decode_kernel<Scalar, M>;
@@ -324,7 +282,8 @@ cudaError_t launch_for_tokens(const LowRankDecode& arguments, cudaStream_t strea
 }  // namespace
 
 cudaError_t low_rank_decode(const LowRankDecode& problem, DecodeType type, cudaStream_t stream) {
-  const bool fits = 1 <= problem.m && problem.m <= kMaxDecodeTokens && problem.n > 0 && problem.k > 0 && problem.r > 0;
+  if (problem.m > kTokens) return low_rank_decode_mma(problem, type, stream);
+  const bool fits = 1 <= problem.m && problem.m <= kTokens && problem.n > 0 && problem.k > 0 && problem.r > 0;
   if (!fits || problem.k % kVector || problem.r % kVector) return cudaErrorInvalidValue;
   if (problem.pivots != nullptr && problem.n < problem.r) return cudaErrorInvalidValue;
   if (type == DecodeType::kBFloat16) return launch_for_tokens<__nv_bfloat16>(problem, stream);

@@ -1,4 +1,4 @@
-// The CUDA kernel as torch operator lorap_cuda::low_rank_linear, through torch's stable ABI: the library works with the
+// The CUDA kernels as torch operator lorap_cuda::low_rank_linear, through torch's stable ABI: the library works with the
 // torch it was built for and every later one, and with any Python. The gradient is left to lorap/nn/ops.py.
 
 #include <cstdint>
@@ -32,7 +32,7 @@ void check_matrix(const char* name, const Tensor& tensor, const Tensor& x) {
                   " must start at a multiple of 16 bytes");
 }
 
-// x (..., K) with at most 8 tokens, right (R, K), left (N, R), bias (N,) -> (..., N). With pivot_rows (R,), ascending
+// x (..., K) with at most 16 tokens, right (R, K), left (N, R), bias (N,) -> (..., N). With pivot_rows (R,), ascending
 // and less than N, left is (N - R, R).
 Tensor low_rank_linear(Tensor x, Tensor right, Tensor left, std::optional<Tensor> bias,
                        std::optional<Tensor> pivot_rows) {

@@ -1,11 +1,11 @@
-// Just enough CUDA to run low_rank_decode.cu on the host, one cooperative launch at a time, every CUDA thread a fiber.
+// Just enough CUDA to run csrc/cuda on the host, one cooperative launch at a time, every CUDA thread a fiber.
 //
-// A fiber runs until it meets a barrier (block, warp or grid) and then hands over to the next, so a barrier that some
-// thread misses is found as a deadlock. Shared memory starts as NaN, one exact allocation per block. Four launches see
-// the extremes of what a GPU may do: threads first to last or last to first, each with cp.async that arrives as late as
-// it may, when its thread waits for it, or at once. Built with -fsanitize=thread the fibers are made known to the
-// sanitizer as threads that only barriers order; it then reports every pair of accesses to shared or global memory that
-// needs a barrier and has none.
+// A fiber runs until it meets a barrier (block, warp, cluster or grid) and then hands over to the next of its block, or to
+// another block when all of its own wait for others, so a barrier that some thread misses is found as a deadlock. Shared
+// memory starts as NaN, one exact allocation per block. Four launches see the extremes of what a GPU may do: threads and
+// blocks first to last or last to first, each with cp.async that arrives as late as it may, when its thread waits for its
+// group, or at once. Built with -fsanitize=thread the fibers are made known to the sanitizer as threads that only barriers
+// order; it then reports every pair of accesses to shared or global memory that needs a barrier and has none.
 #pragma once
 
 #include <ucontext.h>
@@ -17,6 +17,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #ifdef __SANITIZE_THREAD__
@@ -44,17 +45,25 @@ struct Barrier {
   int size, waiting = 0, opened = 0;
 };
 
+struct Fragments {
+  uint32_t a[4], b[2];
+};
+
 struct Block {
   Barrier barrier;
   std::vector<Barrier> warps;
   std::vector<float> exchange;  // one value per thread, for shuffles
+  std::vector<Fragments> fragments;  // of each thread, for mma
   std::unique_ptr<uint4[]> shared;
+  Block* first_of_cluster;
+  Barrier cluster;  // that of the first block of a cluster is used
 };
 
 struct Copy {
   void* to;
   const void* from;
   size_t bytes;
+  int group;
 };
 
 constexpr size_t kStackBytes = 128 * 1024;
@@ -65,6 +74,7 @@ struct Fiber {
   dim3 thread{0}, block_index{0};
   Block* block;
   std::vector<Copy> copies;  // issued, not yet done
+  int copy_groups = 0;       // that were closed
   bool copies_at_once = false;
   Barrier* waits_for = nullptr;
   int ticket = 0;
@@ -73,7 +83,8 @@ struct Fiber {
 };
 
 struct Machine {
-  int multiprocessors = 3, shared_limit = 64 * 1024;  // what the launcher finds the device to have
+  int multiprocessors = 3, shared_limit = 160 * 1024;  // what the launcher finds the device to have
+  bool clusters = false;
   Barrier grid;
   Fiber* current = nullptr;
   ucontext_t scheduler;
@@ -131,6 +142,25 @@ EMULATOR float shuffle(Barrier* warp, float* exchange, unsigned thread, float va
   return other;
 }
 
+// D = A B + D as the PTX manual lays a warp's fragments out: of A (16, 16) a lane has the rows l / 4 and l / 4 + 8, of B
+// (16, 8) the column l / 4, of both the k with k % 8 / 2 = l % 4; of D (16, 8) the columns 2 (l % 4) and the next.
+template <typename Widen>
+EMULATOR void mma(Barrier* warp, Fragments* lanes, unsigned lane, float* sums, const Fragments& own, Widen widen) {
+  lanes[lane] = own;
+  wait(warp, false);
+  for (int i = 0; i < 4; ++i) {
+    const unsigned row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    double sum = sums[i];
+    for (unsigned k = 0; k < 16; ++k) {
+      const uint32_t a = lanes[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2];
+      const uint32_t b = lanes[column * 4 + k % 8 / 2].b[k / 8];
+      sum += double(widen(uint16_t(a >> k % 2 * 16))) * widen(uint16_t(b >> k % 2 * 16));
+    }
+    sums[i] = float(sum);
+  }
+  wait(warp, false);
+}
+
 EMULATOR void run_fiber() {
   acquire(&machine);
   machine.body();
@@ -140,20 +170,31 @@ EMULATOR void run_fiber() {
   setcontext(&machine.scheduler);
 }
 
-EMULATOR void schedule(Fiber** fibers, size_t count, bool backwards) {
-  size_t running = count;
-  while (running > 0) {
-    bool progress = false;
+// Runs the fibers of a block until each of them is done or waits for other blocks; says how many are now done.
+EMULATOR size_t run_block(Fiber** fibers, size_t count, bool backwards, bool* progress) {
+  size_t finished = 0;
+  for (bool moved = true; moved; *progress |= moved) {
+    moved = false;
     for (size_t i = 0; i < count; ++i) {
       Fiber* fiber = fibers[backwards ? count - 1 - i : i];
       const bool waits = fiber->waits_for != nullptr && fiber->waits_for->opened == fiber->ticket;
       if (fiber->done || waits) continue;
-      progress = true;
+      moved = true;
       machine.current = fiber;
       switch_to(fiber->sanitizer);
       swapcontext(&machine.scheduler, &fiber->context);
-      running -= fiber->done;
+      finished += fiber->done;
     }
+  }
+  return finished;
+}
+
+EMULATOR void schedule(Fiber** fibers, size_t count, size_t block, bool backwards) {
+  size_t running = count;
+  while (running > 0) {
+    bool progress = false;
+    for (size_t i = 0; i < count; i += block)
+      running -= run_block(fibers + (backwards ? count - block - i : i), block, backwards, &progress);
     if (!progress) {
       std::fprintf(stderr, "deadlock: %zu threads wait at a barrier that others never reach\n", running);
       std::abort();
@@ -174,7 +215,7 @@ inline void make_fiber(Fiber* fiber, Block* block, unsigned block_index, unsigne
 }
 
 // Runs `body` once per thread of the grid.
-inline void run(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> body) {
+inline void run(dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes, std::function<void()> body) {
   std::vector<Block> blocks(grid.x);
   std::vector<Fiber> fibers(grid.x * block.x);
   std::vector<Fiber*> order;
@@ -185,6 +226,9 @@ inline void run(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()
     blocks[b].barrier = {int(block.x)};
     blocks[b].warps.assign(block.x / 32, Barrier{32});
     blocks[b].exchange.resize(block.x);
+    blocks[b].fragments.resize(block.x);
+    blocks[b].first_of_cluster = &blocks[b / cluster * cluster];
+    blocks[b].cluster = {int(cluster * block.x)};
     blocks[b].shared.reset(new uint4[shared_bytes / sizeof(uint4)]);
     std::memset(blocks[b].shared.get(), 0xff, shared_bytes);
     for (unsigned t = 0; t < block.x; ++t) {
@@ -194,7 +238,7 @@ inline void run(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()
   }
   machine.scheduler_sanitizer = this_sanitizer();
   release(&machine);
-  schedule(order.data(), order.size(), machine.launches % 2);
+  schedule(order.data(), order.size(), block.x, machine.launches % 2);
   ++machine.launches;
   acquire(&machine);
   machine.grid_barriers = machine.grid.opened;
@@ -223,6 +267,16 @@ struct grid_group {
   void sync() const { emulation::wait(&emulation::machine.grid); }
 };
 inline grid_group this_grid() { return {}; }
+struct cluster_group {
+  void sync() const { emulation::wait(&emulation::current().block->first_of_cluster->cluster); }
+  template <typename T>
+  T* map_shared_rank(T* address, int rank) const {
+    const emulation::Block& own = *emulation::current().block;
+    const ptrdiff_t offset = reinterpret_cast<const char*>(address) - reinterpret_cast<const char*>(own.shared.get());
+    return reinterpret_cast<T*>(reinterpret_cast<char*>(own.first_of_cluster[rank].shared.get()) + offset);
+  }
+};
+inline cluster_group this_cluster() { return {}; }
 }  // namespace cooperative_groups
 
 inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
@@ -230,14 +284,18 @@ inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
   if (fiber.copies_at_once) {
     std::memcpy(to, from, bytes);
   } else {
-    fiber.copies.push_back({to, from, bytes});
+    fiber.copies.push_back({to, from, bytes, fiber.copy_groups});
   }
 }
-inline void __pipeline_commit() {}
-inline void __pipeline_wait_prior(int) {
-  auto& copies = emulation::current().copies;
-  for (const auto& copy : copies) std::memcpy(copy.to, copy.from, copy.bytes);
-  copies.clear();
+inline void __pipeline_commit() { ++emulation::current().copy_groups; }
+// All but the last `prior` groups have arrived; like the hardware's own, it cannot tell apart more than 8.
+inline void __pipeline_wait_prior(int prior) {
+  emulation::Fiber& fiber = emulation::current();
+  auto& copies = fiber.copies;
+  size_t done = 0;
+  for (; done < copies.size() && copies[done].group < fiber.copy_groups - prior; ++done)
+    std::memcpy(copies[done].to, copies[done].from, copies[done].bytes);
+  copies.erase(copies.begin(), copies.begin() + done);
 }
 
 template <typename T>
@@ -283,8 +341,22 @@ inline __half __float2half_rn(float value) { return {_Float16(value)}; }
 inline float2 __bfloat1622float2(__nv_bfloat162 pair) { return {__bfloat162float(pair.x), __bfloat162float(pair.y)}; }
 inline float2 __half22float2(__half2 pair) { return {__half2float(pair.x), __half2float(pair.y)}; }
 
+template <typename Scalar>
+void mma(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, Scalar) {
+  const unsigned thread = threadIdx.x;
+  emulation::Block& block = *emulation::current().block;
+  const auto widen = [](uint16_t bits) {
+    Scalar value;
+    std::memcpy(&value, &bits, sizeof(value));
+    if constexpr (std::is_same_v<Scalar, __half>) return __half2float(value);
+    else return __bfloat162float(value);
+  };
+  emulation::mma(&block.warps[thread / 32], block.fragments.data() + thread / 32 * 32, thread % 32, sums,
+                 {{a0, a1, a2, a3}, {b0, b1}}, widen);
+}
+
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrClusterLaunch };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 using cudaStream_t = void*;
 
@@ -292,8 +364,10 @@ inline const char* cudaGetErrorString(cudaError_t) { return "emulated error"; }
 
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  const bool count = attribute == cudaDevAttrMultiProcessorCount;
-  *value = count ? emulation::machine.multiprocessors : emulation::machine.shared_limit;
+  const emulation::Machine& m = emulation::machine;
+  *value = attribute == cudaDevAttrMultiProcessorCount ? m.multiprocessors
+           : attribute == cudaDevAttrClusterLaunch     ? int(m.clusters)
+                                                       : m.shared_limit;
   return cudaSuccess;
 }
 template <typename Kernel>
@@ -301,11 +375,51 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
   return cudaSuccess;
 }
 template <typename Arguments>
-cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(Arguments), dim3 grid, dim3 block, void** arguments,
-                                        size_t shared_bytes, cudaStream_t) {
-  if (int(grid.x) > emulation::machine.multiprocessors) return cudaErrorInvalidConfiguration;
+cudaError_t launch(void (*kernel)(Arguments), dim3 grid, dim3 block, unsigned cluster, void** arguments,
+                   size_t shared_bytes) {
+  if (int(grid.x) > emulation::machine.multiprocessors || grid.x % cluster) return cudaErrorInvalidConfiguration;
   if (shared_bytes > size_t(emulation::machine.shared_limit)) return cudaErrorInvalidConfiguration;
   const Arguments& values = *static_cast<const Arguments*>(arguments[0]);
-  emulation::run(grid, block, shared_bytes, [&] { kernel(values); });
+  emulation::run(grid, block, cluster, shared_bytes, [&] { kernel(values); });
   return cudaSuccess;
+}
+template <typename Arguments>
+cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(Arguments), dim3 grid, dim3 block, void** arguments,
+                                        size_t shared_bytes, cudaStream_t) {
+  return launch(kernel, grid, block, 1, arguments, shared_bytes);
+}
+
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative, cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+    int cooperative;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim{1}, blockDim{1};
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
+};
+inline unsigned cluster_size(const cudaLaunchConfig_t& config) {
+  for (unsigned i = 0; i < config.numAttrs; ++i)
+    if (config.attrs[i].id == cudaLaunchAttributeClusterDimension) return config.attrs[i].val.clusterDim.x;
+  return 1;
+}
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* count, Kernel, const cudaLaunchConfig_t* config) {
+  return *count = emulation::machine.multiprocessors / cluster_size(*config), cudaSuccess;
+}
+template <typename Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Arguments), Arguments arguments) {
+  bool cooperative = false;
+  for (unsigned i = 0; i < config->numAttrs; ++i) cooperative |= config->attrs[i].id == cudaLaunchAttributeCooperative;
+  if (!cooperative) return cudaErrorInvalidConfiguration;  // the grid barrier needs all blocks at once
+  void* pointers[] = {&arguments};
+  return launch(kernel, config->gridDim, config->blockDim, cluster_size(*config), pointers, config->dynamicSmemBytes);
 }

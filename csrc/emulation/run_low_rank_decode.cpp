@@ -1,8 +1,9 @@
-// Runs low_rank_decode.cu on the host and compares it with double precision.
+// Runs the kernels of csrc/cuda on the host and compares it with double precision.
 //
-//   run_low_rank_decode TYPE M K R N BIAS BLOCKS SHARED_LIMIT PIVOTED
+//   run_low_rank_decode TYPE M K R N BIAS BLOCKS SHARED_LIMIT PIVOTED [TENSOR_CORES]
 //
 // PIVOTED: 0 none; 1 every N / R-th row of y is a pivot, 2 the first R are, 3 the last R.
+// TENSOR_CORES: 0 as the number of tokens has it, 1 low_rank_decode_mma, 2 the same on a GPU that has clusters.
 //
 // prints the largest error of `shrunk` and of y, each relative to the sum of absolute values that was accumulated and
 // beyond the rounding of y to its type, then the shared memory used in bytes and the grid barriers passed. Exit status
@@ -57,7 +58,7 @@ float random_value() {  // uniform in [-1, 1), the same on every machine
 }
 
 template <typename Type>
-int check(int64_t m, int64_t k, int64_t r, int64_t n, bool with_bias, int pivoted) {
+int check(int64_t m, int64_t k, int64_t r, int64_t n, bool with_bias, int pivoted, int tensor_cores) {
   using Scalar = typename Type::Scalar;
   Buffer<Scalar> x(m * k), right(r * k), left((pivoted ? n - r : n) * r), bias(n), y(m * n);
   Buffer<float> shrunk(m * r);
@@ -87,7 +88,8 @@ int check(int64_t m, int64_t k, int64_t r, int64_t n, bool with_bias, int pivote
   for (int launch = 0; launch < 4; ++launch) {
     std::fill(shrunk.data, shrunk.data + shrunk.size, std::numeric_limits<float>::quiet_NaN());
     std::fill(y.data, y.data + y.size, Type::narrow(std::numeric_limits<float>::quiet_NaN()));
-    if (const int error = lorap::low_rank_decode(problem, Type::kType, nullptr)) {
+    const auto decode = tensor_cores ? lorap::low_rank_decode_mma : lorap::low_rank_decode;
+    if (const int error = decode(problem, Type::kType, nullptr)) {
       std::printf("launch error %d\n", error);
       return 2;
     }
@@ -95,6 +97,10 @@ int check(int64_t m, int64_t k, int64_t r, int64_t n, bool with_bias, int pivote
     if (std::memcmp(first.data(), y.data, y.size * sizeof(Scalar))) return std::puts("launches differ"), 1;
   }
 
+  const bool narrow = tensor_cores || m > 8;  // that is how `shrunk` is then kept, rounded
+  const auto shrunk_at = [&](int64_t i) -> double {
+    return narrow ? Type::widen(reinterpret_cast<const Scalar*>(shrunk.data)[i]) : shrunk[i];
+  };
   double shrunk_error = 0, y_error = 0;
   bool complete = true;
   for (int64_t token = 0; token < m; ++token) {
@@ -105,15 +111,16 @@ int check(int64_t m, int64_t k, int64_t r, int64_t n, bool with_bias, int pivote
         exact[i] += product;
         magnitude[i] += std::abs(product);
       }
-      const double error = std::abs(shrunk[token * r + i] - exact[i]) / magnitude[i];
+      const double rounding = narrow ? Type::kRounding * std::abs(exact[i]) : 0.0;
+      const double error = std::abs(shrunk_at(token * r + i) - exact[i]) - rounding;
       complete &= !std::isnan(error);
-      shrunk_error = std::max(shrunk_error, error);
+      shrunk_error = std::max(shrunk_error, error / magnitude[i]);
     }
     for (int64_t o = 0; o < n; ++o) {
       double sum = with_bias ? Type::widen(bias[o]) : 0.0, absolute = std::abs(sum);
       for (int64_t i = 0; i < r; ++i) {
         const double weight = pivot_of[o] < 0 ? Type::widen(left[row_of_left[o] * r + i]) : pivot_of[o] == i;
-        sum += weight * exact[i];
+        sum += weight * (narrow && pivot_of[o] < 0 ? shrunk_at(token * r + i) : exact[i]);
         absolute += std::abs(weight) * magnitude[i];
       }
       const double error = std::abs(Type::widen(y[token * n + o]) - sum) - Type::kRounding * std::abs(sum);
@@ -129,11 +136,12 @@ int check(int64_t m, int64_t k, int64_t r, int64_t n, bool with_bias, int pivote
 }  // namespace
 
 int main(int count, char** values) {
-  if (count != 10) return std::fputs("see the head of this file for the arguments\n", stderr), 2;
-  int64_t numbers[10];
-  for (int i = 2; i < 10; ++i) numbers[i] = std::atoll(values[i]);
+  if (count != 10 && count != 11) return std::fputs("see the head of this file for the arguments\n", stderr), 2;
+  int64_t numbers[11] = {};
+  for (int i = 2; i < count; ++i) numbers[i] = std::atoll(values[i]);
   emulation::machine.multiprocessors = int(numbers[7]);
   emulation::machine.shared_limit = int(numbers[8]);
+  emulation::machine.clusters = numbers[10] == 2;
   const auto run = std::string(values[1]) == "bfloat16" ? check<BFloat16> : check<Float16>;
-  return run(numbers[2], numbers[3], numbers[4], numbers[5], numbers[6], int(numbers[9]));
+  return run(numbers[2], numbers[3], numbers[4], numbers[5], numbers[6], int(numbers[9]), int(numbers[10]));
 }

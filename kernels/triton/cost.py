@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from .hardware import (
+    CLUSTER_BARRIER,
     DEPENDENT_LAUNCH,
     L2_BANDWIDTH,
     LAUNCH,
@@ -17,6 +18,7 @@ from .hardware import (
     MEMORY_LATENCY,
     NUM_SMS,
     RAMP,
+    SM_BANDWIDTH,
     read_seconds,
 )
 from .low_rank_settings import plan_seconds
@@ -26,6 +28,7 @@ CUBLAS_DENSE = 0.9  # share of the bandwidth that cuBLAS reaches on a dense weig
 CUBLAS_FACTOR = 0.8  # and on a factor of 8 MB
 CUBLAS_FLOPS = 0.95 * 790e12
 LEAST_GAIN = 1.05
+CLUSTER = 4  # blocks of one in csrc/cuda/low_rank_decode_mma.cu
 GATED = ("silu_gated_linear", "low_rank_silu_gated_linear")
 
 
@@ -58,9 +61,20 @@ def order_seconds(m: int, n: int) -> float:
     return LAUNCH + 4 * m * n / L2_BANDWIDTH
 
 
-def one_launch_seconds(k: int, r: int, rows: int) -> float:
-    """Seconds of the persistent CUDA kernel: one launch, its ramp, a barrier as long as the latency of memory, and the bytes."""
-    return LAUNCH + RAMP + MEMORY_LATENCY + 2 * r * (k + rows) / MEMORY_BANDWIDTH
+def one_launch_seconds(m: int, k: int, r: int, rows: int) -> float:
+    """Seconds of the persistent CUDA kernels: one launch, its ramp, a barrier as long as the latency of memory, and the bytes.
+
+    From 9 tokens on each cluster reads x and the intermediate once, from L2, which they cross together with the weights; its
+    blocks meet after each product and at the end.
+    """
+    weights = 2 * r * (k + rows)
+    seconds = LAUNCH + RAMP + MEMORY_LATENCY
+    if m <= 8:
+        return seconds + weights / MEMORY_BANDWIDTH
+    clusters = NUM_SMS // CLUSTER
+    crossing = weights + clusters * 2 * m * (k + r)
+    read = max(weights / MEMORY_BANDWIDTH, crossing / L2_BANDWIDTH, crossing / (clusters * CLUSTER * SM_BANDWIDTH))
+    return seconds + 3 * CLUSTER_BARRIER + read
 
 
 def gated_seconds(m: int, k: int, n: int) -> float:

@@ -9,6 +9,7 @@ L2_BANDWIDTH = 5.5e12
 MEMORY_LATENCY = 0.8e-6  # seconds, under load
 LAUNCH = 1.3e-6  # one more kernel in a graph
 RAMP = 0.4e-6  # until a kernel of ours reads at full speed
+CLUSTER_BARRIER = 0.2e-6  # between blocks that run side by side, and reading what the others have
 DEPENDENT_LAUNCH = 0.2e-6  # of a kernel whose start does not wait for the end of the one before
 
 

@@ -20,6 +20,9 @@ QUANTIZED_OPS = ("quantized_linear", "quantized_low_rank_linear", "quantized_sil
 OPS = (*LINEAR_OPS, *QUANTIZED_OPS, "channel_sq_norm", "second_moment")
 # Adding K^2 sums up in float64 takes a GPU longer than multiplying 1,024 tokens in 16 bits: modelled 78 us beside 45 at K = 4096.
 TENSOR_CORE_TOKENS = 8192
+# csrc/cuda: tokens of the kernel that multiplies and adds, and of the one on tensor cores; bytes of shared memory that the latter
+# takes on a multiprocessor, beside 8 for each pivot, and that CUDA keeps of it.
+FMA_TOKENS, MMA_TOKENS, MMA_SHARED_BYTES, RESERVED_BYTES = 8, 16, 104 * 1024, 1024
 
 
 def tokens_of(x: Tensor) -> int:
@@ -40,10 +43,21 @@ def _cuda_low_rank(x: Tensor, right: Tensor, left: Tensor, bias: Any = None, piv
     # What the kernel is written for; a forced backend must not stop the prefill of a model.
     x, right, left = x.contiguous(), right.contiguous(), left.contiguous()
     read_wide = (x, right, left) if pivot_rows is None else (x, right, left, pivot_rows)
-    fits = tokens_of(x) <= 8 and x.shape[-1] % 8 == 0 and right.shape[0] % 8 == 0
+    fits = x.shape[-1] % 8 == 0 and right.shape[0] % 8 == 0 and _cuda_takes(x, pivot_rows)
     if not (fits and all(map(is_aligned, read_wide))):
         return _low_rank_linear(x, right, left, bias, pivot_rows)
     return torch.ops.lorap_cuda.low_rank_linear.default(x, right, left, bias, pivot_rows)
+
+
+def _cuda_takes(x: Tensor, pivot_rows: Tensor | None) -> bool:
+    """Whether there are few enough tokens; for more than 8, GPUs for games have too little shared memory."""
+    if tokens_of(x) <= FMA_TOKENS:
+        return True
+    needed = MMA_SHARED_BYTES + RESERVED_BYTES + (0 if pivot_rows is None else 8 * len(pivot_rows))
+    return (
+        tokens_of(x) <= MMA_TOKENS
+        and torch.cuda.get_device_properties(x.device).shared_memory_per_multiprocessor >= needed
+    )
 
 
 def _triton(module: str, function: str, *, pdl: bool = False) -> Callable[..., Any]:
@@ -191,6 +205,7 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
 EXAMPLES = (
     *((3, 176, False), (1, 176, False), (1, 8208, False), (3, 4112, False), (20, 176, False), (20, 4112, False)),
     *((7, 176, False), (1, 176, True), (2, 176, True), (20, 176, True), (2, 4112, True), (20, 4112, True)),
+    *((11, 176, False), (13, 176, True)),  # more than 8: in csrc/cuda those are for tensor cores
 )
 PIVOTED_OPS = ("low_rank_linear", "low_rank_linear_group")
 
