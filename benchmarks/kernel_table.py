@@ -114,11 +114,16 @@ def cuda_table() -> str:
             report = subprocess.run([*command, "-o", cubin, source], capture_output=True, text=True, check=True).stderr
             code = _machine_code(cubin)
             for name, spilled, registers in re.findall(pattern, report, re.DOTALL):
-                groups = re.findall(r"DEPBAR\.LE SB0, (0x\w+)", code[name])
-                uses_mma, ahead = "HMMA" in code[name], min((int(group, 16) for group in groups), default=0)
-                shared = f"{MMA_SHARED_BYTES // 1024} + R / 128 if pivoted" if uses_mma else "all, for `left`"
-                flight = f"{ahead} KB a warp" if uses_mma else "8 loads a thread"
-                cells = [f"{registers} / {spilled}", shared, flight, "mma" if uses_mma else "fma"]
+                loads = max(
+                    part.count("LDG.E.EF.128") for part in code[name].split("FFMA")
+                )  # issued with no use between
+                groups = re.findall(r"DEPBAR\.LE SB0, (0x\w+)", code[name])  # those that need not have arrived
+                if "HMMA" in code[name]:
+                    shared, unit = f"{MMA_SHARED_BYTES // 1024}, pivoted + R / 128", "mma"
+                    flight = f"{min(int(group, 16) for group in groups)} KB a warp"
+                else:
+                    shared, unit, flight = "all, for `left`", "fma", f"{loads} loads a thread"
+                cells = [f"{registers} / {spilled}", shared, flight, unit]
                 rows.append([f"`{_demangle(name)}`", *cells])
     return markdown(["instance", "registers / spilled", "shared KB", "weights on their way", "unit"], rows)
 
@@ -218,9 +223,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, metavar="FILE", help="replace the text between the markers in FILE")
     parser.add_argument("--also", action="append", default=[], metavar="PYTHON", help="with another version of triton")
     parser.add_argument("--json", action="store_true", help="only this interpreter's column, for another one")
-    parser.add_argument(
-        "--keep-triton", action="store_true", help="keep their table: none of them has changed"
-    )
+    parser.add_argument("--keep-triton", action="store_true", help="keep their table: none of them has changed")
     options = parser.parse_args()
     if options.keep_triton and options.write is None:
         parser.error("--keep-triton needs --write: the file that has the table")

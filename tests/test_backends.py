@@ -264,7 +264,7 @@ def test_self_check_of_a_form_leaves_the_others_alone(monkeypatch: pytest.Monkey
         "low_rank_linear",
         lambda x, *rest: seen.append(len(x)) or run(x, *rest),
     )
-    for tokens, expected in ((1, {1}), (5, {2, 3, 7}), (30, {20}), (None, {1, 2, 3, 7, 20})):
+    for tokens, expected in ((1, {1}), (5, {2, 3, 7, 11, 13}), (30, {20}), (None, {1, 2, 3, 7, 11, 13, 20})):
         seen.clear()
         assert (
             dispatch.self_check("low_rank_linear", "triton", torch.device("cpu"), torch.float32, tokens=tokens) is None
