@@ -184,7 +184,7 @@ int main(int count, char**) {
       wrong += !run<__nv_bfloat16>(c, false, tensor_cores) + !run<__half>(c, false, tensor_cores);
     }
   wrong += !run<__nv_bfloat16>({8, 264, 1536, 11008, true, false}, false);  // left fits shared memory in part
-  wrong += !run<__half>({16, 72, 64, 20001, true, true}, false);  // more than one round of tiles
+  wrong += !run<__half>({16, 72, 64, 20001, true, true}, false);            // more than one round of tiles
   for (int m : {1, 4, 8, 16})
     for (Case c : {Case{m, 4096, 512, 4096, false, false},
                    {m, 4096, 1024, 4096, false, true},

@@ -27,7 +27,7 @@ namespace {
 constexpr int kWarps = 8;  // few, so that each may use 255 registers: loads in flight rather than threads in flight
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kTokens = 8;
-constexpr int kRows = 4;    // rows of a factor that share each activation a thread has loaded
+constexpr int kRows = 4;  // rows of a factor that share each activation a thread has loaded
 
 struct Problem : LowRankDecode {
   int right_rows = 0;       // rows of right per block

@@ -22,13 +22,13 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kTokens = 16;        // rows of the mma
-constexpr int kRows = 8;           // its columns: the rows of a factor in a tile
-constexpr int kStep = 8;           // vectors of a row that a warp takes at a time: 128 bytes
-constexpr int kTiles = 8;          // tiles whose sums a warp holds
+constexpr int kTokens = 16;  // rows of the mma
+constexpr int kRows = 8;     // its columns: the rows of a factor in a tile
+constexpr int kStep = 8;     // vectors of a row that a warp takes at a time: 128 bytes
+constexpr int kTiles = 8;    // tiles whose sums a warp holds
 constexpr int kTile = kTokens * kRows;
-constexpr int kRing = 9;           // units, each a tile times a step: 1 KB a warp, 8 on their way, one being read
-constexpr int kParts = 4;          // blocks of a cluster
+constexpr int kRing = 9;   // units, each a tile times a step: 1 KB a warp, 8 on their way, one being read
+constexpr int kParts = 4;  // blocks of a cluster
 constexpr int kRingVectors = kRing * 2 * kThreads;
 constexpr int kExchangeVectors = kWarps * kTiles * kTile / 4;
 
@@ -37,12 +37,12 @@ struct Half {
   const uint4* weights;
   const uint4* input;
   int64_t rows;
-  int vectors;         // of 16 bytes in a row
-  int cluster_rows;    // rows that fall to a cluster
-  int part_vectors;    // of each row that fall to one of its blocks
-  int along;           // warps that share a tile and split those; the other warps have tiles of their own
-  int rounds;          // a round ends when sums are put together; in it each warp has
-  int steps, tiles;    // so many steps, and in each step so many tiles
+  int vectors;       // of 16 bytes in a row
+  int cluster_rows;  // rows that fall to a cluster
+  int part_vectors;  // of each row that fall to one of its blocks
+  int along;         // warps that share a tile and split those; the other warps have tiles of their own
+  int rounds;        // a round ends when sums are put together; in it each warp has
+  int steps, tiles;  // so many steps, and in each step so many tiles
 };
 
 struct Problem : LowRankDecode {
@@ -231,9 +231,9 @@ __device__ int place_of(const Half& half, int tile) {
   return (tile % others * half.along * kTiles + tile / others) * kTile;
 }
 
-// Adds up what the warps of a block have, then what the blocks of a cluster have, each of them a share of the tiles, and
-// hands the results on: the first half's to the other blocks, and as outputs where they are pivots; the second half's
-// as outputs.
+// Adds up what the warps of a block have, then what the blocks of a cluster have, each of them a share of the tiles,
+// and hands the results on: the first half's to the other blocks, and as outputs where they are pivots; the second
+// half's as outputs.
 template <typename Scalar>
 __device__ void finish(const Problem& p, int index, const Place& at, int round, float* exchange,
                        const int64_t* pivots) {

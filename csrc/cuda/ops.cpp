@@ -1,5 +1,5 @@
-// The CUDA kernels as torch operator lorap_cuda::low_rank_linear, through torch's stable ABI: the library works with the
-// torch it was built for and every later one, and with any Python. The gradient is left to lorap/nn/ops.py.
+// The CUDA kernels as torch operator lorap_cuda::low_rank_linear, through torch's stable ABI: the library works with
+// the torch it was built for and every later one, and with any Python. The gradient is left to lorap/nn/ops.py.
 
 #include <cstdint>
 #include <optional>

@@ -1,11 +1,12 @@
 // Just enough CUDA to run csrc/cuda on the host, one cooperative launch at a time, every CUDA thread a fiber.
 //
-// A fiber runs until it meets a barrier (block, warp, cluster or grid) and then hands over to the next of its block, or to
-// another block when all of its own wait for others, so a barrier that some thread misses is found as a deadlock. Shared
-// memory starts as NaN, one exact allocation per block. Four launches see the extremes of what a GPU may do: threads and
-// blocks first to last or last to first, each with cp.async that arrives as late as it may, when its thread waits for its
-// group, or at once. Built with -fsanitize=thread the fibers are made known to the sanitizer as threads that only barriers
-// order; it then reports every pair of accesses to shared or global memory that needs a barrier and has none.
+// A fiber runs until it meets a barrier (block, warp, cluster or grid) and then hands over to the next of its block, or
+// to another block when all of its own wait for others, so a barrier that some thread misses is found as a deadlock.
+// Shared memory starts as NaN, one exact allocation per block. Four launches see the extremes of what a GPU may do:
+// threads and blocks first to last or last to first, each with cp.async that arrives as late as it may, when its thread
+// waits for its group, or at once. Built with -fsanitize=thread the fibers are made known to the sanitizer as threads
+// that only barriers order; it then reports every pair of accesses to shared or global memory that needs a barrier and
+// has none.
 #pragma once
 
 #include <ucontext.h>
@@ -52,7 +53,7 @@ struct Fragments {
 struct Block {
   Barrier barrier;
   std::vector<Barrier> warps;
-  std::vector<float> exchange;  // one value per thread, for shuffles
+  std::vector<float> exchange;       // one value per thread, for shuffles
   std::vector<Fragments> fragments;  // of each thread, for mma
   std::unique_ptr<uint4[]> shared;
   Block* first_of_cluster;
@@ -142,8 +143,8 @@ EMULATOR float shuffle(Barrier* warp, float* exchange, unsigned thread, float va
   return other;
 }
 
-// D = A B + D as the PTX manual lays a warp's fragments out: of A (16, 16) a lane has the rows l / 4 and l / 4 + 8, of B
-// (16, 8) the column l / 4, of both the k with k % 8 / 2 = l % 4; of D (16, 8) the columns 2 (l % 4) and the next.
+// D = A B + D as the PTX manual lays a warp's fragments out: of A (16, 16) a lane has the rows l / 4 and l / 4 + 8, of
+// B (16, 8) the column l / 4, of both the k with k % 8 / 2 = l % 4; of D (16, 8) the columns 2 (l % 4) and the next.
 template <typename Widen>
 EMULATOR void mma(Barrier* warp, Fragments* lanes, unsigned lane, float* sums, const Fragments& own, Widen widen) {
   lanes[lane] = own;
@@ -348,15 +349,21 @@ void mma(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, u
   const auto widen = [](uint16_t bits) {
     Scalar value;
     std::memcpy(&value, &bits, sizeof(value));
-    if constexpr (std::is_same_v<Scalar, __half>) return __half2float(value);
-    else return __bfloat162float(value);
+    if constexpr (std::is_same_v<Scalar, __half>)
+      return __half2float(value);
+    else
+      return __bfloat162float(value);
   };
   emulation::mma(&block.warps[thread / 32], block.fragments.data() + thread / 32 * 32, thread % 32, sums,
                  {{a0, a1, a2, a3}, {b0, b1}}, widen);
 }
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrClusterLaunch };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrClusterLaunch
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 using cudaStream_t = void*;
 
