@@ -423,7 +423,7 @@ def test_a_step_whose_tensors_were_not_written_is_not_done(tmp_path: Path, monke
 
 def crash(kind: str, source: Path, tokens: Path, folder: Path, stride: int, last: int) -> list[dict[str, Any]]:
     command = [sys.executable, str(CRASHING), kind, *map(str, (source, tokens, folder, stride, last))]
-    run = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=600)
+    run = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=1800)
     assert run.returncode == 0, run.stderr[-2000:]
     return [json.loads(line) for line in run.stdout.splitlines()][1:]
 
