@@ -418,7 +418,9 @@ def test_an_archive_whose_parts_disagree_is_refused(tmp_path: Path) -> None:
         (begin,) = (entry.header_offset for entry in archive.infolist() if entry.filename.endswith("data/0"))
     header = bytearray(saved)
     header[begin + 28 : begin + 30] = b"\0\0"  # how long what pads it is
-    for damaged in (bytes(header), saved.replace(b"cpu", b"cpv", 1)):
+    listed = bytearray(saved)
+    listed[saved.rindex(b"m/data/0") - 46 + 38] |= 0x10  # in the list of entries, the mark of a folder
+    for damaged in (bytes(header), bytes(listed), saved.replace(b"cpu", b"cpv", 1)):
         assert damaged != saved
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match="truncated or corrupt"):

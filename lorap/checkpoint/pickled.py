@@ -26,6 +26,8 @@ from lorap.jsonio import shown
 MAX_PICKLE_BYTES = 100_000_000
 # In an entry's own header, the lengths of its name and of what pads it come here; its bytes come behind both.
 LENGTHS = 26
+# The mark of a folder. torch reads nothing of such an entry, and leaves its tensor as the memory was.
+FOLDER = 0x10
 # safetensors' names for torch's dtypes, so that nobody else has to know which kind of file a tensor is in.
 NAMES: Mapping[torch.dtype, str] = MappingProxyType(
     {
@@ -80,6 +82,8 @@ def _check_archive(path: Path) -> dict[int, int]:
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"its entry {shown(entry.filename)} is compressed")
+            if entry.external_attr & FOLDER:
+                raise ValueError(f"its entry {shown(entry.filename)} is marked as a folder")
             archive.open(entry).close()  # it begins where the list of entries says
             file.seek(entry.header_offset + LENGTHS)
             begin = file.tell() + 4 + sum(struct.unpack("<HH", file.read(4)))
