@@ -14,6 +14,7 @@ import huggingface_hub
 import pytest
 import torch
 from commands import run
+from families import tiny
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -580,3 +581,13 @@ def test_a_tekken_file_is_a_tokenizer(copied: Path, monkeypatch: Any) -> None:
     (copied / "tekken.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"pip install mistral-common|holds no vocabulary"):
         load_tokenizer(find_model(copied))
+
+
+def test_a_weight_under_an_older_name_is_looked_at_as_well(tmp_path: Path) -> None:
+    tiny("qwen2_vl").save_pretrained(tmp_path / "model")  # transformers keeps the names that the family had before
+    name = "model.layers.1.self_attn.q_proj.weight"
+    store(tmp_path / "model", lambda tensors: tensors[name].view(-1)[7].fill_(float("nan")))
+    with pytest.raises(CheckpointError, match=rf"{name} contains 1 values that are NaN"):
+        compress_to_folder(
+            tmp_path / "model", tmp_path / "out", NOTHING, RunOptions(calibration=TOKENS, progress=False)
+        )
