@@ -272,7 +272,7 @@ eight models that compressed-tensors 0.20.1 had quantized with what it reads bac
 floating point. bitsandbytes, mxfp4, nvfp4, 3 bits, and weights that are sparse or rotated besides are refused.
 
 Not among them, and refused by name: FFNs without a gate or with a norm inside (GPT-NeoX, Phi-2, Nemotron, BitNet), mixtures of
-experts, multi-head latent attention (DeepSeek), state spaces. Other families are a row in `lorap/architectures.py` away.
+experts, multi-head latent attention (DeepSeek), state spaces. Other families are a row in `lorap/architectures/` away.
 """
 
 

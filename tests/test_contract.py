@@ -1,4 +1,4 @@
-"""A row of lorap/architectures.py that is not what the model computes is refused before anything is compressed."""
+"""A row of lorap/architectures/ that is not what the model computes is refused before anything is compressed."""
 
 from __future__ import annotations
 

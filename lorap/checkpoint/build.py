@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lorap.architectures import ARCHITECTURES, ATTENTION, MLP, split_model
+from lorap.architectures.splitting import join
 from lorap.checkpoint.format import LoRAPConfig
 from lorap.checkpoint.headers import read_header
 from lorap.checkpoint.renaming import renamed
@@ -20,7 +21,6 @@ from lorap.nn import int8
 from lorap.nn.linear import LowRankLinear
 from lorap.nn.low_rank_tensors import LOW_RANK_ONLY, WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_SHAPE, LowRankTensors
 from lorap.nn.quantized import QuantizedLinear, packed_linears, put_empty
-from lorap.splitting import join
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,4 +1,4 @@
-"""What a family stores as one matrix, as the tensors that a split model has: rows of the stored one (:mod:`lorap.splitting`)."""
+"""Rows of the one matrix that a family stores, as the tensors of a split model (:mod:`lorap.architectures.splitting`)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lorap.architectures import ARCHITECTURES
+from lorap.architectures.splitting import row_ranges
 from lorap.checkpoint.headers import TensorInfo
 from lorap.checkpoint.quantized_weights import QuantizedWeight
 from lorap.checkpoint.stored_tensors import StoredTensor
 from lorap.errors import CheckpointError
 from lorap.jsonio import named
-from lorap.splitting import row_ranges
 
 
 def split_tensors(tensors: Mapping[str, StoredTensor], model: Any) -> dict[str, StoredTensor]:

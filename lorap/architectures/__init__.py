@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from lorap.architectures.splitting import GATE_UP, QKV, Fused, split
 from lorap.errors import ArchitectureError
-from lorap.splitting import GATE_UP, QKV, Fused, split
 
 if TYPE_CHECKING:  # names and shapes alone take no torch
     from torch import Tensor, nn
@@ -55,7 +55,7 @@ class Architecture:
         activation: path from the FFN to the function between gate and up; configs name it in several fields, or none.
         projections: path from a decoder layer to each of the seven linear layers.
         other_attention: path to what some layers have in place of attention, and which stays as it is; empty where none has.
-        fused: what the family stores as one matrix, and lorap splits (:mod:`lorap.splitting`).
+        fused: what the family stores as one matrix, and lorap splits (:mod:`lorap.architectures.splitting`).
     """
 
     families: str
