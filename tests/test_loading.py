@@ -114,7 +114,6 @@ OTHERS = {
     "opt": SIZES | {"ffn_dim": 96, "word_embed_proj_dim": 64},
     "bloom": {"vocab_size": 300, "hidden_size": 64, "n_layer": 2, "n_head": 4},
     "falcon": SIZES,
-    "phi3": SIZES,
     "gemma2": SIZES | {"head_dim": 16},
     "gemma3_text": SIZES | {"head_dim": 16},
     "mixtral": SIZES | {"num_local_experts": 4},
