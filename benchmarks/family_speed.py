@@ -10,6 +10,7 @@ Rows of families that did not run stay as they were.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import os
 import statistics
@@ -72,13 +73,18 @@ def milliseconds(model_type: str, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", metavar="MODEL_TYPE", help="all, if none is given")
+    chosen = parser.parse_args().families or list(ARCHITECTURES)
+    if unknown := set(chosen) - set(ARCHITECTURES):
+        parser.error(f"lorap has no row for {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
     before = PAGE.read_text("utf-8").splitlines() if PAGE.exists() else []
     rows = {
         line.split("|")[1].strip(" `"): line for line in before if line.startswith("| `") and "`model_type`" not in line
     }
     busy = os.getloadavg()[0] > os.cpu_count() if os.cpu_count() else False
-    for model_type in sys.argv[1:] or ARCHITECTURES:
+    for model_type in chosen:
         times = [milliseconds(model_type, dtype) for dtype in (torch.float32, torch.bfloat16)]
         cells = [f"{eager:.2f} | {optimized:.2f} | {eager / optimized:.2f}" for eager, optimized in times]
         rows[model_type] = f"| `{model_type}` | {' | '.join(cells)} |"
