@@ -195,7 +195,7 @@ def assert_nothing_else_changed(model: Any, model_type: str) -> None:
     architecture = known_architecture(before, to="split")
     names = [architecture.module_name(index, role) for index in range(2) for role in PROJECTIONS]
     others = {n: t for n, t in before.state_dict().items() if not n.startswith(tuple(f"{m}." for m in names))}
-    assert len(others) >= 3
+    assert len(others) >= 2  # OLMo has an embedding and a head: its norms have no weights
     assert all(torch.equal(found[name], tensor) for name, tensor in others.items())
 
 
