@@ -21,11 +21,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lorap
+from lorap.architectures import find_architecture
 from lorap.checkpoint import validate
 from lorap.checkpoint.folders import WEIGHTS
 from lorap.checkpoint.format import LoRAPConfig
 from lorap.checkpoint.load import find_model, load_model
-from lorap.errors import CheckpointError, LoRAPError
+from lorap.errors import ArchitectureError, CheckpointError, LoRAPError
 from lorap.evaluation.info import describe_model
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -124,6 +125,13 @@ OTHERS = {
     "mamba2": MAMBA | {"head_dim": 16, "num_heads": 8, "n_groups": 2},
     "ministral": SIZES | {"head_dim": 16},
 }
+
+
+def test_a_family_without_a_row_is_refused_by_name_whatever_its_config_calls_its_class():
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **GPT))
+    model.config.architectures = [-1]
+    with pytest.raises(ArchitectureError, match=r"'gpt2' \(-1\)"):
+        find_architecture(model)
 
 
 @pytest.mark.parametrize("model_type", OTHERS)

@@ -547,14 +547,16 @@ def test_the_result_does_not_depend_on_the_number_of_processes(
 def test_processes_undo_together_what_hurts(source: Path, tokens: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     site.mkdir()
-    (site / "sitecustomize.py").write_text("import lorap.algorithms.step_schedule as them\nthem.RATE = 30.0\n")
+    lines = ("import lorap.algorithms.step_schedule as them", "them.RATE, them.STEP_TOKENS = 30.0, 64")
+    (site / "sitecustomize.py").write_text("\n".join(lines))
+    np.save(tokens, np.random.default_rng(0).integers(0, 500, 40 * 32))  # windows enough to judge by
     path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
     run = torchrun(2, source, tokens, tmp_path / "out", "--correction-steps", "8", PYTHONPATH=path)
     assert run.returncode == 0, run.stderr[-3000:]
     plain = torchrun(2, source, tokens, tmp_path / "plain", "--correction-steps", "0")
     assert plain.returncode == 0, plain.stderr[-3000:]
     found = json.loads((tmp_path / "out" / "lorap_report.json").read_text())["correction"]
-    assert (found["taken"], found["tried"]) == (0, 1)
+    assert (found["taken"], found["tried"]) == (0, 6)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "plain")]
     assert weights[0] == weights[1]
 

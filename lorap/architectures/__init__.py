@@ -212,7 +212,7 @@ def find_architecture(model: nn.Module) -> Architecture:
     config = model.config
     model_type = getattr(config, "model_type", type(model).__name__)
     if model_type not in ARCHITECTURES:
-        names = ", ".join(getattr(config, "architectures", None) or [type(model).__name__])
+        names = ", ".join(map(str, getattr(config, "architectures", None) or [type(model).__name__]))
         why = f": {REFUSED[model_type]}" if model_type in REFUSED else ""
         known = ", ".join(ARCHITECTURES)
         raise ArchitectureError(f"cannot compress model type {model_type!r} ({names}){why}; supported: {known}")
