@@ -212,10 +212,11 @@ def find_architecture(model: nn.Module) -> Architecture:
     config = model.config
     model_type = getattr(config, "model_type", type(model).__name__)
     if model_type not in ARCHITECTURES:
-        names = ", ".join(map(str, getattr(config, "architectures", None) or [type(model).__name__]))
         why = f": {REFUSED[model_type]}" if model_type in REFUSED else ""
         known = ", ".join(ARCHITECTURES)
-        raise ArchitectureError(f"cannot compress model type {model_type!r} ({names}){why}; supported: {known}")
+        raise ArchitectureError(
+            f"cannot compress model type {model_type!r} ({type(model).__name__}){why}; supported: {known}"
+        )
     if (getattr(config, "quantization_config", None) or {}) and _quant_method(config) == "lorap":
         raise ArchitectureError(
             "this model was compressed by lorap already; start from the dense model and ask for a higher sparsity instead"
