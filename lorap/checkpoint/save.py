@@ -67,8 +67,8 @@ def check_saved(folder: Path, report: CompressionReport) -> None:
     saved = stored_parameters(folder)
     if saved != report.params_saved:
         raise CheckpointError(f"{saved:,} parameters reached the disk, but the model has {report.params_saved:,}")
-    stored, size = sum(tensor.nbytes for tensor in read_tensors(folder).values()), report.config.size
-    if size is not None and stored > size:
+    size = report.config.size
+    if size is not None and (stored := sum(tensor.nbytes for tensor in read_tensors(folder).values())) > size:
         raise CheckpointError(f"the weights take {stored:,} bytes, more than the {size:,} that were asked for")
 
 
