@@ -84,6 +84,7 @@ def test_table_and_json(rows, inference, monkeypatch, tmp_path, capsys):
     assert (found["environment"]["host"], found["environment"]["rounds"]) == ("transformers", 3)
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_a_process_of_its_own(inference, tiny):
     ballast = torch.ones(2**28)  # 1 GB here must not count there
     found = inference.peak_memory(tiny, inference.OURS, 3)

@@ -349,6 +349,7 @@ def kill_while_tuning(arguments: list[Any], work: Path) -> None:
     assert 1 <= len(load_file(state)["losses"]) < 40
 
 
+@pytest.mark.slow
 def test_two_processes_come_to_the_weights_of_one(compressed, model_folder, tmp_path):
     """And speak with one voice. The first tokens of the second process's windows are not those of the first."""
     folder, tokens = compressed(), tmp_path / "tokens.npy"
