@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -237,6 +238,7 @@ def test_what_the_library_logs_is_told_once_and_by_level(library, capsys):
         listen(verbosity)
         library.debug("kept")
         library.info("read %d records", 7)
+        time.sleep(0.002)  # with -v a line begins with the time, in milliseconds
         library.info("read %d records", 7)
         library.warning("begun anew")
         told = capsys.readouterr()

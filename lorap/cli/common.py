@@ -85,10 +85,10 @@ class _Teller(logging.Handler):
 
         if record.levelno < logging.WARNING and not is_main_process():
             return
-        line = ("lorap: " if record.levelno >= logging.WARNING else "") + self.format(record)
-        if line not in self.told:
-            self.told.add(line)
-            typer.echo(line, err=True)
+        said = record.getMessage()  # without the time, which is another one for each
+        if said not in self.told:
+            self.told.add(said)
+            typer.echo(("lorap: " if record.levelno >= logging.WARNING else "") + self.format(record), err=True)
 
 
 def tell_next(steps: Sequence[tuple[str, str]], *, quiet: bool, as_json: bool) -> None:
