@@ -143,9 +143,10 @@ class CompressionConfig:
             on the calibration windows, 1,536 tokens a step, none of them twice; fewer and smaller steps where there are fewer
             tokens, and none that further windows, not calibrated on, do not confirm. Sizes do not change.
         weights: how many bits they have in the end, in every linear layer of the decoder: ``float`` as many as the model's dtype,
-            ``int8``, ``int4``, or, with ``size`` or ``bits_per_weight``, ``auto``: the most that fit without sparsity, else the
-            fewest. They are rounded last, behind correction steps, layer by layer on the calibration windows. The
-            sparsity counts parameters, not bits; at 0 the result is the quantized dense model.
+            ``int8``, ``int4``; with ``size`` or ``bits_per_weight`` also ``mixed``, 8 for those matrices where they help most for
+            their bytes and 4 for the others, or ``auto``, the most that fit without sparsity, else the fewest. They are rounded
+            last, behind correction steps, layer by layer on the calibration windows. The sparsity counts parameters, not bits;
+            at 0 the result is the quantized dense model.
         group_size: how many int8 or int4 weights of a row share a scale, a multiple of 32.
         target: who is to open the result. ``lorap``: hosts that have lorap. ``stock``: every host. Attention stays dense and all
             FFNs get one width, narrow enough for the whole sparsity, so ``allocation`` decides nothing and ``shapes`` is
@@ -182,7 +183,7 @@ class CompressionConfig:
     sequential: Literal["layer", "sublayer"] = _FROM_RECIPE
     storage: Literal["factors", "pivoted"] = _FROM_RECIPE
     correction_steps: Count = _FROM_RECIPE
-    weights: Literal["float", "int8", "int4", "auto"] = _FROM_RECIPE
+    weights: Literal["float", "int8", "int4", "mixed", "auto"] = _FROM_RECIPE
     group_size: Annotated[int, Interval(ge=32, le=2**31 - 1), MultipleOf(32)] = _FROM_RECIPE
     target: Literal["lorap", "stock"] = _FROM_RECIPE
     num_calibration_samples: Size = 128
@@ -198,7 +199,7 @@ class CompressionConfig:
                 object.__setattr__(self, name, value)
         if self.has_byte_budget and weights is _FROM_RECIPE:
             object.__setattr__(self, "weights", "auto")
-        if self.weights in ("int4", "auto") and storage is _FROM_RECIPE:
+        if self.weights in ("int4", "mixed", "auto") and storage is _FROM_RECIPE:
             object.__setattr__(self, "storage", "factors")
         if self.sparsity is _FROM_BUDGET:
             object.__setattr__(self, "sparsity", 0.0 if self.has_byte_budget else DEFAULT_SPARSITY)
@@ -227,8 +228,8 @@ class CompressionConfig:
             "allocation flap takes everything from the FFN; compress mlp too, or use another allocation",
         )
         _check(
-            self.weights != "int4" or self.storage == "factors",
-            "int4 weights are too coarse for pivoted storage; use storage factors, or weights int8",
+            self.weights not in ("int4", "mixed") or self.storage == "factors",
+            f"{self.weights} weights are too coarse for pivoted storage; use storage factors, or weights int8",
         )
         self._check_budget()
         if self.target == "stock":
@@ -244,8 +245,8 @@ class CompressionConfig:
             f"size {self.size} and bits_per_weight {self.bits_per_weight} are two budgets of bytes; give one of them",
         )
         _check(
-            self.has_byte_budget or self.weights != "auto",
-            "weights auto follow from a budget of bytes; give size or bits_per_weight, or weights float, int8 or int4",
+            self.has_byte_budget or self.weights not in ("auto", "mixed"),
+            f"weights {self.weights} follow from a budget of bytes; give size or bits_per_weight, or weights float, int8 or int4",
         )
         _check(
             not self.has_byte_budget or self.allocation != "flap",
@@ -254,6 +255,10 @@ class CompressionConfig:
         )
 
     def _check_stock(self) -> None:
+        _check(
+            self.weights != "mixed",
+            "weights mixed make a folder that needs lorap; for target stock choose int4 or int8, one for all matrices",
+        )
         _check(
             "mlp" in self.sublayers, "target stock takes everything from the FFN; compress mlp too, or use target lorap"
         )
@@ -293,8 +298,8 @@ class CompressionConfig:
 
     @property
     def bits(self) -> int | None:
-        """Of rounded weights; None where they stay floating point."""
-        return {"int8": 8, "int4": 4}.get(self.weights)
+        """Of rounded weights, the fewest where they are mixed; None where they stay floating point."""
+        return {"int8": 8, "int4": 4, "mixed": 4}.get(self.weights)
 
     @classmethod
     def from_recipe(cls, recipe: str, **overrides: Any) -> CompressionConfig:

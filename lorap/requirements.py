@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorap.architectures import ATTENTION, MLP
+from lorap.architectures import ATTENTION, MLP, PROJECTIONS
 from lorap.config import CompressionConfig
 
 
@@ -17,8 +17,20 @@ def allocates_by_loss(config: CompressionConfig) -> bool:
     return config.sparsity > 0 and config.allocation == "loss" and config.target != "stock"
 
 
+def mixes_by_loss(config: CompressionConfig) -> bool:
+    """Whether the loss decides which matrices get 8 bits, and which 4."""
+    return config.weights == "mixed" and config.allocation == "loss"
+
+
+def priced_roles(config: CompressionConfig) -> tuple[str, ...]:
+    """The projections that share a budget: those that are compressed, and where bits are mixed all."""
+    return PROJECTIONS if config.weights == "mixed" else compressed_roles(config)
+
+
 def roles_needing_gradients(config: CompressionConfig) -> tuple[str, ...]:
     """Projections whose outputs a backward pass is asked about: to price sizes, or to weigh errors."""
+    if mixes_by_loss(config):
+        return PROJECTIONS
     if allocates_by_loss(config):
         return tuple(role for role in (*ATTENTION, "down_proj") if role in compressed_roles(config))
     return roles_with_output_metric(config)

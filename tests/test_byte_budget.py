@@ -79,9 +79,17 @@ def test_bits_go_before_sparsity() -> None:
     for weights, size in whole.items():
         found = resolve_budget(dense, CompressionConfig(size=size))
         assert (found.weights, found.sparsity) == (weights, 0.0)
-    assert resolve_budget(dense, CompressionConfig(size=whole["int8"] - 1)).weights == "int4"
-    found = resolve_budget(dense, CompressionConfig(size=whole["int4"] - 1))
-    assert found.weights == "int4"
+    for size, weights in ((whole["int8"] - 1, "mixed"), (whole["int4"] + 1, "int4")):
+        for asked in ("auto", "mixed"):
+            found = resolve_budget(dense, CompressionConfig(size=size, weights=asked))
+            assert (found.weights, found.sparsity) == (weights, 0.0)
+            assert resolve_budget(dense, found) == found
+        other = {"storage": "pivoted"} if weights == "mixed" else {"target": "stock", "group_size": 32}
+        assert resolve_budget(dense, CompressionConfig(size=size, **other)).weights != "mixed"
+        assert resolve_budget(dense, CompressionConfig(size=size, sparsity=0.3)).weights != "mixed"
+    for recipe, weights in (("lorap", "int4"), ("best", "mixed")):  # there ranks follow from shapes, here from the loss
+        found = resolve_budget(dense, CompressionConfig(recipe=recipe, size=whole["int4"] - 1))
+        assert found.weights == weights
     assert 0 < found.sparsity < 1e-4
     half = dense.compressible(found, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")) // 2
     found = resolve_budget(dense, CompressionConfig(size=whole["int4"] - half))
@@ -127,7 +135,8 @@ def test_what_is_saved_meets_the_budget_and_uses_it(family, options, make_model,
     assert f"{found['bits_per_dense_weight']:.2f} bits on disk for each weight" in format_info(found)
     config = report.config
     assert config.sparsity > 0
-    assert config.weights == options.get("weights", "float" if config.target == "stock" else "int4")
+    auto = "float" if config.target == "stock" else "mixed" if options["recipe"] == "best" else "int4"
+    assert config.weights == options.get("weights", auto)
     size = stored_bytes(tmp_path)
     assert found["bytes"] == size
     assert lorap.CompressionReport.from_dict(report.to_dict()).config == config

@@ -255,7 +255,7 @@ def test_a_rank_or_width_that_is_no_size_is_refused(bad):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"format_version": True}, "format version True and this lorap reads 1 to 5"),
+        ({"format_version": True}, "format version True and this lorap reads 1 to 6"),
         ({"format_version": 1.0}, "format version 1.0 and"),
         ({"format_version": "1"}, "format version '1' and"),
         ({"format_version": [1]}, r"format version \[1\] and"),

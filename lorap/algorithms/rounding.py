@@ -102,6 +102,25 @@ def round_factors(
     return rounded_left, rounded_right
 
 
+def expected_errors(weight: Tensor, *, bits: int, group: int) -> Tensor:
+    """(N, K): mean squared error of each number of ``weight`` on a grid that just holds the largest of its group: s^2 / 12."""
+    rows, columns = weight.shape
+    padded = torch.nn.functional.pad(weight.abs(), (0, -columns % group)).reshape(rows, -1, group)
+    scales = padded.amax(-1) / (2.0 ** (bits - 1) - 0.5)
+    return _by_column(scales.square() / 12, group, columns)
+
+
+def column_energies(moment: Tensor) -> Tensor:
+    """(K,) float64: what an error in each column costs in the outputs once later columns have made up for it, as GPTQ does.
+
+    That is d_k^2, the energy of column k that those rounded after it do not explain.
+    """
+    order = moment.diagonal().argsort(descending=True, stable=True)
+    energies = torch.empty(len(moment), dtype=torch.float64, device=moment.device)
+    energies[order] = _upper_factor(moment[order[:, None], order]).diagonal().square()
+    return energies
+
+
 def search_scales(weight: Tensor, importance: Tensor | None, *, bits: int, group: int, dtype: torch.dtype) -> Tensor:
     """(N, ceil(K / group)) scales in ``dtype``, with the least squared error of those tried, weighted by (K,) ``importance``.
 

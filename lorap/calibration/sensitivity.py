@@ -33,6 +33,8 @@ from lorap.distributed import Processes
 LARGEST_RATIO = 1e30
 # Above so many channels sums are float32: prices need no more, and in float64 all moments of a layer are several times the layer.
 WIDE = 2048
+# As wide as the FFN; of them only errors of single rows are priced.
+DIAGONAL = ("gate_proj", "up_proj")
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Sensitivity:
     """What an error of one projection costs.
 
     Args:
-        output: A (out_features, out_features) float32, mean over tokens of g g^T |x| / |g|.
+        output: A (out_features, out_features) float32, mean over tokens of g g^T |x| / |g|; of ``DIAGONAL`` roles its diagonal.
         input: C (in_features, in_features) float32, mean over tokens of x x^T |g| / |x|.
     """
 
@@ -79,13 +81,14 @@ class _Sums:
     def add(self, role: str, x: Tensor, g: Tensor, mask: Tensor | None, fold: int = 0) -> None:
         x_norm, g_norm = (part.float().norm(dim=-1) for part in (x, g))
         _moments(self.inputs, role, x.shape[-1], x.device).update(x, mask, _ratio(g_norm, x_norm))
-        _moments(self.outputs, role, g.shape[-1], g.device).update(g, mask, _ratio(x_norm, g_norm))
+        moments = role not in DIAGONAL
+        _moments(self.outputs, role, g.shape[-1], g.device, moments).update(g, mask, _ratio(x_norm, g_norm))
 
     def add_up(self, sizes: Mapping[str, tuple[int, int]], device: torch.device, processes: Processes) -> None:
         """Sums over all processes, of which some may have seen nothing."""
         for role, (in_features, out_features) in sizes.items():
-            for stats, features in ((self.inputs, in_features), (self.outputs, out_features)):
-                _moments(stats, role, features, device).add_up(processes)
+            _moments(self.inputs, role, in_features, device).add_up(processes)
+            _moments(self.outputs, role, out_features, device, role not in DIAGONAL).add_up(processes)
 
     def sensitivities(self) -> dict[str, Sensitivity]:
         """By role, of all that was summed up; the sums are used up."""
@@ -102,14 +105,14 @@ def _ratio(above: Tensor, below: Tensor) -> Tensor:
 
 
 def _per_token(stats: ActivationStats) -> Tensor:
-    """The weighted sum of outer products over the number of tokens, not over their weights, in place of the sums."""
-    assert stats.outer is not None
-    return stats.outer.div_(max(stats.tokens, 1))
+    """The weighted sum of outer products, or squares, over the number of tokens, not over their weights, in place of the sums."""
+    sums = stats.sq_sum if stats.outer is None else stats.outer
+    return sums.div_(max(stats.tokens, 1))
 
 
 def _moments(
-    stats: dict[str, ActivationStats], role: str, features: int, device: torch.device | str
+    stats: dict[str, ActivationStats], role: str, features: int, device: torch.device | str, moments: bool = True
 ) -> ActivationStats:
     if role not in stats:
-        stats[role] = ActivationStats(features, moments=True, device=device, wide=WIDE)
+        stats[role] = ActivationStats(features, moments=moments, device=device, wide=WIDE)
     return stats[role]

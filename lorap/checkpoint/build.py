@@ -14,6 +14,7 @@ from lorap.architectures import ARCHITECTURES, ATTENTION, MLP, split_model
 from lorap.architectures.splitting import join
 from lorap.checkpoint.format import LoRAPConfig
 from lorap.checkpoint.headers import read_header
+from lorap.checkpoint.quantization_fields import projection_of
 from lorap.checkpoint.renaming import renamed
 from lorap.errors import CheckpointError
 from lorap.jsonio import named
@@ -74,10 +75,27 @@ def join_model(model: PreTrainedModel) -> None:
 
 def _put_quantized(model: PreTrainedModel, config: LoRAPConfig) -> list[str]:
     """Room for quantized weights; returns the names of their tensors in ``model``."""
-    if config.bits is None or config.group_size is None:
+    if config.group_size is None:
         return int8.put_slots(model)
-    names = [name for name, _ in packed_linears(model)]
-    return put_empty(model, names, bits=config.bits, group_size=config.group_size)
+    check_other_bits(model, config)
+    bare = bare_prefix(model)
+    bits = {name: config.bits_of(bare + name) for name, _ in packed_linears(model)}
+    return put_empty(model, bits, group_size=config.group_size)
+
+
+def check_other_bits(model: PreTrainedModel, config: LoRAPConfig) -> None:
+    """Refuse bits for a projection that the decoder layers of ``model`` do not have.
+
+    Raises:
+        CheckpointError: naming the first such entry.
+    """
+    if not config.other_bits:
+        return
+    known = {projection_of(bare_prefix(model) + name) for name, _ in packed_linears(model)}
+    if unknown := [name for name in config.other_bits if name not in known]:
+        raise CheckpointError(
+            f"quantization_config.other_bits names {named(unknown[0])}, but the decoder layers have no such projection"
+        )
 
 
 def _put_low_rank(model: PreTrainedModel, config: LoRAPConfig, bare: str) -> list[str]:

@@ -25,4 +25,6 @@ class LoRAPConfig(QuantizationFields, QuantizationConfigMixin):  # type: ignore[
             del fields["weights"]
         if fields["group_size"] is None:
             del fields["group_size"]
+        if not fields["other_bits"]:
+            del fields["other_bits"]
         return fields

@@ -101,9 +101,9 @@ def get_quantization_config(model: PreTrainedModel) -> LoRAPConfig | None:
 
 
 def weights_of(model: PreTrainedModel) -> str:
-    """How the weights of the decoder's linear layers are stored: ``float``, ``int8`` or ``int4``."""
+    """How the weights of the decoder's linear layers are stored: ``float``, ``int8``, ``int4``, or two of these in words."""
     if (compression := get_quantization_config(model)) is not None:
-        return compression.weights
+        return compression.weights_text
     return next((f"int{module.bits}" for module in model.modules() if isinstance(module, QuantizedLinear)), "float")
 
 

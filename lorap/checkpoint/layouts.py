@@ -108,6 +108,8 @@ def compressed_shapes(dense: Shapes, fields: QuantizationFields) -> Shapes | Non
         if len(shapes.get(f"{name}.weight", ())) != 2:
             return None
         shapes[f"{name}.bias"] = shapes[f"{name}.weight"][:1]
+    if any(f"{name}.weight" not in dense or ".layers." not in name for name in fields.other_bits):
+        return None
     return shapes if fields.weights == "float" else quantized_shapes(shapes, fields)
 
 
@@ -120,10 +122,11 @@ def quantized_shapes(shapes: Shapes, fields: QuantizationFields) -> Shapes:
             continue
         layer, (rows, columns) = name.removesuffix("weight"), shape
         stored[name] = (1,)
-        if fields.bits is None or fields.group_size is None:
+        bits = fields.bits_of(layer.removesuffix("."))
+        if bits is None or fields.group_size is None:
             stored |= {f"{layer}{INT8_DATA}": shape, f"{layer}{INT8_SCALE}": (rows, 1)}
         else:
-            stored[f"{layer}{WEIGHT_PACKED}"] = (rows, -(-columns * fields.bits // 32))
+            stored[f"{layer}{WEIGHT_PACKED}"] = (rows, -(-columns * bits // 32))
             stored[f"{layer}{WEIGHT_SCALE}"] = (rows, -(-columns // fields.group_size))
             stored[f"{layer}{WEIGHT_SHAPE}"] = (2,)
     return stored

@@ -17,7 +17,9 @@ STORAGES = {"factors": 1, "pivoted": 2}
 # a scale for each group of a row (lorap/nn/quantized.py).
 WEIGHTS = {"float": 1, "int8": 3}
 PACKED, PACKED_BITS = 5, {"int4": 4, "int8": 8}
-FORMAT_VERSIONS = (1, 2, 3, 4, 5)
+# Both in one folder. Who does not know the field would take all of them for the one width.
+MIXED = 6
+FORMAT_VERSIONS = (1, 2, 3, 4, 5, 6)
 # From here on checkpoints that need lorap carry all guards (docs/checkpoint-format.md); older ones only those in shapes.
 GUARDED = 4
 # Ranks and widths beyond this are damage: the largest matrices have some 100,000 rows.
@@ -39,6 +41,7 @@ class _Fields:
     biases: list[str] = field(default_factory=list)
     ranks: dict[str, Width] = field(default_factory=dict)
     intermediate_sizes: dict[str, Width] = field(default_factory=dict)
+    other_bits: dict[str, Literal[4, 8]] = field(default_factory=dict)
     format_version: int | None = None
     dense_intermediate_size: Width | None = None
     sparsity: float | None = None
@@ -60,6 +63,8 @@ class QuantizationFields(_Fields):
         weights: of every linear layer in the decoder: ``float``; ``int4`` or ``int8`` in groups (:func:`lorap.quantize`); or
             ``int8`` without a ``group_size`` (:func:`lorap.quantize_int8`).
         group_size: weights of a row that share a scale, a multiple of 32; None where they are not packed.
+        other_bits: 4 or 8 for each projection that is packed in other bits than ``weights`` says, by full module name; both
+            factors of a low-rank one are.
 
     Raises:
         CheckpointError: a version, storage or field is unknown or of the wrong type, version and storage contradict each
@@ -78,6 +83,7 @@ class QuantizationFields(_Fields):
                 f"quantization_config says {self.weights} weights and group_size {self.group_size}; int4 weights have one, float "
                 "weights have none"
             )
+        self._check_other_bits()
         self.format_version = _format_version(self)
 
     @property
@@ -90,10 +96,34 @@ class QuantizationFields(_Fields):
         """Of packed weights; None where the weights are not packed."""
         return None if self.group_size is None else PACKED_BITS[self.weights]
 
+    def bits_of(self, name: str) -> int | None:
+        """Of a packed projection, or of a factor of one, by full module name; None where the weights are not packed."""
+        return self.other_bits.get(projection_of(name), self.bits)
+
+    @property
+    def weights_text(self) -> str:
+        """How weights are stored, in words."""
+        kinds = dict.fromkeys((self.weights, *(f"int{bits}" for bits in self.other_bits.values())))
+        return " and ".join(kinds)
+
+    def _check_other_bits(self) -> None:
+        for name, bits in self.other_bits.items():
+            if self.bits is None or bits == self.bits:
+                packed = "not packed" if self.bits is None else f"in {self.bits} bits already"
+                raise CheckpointError(
+                    f"quantization_config.other_bits says {bits} for {named(name)}, but {self.weights} weights are {packed}; "
+                    "only packed projections with other bits are named there"
+                )
+
     @property
     def is_guarded(self) -> bool:
         """Whether the checkpoint carries the guards in words (lorap/checkpoint/guards.py)."""
         return self.needs_lorap and (self.format_version or 0) >= GUARDED
+
+
+def projection_of(name: str) -> str:
+    """The projection that a linear layer is, or is a factor of."""
+    return name.removesuffix(".left").removesuffix(".right")
 
 
 def _check_version(version: Any, written_by: Any) -> None:
@@ -108,7 +138,9 @@ def _check_version(version: Any, written_by: Any) -> None:
 def _format_version(fields: QuantizationFields) -> int:
     """The version, or the lowest that fits where there is none."""
     lowest = (
-        PACKED
+        MIXED
+        if fields.other_bits
+        else PACKED
         if fields.group_size
         else max(STORAGES[fields.storage], 2 if fields.biases else 1, WEIGHTS[fields.weights])
     )
@@ -117,7 +149,8 @@ def _format_version(fields: QuantizationFields) -> int:
         raise CheckpointError(
             f"quantization_config says {fields.storage} storage{' and added biases' if fields.biases else ''}"
             f"{f' and {fields.weights} weights' if fields.weights != 'float' else ''}"
-            f"{f' in groups of {fields.group_size}' if fields.group_size else ''} and format version {version}, which has none; "
+            f"{f' in groups of {fields.group_size}' if fields.group_size else ''}{' and other_bits' if fields.other_bits else ''}"
+            f" and format version {version}, which has none; "
             f"it must be {lowest}"
         )
     return lowest if version is None else version

@@ -193,7 +193,8 @@ def compress_command(
             "weights",
             "Bits of the weights in OUT: float, as --dtype says; int8 or int4, rounded on the calibration text at the end. With "
             "--sparsity 0 nothing else is done. auto: the most that fit --size or --bits-per-weight, which choose it by "
-            "themselves.",
+            "themselves; mixed, which it may come to: int8 for the matrices where that helps most for its bytes, int4 for the "
+            "others.",
         ),
     ] = None,
     group_size: Annotated[

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lorap.algorithms.pivoting import pivoted_rank
 from lorap.architectures import ATTENTION, MLP
@@ -31,10 +31,12 @@ class LayerPlan:
     Args:
         ranks: rank of each projection that becomes a factor pair; a projection that is not named stays as it is.
         intermediate_size: FFN channels that stay.
+        bits: 4 or 8 for each projection whose weights get other bits than the rest.
     """
 
     ranks: Mapping[str, int]
     intermediate_size: int
+    bits: Mapping[str, int] = field(default_factory=dict)
 
 
 def break_even_rank(shape: Shape) -> float:

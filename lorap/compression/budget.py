@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from torch import Tensor
@@ -42,11 +42,13 @@ class Candidate:
         size: rank or width; for a matrix the smaller side means that it stays dense.
         params: that it would hold; bytes where the budget is one of bytes.
         cost: expected increase of the loss, in nats per token, or any other unit that all candidates share.
+        bits: of its weights where these are mixed: of a matrix, or of gate and up, and of down.
     """
 
     size: int
     params: int
     cost: float
+    bits: tuple[int, ...] = ()
 
 
 def rank_candidates(shape: Shape, tail: Tensor, *, pivoted: bool, multiple: int) -> list[Candidate]:
@@ -91,12 +93,12 @@ def width_candidates(hidden_size: int, tail: Tensor, *, matrices: int = 3, multi
 
 
 def shared_across_layers(curves: Sequence[Sequence[Candidate]]) -> list[Candidate]:
-    """The same size in every layer, as one curve; all must have candidates of the same sizes."""
+    """The same size in every layer, as one curve; all must have candidates of the same sizes and bits, in the same order."""
     return [
-        Candidate(
-            candidates[0].size,
-            sum(candidate.params for candidate in candidates),
-            sum(candidate.cost for candidate in candidates),
+        replace(
+            candidates[0],
+            params=sum(candidate.params for candidate in candidates),
+            cost=sum(candidate.cost for candidate in candidates),
         )
         for candidates in zip(*curves, strict=True)
     ]

@@ -2,7 +2,10 @@
 
 Bits go first. On SmolLM2-135M 4 bits add 0.10 nats to the dense model, and a sparsity of 0.2 adds 0.32 in 16 bits, which is three
 times the size (docs/results.md). So weights have the most bits with which the model fits whole; where not even the fewest do,
-sparsity gives the rest. The result is never larger than asked for, and without sparsity it is plain quantization.
+sparsity gives the rest. Between 4 and 8 bits whole both are mixed: what 4 bits leave over goes to those matrices where 8 help
+most for their bytes (:mod:`lorap.compression.prices`). Below 4 bits whole, where the loss decides on ranks and widths, it decides
+on bits with them. Nothing lies between 8 bits and floating point. The result is never larger than asked for, and without
+sparsity it is quantization and nothing else.
 """
 
 from __future__ import annotations
@@ -10,12 +13,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
+from lorap.architectures import MLP
+from lorap.checkpoint.quantization_fields import PACKED_BITS
 from lorap.compression.planning import broken_groups, plan_by_shape
 from lorap.compression.prices import Prices
-from lorap.compression.stored_bytes import DenseModel
+from lorap.compression.stored_bytes import DenseModel, Storage
 from lorap.config import CompressionConfig
 from lorap.errors import ConfigError
-from lorap.requirements import allocates_by_loss, compressed_roles
+from lorap.requirements import allocates_by_loss, compressed_roles, priced_roles
 
 # Sparsity is searched for in steps of one in so many.
 STEPS = 2**20
@@ -36,21 +41,44 @@ def resolve_budget(dense: DenseModel, config: CompressionConfig) -> CompressionC
     budget = dense.projection_budget(config)
     choices = weights_to_try(config)
     for chosen in choices:
-        fits = _bytes_at(dense, chosen, chosen.sparsity) <= budget
-        if fits and (len(choices) == 1 or broken_groups(dense, chosen) is None):
-            return chosen
+        left = budget - _bytes_at(dense, chosen, chosen.sparsity)
+        if left >= 0 and (len(choices) == 1 or broken_groups(dense, chosen) is None):
+            useful = _by_loss(config) if chosen.sparsity else left >= _smallest_step(dense, chosen)
+            return replace(chosen, weights="mixed") if useful and _mixes(config, chosen) else chosen
     pruned = [chosen for chosen in choices if broken_groups(dense, replace(chosen, sparsity=0.5)) is None]
-    return _with_sparsity(dense, (pruned or choices)[-1], budget)
+    chosen = (pruned or choices)[-1]
+    if _by_loss(config) and _mixes(config, chosen):
+        chosen = replace(chosen, weights="mixed")
+    return _with_sparsity(dense, chosen, budget)
 
 
 def weights_to_try(config: CompressionConfig) -> list[CompressionConfig]:
     """``config`` with each kind of weights that it may get, the most bits first."""
+    if config.weights == "mixed":
+        return [replace(config, weights="int4")]
     if config.weights != "auto":
         return [config]
     kinds: tuple[Literal["float", "int8", "int4"], ...] = ("float", "int8", "int4")
     if config.storage == "pivoted":  # 4 bits are too few for its coefficients
         kinds = kinds[:2]
     return [replace(config, weights=kind) for kind in kinds]
+
+
+def _mixes(config: CompressionConfig, chosen: CompressionConfig) -> bool:
+    """Whether some of what would be 4 bits whole may be 8: where asked for, or no sparsity is, and lorap opens the folder."""
+    if chosen.weights != "int4" or config.target == "stock" or config.storage != "factors":
+        return False
+    return config.weights == "mixed" or (config.weights == "auto" and config.sparsity == 0)
+
+
+def _smallest_step(dense: DenseModel, config: CompressionConfig) -> int:
+    """Bytes that 8 bits take more than 4 in the matrix, or gate and up together, where these are fewest."""
+    few, more = (Storage(dense.itemsize, bits, config.group_size, False, True) for bits in PACKED_BITS.values())
+    return min(
+        (1 + (role in MLP[:2])) * (more.matrix(shape) - few.matrix(shape))
+        for shapes in dense.shapes
+        for role, shape in shapes.items()
+    )
 
 
 def _with_sparsity(dense: DenseModel, config: CompressionConfig, budget: int) -> CompressionConfig:
@@ -85,8 +113,8 @@ def _smallest_bytes(dense: DenseModel, config: CompressionConfig) -> int:
         return _bytes_at(dense, config, _highest(dense, config) / STEPS)
     taken = Prices(replace(config, sparsity=0.5), dense).smallest()
     whole = dense.planned(dense.unchanged(), config)
-    compressible = dense.compressible(config, compressed_roles(config))
-    return whole - compressible + sum(candidate.params for candidate in taken.values())
+    priced = dense.compressible(config, priced_roles(config))
+    return whole - priced + sum(candidate.params for candidate in taken.values())
 
 
 def _by_loss(config: CompressionConfig) -> bool:

@@ -155,7 +155,7 @@ class Run:
             self._compress_layers(plan, stream, {} if config.bits else {"evaluate": judged}, [], report)
         del stream  # what was calibrated on is used up
         if config.bits:
-            self._round_layers(windows, judged)
+            self._round_layers(plan, windows, judged)
         elif config.corrects:
             self._advance(judged)
         with self.watch("evaluate"):
@@ -241,19 +241,21 @@ class Run:
                 for stage, streams in behind.items():
                     self._advance_all(streams, index, stage)
 
-    def _round_layers(self, windows: TokenWindows, judged: Sequence[CalibrationStream]) -> None:
+    def _round_layers(self, plan: Plan, windows: TokenWindows, judged: Sequence[CalibrationStream]) -> None:
         """Every layer in few bits, in order, behind the rounded ones before it.
 
         Args:
+            plan: says which projections get other bits than the others.
             windows: that were calibrated on; they begin once more.
             judged: what goes through the rounded layers to be judged.
         """
         context, config, watch = self.context, self.config, self.watch
         assert config.bits is not None
-        options = {"bits": config.bits, "group_size": config.group_size}
         with watch("round"):
             stream = CalibrationStream.from_windows(context, windows)
         for index, layer in enumerate(context.bar(context.layers, desc="Rounding")):
+            bits = {role: plan.layers[index].bits.get(role, config.bits) for role in context.architecture.roles(layer)}
+            options: dict[str, Any] = {"bits": bits, "group_size": config.group_size}
             with context.on_device(index):
                 if (seconds := self.store.load_rounded(index, layer, **options)) is not None:
                     watch.add(seconds)

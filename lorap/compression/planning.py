@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lorap.algorithms.refit import fluctuation_scores
 from lorap.architectures import ARCHITECTURES, MLP, PROJECTIONS, text_config
 from lorap.calibration.context import DecoderContext
-from lorap.calibration.sensitivity import Sensitivity, layer_sensitivities
+from lorap.calibration.sensitivity import DIAGONAL, Sensitivity, layer_sensitivities
 from lorap.calibration.stream import CalibrationStream, Probe
 from lorap.calibration.windows import TokenWindows
 from lorap.compression.allocation import LayerPlan, Shape, plan_layer, stock_width
@@ -29,7 +29,7 @@ from lorap.compression.shrinkage import output_metric
 from lorap.compression.stored_bytes import DenseModel
 from lorap.config import CompressionConfig
 from lorap.errors import CalibrationError, ConfigError
-from lorap.requirements import compressed_roles, roles_needing_gradients, roles_with_output_metric
+from lorap.requirements import compressed_roles, mixes_by_loss, roles_needing_gradients, roles_with_output_metric
 from lorap.system import release_freed_memory
 
 Key = tuple[int, str]  # (layer index, role); the FFN of a layer goes by the name of its down projection
@@ -95,9 +95,11 @@ def make_plan(
         return Plan(_flap_widths(context, windows, config, dense.shapes))
     by_shape, roles = plan_by_shape(dense, config), roles_needing_gradients(config)
     weighed = roles_with_output_metric(config)
+    prices = Prices(config, dense)
+    if config.weights == "mixed" and not mixes_by_loss(config):
+        return Plan(_mixed_unseen(context, prices))
     if not roles:
         return Plan(by_shape or dense.unchanged())
-    prices = Prices(config, dense)
     metrics: MutableMapping[Key, Tensor] = {} if output_metrics is None else output_metrics
     sampled = spread_sample(windows, SENSITIVITY_TOKENS)
 
@@ -113,14 +115,23 @@ def make_plan(
                 _check_gradients(sensitivity, architecture.module_name(index, role), model.dtype)
             for role in sorted(found, key=PROJECTIONS.index):  # the largest last, when the others are gone
                 sensitivity = found.pop(role)
-                metric = output_metric(sensitivity.output)
-                if by_shape is None and role in mine:
+                metric = sensitivity.output if role in DIAGONAL else output_metric(sensitivity.output)
+                if by_shape is None and ("down_proj" if role in DIAGONAL else role) in mine:
                     prices.add(index, role, linears[role].weight.data, sensitivity, metric)
                 if role in weighed:
                     metrics[index, role] = metric
                 del sensitivity, metric
                 release_freed_memory(linears[role].weight.numel())
     return Plan(by_shape or prices.allocate(processes), metrics)
+
+
+def _mixed_unseen(context: DecoderContext, prices: Prices) -> list[LayerPlan]:
+    """Bits by the weights alone."""
+    for index in context.processes.shard(range(len(context.layers))):
+        with context.on_device(index):
+            linears = context.architecture.linears(context.layers[index])
+            prices.add_unseen(index, {role: linear.weight.data for role, linear in linears.items()})
+    return prices.allocate(context.processes)
 
 
 def check_sizes(dense: DenseModel, config: CompressionConfig) -> None:

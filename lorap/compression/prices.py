@@ -5,7 +5,9 @@ The budget counts parameters (a sparsity) or bytes on disk (a size, or bits per 
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -14,8 +16,10 @@ from torch import Tensor
 from lorap.algorithms.factorization import spectrum, suffix_sums
 from lorap.algorithms.moments import Moment
 from lorap.algorithms.refit import output_scores, repaired_tail
-from lorap.architectures import ATTENTION, PROJECTIONS
+from lorap.algorithms.rounding import column_energies, expected_errors
+from lorap.architectures import ATTENTION, MLP, PROJECTIONS
 from lorap.calibration.sensitivity import Sensitivity
+from lorap.checkpoint.quantization_fields import PACKED_BITS
 from lorap.compression.allocation import LayerPlan, Shape
 from lorap.compression.budget import (
     SMALLEST_RANK_MULTIPLE,
@@ -30,9 +34,10 @@ from lorap.compression.shrinkage import shrunk
 from lorap.compression.stored_bytes import DenseModel, Storage, gains_bias
 from lorap.config import CompressionConfig
 from lorap.distributed import Processes
-from lorap.requirements import compressed_roles
+from lorap.requirements import compressed_roles, priced_roles
 
 Key = tuple[int, str]  # (layer index, role); the FFN of a layer goes by the name of its down projection
+Noise = dict[int, Tensor]  # what rounding costs, by bits: of a matrix, or of each channel of the FFN
 
 # Second moments of so few tokens are noisy; prices need less accuracy than factors do.
 PRICE_SHRINKAGE = 0.1
@@ -50,7 +55,9 @@ class Prices:
     def __init__(self, config: CompressionConfig, dense: DenseModel) -> None:
         self.config, self.dense, self.shapes = config, dense, dense.shapes
         self.storage = Storage.of(config, dense.itemsize)
+        self.bits: tuple[int, ...] = tuple(PACKED_BITS.values()) if config.weights == "mixed" else ()
         self.curves: dict[Key, list[Candidate]] = {}
+        self.noise: dict[Key, Noise] = {}
         sizes = [math.prod(shape[role]) for shape in self.shapes for role in compressed_roles(config) if role in shape]
         self.total = sum(sizes)
         uniform = config.shapes == "uniform"
@@ -61,58 +68,145 @@ class Prices:
                 self.multiples[role] = _multiple(role, having[0], config, total=self.total, together=together)
 
     def add(self, index: int, role: str, weight: Tensor, sensitivity: Sensitivity, metric: Tensor) -> None:
-        """The candidates of one matrix, or of the FFN that ends with it.
+        """The candidates of one matrix, or of the FFN that ends with it; of gate and up, what their rounding costs.
 
         Args:
             index: of the layer.
-            role: of the matrix.
+            role: of the matrix; ``down_proj`` comes after gate and up.
             weight: (out_features, in_features).
             sensitivity: second moments of its inputs and of the gradients of its outputs.
-            metric: (out_features, out_features) of the outputs.
+            metric: (out_features, out_features) of the outputs; of gate and up its diagonal.
         """
+        inputs = sensitivity.input.to(weight.device)
+        if self.bits:
+            outputs = metric if metric.dim() == 1 else metric.diagonal()
+            # Half of it is the loss, as below.
+            energies = column_energies(shrunk(inputs, PRICE_SHRINKAGE)) / 2
+            self.noise[index, role] = self._noise(role, weight, outputs, energies)
+        if role in MLP[:2]:
+            return
         # Second order of the loss: half the mean square of what the error moves along the gradient.
-        if role == "down_proj":
-            moment = Moment(sensitivity.input.to(weight.device), shrinkage=PRICE_SHRINKAGE)
+        order = None
+        if not self._is_cut(role):
+            tail = torch.zeros(self._count(index, role) + 1)
+        elif role == "down_proj":
+            moment = Moment(inputs, shrinkage=PRICE_SHRINKAGE)
             order = output_scores(weight, moment.diagonal, metric).argsort(descending=True, stable=True)
             tail = repaired_tail(weight, moment, order, ridge=PRICE_RIDGE, output_metric=metric)
         else:
-            tail = suffix_sums(spectrum(weight, shrunk(sensitivity.input.to(weight.device), PRICE_SHRINKAGE), metric))
-        self.curves[index, role] = self._candidates(index, role, tail / 2)
+            tail = suffix_sums(spectrum(weight, shrunk(inputs, PRICE_SHRINKAGE), metric))
+        self.curves[index, role] = self._candidates(index, role, tail / 2, order)
 
-    def _candidates(self, index: int, role: str, tail: Tensor) -> list[Candidate]:
+    def add_unseen(self, index: int, weights: Mapping[str, Tensor]) -> None:
+        """The candidates of a layer that no text has passed: every matrix is as good as its rounding error is small beside it.
+
+        Args:
+            index: of the layer.
+            weights: (out_features, in_features), by role.
+        """
+        for role in sorted(weights, key=PROJECTIONS.index):
+            weight = weights[role]
+            energy = float(weight.double().square().sum()) or 1.0
+            ones = torch.ones(sum(weight.shape), dtype=torch.float64, device=weight.device)
+            outputs, energies = ones[: len(weight)] / energy, ones[len(weight) :]
+            self.noise[index, role] = self._noise(role, weight, outputs, energies)
+            if role not in MLP[:2]:
+                self.curves[index, role] = self._candidates(index, role, ones.new_zeros(self._count(index, role) + 1))
+
+    def _noise(self, role: str, weight: Tensor, outputs: Tensor, energies: Tensor) -> Noise:
+        """By bits, what rounding costs by channel of the FFN; of attention in all.
+
+        Args:
+            role: of the matrix.
+            weight: (N, K).
+            outputs: (N,), the cost of an error in each.
+            energies: (K,) of the inputs.
+        """
+        found = {}
+        for bits in self.bits:
+            errors = expected_errors(weight.float(), bits=bits, group=self.config.group_size)
+            if role in MLP[:2]:
+                found[bits] = (errors @ energies.to(errors)).double() * outputs.double()
+            else:
+                by_column = (outputs.to(errors) @ errors).double() * energies
+                found[bits] = by_column if role == "down_proj" else by_column.sum()
+        return found
+
+    def _candidates(self, index: int, role: str, tail: Tensor, order: Tensor | None = None) -> list[Candidate]:
         """By the cost at each size, from 0 on; in the unit of the budget."""
         shape, multiple = self.shapes[index][role], self.multiples[role]
         if role == "down_proj":
             candidates = width_candidates(shape[0], tail, multiple=multiple)
         else:
             candidates = rank_candidates(shape, tail, pivoted=self.config.storage == "pivoted", multiple=multiple)
+        if not self._is_cut(role):
+            candidates = candidates[-1:]
         if not self.config.has_byte_budget:
             return candidates
-        return [replace(each, params=self._bytes(index, role, each.size)) for each in candidates]
+        choices = list(itertools.product(self.bits, repeat=1 + (role == "down_proj"))) if self.bits else [()]
+        noise = self._rounding_costs(index, role, order)
+        return [
+            replace(
+                each,
+                params=self._bytes(index, role, each.size, bits),
+                cost=each.cost + noise(each.size, bits),
+                bits=bits,
+            )
+            for each in candidates
+            for bits in choices
+        ]
 
-    def _bytes(self, index: int, role: str, size: int) -> int:
-        shapes, biases = self.shapes[index], self.dense.biases[index]
-        shape = shapes[role]
+    def _rounding_costs(self, index: int, role: str, order: Tensor | None) -> Callable[[int, tuple[int, ...]], float]:
+        """What rounding to some bits costs at some size. Without noise, as where only bytes are asked for, nothing."""
+        noise, shape = self.noise.pop((index, role), None), self.shapes[index][role]
+        if noise is None:
+            return lambda size, bits: 0.0
         if role != "down_proj":
-            return self.storage.matrix(shape) if size == min(shape) else self.storage.pair(shape, size)
+            # A number of a factor stands for more of the matrix than one of the matrix itself: (N + K) / r times as much, if
+            # the energy is spread evenly, as the rotated basis of the rank wants it.
+            dense = {bits: float(found) for bits, found in noise.items()}
+            return lambda size, bits: dense[bits[0]] * (1 if size == min(shape) else sum(shape) / size)
+        gate, up = (self.noise.pop((index, inner)) for inner in MLP[:2])
+
+        def at_width(by_channel: Tensor) -> list[float]:
+            ordered = by_channel if order is None else by_channel[order]
+            return [0.0, *ordered.cumsum(0).tolist()]
+
+        inner = {bits: at_width(gate[bits] + up[bits]) for bits in self.bits}
+        down = {bits: at_width(noise[bits]) for bits in self.bits}
+        return lambda size, bits: inner[bits[0]][size] + down[bits[1]][size]
+
+    def _bytes(self, index: int, role: str, size: int, bits: tuple[int, ...]) -> int:
+        shapes, biases = self.shapes[index], self.dense.biases[index]
+        shape, storages = shapes[role], [replace(self.storage, bits=each) for each in bits] or [self.storage]
+        if role != "down_proj":
+            return storages[0].matrix(shape) if size == min(shape) else storages[0].pair(shape, size)
         gained = role not in biases and gains_bias(role, shapes, LayerPlan({}, size), self.config)
-        return self.storage.ffn(shape[0], size, biases=biases) + gained * shape[0] * self.storage.itemsize
+        stored = storages[0].ffn(shape[0], size, biases=biases, down=storages[-1])
+        return stored + gained * shape[0] * self.storage.itemsize
+
+    def _is_cut(self, role: str) -> bool:
+        """Whether a matrix may get another size, not only other bits."""
+        return self.config.sparsity > 0 and role in compressed_roles(self.config)
+
+    def _count(self, index: int, role: str) -> int:
+        shape = self.shapes[index][role]
+        return shape[1] if role == "down_proj" else min(shape)
 
     @property
     def budget(self) -> float:
         """Parameters, or bytes, that the matrices may have at most."""
         if self.config.has_byte_budget:
-            return self.dense.matrix_budget(self.config, compressed_roles(self.config))
+            return self.dense.matrix_budget(self.config, priced_roles(self.config))
         return (1 - self.config.sparsity) * self.total
 
     def smallest(self) -> dict[Key, Candidate]:
         """The smallest candidates of all matrices, which no weight has a say in."""
-        roles = [role for role in self.multiples if role in compressed_roles(self.config)]
+        roles = [role for role in self.multiples if role in priced_roles(self.config)]
         found = {}
         for index, shapes in enumerate(self.shapes):
             for role in [role for role in roles if role in shapes]:
-                count = shapes[role][1] if role == "down_proj" else min(shapes[role])
-                candidates = self._candidates(index, role, torch.zeros(count + 1))
+                candidates = self._candidates(index, role, torch.zeros(self._count(index, role) + 1))
                 found[index, role] = min(candidates, key=lambda candidate: candidate.params)
         return found
 
@@ -129,26 +223,31 @@ class Prices:
         self.curves = {
             key: gathered[key] for key in sorted(gathered, key=lambda key: (-key[0], PROJECTIONS.index(key[1])))
         }
-        if self.config.shapes == "uniform":
+        if self.config.shapes == "uniform" and self.config.sparsity > 0:
             roles = dict.fromkeys(role for _, role in self.curves)  # a set would break ties by the hash seed
             layers = range(len(self.shapes))
             of_role = {role: [self.curves[i, role] for i in layers if (i, role) in self.curves] for role in roles}
             shared = allocate_budget(
                 {role: shared_across_layers(curves) for role, curves in of_role.items()}, self.budget
             )
-            taken = {(index, role): shared[role].size for index, role in self.curves}
+            taken = {(index, role): shared[role] for index, role in self.curves}
         else:
-            taken = {key: candidate.size for key, candidate in allocate_budget(self.curves, self.budget).items()}
-        plans = []
-        for index, shapes in enumerate(self.shapes):
-            ranks = {role: taken[index, role] for role in ATTENTION if (index, role) in taken}
-            plans.append(
-                LayerPlan(
-                    ranks={role: rank for role, rank in ranks.items() if rank < min(shapes[role])},
-                    intermediate_size=taken.get((index, "down_proj"), shapes["gate_proj"][0]),
-                )
-            )
-        return plans
+            taken = allocate_budget(self.curves, self.budget)
+        return [self._layer_plan(index, taken) for index in range(len(self.shapes))]
+
+    def _layer_plan(self, index: int, taken: Mapping[Key, Candidate]) -> LayerPlan:
+        shapes = self.shapes[index]
+        ranks = {role: taken[index, role].size for role in ATTENTION if (index, role) in taken}
+        ffn = taken.get((index, "down_proj"))
+        bits = {}
+        if self.bits:
+            bits = {role: taken[index, role].bits[0] for role in ranks}
+            bits |= {role: ffn.bits[role == "down_proj"] for role in MLP} if ffn else {}
+        return LayerPlan(
+            ranks={role: rank for role, rank in ranks.items() if rank < min(shapes[role])},
+            intermediate_size=ffn.size if ffn else shapes["gate_proj"][0],
+            bits={role: each for role, each in bits.items() if each != self.config.bits},
+        )
 
 
 def _multiple(role: str, shape: Shape, config: CompressionConfig, *, total: int, together: int) -> int:

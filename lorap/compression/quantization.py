@@ -15,7 +15,7 @@ from lorap.calibration.context import DecoderContext
 from lorap.calibration.mixtures import Sources
 from lorap.calibration.statistics import check_activations, merged
 from lorap.calibration.stream import CalibrationStream, Probe
-from lorap.checkpoint.build import bare_prefix
+from lorap.checkpoint.build import bare_prefix, check_other_bits
 from lorap.checkpoint.format import LoRAPConfig
 from lorap.checkpoint.hf_quantizer import attach_quantization_config, get_quantization_config, weights_of
 from lorap.compression.windows import read_windows
@@ -34,7 +34,7 @@ Model = TypeVar("Model", bound="PreTrainedModel")
 
 
 def round_layer(
-    context: DecoderContext, index: int, stream: CalibrationStream | None, *, bits: int, group_size: int
+    context: DecoderContext, index: int, stream: CalibrationStream | None, *, bits: Mapping[str, int], group_size: int
 ) -> None:
     """Every projection of one layer, in memory, in few bits; the stream stays before it.
 
@@ -42,7 +42,7 @@ def round_layer(
         context: the model, dense or compressed.
         index: of the layer.
         stream: the calibration windows behind the rounded layers before it; None rounds each number to the nearest.
-        bits: 4 or 8.
+        bits: 4 or 8, by role.
         group_size: numbers of a row that share a scale.
 
     Raises:
@@ -55,7 +55,7 @@ def round_layer(
     for role in processes.shard(architecture.roles(layer)):
         linear: Any = layer.get_submodule(architecture.projections[role])
         name = architecture.module_name(index, role)
-        rounded[role] = round_linear(linear, moments.get(role), bits=bits, group_size=group_size, name=name)
+        rounded[role] = round_linear(linear, moments.get(role), bits=bits[role], group_size=group_size, name=name)
         release_freed_memory(rounded[role].in_features ** 2)  # type: ignore[operator]
     for sent in processes.all_gather({role: module.to("cpu") for role, module in rounded.items()}):
         for role, module in sent.items():
@@ -127,6 +127,13 @@ def as_factors(pair: LowRankLinear) -> LowRankLinear | nn.Linear:
     return plain
 
 
+def _unpivot(layer: nn.Module) -> None:
+    pairs = {name: part for name, part in layer.named_modules() if isinstance(part, LowRankLinear)}
+    for name, pair in pairs.items():
+        if pair.pivot_rows is not None:
+            layer.set_submodule(name, as_factors(pair))
+
+
 @dataclass(frozen=True)
 class _Rounding:
     bits: int
@@ -150,6 +157,7 @@ def quantize(
     weights: Literal["int8", "int4"],
     *,
     group_size: int = 64,
+    other_bits: Mapping[str, int] | None = None,
     calibration: Sources | None = None,
     tokenizer: Any = None,
 ) -> Model:
@@ -157,12 +165,14 @@ def quantize(
 
     Weight-only and symmetric, one scale for ``group_size`` weights of a row. Embeddings and the output head stay as they are.
     ``save_pretrained`` writes a checkpoint that ``from_pretrained`` opens again after ``import lorap``, with identical weights.
-    In 4 bits a pivoted pair becomes plain factors, or dense where these would be larger.
+    Where any weights get 4 bits, all pivoted pairs become plain factors, or dense where these would be larger.
 
     Args:
         model: of transformers, dense or compressed, in memory; changed and returned.
         weights: ``int8`` or ``int4``.
         group_size: a multiple of 32.
+        other_bits: 4 or 8 for each projection that gets other bits than ``weights`` says, by its name in the checkpoint, such as
+            ``model.layers.0.mlp.down_proj``.
         calibration: as for :func:`lorap.compress`: weights are rounded such that the outputs change least on 128 windows of it
             (GPTQ, arXiv 2210.17323). None rounds each to the nearest, which takes no text.
         tokenizer: for calibration texts.
@@ -170,6 +180,7 @@ def quantize(
     Raises:
         ConfigError: another kind of weights, or a group size that is no multiple of 32.
         ArchitectureError: the family is unknown, or the weights are quantized already.
+        CheckpointError: ``other_bits`` name no projection, or other bits than 4 and 8.
         CalibrationError: a source cannot be used.
     """
     config = CompressionConfig(recipe="lorap", weights=weights, group_size=group_size)
@@ -179,6 +190,8 @@ def quantize(
     compression = get_quantization_config(model) or LoRAPConfig()
     if (stored := weights_of(model)) != "float":
         raise ArchitectureError(f"the weights of this model are {stored} already")
+    fields = LoRAPConfig(weights=config.weights, group_size=group_size, other_bits=dict(other_bits or {}))
+    check_other_bits(model, fields)
     layers = tuple(architecture.decoder_layers(model))
     context = DecoderContext(model.eval(), architecture, layers, next(model.parameters()).device)
     stream = None
@@ -186,22 +199,27 @@ def quantize(
         windows = read_windows(context, tokenizer, config, calibration, (), Stopwatch()).calibration
         stream = CalibrationStream.from_windows(context, windows)
     for index, layer in enumerate(layers):
-        round_layer(context, index, stream, bits=config.bits, group_size=group_size)
+        names = {role: bare_prefix(model) + architecture.module_name(index, role) for role in architecture.roles(layer)}
+        bits = {role: fields.bits_of(name) or config.bits for role, name in names.items()}
+        if fields.other_bits:  # one kind of storage for all pairs
+            _unpivot(layer)
+        round_layer(context, index, stream, bits=bits, group_size=group_size)
         if stream is not None:
             stream.advance(index, layer)
-    _attach(model, compression, config)
+    _attach(model, compression, fields)
     return model
 
 
-def _attach(model: PreTrainedModel, compression: LoRAPConfig, config: CompressionConfig) -> None:
+def _attach(model: PreTrainedModel, compression: LoRAPConfig, fields: LoRAPConfig) -> None:
     """Say in the config of ``model`` how its weights are stored, and which pairs there still are."""
     pairs = {name: part for name, part in model.named_modules() if isinstance(part, LowRankLinear)}
     prefix = bare_prefix(model)
     stored = {
         "ranks": {prefix + name: pair.rank for name, pair in pairs.items()},
         "storage": "pivoted" if any(pair.pivot_rows is not None for pair in pairs.values()) else "factors",
-        "weights": config.weights,
-        "group_size": config.group_size,
+        "weights": fields.weights,
+        "group_size": fields.group_size,
+        "other_bits": fields.other_bits,
         "format_version": None,
     }
     attach_quantization_config(model, LoRAPConfig(**(compression.to_dict() | stored)))

@@ -10,6 +10,7 @@ from lorap.calibration.context import DecoderContext
 from lorap.checkpoint.compressed_tensors import attach_compressed_tensors
 from lorap.checkpoint.format import LoRAPConfig
 from lorap.checkpoint.hf_quantizer import attach_quantization_config
+from lorap.checkpoint.quantization_fields import PACKED_BITS
 from lorap.compression.allocation import LayerPlan
 from lorap.config import CompressionConfig
 from lorap.version import __version__
@@ -51,19 +52,35 @@ def describe_in_config(context: DecoderContext, plans: Sequence[LayerPlan], conf
     if config.target == "stock" and config.bits is not None:
         attach_compressed_tensors(model, bits=config.bits, group_size=config.group_size)
     elif config.target != "stock" and changed:
+        weights, other_bits = _bits(context, plans, config)
         shapes = LoRAPConfig(
             ranks=ranks,
             intermediate_sizes={} if uniform and not split else sizes,
             dense_intermediate_size=dense_width,
             storage=config.storage if ranks else "factors",
             biases=biases,
-            weights=config.weights,
+            weights=weights,
+            other_bits=other_bits,
             group_size=None if config.bits is None else config.group_size,
             sparsity=config.sparsity,
             recipe=config.recipe,
             lorap_version=__version__,
         )
         attach_quantization_config(model, shapes)
+
+
+def _bits(context: DecoderContext, plans: Sequence[LayerPlan], config: CompressionConfig) -> tuple[str, dict[str, int]]:
+    """How weights are stored, and the bits of each projection that is stored otherwise."""
+    if config.weights != "mixed":
+        return config.weights, {}
+    architecture = context.architecture
+    bits = {
+        architecture.module_name(index, role): plan.bits.get(role, PACKED_BITS["int4"])
+        for index, (layer, plan) in enumerate(zip(context.layers, plans, strict=True))
+        for role in architecture.roles(layer)
+    }
+    weights = "int8" if set(bits.values()) == {PACKED_BITS["int8"]} else "int4"
+    return weights, {name: each for name, each in bits.items() if each != PACKED_BITS[weights]}
 
 
 def _new_biases(context: DecoderContext, config: CompressionConfig) -> list[str]:

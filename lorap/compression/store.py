@@ -90,13 +90,15 @@ class RunStore:
             is_last_step: whether no other step follows.
         """
 
-    def load_rounded(self, index: int, layer: nn.Module, *, bits: int, group_size: int) -> Mapping[str, float] | None:
+    def load_rounded(
+        self, index: int, layer: nn.Module, *, bits: Mapping[str, int], group_size: int
+    ) -> Mapping[str, float] | None:
         """Give a compressed layer its rounded weights; returns the seconds that rounding took, by stage.
 
         Args:
             index: of the decoder layer.
             layer: with floating-point weights.
-            bits: of the rounded ones.
+            bits: of the rounded ones, by role.
             group_size: numbers of a row that share a scale.
         """
         return None

@@ -11,6 +11,7 @@ from lorap.checkpoint.write import model_tensors, nbytes
 from lorap.compression.allocation import LayerPlan, Shape
 from lorap.config import CompressionConfig
 from lorap.nn.low_rank_tensors import INDEX_ITEMSIZE, LEFT, RIGHT, LowRankTensors
+from lorap.requirements import compressed_roles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -55,10 +56,10 @@ class Storage:
         factors = sum(self.matrix((stored[name][0], stored[name][1])) for name in (RIGHT, LEFT))
         return factors + tensors.index_bytes + len(tensors.guards) * self.itemsize
 
-    def ffn(self, hidden_size: int, width: int, *, biases: Collection[str] = ()) -> int:
-        """Bytes of three FFN matrices, and of those biases that grow with the width."""
+    def ffn(self, hidden_size: int, width: int, *, biases: Collection[str] = (), down: Storage | None = None) -> int:
+        """Bytes of three FFN matrices, the last stored as ``down`` says, and of those biases that grow with the width."""
         inner = sum(role in biases for role in MLP[:2]) * width * self.itemsize
-        return 2 * self.matrix((width, hidden_size)) + self.matrix((hidden_size, width)) + inner
+        return 2 * self.matrix((width, hidden_size)) + (down or self).matrix((hidden_size, width)) + inner
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,11 @@ class DenseModel:
         """
         dense = self.planned(self.unchanged(), config)
         whole = self.compressible(config, roles)
-        least = round((1 - config.sparsity) * whole)
-        return min(least, self.projection_budget(config) - dense + whole)
+        left = self.projection_budget(config) - dense + whole
+        if config.sparsity == 0:  # bits alone are to be chosen
+            return left
+        removed = round(config.sparsity * self.compressible(config, compressed_roles(config)))
+        return min(whole - removed, left)
 
     def compressible(self, config: CompressionConfig, roles: Collection[str]) -> int:
         """Bytes of some projections while they are dense; of their biases only those that grow with the FFN."""
@@ -169,6 +173,7 @@ def role_bytes(
         config: says whether ``down_proj`` gains a bias.
     """
     shape = shape_after(role, shapes, plan)
+    storage = replace(storage, bits=plan.bits.get(role, storage.bits))
     weight = storage.pair(shape, plan.ranks[role]) if role in plan.ranks else storage.matrix(shape)
     has_bias = role in biases or gains_bias(role, shapes, plan, config)
     return weight + has_bias * shape[0] * storage.itemsize
@@ -188,6 +193,12 @@ def gains_bias(role: str, shapes: Mapping[str, Shape], plan: LayerPlan, config: 
     return role == "down_proj" and config.bias_compensation and plan.intermediate_size < shapes[role][1]
 
 
-def without_budget(config: CompressionConfig) -> CompressionConfig:
-    """The same sparsity and weights, of another model."""
-    return replace(config, size=None, bits_per_weight=None)
+def without_budget(config: CompressionConfig, dense: DenseModel) -> CompressionConfig:
+    """The same sparsity and weights, of another model.
+
+    Args:
+        config: its weights and sparsity are known.
+        dense: the model that they follow from: mixed bits need a budget, and keep its bits per weight.
+    """
+    bits = 8 * dense.projection_budget(config) / dense.weights if config.weights == "mixed" else None
+    return replace(config, size=None, bits_per_weight=bits)

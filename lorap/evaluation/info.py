@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,6 +85,7 @@ def describe_model(source: ModelSource) -> dict[str, Any]:
         "index_bytes": index_bytes,
         "scale_bytes": scale_bytes,
         "weights": settings.weights if settings else None,
+        "other_bits": Counter(f"int{bits}" for bits in settings.other_bits.values()) if settings else {},
         "group_size": settings.group_size if settings else None,
         "bits_per_weight": _bits_per_weight(tensors, after),
         "bits_per_dense_weight": None if before is None else _bits_per_weight(tensors, before),
@@ -220,7 +221,9 @@ def format_info(info: Mapping[str, Any]) -> str:
     if info["tuned"]:
         head += f"\ntuned after compression, see {RECOVERY_REPORT}"
     if info["scale_bytes"]:
-        stored = f"{info['weights'] or 'int8'}" + (f" in groups of {info['group_size']}" if info["group_size"] else "")
+        stored = info["weights"] or "int8"
+        stored += "".join(f", those of {count:,} projections {kind}," for kind, count in info["other_bits"].items())
+        stored += f" in groups of {info['group_size']}" if info["group_size"] else ""
         head += (
             f"\nweights are {stored}, {info['bits_per_weight']:.2f} bits for each in the decoder layers; their scales take "
             f"{info['scale_bytes'] / 1e3:,.1f} kB and are not counted as parameters"

@@ -70,7 +70,7 @@ class LoRAPQuantizationConfig(QuantizationConfig):
         checkpoint = LoRAPConfig(**config)
         if checkpoint.weights != "float":
             raise CheckpointError(
-                f"this checkpoint has {checkpoint.weights} weights, which lorap's plug-in for vLLM does not serve: "
+                f"this checkpoint has {checkpoint.weights_text} weights, which lorap's plug-in for vLLM does not serve: "
                 "open it in transformers, or serve the checkpoint that it was made from"
             )
         return cls(checkpoint)

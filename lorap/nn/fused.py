@@ -152,9 +152,10 @@ class GatedMLP(nn.Module):
 
 
 def _gated_quantized(x: Tensor, gate: QuantizedLinear, up: QuantizedLinear) -> Tensor | None:
-    """The same of weights in few bits; None where a bias or a hook is in the way."""
+    """The same of weights in few bits; None where a bias or a hook is in the way, or their bits differ."""
     plain = all(one.bias is None and is_untouched(one) for one in (gate, up))
-    if not plain or (run := ops.served("quantized_silu_gated_linear", x)) is None:
+    alike = (gate.bits, gate.group_size) == (up.bits, up.group_size)
+    if not plain or not alike or (run := ops.served("quantized_silu_gated_linear", x)) is None:
         return None
     weights = (gate.weight_packed, gate.weight_scale, up.weight_packed, up.weight_scale)
     y: Tensor = run(x, *weights, gate.bits, gate.group_size)

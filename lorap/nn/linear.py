@@ -159,7 +159,8 @@ class LowRankLinear(nn.Module):
             bias = self._parameters["output_bias"] if bias is None else bias
             return ops.low_rank_linear(x, first, second, bias, self._buffers["pivot_rows"])
         quantized = type(right) is type(left) is QuantizedLinear and self._buffers["pivot_rows"] is None
-        if quantized and is_untouched(right) and is_untouched(left):
+        alike = quantized and (left.bits, left.group_size) == (right.bits, right.group_size)
+        if alike and is_untouched(right) and is_untouched(left):
             weights = (left.weight_packed, left.weight_scale, right.weight_packed, right.weight_scale)
             return ops.quantized_low_rank_linear(x, *weights, left.bias, left.bits, left.group_size)
         return self._forward_by_children(x)

@@ -11,7 +11,7 @@ Its tensors are named and packed as compressed-tensors' ``pack-quantized`` forma
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -128,7 +128,7 @@ class QuantizedLinear(nn.Module):
 
 def decoder_linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
     """Every linear layer in the decoder layers, factors included; not the embeddings, not the head."""
-    path = ARCHITECTURES[model.config.model_type].layers
+    path = _layers_path(model)
     for name, part in model.get_submodule(path).named_modules():
         if isinstance(part, nn.Linear):
             yield f"{path}.{name}", part
@@ -137,26 +137,43 @@ def decoder_linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
 def packed_linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
     """What is packed: the projections of all decoder layers, of low-rank ones both factors."""
     architecture = ARCHITECTURES[model.config.model_type]
-    for index, layer in enumerate(architecture.decoder_layers(model)):
-        for name, linear in projection_linears(layer, architecture):
-            yield f"{architecture.layers}.{index}.{name}", linear
+    path = _layers_path(model)
+    for index, layer in enumerate(model.get_submodule(path)):  # type: ignore[arg-type]
+        for _, name, linear in projection_linears(layer, architecture):
+            yield f"{path}.{index}.{name}", linear
 
 
-def projection_linears(layer: nn.Module, architecture: Architecture) -> Iterator[tuple[str, nn.Linear]]:
-    """The same of one decoder layer, by name within it."""
+def _layers_path(model: PreTrainedModel) -> str:
+    """Where the decoder layers are, in a base model (``AutoModel``) too."""
+    path, prefix = ARCHITECTURES[model.config.model_type].layers, str(model.base_model_prefix)
+    return path if prefix in model._modules else path.removeprefix(f"{prefix}.")
+
+
+def projection_linears(layer: nn.Module, architecture: Architecture) -> Iterator[tuple[str, str, nn.Linear]]:
+    """The same of one decoder layer: the role of each, its name within the layer, and itself."""
     for role in architecture.roles(layer):
         path = architecture.projections[role]
         for name, part in layer.get_submodule(path).named_modules(prefix=path):
             if isinstance(part, nn.Linear):
-                yield name, part
+                yield role, name, part
 
 
-def put_empty(module: nn.Module, names: Iterable[str], *, bits: int, group_size: int) -> list[str]:
-    """Make room for quantized weights in the linear layers of ``module`` with these names; returns the names of their tensors."""
+def put_empty(module: nn.Module, bits: Mapping[str, int | None], *, group_size: int) -> list[str]:
+    """Make room for quantized weights in the linear layers of ``module``.
+
+    Args:
+        module: that they are in.
+        bits: of each, by its name.
+        group_size: numbers of a row that share a scale.
+
+    Returns:
+        The names of their tensors.
+    """
     tensors = []
-    for name in names:
+    for name, each in bits.items():
         linear = module.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        module.set_submodule(name, QuantizedLinear.empty_like(linear, bits=bits, group_size=group_size))
+        assert each is not None
+        module.set_submodule(name, QuantizedLinear.empty_like(linear, bits=each, group_size=group_size))
         tensors += [f"{name}.{key}" for key in (WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_SHAPE)]
     return tensors

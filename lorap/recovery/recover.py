@@ -191,8 +191,8 @@ def _local(folder: str | Path) -> tuple[ModelSource, Path]:
     settings = lorap_config(read_json(source.folder / CONFIG))
     if settings is not None and settings.weights != "float":
         raise CheckpointError(
-            f"the weights of {source.name} are {settings.weights}, and adapters cannot be merged into them; tune a folder with "
-            "floating-point weights, then quantize that (lorap.quantize)"
+            f"the weights of {source.name} are {settings.weights_text}, and adapters cannot be merged into them; tune a folder "
+            "with floating-point weights, then quantize that (lorap.quantize)"
         )
     # With --target stock the config says nothing, but there is a report.
     if settings is None and not (source.folder / REPORT).is_file():

@@ -112,7 +112,8 @@ def said_as_tuned(text: str) -> str:
 def _rounding(config: CompressionConfig) -> str:
     if config.bits is None:
         return ""
-    stored = f"{config.weights} with a scale for each {config.group_size}"
+    kinds = "int8 where that helps most for its bytes and else int4," if config.weights == "mixed" else config.weights
+    stored = f"{kinds} with a scale for each {config.group_size}"
     return (
         f"Weights of the decoder layers are {stored}, rounded such that the outputs change least on the calibration text "
         "({2210.17323})."

@@ -194,17 +194,23 @@ def size_table(shape: ModelShape, config: CompressionConfig, sizes: Sizes) -> st
         lines.append(f"of the saved bytes {quantity(sizes.index_bytes, 'B')} are row numbers of pivoted storage")
     if config.has_byte_budget:
         lines.append(
-            f"Weights are {config.weights} and the sparsity {config.sparsity:.4f}, as {config.budget_text} wants it."
+            f"Weights are {_kinds(config)} and the sparsity {config.sparsity:.4f}, as {config.budget_text} wants it."
         )
     if sizes.decided_by:
         spent = (
             "" if config.has_byte_budget else f", {sizes.budget:,} parameters for the compressed sub-layers' matrices"
         )
+        what = "Ranks and widths" if config.sparsity else ""
+        what += (" and bits" if what else "Bits") if config.weights == "mixed" else ""
         lines.append(
-            f"Ranks and widths will be decided by {sizes.decided_by}; those above are an even split of the budget{spent}, which "
+            f"{what} will be decided by {sizes.decided_by}; those above are an even split of the budget{spent}, which "
             "will be spent in any case."
         )
     return "\n".join(lines)
+
+
+def _kinds(config: CompressionConfig) -> str:
+    return "int4 or int8, matrix by matrix," if config.weights == "mixed" else config.weights
 
 
 def quantity(value: float, unit: str) -> str:

@@ -18,6 +18,7 @@ from lorap.algorithms.pruning import CHANNELS
 from lorap.architectures import PROJECTIONS, SHARED_INPUTS
 from lorap.calibration.backward import BATCH_TOKENS as BACKWARD_TOKENS
 from lorap.calibration.self_text import BATCH_WINDOWS
+from lorap.calibration.sensitivity import DIAGONAL
 from lorap.calibration.sensitivity import WIDE as PRICES_WIDE
 from lorap.calibration.statistics import WIDE
 from lorap.calibration.stream import BATCH_TOKENS
@@ -30,6 +31,7 @@ from lorap.config import CompressionConfig
 from lorap.requirements import (
     allocates_by_loss,
     compressed_roles,
+    mixes_by_loss,
     needs_folds,
     roles_needing_gradients,
     roles_with_output_metric,
@@ -149,13 +151,15 @@ class Memory:
         """Hidden states before every layer; sums of inputs and gradients of one, and a batch on its way back, or prices."""
         shape, texts = self.shape, self.texts
         roles = roles_needing_gradients(self.config)
-        features = [size for role in roles for size in shape.projections[role]]
+        features = [size for role in roles for size in shape.projections[role][role in DIAGONAL :]]
         hidden, width = shape.projections["down_proj"]
         out, inner = shape.projections["q_proj"]
         pricing = 0
         if allocates_by_loss(self.config):
             ffn = 4 * ((1 if width >= IN_PLACE_FROM else 2) * width**2 + 3 * hidden * width)
             pricing = max(ffn, DOUBLE * (4 * out * inner + 2 * inner**2 + 3 * out**2))
+        if mixes_by_loss(self.config):
+            pricing = max(pricing, 5 * DOUBLE * width**2 + 2 * 4 * hidden * width)  # the moment as it is factored
         update = max(_update(size, wide=PRICES_WIDE) for size in features)
         work = sum(_sums(size, wide=PRICES_WIDE) for size in features)
         work += max(update + self._activations(BACKWARD_TOKENS, BACKWARD), pricing)

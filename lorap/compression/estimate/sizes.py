@@ -12,7 +12,7 @@ from lorap.compression.planning import channels_to_drop, check_sizes, plan_by_sh
 from lorap.compression.stored_bytes import Storage, gains_bias, role_bytes, shape_after
 from lorap.config import CompressionConfig
 from lorap.nn.low_rank_tensors import LowRankTensors
-from lorap.requirements import compressed_roles
+from lorap.requirements import compressed_roles, mixes_by_loss
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,42 @@ def planned_sizes(shape: ModelShape, config: CompressionConfig) -> Sizes:
         params[role] = shape.num_layers * (count + has_bias * out_features)
         each = role_bytes(role, shape.projections, layer, shape.biases, storage, config)
         nbytes[role] = shape.num_layers * each
+    if config.weights == "mixed" and config.sparsity == 0:
+        nbytes |= _filled(shape, config, {role: nbytes[role] for role in shape.projections})
     projected = shape.num_layers * sum(prod(shape.projections[role]) for role in compressed_roles(config))
     budget = int((1 - config.sparsity) * projected)
     return Sizes(layer, decided_by, budget, params, index_bytes, nbytes)
 
 
+def _filled(shape: ModelShape, config: CompressionConfig, few: Mapping[str, int]) -> dict[str, int]:
+    """Bytes by role once what 4 bits leave of the budget is spent evenly.
+
+    Args:
+        shape: of the dense model.
+        config: with mixed bits and without sparsity.
+        few: bytes by role with 4 bits.
+    """
+    whole = replace(config, weights="int8")
+    room = shape.dense.projection_budget(config) - sum(few.values())
+    share = min(1.0, room / (shape.dense.planned(shape.dense.unchanged(), whole) - sum(few.values())))
+    storage = Storage.of(whole, shape.itemsize)
+    layer = LayerPlan(ranks={}, intermediate_size=shape.width)
+    more = {
+        role: shape.num_layers * role_bytes(role, shape.projections, layer, shape.biases, storage, whole)
+        for role in few
+    }
+    return {role: count + int(share * (more[role] - count)) for role, count in few.items()}
+
+
 def _planned_layer(shape: ModelShape, config: CompressionConfig) -> tuple[LayerPlan, str]:
     check_sizes(shape.dense, config)
     if config.sparsity == 0:
-        return LayerPlan(ranks={}, intermediate_size=shape.width), ""
+        mixed = (
+            "the loss, by a backward pass"
+            if mixes_by_loss(config)
+            else "how large rounding errors are beside the weights"
+        )
+        return LayerPlan(ranks={}, intermediate_size=shape.width), mixed if config.weights == "mixed" else ""
     if config.allocation == "flap":
         width = shape.width - round(channels_to_drop(config, shape.dense.shapes) / shape.num_layers)
         return LayerPlan(ranks={}, intermediate_size=width), "one threshold on the channel scores of all layers"

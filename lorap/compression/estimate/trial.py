@@ -116,7 +116,7 @@ def try_layers(
                 out = Path(name) / f"small-{turn}"
                 with open_journal(out) as journal:
                     quiet = replace(options, progress=False)
-                    chosen = without_budget(config)
+                    chosen = without_budget(config, shape.dense)
                     run = _TrialRun(find_model(place), out, chosen, quiet, journal, LayerWatch(bar), texts=texts)
                     report = run.run()
                 if sum(report.seconds.values()) > QUICK_SECONDS:

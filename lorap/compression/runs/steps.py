@@ -168,15 +168,16 @@ class JournalStore(RunStore):
             self.journal.processes.barrier()
             self._offload_from(_corrected(index), layer)
 
-    def load_rounded(self, index: int, layer: nn.Module, *, bits: int, group_size: int) -> Mapping[str, float] | None:
+    def load_rounded(
+        self, index: int, layer: nn.Module, *, bits: Mapping[str, int], group_size: int
+    ) -> Mapping[str, float] | None:
         """Give a compressed layer its rounded weights; None where it is not rounded yet."""
         found = self.journal.finished(None, _rounded(index))
         if found is None:
             return None
         device = next(layer.parameters()).device
-        put_empty(
-            layer, [name for name, _ in projection_linears(layer, self.architecture)], bits=bits, group_size=group_size
-        )
+        linears = projection_linears(layer, self.architecture)
+        put_empty(layer, {name: bits[role] for role, name, _ in linears}, group_size=group_size)
         self._reload(_rounded(index), layer, device)
         return found[1]  # type: ignore[no-any-return]
 
