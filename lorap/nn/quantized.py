@@ -138,7 +138,8 @@ def packed_linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
     """What is packed: the projections of all decoder layers, of low-rank ones both factors."""
     architecture = ARCHITECTURES[model.config.model_type]
     path = _layers_path(model)
-    for index, layer in enumerate(model.get_submodule(path)):  # type: ignore[arg-type]
+    layers: Any = model.get_submodule(path)
+    for index, layer in enumerate(layers):
         for _, name, linear in projection_linears(layer, architecture):
             yield f"{path}.{index}.{name}", linear
 
