@@ -138,6 +138,12 @@ def test_from_3_to_9_bits_a_budget_is_met_and_used(by_loss: bool) -> None:
             assert 8 in shares or bits < 4.35
 
 
+def test_other_hosts_get_one_width() -> None:
+    dense = dense_model(num_hidden_layers=2, attention_bias=False, mlp_bias=False, **LARGER)
+    found = resolve_budget(dense, CompressionConfig(bits_per_weight=7, target="stock"))
+    assert (found.weights, found.sparsity) == ("int4", 0.0)
+
+
 def test_ranks_and_bits_chosen_together_are_no_worse_than_either_width_alone() -> None:
     dense = dense_model(num_hidden_layers=2, **LARGER)
     known = statistics(dense)

@@ -6,7 +6,8 @@
 
 A cell is a JSON file in benchmarks/results/quality/bits; what is there is not made again. SmolLM2-135M comes as 4-bit numbers in
 groups of 32, so groups are of 64 here, or 4 bits would cost the dense model nothing. Everything is calibrated on 16 windows of
-128 tokens of web pages; int8 is rounded to the nearest. Computed in float32 with scales as bfloat16 has them; bytes are those of
+128 tokens of web pages; int8 is rounded to the nearest. A number of bits is that for each weight, mixed of int4 and int8 as a
+budget of `best` does it. Computed in float32 with scales as bfloat16 has them; bytes are those of
 a bfloat16 checkpoint.
 """
 
@@ -32,8 +33,10 @@ from lorap.calibration import TokenWindows
 from lorap.calibration.context import DecoderContext
 from lorap.calibration.stream import CalibrationStream
 from lorap.checkpoint.load import find_model, load_model, load_tokenizer
+from lorap.compression.byte_budget import resolve_budget
 from lorap.compression.pipeline import Run
 from lorap.compression.quantization import input_moments
+from lorap.compression.stored_bytes import DenseModel
 from lorap.nn.quantized import QuantizedLinear
 from lorap.system import Stopwatch
 
@@ -44,6 +47,7 @@ CELLS = {
     "dense": "dense, bfloat16",
     "dense-int8": "dense, int8",
     "dense-int4": "dense, int4",
+    **{f"dense-{bits}": f"dense, int4 and int8, {bits} bits" for bits in ("4.5", "5", "6")},
     "dense-int4-nearest": "dense, int4, rounded to the nearest",
     "dense-int3": "dense, 3 bits",
     **{
@@ -114,12 +118,26 @@ def make(name: str, dense: Any, tokenizer: Any, out: Path, test_count: int) -> N
         model = copy.deepcopy(dense)
         if name == "dense-int3":
             to_3_bits(model, windows)
+        elif rest and rest[0][0].isdigit():
+            keep(name, mixed(float(rest[0]), model, tokenizer, ids))
+            return
         elif rest:
             nearest = rest[-1] != "int4"
             lorap.quantize(model, rest[0], group_size=GROUP, calibration=None if nearest else windows.input_ids)
         keep(name, model, 3 if name == "dense-int3" else None)
         return
     make_best(rest[0], dense, tokenizer, ids, keep)
+
+
+def mixed(bits: float, model: Any, tokenizer: Any, ids: torch.Tensor) -> Any:
+    """Rounded to 4 and 8 bits under a budget."""
+    windows = {"num_calibration_samples": WINDOWS, "calibration_seq_len": SEQ_LEN}
+    # Scales count as the float32 numbers that they are computed with, 16 bits more for each group than those that are stored.
+    config = lorap.CompressionConfig(bits_per_weight=bits + 16 / GROUP, group_size=GROUP, **windows)
+    context = DecoderContext.of(model, device=torch.device("cpu"))
+    config = resolve_budget(DenseModel.of(model, context.architecture), config)
+    Run(context, "model", tokenizer, config, Stopwatch()).compress(ids, ())
+    return model
 
 
 def make_best(sparsity: str, dense: Any, tokenizer: Any, ids: torch.Tensor, keep: Callable[..., None]) -> None:
