@@ -5,6 +5,12 @@ from __future__ import annotations
 from lorap.architectures import ATTENTION, MLP, PROJECTIONS
 from lorap.config import CompressionConfig
 
+# An expert is pruned and refitted by what it read only if it read so many tokens of each fold of the calibration text. Two FFNs
+# of SmolLM2-135M as if they were experts, 30 % of the channels removed: chosen by weights alone, outputs on another text are off
+# by 0.50 and 0.56, by the activations of 2 tokens by 0.46 and 0.50, of 8 by 0.43 and 0.45, of 128 by 0.41 and 0.37; refitted they
+# are never further off. Eight leave a margin, since tokens of one expert are more alike.
+FEW_TOKENS = 8
+
 
 def compressed_roles(config: CompressionConfig) -> tuple[str, ...]:
     """The projections of the sub-layers that a config compresses."""

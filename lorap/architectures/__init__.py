@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from lorap.architectures.experts import Experts, PackedExperts, check_experts
 from lorap.architectures.splitting import GATE_UP, QKV, Fused, split
 from lorap.errors import ArchitectureError
 
@@ -38,9 +39,9 @@ SHARED_INPUTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 
 
-def _llama_projections() -> Mapping[str, str]:
+def _llama_projections(mlp: str = "mlp") -> Mapping[str, str]:
     attention = {name: f"self_attn.{name}" for name in ATTENTION}
-    return MappingProxyType(attention | {name: f"mlp.{name}" for name in MLP})
+    return MappingProxyType(attention | {name: f"{mlp}.{name}" for name in MLP})
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Architecture:
         projections: path from a decoder layer to each of the seven linear layers.
         other_attention: path to what some layers have in place of attention, and which stays as it is; empty where none has.
         fused: what the family stores as one matrix, and lorap splits (:mod:`lorap.architectures.splitting`).
+        packed: where the experts are, in a family whose FFNs are mixtures (:mod:`lorap.architectures.experts`).
     """
 
     families: str
@@ -66,22 +68,39 @@ class Architecture:
     projections: Mapping[str, str] = field(default_factory=_llama_projections)
     other_attention: str = ""
     fused: Fused = field(default_factory=lambda: MappingProxyType({}))
+    packed: PackedExperts | None = None
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
         """The decoder layers of ``model``, in order."""
         return model.get_submodule(self.layers)  # type: ignore[return-value]
 
     def roles(self, layer: nn.Module) -> tuple[str, ...]:
-        """The projections that a decoder layer has: all seven, or those of the FFN where its attention is of another kind."""
-        return MLP if self.other_attention and self.other_attention in layer._modules else PROJECTIONS
+        """The projections of a decoder layer that are linear layers.
+
+        All seven; those of the FFN where its attention is of another kind, those of attention where the FFN is several experts.
+        """
+        attention = () if self.other_attention and self.other_attention in layer._modules else ATTENTION
+        return attention + (MLP if self.experts(layer) is None else ())
 
     def linears(self, layer: nn.Module) -> dict[str, nn.Linear]:
         """The linear layers of one dense decoder layer that lorap works on, by role."""
         return {role: layer.get_submodule(self.projections[role]) for role in self.roles(layer)}  # type: ignore[misc]
 
+    def experts(self, layer: nn.Module) -> Experts | None:
+        """The experts of one decoder layer; None where its FFN is none of several."""
+        if self.packed is None or not hasattr(layer.get_submodule(self.mlp), self.packed.path.rpartition(".")[2]):
+            return None
+        return Experts(layer.get_submodule(self.packed.path))
+
+    def shapes(self, layer: nn.Module) -> dict[str, tuple[int, int]]:
+        """(out_features, in_features) of the projections of one dense decoder layer, by role; of each expert alike."""
+        linears, experts = self.linears(layer), self.experts(layer)
+        found = {role: (linear.out_features, linear.in_features) for role, linear in linears.items()}
+        return found | (experts.shapes if experts else {})
+
     def attention_of(self, layer: nn.Module) -> nn.Module:
         """The attention of one decoder layer, of whatever kind."""
-        ours = self.roles(layer) == PROJECTIONS
+        ours = ATTENTION[0] in self.roles(layer)
         return layer.get_submodule(self.attention if ours else self.other_attention)
 
     def activation_of(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -91,9 +110,18 @@ class Architecture:
             found = getattr(found, part)
         return found  # type: ignore[no-any-return]
 
+    @property
+    def width_field(self) -> str:
+        """What configs call the width of an FFN, or of an expert."""
+        return self.packed.width_field if self.packed else "intermediate_size"
+
+    def ffn_name(self, index: int) -> str:
+        """Full name of what has the width of a layer's FFN: the FFN, or its experts."""
+        return f"{self.layers}.{index}.{self.packed.path if self.packed else self.mlp}"
+
     def ffn_widths(self, model: nn.Module) -> list[int]:
         """Channels of each layer's FFN."""
-        return [self.linears(layer)["down_proj"].in_features for layer in self.decoder_layers(model)]
+        return [self.shapes(layer)["down_proj"][1] for layer in self.decoder_layers(model)]
 
     def zeros_to_pad(self, model: nn.Module) -> int:
         """Parameters that fill up every FFN to the widest."""
@@ -109,6 +137,12 @@ class Architecture:
     def module_name(self, index: int, role: str) -> str:
         """Full name of a projection, as in the checkpoint."""
         return f"{self.layers}.{index}.{self.projections[role]}"
+
+
+def _mixture(families: str, **packed: Any) -> Architecture:
+    """A family with Llama's attention and experts in place of its FFN."""
+    found = PackedExperts(**packed)
+    return Architecture(families, activation="experts.act_fn", projections=_llama_projections(found.path), packed=found)
 
 
 # config.model_type -> names
@@ -148,6 +182,14 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "seed_oss": Architecture("Seed-OSS"),
         "stablelm": Architecture("StableLM"),
         "vaultgemma": Architecture("VaultGemma"),
+        "mixtral": _mixture(
+            "Mixtral",
+            stored="block_sparse_moe.experts",
+            parts=("w1", "w3", "w2"),
+            width_field="intermediate_size",
+        ),
+        "olmoe": _mixture("OLMoE", width_field="intermediate_size"),
+        "qwen3_moe": _mixture("Qwen3, mixtures of experts"),
         # Vision and language: the language model is compressed, the rest stays as it is.
         "gemma3": Architecture("Gemma 3 with vision", layers="model.language_model.layers"),
         "idefics3": Architecture("Idefics 3, SmolVLM", layers="model.text_model.layers"),
@@ -173,18 +215,19 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "bitnet": "its FFN has a norm between gate * up and down",
         "gemma4": "its layers share keys and values, or have no values of their own",
         "gemma4_text": "its layers share keys and values, or have no values of their own",
-        **dict.fromkeys(("deepseek_v2", "deepseek_v3", "gpt_oss", "mixtral", "olmoe", "qwen3_moe"), _EXPERTS),
+        **dict.fromkeys(("deepseek_v2", "deepseek_v3", "gpt_oss"), _EXPERTS),
         **dict.fromkeys(("gpt2", "gpt_neox", "nemotron", "phi", "starcoder2"), _NO_GATE),
     }
 )
 
 
-def known_architecture(model: nn.Module, *, to: str) -> Architecture:
+def known_architecture(model: nn.Module, *, to: str, experts: bool = False) -> Architecture:
     """The table entry for a model, dense or compressed.
 
     Args:
         model: of transformers; what its family stores as one matrix is split.
         to: what it is wanted for, for the message.
+        experts: whether that can be done to mixtures of experts.
 
     Raises:
         ArchitectureError: the family is unknown.
@@ -192,6 +235,11 @@ def known_architecture(model: nn.Module, *, to: str) -> Architecture:
     model_type = getattr(model.config, "model_type", "")
     if model_type not in ARCHITECTURES:
         raise ArchitectureError(f"cannot {to} model type {model_type!r}; known: {', '.join(ARCHITECTURES)}")
+    if ARCHITECTURES[model_type].packed and not experts:
+        raise ArchitectureError(
+            f"cannot {to} a {model_type} model, whose FFNs are mixtures of experts: lorap compresses, evaluates and runs those "
+            "in floating point, and nothing else so far"
+        )
     return split_model(model)
 
 
@@ -222,6 +270,8 @@ def find_architecture(model: nn.Module) -> Architecture:
             "this model was compressed by lorap already; start from the dense model and ask for a higher sparsity instead"
         )
     architecture = split_model(model)
+    if architecture.packed:
+        _check_mixtures(architecture, model)
     for index, layer in enumerate(architecture.decoder_layers(model)):
         for role in architecture.roles(layer):
             _check_linear(layer, architecture.projections[role], architecture.module_name(index, role))
@@ -242,6 +292,17 @@ def _quant_method(config: object) -> str:
     quantization = config.quantization_config  # type: ignore[attr-defined]
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
     return str(getattr(method, "value", method))
+
+
+def _check_mixtures(architecture: Architecture, model: Any) -> None:
+    """Every layer has experts, packed as lorap knows them."""
+    for index, layer in enumerate(architecture.decoder_layers(model)):
+        if (experts := architecture.experts(layer)) is None:
+            raise ArchitectureError(
+                f"layer {index} of this {model.config.model_type} model has one FFN and others have experts; lorap compresses "
+                "models that have experts in every layer, or in none"
+            )
+        check_experts(experts.module, architecture.ffn_name(index))
 
 
 def _check_linear(layer: nn.Module, path: str, name: str) -> None:

@@ -4,6 +4,8 @@
 - q, k and v read one tensor; gate and up read one tensor.
 - Values reach o through v alone, and what o gives is what attention gives.
 - down reads act(gate) * up and nothing else, and what down gives is what the FFN gives.
+- Experts, once per layer, give the sum of what those that the router chose for a token give, times its weights; each is an FFN as
+  above. Routers, and what FFNs add beside their experts, are nobody's concern.
 
 Statistics are summed up once per shared input, channels are dropped from gate, up and down together, and kernels fuse what lies
 between them: each is wrong where the contract does not hold, and nothing else that a layer does matters. So a row of
@@ -24,6 +26,7 @@ import transformers
 from torch import Tensor, nn
 
 from lorap.architectures import SHARED_INPUTS, text_config
+from lorap.architectures.experts import Experts
 from lorap.calibration.context import DecoderContext, on_device
 from lorap.calibration.stream import CalibrationStream, run_layer
 from lorap.calibration.windows import TokenWindows
@@ -42,6 +45,7 @@ class _Calls:
 
     count: int = 0
     read: Tensor | None = None
+    args: tuple[Any, ...] = ()
     gave: Tensor | None = None
 
 
@@ -84,7 +88,8 @@ class _Layer:
         self.linears = self.architecture.linears(self.layer)
 
     def verify(self) -> None:
-        parts = {"mlp": self.layer.get_submodule(self.architecture.mlp)}
+        experts = self.architecture.experts(self.layer)
+        parts = {"mlp": experts.module if experts else self.layer.get_submodule(self.architecture.mlp)}
         parts["attention"] = self.architecture.attention_of(self.layer)
         modules: dict[str, nn.Module] = {**self.linears, **parts}
         calls = self._run(modules)
@@ -99,12 +104,35 @@ class _Layer:
         for first, *others in (readers for readers in SHARED_INPUTS.values() if readers[0] in self.linears):
             for other in others:
                 self._same(calls[other].read, calls[first].read, f"what {other} reads is not what {first} reads")
+        if experts:
+            self._verify_experts(experts, calls["mlp"])
+        else:
+            self._verify_ffn(calls)
+        if "o_proj" in self.linears:
+            self._verify_attention(calls)
+
+    def _verify_ffn(self, calls: Mapping[str, _Calls]) -> None:
         inner = self.architecture.activation_of(self.layer)(_given(calls["gate_proj"])) * _given(calls["up_proj"])
         what = f"what down_proj reads is not {self._activation()}(gate_proj) * up_proj"
         self._same(calls["down_proj"].read, inner, what)
         self._same(calls["mlp"].gave, calls["down_proj"].gave, "what the FFN gives is not what down_proj gives")
-        if "o_proj" in self.linears:
-            self._verify_attention(calls)
+
+    def _verify_experts(self, experts: Experts, calls: _Calls) -> None:
+        name = self.architecture.ffn_name(self.index)
+        if calls.count != 1 or len(calls.args) != 3:
+            raise self._refusal(
+                f"{name} is called {calls.count} times with {len(calls.args)} arguments in one forward pass, not once with "
+                "hidden states, experts and weights"
+            )
+        activation, (x, chosen, weights) = self.architecture.activation_of(self.layer), calls.args
+        expected = torch.zeros_like(x)
+        for expert in range(experts.count):
+            gate, up, down = experts.weights(expert)
+            rows, places = (chosen == expert).nonzero(as_tuple=True)
+            found = (activation(x[rows] @ gate.T) * (x[rows] @ up.T)) @ down.T * weights[rows, places, None]
+            expected.index_add_(0, rows, found.to(expected.dtype))
+        what = f"what {name} gives is not the sum of {self._activation()}(gate_proj) * up_proj through down_proj, by weight"
+        self._same(calls.gave, expected, what)
 
     def _verify_attention(self, calls: Mapping[str, _Calls]) -> None:
         self._same(calls["attention"].gave, calls["o_proj"].gave, "what attention gives is not what o_proj gives")
@@ -122,7 +150,7 @@ class _Layer:
             def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
                 found = calls[name]
                 found.count += 1
-                found.read = args[0] if args else next(iter(kwargs.values()))
+                found.args, found.read = args, args[0] if args else next(iter(kwargs.values()))
                 found.gave = output[0] if isinstance(output, tuple) else output
 
             return hook

@@ -170,7 +170,7 @@ class CalibrationStream:
             By the names of ``probes``, one per fold, summed over all processes.
         """
         stats = {name: tuple(_empty(probe) for _ in range(self.folds)) for name, probe in probes.items()}
-        floor = self._smallest_sq_norm() if any(probe.weighted for probe in probes.values()) else 0.0
+        floor = self.smallest_sq_norm() if any(probe.weighted for probe in probes.values()) else 0.0
         for batch in self.batches:
             seen: set[str] = set()
             with ExitStack() as hooks:
@@ -186,7 +186,31 @@ class CalibrationStream:
                 fold.add_up(self.processes)
         return stats
 
-    def _smallest_sq_norm(self) -> float:
+    @torch.no_grad()
+    def record(self, index: int, layer: nn.Module, module: nn.Module) -> Iterator[tuple[Batch, tuple[Any, ...]]]:
+        """(batch, positional arguments of ``module``), batch by batch of this process; the layer runs as far as that.
+
+        Args:
+            index: of the layer.
+            layer: the decoder layer, in memory.
+            module: inside it.
+        """
+        for batch in self.batches:
+            found: list[tuple[Any, ...]] = []
+
+            def note(_module: nn.Module, args: tuple[Any, ...], found: list[tuple[Any, ...]] = found) -> None:
+                found.append(args)
+                raise _SeenEnough
+
+            handle = module.register_forward_pre_hook(note)
+            try:
+                with suppress(_SeenEnough):
+                    run_layer(layer, batch.hidden, batch, index)
+            finally:
+                handle.remove()
+            yield batch, found[0]
+
+    def smallest_sq_norm(self) -> float:
         """The mean square that weights are bounded by: over all real tokens, so that it does not depend on batches."""
         found = [
             _sq_norm(batch) if batch.mask is None else _sq_norm(batch)[batch.mask.bool()] for batch in self.batches
@@ -248,9 +272,7 @@ class _SeenEnough(Exception):
 def _updater(
     stats: ActivationStats, batch: Batch, probe: Probe, name: str, seen: set[str], *, wanted: int, floor: float
 ) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    weights = None
-    if probe.weighted:
-        weights = 1 / _sq_norm(batch).clamp(min=floor)
+    weights = token_weights(batch, floor) if probe.weighted else None
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         stats.update(args[0], batch.mask, weights)
@@ -259,6 +281,16 @@ def _updater(
             raise _SeenEnough
 
     return hook
+
+
+def token_weights(batch: Batch, floor: float) -> Tensor:
+    """(windows, seq_len) float32: what :attr:`Probe.weighted` counts each token by.
+
+    Args:
+        batch: before the layer.
+        floor: from :meth:`CalibrationStream.smallest_sq_norm`.
+    """
+    return 1 / _sq_norm(batch).clamp(min=floor)
 
 
 def _sq_norm(batch: Batch) -> Tensor:

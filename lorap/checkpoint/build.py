@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from lorap.architectures import ARCHITECTURES, ATTENTION, MLP, split_model
+from lorap.architectures.experts import DOWN, GATE_UP, Experts
 from lorap.architectures.splitting import join
+from lorap.checkpoint.expert_tensors import pack_experts
 from lorap.checkpoint.format import LoRAPConfig
-from lorap.checkpoint.headers import read_header
 from lorap.checkpoint.quantization_fields import projection_of
 from lorap.checkpoint.renaming import renamed
+from lorap.checkpoint.stored_tensors import stored_tensors
 from lorap.errors import CheckpointError
 from lorap.jsonio import named
 from lorap.nn import int8
@@ -41,9 +43,7 @@ def put_layers(model: PreTrainedModel, config: LoRAPConfig) -> dict[str, tuple[i
     bare = bare_prefix(model)
     wanted = _put_low_rank(model, config, bare)
     for full_name, width in config.intermediate_sizes.items():
-        name = full_name.removeprefix(bare)
-        resize_mlp(model, name, width)
-        wanted += [f"{name}.{role}.weight" for role in MLP]
+        wanted += _put_width(model, full_name.removeprefix(bare), width)
     for full_name in config.biases:
         name = full_name.removeprefix(bare)
         old = _linear(model, name)
@@ -60,6 +60,21 @@ def put_layers(model: PreTrainedModel, config: LoRAPConfig) -> dict[str, tuple[i
         wanted += _put_quantized(model, config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return {bare + name: shapes[name] for name in wanted}
+
+
+def _put_width(model: PreTrainedModel, name: str, width: int) -> list[str]:
+    """An FFN, or the experts of a layer, of another width; returns the names of their tensors in ``model``."""
+    architecture = ARCHITECTURES.get(model.config.model_type)
+    if architecture is None or architecture.packed is None:
+        resize_mlp(model, name, width)
+        return [f"{name}.{role}.weight" for role in MLP]
+    module = _module(model, name)
+    if not name.endswith(f".{architecture.packed.path}"):
+        raise CheckpointError(
+            f"quantization_config names {named(name)}, which is a {type(module).__name__}, not the experts of a layer"
+        )
+    Experts(module).resize(width)
+    return [f"{name}.{leaf}" for leaf in (GATE_UP, DOWN)]
 
 
 def join_model(model: PreTrainedModel) -> None:
@@ -147,7 +162,8 @@ def check_stored(model: PreTrainedModel, files: Sequence[str], wanted: Mapping[s
     paths = [Path(file) for file in files]
     if not paths or any(path.suffix != ".safetensors" for path in paths):
         return
-    stored = renamed(model, {name: info.shape for path in paths for name, info in read_header(path).items()})
+    tensors = {name: one for path in paths for name, one in stored_tensors(path).items()}
+    stored = {name: one.shape for name, one in pack_experts(model, renamed(model, tensors)).items()}
     folder = paths[0].parent
     first = next(iter(wanted), "")
     if first not in stored and first.partition(".")[2] in stored:  # saved without the head
@@ -237,13 +253,18 @@ def resize_mlp(model: nn.Module, name: str, width: int) -> None:
     model.get_submodule(name).intermediate_size = width  # type: ignore[assignment]
 
 
-def _linear(model: nn.Module, name: str) -> nn.Linear:
+def _module(model: nn.Module, name: str) -> Any:
     module: Any = model
     try:
         for part in name.split("."):
             module = module._modules[part]  # not get_submodule: properties such as base_model are second names
     except (KeyError, AttributeError):
         raise CheckpointError(f"quantization_config names {named(name)}, but the model has no such layer") from None
+    return module
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    module = _module(model, name)
     if not isinstance(module, nn.Linear):
         raise CheckpointError(
             f"quantization_config names {named(name)}, which is a {type(module).__name__}, not a linear layer"

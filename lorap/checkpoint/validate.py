@@ -22,6 +22,7 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from lorap.architectures import ARCHITECTURES, split_model, text_config
 from lorap.checkpoint.build import check_stored, put_layers
+from lorap.checkpoint.expert_tensors import pack_experts
 from lorap.checkpoint.folders import CONFIG, CONTAINERS, read_files, weight_files
 from lorap.checkpoint.foreign import floating_point, is_floating_point_read
 from lorap.checkpoint.format import QUANT_METHOD, LoRAPConfig
@@ -171,7 +172,7 @@ def check_folder(folder: Path) -> CheckedFolder:
         )
     model = empty_model(config)
     wanted = put_layers(model, compression) if compression else {}
-    tensors = renamed(model, tensors)
+    tensors = pack_experts(model, renamed(model, tensors))
     if known and not compression:
         tensors = split_tensors(tensors, model)
     headers = {name: stored.info for name, stored in tensors.items()}

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from lorap.algorithms.pivoting import pivoted_rank
 from lorap.architectures import ATTENTION, MLP
+from lorap.architectures.experts import row_multiple
 from lorap.config import CompressionConfig
 from lorap.errors import ConfigError
 
@@ -45,8 +46,13 @@ def break_even_rank(shape: Shape) -> float:
     return out_features * in_features / (out_features + in_features)
 
 
-def plan_layer(shapes: Mapping[str, Shape], config: CompressionConfig) -> LayerPlan:
+def plan_layer(shapes: Mapping[str, Shape], config: CompressionConfig, *, packed: bool = False) -> LayerPlan:
     """Ranks and width of one decoder layer with the given shapes.
+
+    Args:
+        shapes: (out_features, in_features) by role.
+        config: what is asked for.
+        packed: the FFN is one of several experts, whose widths are multiples of :func:`row_multiple`.
 
     Raises:
         ConfigError: the sparsity is so high that a rank or the FFN width would be 0.
@@ -67,7 +73,10 @@ def plan_layer(shapes: Mapping[str, Shape], config: CompressionConfig) -> LayerP
         ranks |= {role: int(kept * break_even_rank(shapes[role])) for role in MLP}
     elif "mlp" in config.sublayers:
         start, stop = pruned_positions(width, config.sparsity, config.least_important_kept)
-        width = _cut(width - (stop - start), config.width_multiple)
+        multiple = config.width_multiple
+        if packed:
+            multiple = math.lcm(row_multiple(width), 1 if multiple == "auto" else int(multiple))
+        width = _cut(width - (stop - start), multiple)
     # A pair that would not be smaller than the dense matrix is not worth its second matmul.
     ranks = {role: rank for role, rank in ranks.items() if rank < break_even_rank(shapes[role])}
     if config.storage == "pivoted":

@@ -15,7 +15,7 @@ from typing import Literal
 
 from lorap.architectures import MLP
 from lorap.checkpoint.quantization_fields import PACKED_BITS
-from lorap.compression.planning import broken_groups, plan_by_shape
+from lorap.compression.planning import broken_groups, check_experts, plan_by_shape
 from lorap.compression.prices import Prices
 from lorap.compression.stored_bytes import DenseModel, Storage
 from lorap.config import CompressionConfig
@@ -38,6 +38,7 @@ def resolve_budget(dense: DenseModel, config: CompressionConfig) -> CompressionC
     """
     if not config.has_byte_budget:
         return config
+    check_experts(dense, config)
     budget = dense.projection_budget(config)
     choices = weights_to_try(config)
     for chosen in choices:

@@ -6,7 +6,7 @@ observed behind the already compressed parts before it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,17 +15,19 @@ from torch import Tensor, nn
 
 from lorap.algorithms.factorization import Factorization, factorize_batch
 from lorap.algorithms.pivoting import pivot, storage_error
-from lorap.algorithms.pruning import channel_importance, removed_shares
-from lorap.algorithms.refit import fluctuation_scores, keep_best, output_scores, removed_share, repair_down
 from lorap.architectures import MLP, PROJECTIONS, SHARED_INPUTS
+from lorap.architectures.experts import Experts
 from lorap.calibration.context import DecoderContext
+from lorap.calibration.routing import RoutedTokens
 from lorap.calibration.statistics import ActivationStats, check_activations, merged
 from lorap.calibration.stream import CalibrationStream, Probe
 from lorap.compression.allocation import LayerPlan
-from lorap.compression.shrinkage import choose_ridge, choose_shrinkage, shrunk
+from lorap.compression.experts import prune_experts, unchanged
+from lorap.compression.ffn import FFN
+from lorap.compression.shrinkage import choose_shrinkage, shrunk
 from lorap.config import CompressionConfig
 from lorap.distributed import Processes
-from lorap.nn.linear import LowRankLinear, count_parameters, keep_inputs, keep_outputs, new_linear
+from lorap.nn.linear import LowRankLinear, count_parameters, keep_outputs, new_linear
 from lorap.reports.run import ProjectionReport
 from lorap.reports.spectra import Spectrum, sampled_spectrum
 from lorap.requirements import sums_of
@@ -69,30 +71,38 @@ class LayerCompressor:
             CalibrationError: an activation is NaN or infinite.
             FactorizationError: a weight is.
         """
-        dense = self.context.architecture.linears(layer)
-        work = _Layer(self.config, index, plan, dense, output_metrics, self.stream.processes)
+        architecture = self.context.architecture
+        dense, shapes = architecture.linears(layer), architecture.shapes(layer)
+        work = _Layer(
+            self.config, index, plan, dense, architecture.experts(layer), output_metrics, self.stream.processes
+        )
         with self.context.on_device(index):
-            for inputs in self._steps(plan, dense):
+            for inputs in self._steps(plan, pruned=plan.intermediate_size < shapes["gate_proj"][0]):
                 self._compress_part(index, layer, work, inputs)
-        return [work.report(role) for role in PROJECTIONS if role in dense]
+            return [work.report(role) for role in PROJECTIONS if role in shapes]
 
     def _compress_part(self, index: int, layer: nn.Module, work: _Layer, inputs: tuple[str, ...]) -> None:
         """Replace the projections that read ``inputs``, judged on what these are now."""
         plan, dense = work.plan, work.dense
+        experts = work.experts if "mlp_inner" in inputs else None
+        observed = [name for name in inputs if SHARED_INPUTS[name][0] in dense]
         with self.watch("calibrate"):
-            folds = self._observe(index, layer, dense, inputs)
-            for name in inputs:
+            folds = self._observe(index, layer, dense, observed)
+            for name in observed:
                 largest = max(float(stats.largest) for stats in folds[name])
                 work.largest_inputs |= dict.fromkeys(SHARED_INPUTS[name], largest)
-            release_freed_memory(max(linear.weight.numel() for linear in dense.values()))
+            routed = self._routed(index, layer, experts) if experts else None
+            release_freed_memory(max((linear.weight.numel() for linear in dense.values()), default=0))
         # The FFN first: its sums are the largest of all, and go when it is done.
         with self.watch("prune"):
-            if "mlp_inner" in inputs and plan.intermediate_size < dense["gate_proj"].out_features:
+            if routed is not None:
+                work.prune_experts(routed)
+            elif "mlp_inner" in inputs and plan.intermediate_size < dense["gate_proj"].out_features:
                 work.prune(folds["mlp_input"], folds.pop("mlp_inner"))
                 layer.get_submodule(self.context.architecture.mlp).intermediate_size = plan.intermediate_size  # type: ignore[assignment]
                 release_freed_memory(dense["down_proj"].weight.numel())
         with self.watch("factorize"):
-            for name in inputs:
+            for name in observed:
                 roles = [role for role in SHARED_INPUTS[name] if role in plan.ranks]
                 if roles:
                     work.factorize(
@@ -101,9 +111,8 @@ class LayerCompressor:
         for role, module in work.replaced.items():
             layer.set_submodule(self.context.architecture.projections[role], module)
 
-    def _steps(self, plan: LayerPlan, dense: Mapping[str, nn.Linear]) -> list[tuple[str, ...]]:
+    def _steps(self, plan: LayerPlan, *, pruned: bool) -> list[tuple[str, ...]]:
         """Which inputs are observed together, in order; those that nothing depends on are left out."""
-        pruned = plan.intermediate_size < dense["gate_proj"].out_features
         needed = [
             name
             for name, readers in SHARED_INPUTS.items()
@@ -115,9 +124,11 @@ class LayerCompressor:
         return [*steps, ("mlp_input", "mlp_inner")] if pruned else steps
 
     def _observe(
-        self, index: int, layer: nn.Module, dense: Mapping[str, nn.Linear], inputs: tuple[str, ...]
+        self, index: int, layer: nn.Module, dense: Mapping[str, nn.Linear], inputs: Sequence[str]
     ) -> dict[str, Folds]:
         """Statistics by the name of the input."""
+        if not inputs:
+            return {}
         probes = {name: self._probe(name, dense[SHARED_INPUTS[name][0]]) for name in inputs}
         found = self.stream.observe(index, layer, probes)
         check_activations(found, index)
@@ -125,8 +136,16 @@ class LayerCompressor:
 
     def _probe(self, name: str, linear: nn.Linear) -> Probe:
         mean, moments = sums_of(self.config, name)
-        weighted = self.config.token_weighting == "residual" and name in ("attention_output", "mlp_inner")
+        weighted = self._weighs_tokens and name in ("attention_output", "mlp_inner")
         return Probe(linear, mean=mean, moments=moments, weighted=weighted)
+
+    def _routed(self, index: int, layer: nn.Module, experts: Experts) -> RoutedTokens:
+        """What the experts read."""
+        return RoutedTokens.record(self.stream, index, layer, experts, weighted=self._weighs_tokens)
+
+    @property
+    def _weighs_tokens(self) -> bool:
+        return self.config.token_weighting == "residual"
 
 
 class _Layer:
@@ -138,10 +157,12 @@ class _Layer:
         index: int,
         plan: LayerPlan,
         dense: Mapping[str, nn.Linear],
+        experts: Experts | None,
         output_metrics: Mapping[str, Tensor],
         processes: Processes,
     ) -> None:
-        self.config, self.index, self.plan, self.dense = config, index, plan, dense
+        self.config, self.index, self.plan, self.dense, self.experts = config, index, plan, dense, experts
+        self.of_experts: dict[str, ProjectionReport] = {}
         self.output_metrics = output_metrics
         self.processes = processes
         self.replaced: dict[str, nn.Module] = {}
@@ -220,45 +241,26 @@ class _Layer:
             self._unpack(role, one)
 
     def _prune(self, input_folds: Folds, inner_folds: Folds) -> None:
-        config = self.config
         gate, up, down = (self.dense[role] for role in MLP)
-        inner = merged(inner_folds, moments=False)
-        weights = (gate.weight.data, up.weight.data, down.weight.data)
-        # Weighted tokens or not, the norms of both inputs are of as many tokens: the paper's score adds one to the other.
-        inner_sq_norm = inner.channel_sq_norm * (inner.tokens / inner.weight if inner.weight > 0 else 1.0)
-        norms = (merged(input_folds).channel_sq_norm, inner_sq_norm)
+        mean = merged(inner_folds, moments=False).mean if self.config.bias_compensation else None
         metric = self._output_metric("down_proj", down.weight)
-        if config.channel_score == "lorap":
-            scores = channel_importance(*weights, *norms)
-        elif config.channel_score == "output":
-            scores = output_scores(down.weight.data, inner.channel_sq_norm, metric)
-        elif config.channel_score == "fluctuation":
-            scores = fluctuation_scores(down.weight.data, inner.variance)
-        else:
-            raise AssertionError(f"channel_score {config.channel_score!r} has no formula here")
-        kept = keep_best(scores, self.plan.intermediate_size, least_important_kept=config.least_important_kept)
-        self.errors |= removed_shares(*weights, *norms, kept)
-        narrow = keep_inputs(down, kept)
-        if config.repair:
-            weight = self._repaired(inner_folds, kept)
-            self.errors["down_proj"] = removed_share(down.weight.data, inner_folds[0].moment, kept, weight)
-            narrow = new_linear(weight.to(down.weight.dtype), None if down.bias is None else down.bias.data)
-        if config.bias_compensation:
-            narrow = _with_mean_output(down, narrow, kept, inner.mean)
-        self.replaced |= {"gate_proj": keep_outputs(gate, kept), "up_proj": keep_outputs(up, kept), "down_proj": narrow}
+        ffn = FFN(gate.weight.data, up.weight.data, down.weight.data, input_folds, inner_folds, metric)
+        found = ffn.prune(self.plan.intermediate_size, self.config)
+        self.errors |= found.errors
+        narrow = new_linear(found.down, None if down.bias is None else down.bias.data)
+        if mean is not None:
+            narrow = _with_mean_output(down, narrow, found.kept, mean)
+        self.replaced |= {
+            "gate_proj": keep_outputs(gate, found.kept),
+            "up_proj": keep_outputs(up, found.kept),
+            "down_proj": narrow,
+        }
 
-    def _repaired(self, folds: Folds, kept: Tensor) -> Tensor:
-        """The refitted down projection; afterwards the first fold holds the sums of all, and the others no outer products."""
-        down = self.dense["down_proj"].weight.data
-        shrinkage = self._shrinkage(folds)
-        ridge = self.config.repair_ridge
-        if ridge == "auto":
-            ridge = choose_ridge(down, folds, kept, shrinkage=shrinkage)
-        for fold in folds[1:]:
-            folds[0].merge(fold)
-            fold.outer = None
-        release_freed_memory(down.numel())
-        return repair_down(down, folds[0].moment.shrunk(shrinkage), kept, ridge=float(ridge))
+    def prune_experts(self, routed: RoutedTokens) -> None:
+        """Narrower experts."""
+        metric = self._output_metric("down_proj", routed.experts.module.down_proj)
+        found = prune_experts(routed, self.index, self.plan.intermediate_size, self.config, metric=metric)
+        self.of_experts = {report.role: report for report in found}
 
     def _metric(self, folds: Folds) -> Tensor | None:
         """What a factorization is judged on: nothing, the channel norms, the second moment, or the spread of the outputs."""
@@ -279,6 +281,10 @@ class _Layer:
         return None if metric is None else metric.to(weight.device)
 
     def report(self, role: str) -> ProjectionReport:
+        """What became of one projection."""
+        if role not in self.dense:
+            assert self.experts is not None
+            return self.of_experts.get(role) or unchanged(self.experts, self.index, role)
         before, after = self.dense[role], self.replaced.get(role, self.dense[role])
         solver, excess = self.factorizations.get(role, (None, 0.0))
         return ProjectionReport(

@@ -144,6 +144,7 @@ def check_sizes(dense: DenseModel, config: CompressionConfig) -> None:
     Raises:
         ConfigError: the sparsity leaves too little; or rows are no whole groups, where a host without lorap wants them.
     """
+    check_experts(dense, config)
     _check_groups(dense, config)
     if config.sparsity == 0 or plan_by_shape(dense, config) is not None:
         return
@@ -151,6 +152,37 @@ def check_sizes(dense: DenseModel, config: CompressionConfig) -> None:
         _check_drop(channels_to_drop(config, dense.shapes), [shape["gate_proj"][0] for shape in dense.shapes])
     else:
         Prices(config, dense).check_budget()
+
+
+def check_experts(dense: DenseModel, config: CompressionConfig) -> None:
+    """Refuse what cannot be done to mixtures of experts.
+
+    Raises:
+        ConfigError: naming the option and what to choose.
+    """
+    if max(dense.experts, default=1) == 1:
+        return
+    wrong = {
+        "size": (config.size is not None, "a sparsity"),
+        "bits_per_weight": (config.bits_per_weight is not None, "a sparsity"),
+        f"weights {config.weights}": (config.weights != "float", "weights float"),
+        "target stock": (config.target == "stock", "target lorap"),
+        f"mlp_method {config.mlp_method}": (config.mlp_method != "prune", "mlp_method prune"),
+        "bias_compensation": (config.bias_compensation, "no bias_compensation"),
+        f"allocation {config.allocation}": (
+            config.allocation in ("loss", "flap"),
+            "allocation even or paper",
+        ),
+        f"channel_score {config.channel_score} with output_weighting {config.output_weighting}": (
+            "down_proj" in roles_with_output_metric(config),
+            "output_weighting none",
+        ),
+    }
+    for what, (asked, instead) in wrong.items():
+        if asked:
+            raise ConfigError(
+                f"{what} cannot be had for the experts of a {dense.config.model_type} model; choose {instead}"
+            )
 
 
 def _check_gradients(sensitivity: Sensitivity, name: str, dtype: torch.dtype) -> None:
@@ -231,7 +263,9 @@ def plan_by_shape(dense: DenseModel, config: CompressionConfig) -> list[LayerPla
         width = stock_width(shapes[0], config, multiple=multiple)
         return [LayerPlan(ranks={}, intermediate_size=width) for _ in shapes]
     if config.allocation in ("paper", "even"):
-        return [plan_layer(shape, config) for shape in shapes]
+        return [
+            plan_layer(shape, config, packed=experts > 1) for shape, experts in zip(shapes, dense.experts, strict=True)
+        ]
     return None
 
 

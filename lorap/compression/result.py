@@ -34,13 +34,13 @@ def describe_in_config(context: DecoderContext, plans: Sequence[LayerPlan], conf
     }
     widths = [plan.intermediate_size for plan in plans]
     text = text_config(model.config)
-    dense_width = text.intermediate_size
+    dense_width = getattr(text, architecture.width_field)
     biases = _new_biases(context, config)
     # A host without lorap would leave the added biases out and only warn; at widths unlike the config's it refuses.
     uniform = len(set(widths)) == 1 and not biases
     if uniform:
-        text.intermediate_size = widths[0]
-    sizes = {f"{architecture.layers}.{index}.{architecture.mlp}": width for index, width in enumerate(widths)}
+        setattr(text, architecture.width_field, widths[0])
+    sizes = {architecture.ffn_name(index): width for index, width in enumerate(widths)}
     # What a family stores as one matrix is stored in parts now, which no host but lorap looks for.
     split = bool(architecture.fused)
     changed = split or ranks or widths != [dense_width] * len(widths) or config.bits is not None

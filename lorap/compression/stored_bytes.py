@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lorap.architectures import MLP, Architecture
+from lorap.architectures.experts import DOWN, GATE_UP
 from lorap.checkpoint.write import model_tensors, nbytes
 from lorap.compression.allocation import LayerPlan, Shape
 from lorap.config import CompressionConfig
@@ -72,6 +73,7 @@ class DenseModel:
         biases: roles that have one, for each layer.
         itemsize: bytes of a number.
         other_bytes: of all that is no projection: embeddings, norms, the head.
+        experts: of each layer's FFN; 1 where it is one.
     """
 
     config: PreTrainedConfig
@@ -79,27 +81,34 @@ class DenseModel:
     biases: Sequence[frozenset[str]]
     itemsize: int
     other_bytes: int
+    experts: Sequence[int]
 
     @classmethod
     def of(cls, model: PreTrainedModel, architecture: Architecture) -> DenseModel:
         """That of a model in memory, offloaded, or on the meta device."""
-        linears = [architecture.linears(layer) for layer in architecture.decoder_layers(model)]
+        layers = architecture.decoder_layers(model)
+        linears = [architecture.linears(layer) for layer in layers]
         names = (architecture.module_name(index, role) for index, layer in enumerate(linears) for role in layer)
         own = {f"{name}.{leaf}" for name in names for leaf in ("weight", "bias")}
+        if architecture.packed:
+            own |= {
+                f"{architecture.ffn_name(index)}.{leaf}" for index in range(len(layers)) for leaf in (GATE_UP, DOWN)
+            }
         return cls(
             config=model.config,
-            shapes=[{role: (each.out_features, each.in_features) for role, each in layer.items()} for layer in linears],
+            shapes=[architecture.shapes(layer) for layer in layers],
             biases=[frozenset(role for role, each in layer.items() if each.bias is not None) for layer in linears],
             itemsize=model.dtype.itemsize,
             other_bytes=sum(nbytes(tensor) for name, tensor in model_tensors(model) if name not in own),
+            experts=[found.count if (found := architecture.experts(layer)) else 1 for layer in layers],
         )
 
     @property
     def weights(self) -> int:
         """Parameters of all projections, biases included."""
         return sum(
-            out * inner + (out if role in biases else 0)
-            for shapes, biases in zip(self.shapes, self.biases, strict=True)
+            (out * inner + (out if role in biases else 0)) * (experts if role in MLP else 1)
+            for shapes, biases, experts in zip(self.shapes, self.biases, self.experts, strict=True)
             for role, (out, inner) in shapes.items()
         )
 

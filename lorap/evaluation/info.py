@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lorap.architectures import PROJECTIONS
+from lorap.architectures import ARCHITECTURES, MLP, PROJECTIONS
+from lorap.architectures.experts import DOWN, GATE_UP
 from lorap.checkpoint.find import ModelSource
 from lorap.checkpoint.folders import packed_shapes, read_files
 from lorap.checkpoint.gguf.header import read_gguf
@@ -59,7 +60,7 @@ def describe_model(source: ModelSource) -> dict[str, Any]:
     if source.folder is None:
         raise CheckpointError(f"no model folder {source.location}; `info` reads local folders and .gguf files only")
     checked = source.checked or source.contents
-    tensors = checked.headers if checked else gguf_tensors(source.folder / str(source.gguf_file))
+    tensors = single_projections(checked.headers) if checked else gguf_tensors(source.folder / str(source.gguf_file))
     config: Mapping[str, Any] = checked.settings if checked else {}
     settings = checked.compression if checked else None
     packed = packed_shapes(read_files(source.folder)) if settings and settings.group_size else {}
@@ -67,6 +68,8 @@ def describe_model(source: ModelSource) -> dict[str, Any]:
     origin, after = _origin(source, settings, parameters)
     before, width = origin.params, origin.width
     text = config.get("text_config", config)
+    family = ARCHITECTURES.get(str(config.get("model_type")))
+    dense_field = family.width_field if family else "intermediate_size"
     index_bytes = sum(t.nbytes for name, t in tensors.items() if t.is_index and not name.endswith(f".{WEIGHT_SHAPE}"))
     ranks: dict[str, list[int]] = defaultdict(list)
     for name, rank in settings.ranks.items() if settings else ():
@@ -99,8 +102,8 @@ def describe_model(source: ModelSource) -> dict[str, Any]:
         "ranks": {role: sorted(set(found)) for role, found in ranks.items()},
         "intermediate_size": sorted({*settings.intermediate_sizes.values()})
         if settings and settings.intermediate_sizes
-        else [text["intermediate_size"]]
-        if isinstance(text.get("intermediate_size"), int)
+        else [text[dense_field]]
+        if isinstance(text.get(dense_field), int)
         else [],
         "dense_intermediate_size": width,
     }
@@ -284,6 +287,24 @@ def _count(
         else:
             before[kind] += tensor.numel
     return before, after
+
+
+def single_projections(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Tensors of packed experts as gate, up and down, the experts of a layer beside each other; others as they are."""
+    found: dict[str, TensorInfo] = {}
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        if len(tensor.shape) != 3 or leaf not in (GATE_UP, DOWN):
+            found[name] = tensor
+            continue
+        experts, rows, columns = tensor.shape
+        if leaf == DOWN:
+            found[f"{name}.weight"] = replace(tensor, shape=(experts * rows, columns))
+            continue
+        for role in MLP[:2]:
+            half = replace(tensor, shape=(rows // 2, experts * columns), nbytes=tensor.nbytes // 2)
+            found[f"{owner}.{role}.weight"] = half
+    return found
 
 
 def kind_of(name: str) -> str:

@@ -217,7 +217,7 @@ class _Ranges:
 
 
 def _architecture(model: PreTrainedModel) -> Architecture:
-    return known_architecture(model, to="find the layers of")
+    return known_architecture(model, to="find the layers of", experts=True)
 
 
 def _kernels(events: Any, device: str, new_tokens: int) -> dict[str, list[KernelTime]]:

@@ -166,16 +166,19 @@ def merge_shared_inputs(model: Model) -> Model:
     """Run q/k/v and gate/up of every decoder layer as one op each, for inference; changes ``model`` and returns it.
 
     Weights, names and checkpoints stay as they are. Training, adapters, hooks and long inputs keep working: where the merged
-    op does not apply or does not pay, each projection runs by itself. An FFN whose activation is not SiLU stays as it is.
+    op does not apply or does not pay, each projection runs by itself. An FFN whose activation is not SiLU, and experts, stay as
+    they are.
 
     Raises:
         ArchitectureError: the model's family is unknown.
     """
-    architecture = known_architecture(model, to="merge the projections of")
+    architecture = known_architecture(model, to="merge the projections of", experts=True)
     for layer in architecture.decoder_layers(model):
         if SHARED_INPUTS["attention_input"][0] in architecture.roles(layer):
             _merge_attention(layer, architecture)
         mlp = layer.get_submodule(architecture.mlp)
+        if architecture.experts(layer):
+            continue  # transformers runs them in one grouped op each, which is as good
         if not isinstance(mlp, GatedMLP) and is_untouched(mlp) and _is_silu(architecture.activation_of(layer)):
             parts = [layer.get_submodule(architecture.projections[role]) for role in MLP]
             layer.set_submodule(architecture.mlp, GatedMLP(*parts).train(mlp.training))
@@ -201,7 +204,7 @@ def optimize_for_inference(model: Model, *, dtype: torch.dtype | None = None) ->
     if dtype is not None:
         _cast(model, dtype)
     merge_shared_inputs(model)
-    architecture = known_architecture(model, to="merge the projections of")
+    architecture = known_architecture(model, to="merge the projections of", experts=True)
     for layer in architecture.decoder_layers(model):
         for role in {"o_proj", "down_proj"} & {*architecture.roles(layer)}:
             _swap_linear(layer, architecture.projections[role])

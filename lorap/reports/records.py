@@ -54,6 +54,21 @@ class Share:
 
 
 @dataclass(frozen=True)
+class ExpertReport:
+    """One projection of one expert.
+
+    Args:
+        tokens: of calibration that reached the expert.
+        error: as that of a projection, on these tokens; 0 where there were none.
+        by_weights: too few tokens reached it, so its weights alone chose its channels, and nothing was refitted.
+    """
+
+    tokens: Count
+    error: float
+    by_weights: bool
+
+
+@dataclass(frozen=True)
 class _Calibration:
     name: str
     windows: Count

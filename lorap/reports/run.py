@@ -15,6 +15,7 @@ from lorap.jsonio import Count, Size, read_as
 from lorap.reports.records import (
     SUMS,
     Evaluation,
+    ExpertReport,
     Tuning,
     check_projections,
     check_sums,
@@ -22,7 +23,7 @@ from lorap.reports.records import (
     read_evaluations,
 )
 from lorap.reports.spectra import Spectrum
-from lorap.requirements import compressed_roles
+from lorap.requirements import FEW_TOKENS, compressed_roles
 
 # The report for people, beside the weights (lorap/reports/html/page.py).
 PAGE = "report.html"
@@ -30,6 +31,8 @@ REPORT, RECOVERY_REPORT = "lorap_report.json", "lorap_recovery.json"
 KIND_HEADER = ("", "parameters before", "after", "kept", "rank", "width", "error min / median / max")
 # Parameters that a rounded width removes on top are reported from this share on.
 TOLD_ROUNDING = 5e-4
+# Layers with experts that few tokens reached that are named.
+TOLD_LAYERS = 8
 # What rounding the factors adds is reported from here on; in float32 it stays below.
 TOLD_STORAGE_ERROR = 1e-6
 
@@ -52,6 +55,8 @@ class ProjectionReport:
         excess: at most this share of ``error`` lies above the least possible one at this rank and for this metric, by proof.
         spectrum: singular values of the weighted matrix; None without factors.
         largest_input: largest magnitude of what it read during calibration; 0 where that was not observed.
+        experts: where the projection is one of each expert of a mixture, what became of each: shapes are those of one, parameters
+            those of all, and the error is the root mean square over their tokens. Empty elsewhere, and where experts stay whole.
     """
 
     layer: Count
@@ -67,6 +72,12 @@ class ProjectionReport:
     excess: float = 0.0
     spectrum: Spectrum | None = None
     largest_input: float = 0.0
+    experts: tuple[ExpertReport, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; experts only where there are any."""
+        values = asdict(self)
+        return {name: value for name, value in values.items() if value or name != "experts"}
 
 
 @dataclass(frozen=True)
@@ -186,7 +197,7 @@ class CompressionReport:
             "environment": self.environment,
             "command": self.command,
             "correction": asdict(self.correction) if self.correction else None,
-            "projections": [asdict(projection) for projection in self.projections],
+            "projections": [projection.to_dict() for projection in self.projections],
         } | ({"tunings": [asdict(tuning) for tuning in self.tunings]} if self.tunings else {})
 
     @classmethod
@@ -224,7 +235,13 @@ class CompressionReport:
         lines.append(f"peak memory: {self.peak_memory_bytes / 1e9:.2f} GB")
         if self.peak_device_memory_bytes:
             lines.append(f"peak device memory: {self.peak_device_memory_bytes / 1e9:.2f} GB")
-        lines += rounding_lines(self) + solver_lines(self) + storage_lines(self) + correction_lines(self.correction)
+        lines += (
+            rounding_lines(self)
+            + expert_lines(self)
+            + solver_lines(self)
+            + storage_lines(self)
+            + correction_lines(self.correction)
+        )
         lines += evaluation_lines(self.evaluations)
         return "\n".join(lines)
 
@@ -262,6 +279,26 @@ def rounding_lines(report: CompressionReport) -> list[str]:
     return [
         f"sparsity {asked:g} was asked for and {removed:.4f} removed: the FFN width {width:,} is made of whole blocks, which "
         "quantized formats need (--width-multiple 1 for every channel)"
+    ]
+
+
+def expert_lines(report: CompressionReport) -> list[str]:
+    """How many experts saw too few tokens, and in which layers; none where all saw enough, or there are none."""
+    pruned = [projection for projection in report.by_role("down_proj") if projection.experts]
+    few = {one.layer: sum(expert.by_weights for expert in one.experts) for one in pruned}
+    if not any(few.values()):
+        return []
+    total = sum(len(projection.experts) for projection in pruned)
+    told = [
+        f"layer {layer}: {count} of {len(one.experts)}"
+        for one, (layer, count) in zip(pruned, few.items(), strict=True)
+        if count
+    ]
+    more = f", and {len(told) - TOLD_LAYERS} layers more" if len(told) > TOLD_LAYERS else ""
+    return [
+        f"experts: {sum(few.values()):,} of {total:,} saw fewer than {FEW_TOKENS} tokens of a part of the calibration text "
+        f"({'; '.join(told[:TOLD_LAYERS])}{more}), so the size of their weights chose their channels and nothing was refitted; "
+        "more text reaches more of them (--num-calibration-samples)"
     ]
 
 

@@ -73,6 +73,11 @@ class ModelShape:
             wanted = wanted or DTYPES["float32"]
         model = empty_model(config, wanted)
         architecture = find_architecture(model)
+        if architecture.packed:
+            raise ArchitectureError(
+                f"{source.name} is a {config.model_type} model, whose FFNs are mixtures of experts, and plan does not know what "
+                "those take; `lorap compress` does, an interrupted run goes on where it was"
+            )
         dense = DenseModel.of(model, architecture)
         shapes = dense.shapes
         if not shapes or any(each != shapes[0] for each in shapes):

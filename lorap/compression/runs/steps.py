@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorap.architectures import Architecture
+from lorap.architectures.experts import DOWN
 from lorap.calibration.windows import TokenWindows
 from lorap.checkpoint.paging import is_in_memory, offloaded_tensors, put_tensor
 from lorap.checkpoint.stored_tensors import StoredTensor
@@ -277,6 +278,11 @@ def put_projections(layer: nn.Module, stored: dict[str, StoredTensor], architect
             name.removeprefix(path + "."): tensor for name, tensor in stored.items() if name.startswith(path + ".")
         }
         layer.set_submodule(path, _empty(inner, path))
+    if experts := architecture.experts(layer):
+        assert architecture.packed is not None
+        experts.module.to("meta")
+        experts.resize(stored[f"{architecture.packed.path}.{DOWN}"].shape[2])
+        return
     layer.get_submodule(architecture.mlp).intermediate_size = int(  # type: ignore[assignment]
         layer.get_submodule(architecture.projections["down_proj"]).in_features  # type: ignore[arg-type]
     )

@@ -76,6 +76,10 @@ def inspect_model(
     context = DecoderContext.of(model, device=_home(model) if device == "auto" else resolve_device(device))
     architecture, every = context.architecture, context.layers
     chosen = _chosen(layers, len(every))
+    if architecture.packed:
+        raise ArchitectureError(
+            f"the FFNs of a {model.config.model_type} model are mixtures of experts, whose spectra lorap does not draw"
+        )
     if odd := [index for index in chosen if "q_proj" not in architecture.roles(every[index])]:
         raise ArchitectureError(
             f"layer {odd[0]} has no attention of q, k, v and o, which would be compared across layers; name others with --layers"

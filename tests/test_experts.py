@@ -1,0 +1,359 @@
+"""Mixtures of experts: each expert is pruned and refitted with its own tokens, and what is saved is what was counted."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from families import config, logits, tiny, windows
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import lorap
+import lorap.architectures
+from lorap.architectures import ARCHITECTURES, MLP
+from lorap.calibration.context import DecoderContext
+from lorap.calibration.contract import verify_contract
+from lorap.checkpoint.folders import CONFIG, WEIGHTS, read_tensors
+from lorap.checkpoint.load import find_model, load_model
+from lorap.compression.estimate.shapes import ModelShape
+from lorap.compression.layer import LayerCompressor
+from lorap.compression.runs.run import RunOptions
+from lorap.errors import ArchitectureError, CheckpointError, ConfigError
+from lorap.evaluation.info import describe_model
+from lorap.evaluation.inspection.inspect import inspect_model
+from lorap.requirements import FEW_TOKENS
+
+FAMILY = "qwen3_moe"
+# All that the recipe `best` does within a layer.
+FITTED: dict[str, Any] = {
+    "recipe": "best",
+    "allocation": "even",
+    "output_weighting": "none",
+    "correction_steps": 0,
+    "metric_shrinkage": 0.0,
+    "repair_ridge": 0.1,
+    "channel_score": "output",
+    "sparsity": 0.3,
+}
+
+
+def odd(**options: Any) -> Any:
+    """Seven experts of 37 channels; two of them tie for every token, one is chosen by hardly any and one by none at all."""
+    model = tiny(FAMILY, num_experts=7, moe_intermediate_size=37, num_hidden_layers=1, **options)
+    model.set_experts_implementation("eager")  # grouped_mm wants rows of 16 bytes
+    router = model.model.layers[0].mlp.gate
+    router.weight.data[4] = router.weight.data[3]
+
+    def reroute(_module: nn.Module, _args: Any, output: Any) -> Any:
+        scores, weights, chosen = output
+        chosen = chosen.masked_fill(chosen == 6, 0)
+        rare = (chosen == 5) & (torch.arange(len(chosen)) % 16 > 0)[:, None]
+        return scores, weights, chosen.masked_fill(rare, 1)
+
+    router.register_forward_hook(reroute)
+    return model
+
+
+def routed(model: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of the first layer's experts, in float64: (tokens, hidden_size) that each reads, and their weights."""
+    found: list[Any] = []
+    experts = model.model.layers[0].mlp.experts
+    handle = experts.register_forward_pre_hook(lambda _module, args: found.append(args))
+    with torch.no_grad():
+        model(windows())
+    handle.remove()
+    ((x, chosen, weights),) = found
+    for expert in range(len(experts.down_proj)):
+        rows, places = (chosen == expert).nonzero(as_tuple=True)
+        yield x[rows].double(), weights[rows, places].double()
+
+
+def of_experts(model: Any) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Gate, up and down of each, in float64."""
+    experts = model.model.layers[0].mlp.experts
+    return [
+        (*gate_up.data.double().chunk(2), down.data.double())
+        for gate_up, down in zip(experts.gate_up_proj, experts.down_proj, strict=True)
+    ]
+
+
+def kept_channels(before: Tensor, after: Tensor) -> Tensor:
+    """Which rows of ``before`` those of ``after`` are."""
+    same = (after[:, None] == before[None]).all(-1)
+    assert same.sum(1).eq(1).all()
+    return same.nonzero()[:, 1]
+
+
+def inner_of(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    return nn.functional.silu(x @ gate.T) * (x @ up.T)
+
+
+def lowest_and_best(scores: Tensor, width: int, lowest: int = 0) -> Tensor:
+    order = scores.argsort()
+    return torch.cat((order[:lowest], order[len(order) - width + lowest :])).sort().values
+
+
+def test_each_expert_is_pruned_by_its_own_tokens() -> None:
+    model = odd()
+    dense, tokens = of_experts(model), list(routed(model))
+    counts = [len(x) for x, _ in tokens]
+    assert counts[6] == 0 < counts[5] < FEW_TOKENS < min(counts[:5])
+    model, report = lorap.compress(
+        model,
+        calibration=windows(),
+        config=config(recipe="lorap", sparsity=0.3, sublayers="mlp", least_important_kept=0.03),
+        progress=False,
+    )
+    width, total = 37 - int(0.33 * 37) + 1, sum(counts)
+    told = {role: report.by_role(role)[0] for role in MLP}
+    errors = dict.fromkeys(MLP, 0.0)
+    for expert, ((gate, up, down), (x, weights)) in enumerate(zip(dense, tokens, strict=True)):
+        few = len(x) < FEW_TOKENS
+        squares = weights.square()
+        inputs = x.square().sum(0)
+        inner = inner_of(x, gate, up).square().T @ squares * (len(x) / squares.sum() if len(x) else 0.0)
+        parts = {"gate_proj": gate.T, "up_proj": up.T, "down_proj": down}
+        reads = {"gate_proj": inputs[:, None], "up_proj": inputs[:, None], "down_proj": inner}
+        norms = {role: (part.square() * reads[role]).sum(0).sqrt() for role, part in parts.items()}
+        flat = {role: part.norm(dim=0) for role, part in parts.items()}
+        expected = lowest_and_best(sum((flat if few else norms).values()), width, lowest=1)
+        after = of_experts(model)[expert]
+        assert torch.equal(kept_channels(gate, after[0]), expected), expert
+        assert torch.equal(after[1], up[expected]), expert
+        assert torch.equal(after[2], down[:, expected]), expert
+        gone = torch.ones(37, dtype=torch.bool).index_fill(0, expected, False)
+        for role in MLP:
+            found, whole = told[role].experts[expert], float(norms[role].norm())
+            share = float(norms[role][gone].norm()) / whole if whole else 0.0
+            assert (found.tokens, found.by_weights) == (len(x), few)
+            assert found.error == pytest.approx(share, rel=1e-5)
+            errors[role] += len(x) * share**2 / total
+    assert {role: one.error**2 for role, one in told.items()} == pytest.approx(errors, rel=1e-5)
+    (line,) = (line for line in report.table().splitlines() if line.startswith("experts:"))
+    assert re.search(rf"2 of 7 saw fewer than {FEW_TOKENS} tokens .*layer 0: 2 of 7", line)
+
+
+@pytest.mark.parametrize("weighting", ["none", "residual"])
+def test_each_expert_is_refitted_to_its_own_tokens(weighting) -> None:
+    model = odd()
+    dense, tokens = of_experts(model), list(routed(model))
+    hidden = []
+    handle = model.model.layers[0].register_forward_pre_hook(lambda _module, args: hidden.append(args[0]))
+    chosen = []
+    router = model.model.layers[0].mlp.gate.register_forward_hook(
+        lambda _module, _args, output: chosen.append(output[2])
+    )
+    with torch.no_grad():
+        model(windows())
+    handle.remove(), router.remove()
+    sizes = hidden[0].double().square().mean(-1).flatten()
+    sizes = sizes.clamp(min=float(sizes.median()) / 100)
+    options = FITTED | {"token_weighting": weighting, "sublayers": "mlp"}
+    model, report = lorap.compress(model, calibration=windows(), config=config(**options), progress=False)
+    for expert, ((gate, up, down), (x, weights)) in enumerate(zip(dense, tokens, strict=True)):
+        after, told = of_experts(model)[expert], report.by_role("down_proj")[0].experts[expert]
+        kept = kept_channels(gate, after[0])
+        assert len(kept) == 37 - int(0.3 * 37)
+        assert torch.equal(after[1], up[kept])
+        if len(x) < FEW_TOKENS:
+            assert told.by_weights
+            assert torch.equal(after[2], down[:, kept])
+            continue
+        counted = weights.square()
+        if weighting == "residual":
+            counted = counted / sizes[(chosen[0] == expert).nonzero()[:, 0]]
+        inner = inner_of(x, gate, up) * counted.sqrt()[:, None] / counted.sum().sqrt()
+        scores = inner.square().sum(0).sqrt() * down.norm(dim=0)
+        assert torch.equal(kept, lowest_and_best(scores, len(kept))), expert
+        pull = math.sqrt(0.1 * float(inner.square().sum(0).mean()))
+        read = torch.cat((inner[:, kept], pull * torch.eye(len(kept), dtype=torch.float64)))
+        gave = torch.cat((inner @ down.T, pull * down[:, kept].T))
+        expected = torch.linalg.lstsq(read, gave).solution.T
+        torch.testing.assert_close(after[2], expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+        lost = (inner @ down.T - inner[:, kept] @ expected.T).norm() / (inner @ down.T).norm()
+        assert told.error == pytest.approx(float(lost), rel=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"recipe": "lorap", "sparsity": 0.3}, FITTED], ids=["lorap", "fitted"])
+def test_what_was_counted_is_what_was_saved(options, tmp_path) -> None:
+    model = tiny(FAMILY, moe_intermediate_size=80)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "dense")
+    run = RunOptions(calibration=windows(), progress=False)
+    report = lorap.compress_to_folder(tmp_path / "dense", tmp_path / "small", config(**options), run)
+    stored, ours = read_tensors(tmp_path / "small"), re.compile(r"mlp\.experts\.|[qkvo]_proj\.")
+
+    def params(tensors: Any) -> int:
+        return sum(
+            math.prod(tensor.shape)
+            for name, tensor in tensors.items()
+            if ours.search(name) and tuple(tensor.shape) != (1,) and tensor.dtype != "I64"
+        )
+
+    kept = params(stored) / params(before)
+    assert report.param_ratio == pytest.approx(kept)
+    assert describe_model(find_model(tmp_path / "small"))["param_ratio"] == pytest.approx(kept)
+    assert kept == pytest.approx(1 - options["sparsity"], abs=0.02)
+    assert {one.shape_after[1] % 8 for one in report.by_role("down_proj")} == {0}
+    after = load_model(find_model(tmp_path / "small")).state_dict()
+    others = [name for name in before if not ours.search(name)]
+    assert sum("mlp.gate.weight" in name for name in others) == 2
+    assert all(torch.equal(before[name], after[name]) for name in others)
+    settings = json.loads((tmp_path / "small" / CONFIG).read_text())
+    assert settings["hidden_act"] == "silu_needs_import_lorap"
+    assert settings["quantization_config"]["dense_intermediate_size"] == 80
+    again = lorap.CompressionReport.from_dict(json.loads((tmp_path / "small" / "lorap_report.json").read_text()))
+    assert again.by_role("up_proj") == report.by_role("up_proj")
+
+
+def test_a_run_goes_on_behind_finished_experts(tmp_path, monkeypatch) -> None:
+    tiny(FAMILY).save_pretrained(tmp_path / "dense")
+    run, options = RunOptions(calibration=windows(), progress=False), config(recipe="lorap", sparsity=0.3)
+    lorap.compress_to_folder(tmp_path / "dense", tmp_path / "whole", options, run)
+    own, done = LayerCompressor.compress, []
+
+    def stops(self: Any, index: int, *args: Any) -> Any:
+        done.append(index)
+        if done == [0, 1]:
+            raise KeyboardInterrupt
+        return own(self, index, *args)
+
+    monkeypatch.setattr(LayerCompressor, "compress", stops)
+    with pytest.raises(KeyboardInterrupt):
+        lorap.compress_to_folder(tmp_path / "dense", tmp_path / "small", options, run)
+    lorap.compress_to_folder(tmp_path / "dense", tmp_path / "small", options, run)
+    assert done == [0, 1, 1]
+    assert (tmp_path / "small" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_are_read_from_files_that_hold_each_by_itself(family, tmp_path) -> None:
+    model = tiny(family)
+    model.save_pretrained(tmp_path / "dense")
+    up = {"mixtral": "block_sparse_moe.experts.3.w3", "qwen3_moe": "mlp.experts.3.up_proj"}[family]
+    stored = load_file(tmp_path / "dense" / WEIGHTS)
+    name = f"model.layers.1.{up}.weight"
+    assert name in stored
+    paged = load_model(find_model(tmp_path / "dense"), paged=True)
+    layer = paged.model.layers[1]
+    layer.offloaded.load(layer, torch.device("cpu"))
+    assert torch.equal(layer.mlp.experts.gate_up_proj, model.model.layers[1].mlp.experts.gate_up_proj)
+    assert torch.equal(layer.mlp.experts.down_proj, model.model.layers[1].mlp.experts.down_proj)
+    own = stored.pop(name)
+    save_file(stored, tmp_path / "dense" / WEIGHTS)
+    with pytest.raises(
+        CheckpointError, match=rf"5 experts in .*model\.layers\.1.*no {up.rpartition('.')[2]} of expert 3"
+    ):
+        find_model(tmp_path / "dense")
+    save_file(stored | {name: own[:-1]}, tmp_path / "dense" / WEIGHTS)
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)}.* of shape \(47, 64\).*\(48, 64\)"):
+        find_model(tmp_path / "dense")
+
+
+def test_one_width_for_all_layers_needs_no_lorap(tmp_path) -> None:
+    options = config(recipe="lorap", sparsity=0.3, sublayers="mlp")
+    model, report = lorap.compress(tiny(FAMILY), calibration=windows(), config=options, progress=False)
+    lorap.save(model, tmp_path / "small", report=report)
+    settings = json.loads((tmp_path / "small" / CONFIG).read_text())
+    assert settings["moe_intermediate_size"] == 32
+    assert settings["hidden_act"] == "silu"
+    del settings["quantization_config"]
+    (tmp_path / "small" / CONFIG).write_text(json.dumps(settings))
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path / "small")), logits(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_right_rows_pass(dtype, implementation) -> None:
+    for family in ("mixtral", "olmoe", "qwen3_moe"):
+        model = tiny(family).to(dtype)
+        model.set_experts_implementation(implementation)
+        verify_contract(DecoderContext.of(model, device=torch.device("cpu")))
+
+
+def _swapped(self: Any, gate_up: Tensor) -> Tensor:
+    up, gate = gate_up.chunk(2, dim=-1)
+    return self.act_fn(gate) * up
+
+
+@pytest.mark.parametrize("mistake", ["activation", "swapped", "path", "passed by", "bias", "dense layer"])
+def test_a_wrong_row_is_refused(mistake, monkeypatch) -> None:
+    model, row = tiny(FAMILY), ARCHITECTURES[FAMILY]
+    said = r"model\.layers\.0\.mlp\.experts gives is not the sum of .*relative difference is 0\.\d+"
+    experts = model.model.layers[0].mlp.experts
+    if mistake == "activation":
+        model.model.layers[0].mlp.other = nn.GELU()
+        row, said = replace(row, activation="other"), r"the sum of GELU\(gate_proj\) \* up_proj.*difference is 0\.\d+"
+    elif mistake == "swapped":
+        monkeypatch.setattr(type(experts), "_apply_gate", _swapped)
+    elif mistake == "path":
+        row, said = replace(row, packed=replace(row.packed, path="mlp.gate")), r"mlp\.gate is a Qwen3MoeTopKRouter"
+    elif mistake == "passed by":
+        model.model.layers[0].mlp.forward = lambda x: (
+            model.model.layers[0]
+            .mlp.experts.forward(x.flatten(0, 1), *reversed(model.model.layers[0].mlp.gate(x.flatten(0, 1))[1:]))
+            .view_as(x)
+        )
+        said = r"model\.layers\.0\.mlp\.experts is called 0 times"
+    elif mistake == "bias":
+        experts.down_proj_bias = nn.Parameter(torch.zeros(5, 64))
+        said = r"mlp\.experts is a Qwen3MoeExperts with .*down_proj_bias"
+    else:
+        model, said = tiny(FAMILY, mlp_only_layers=[1]), r"layer 1 of this qwen3_moe model has one FFN"
+    monkeypatch.setattr(lorap.architectures, "ARCHITECTURES", {FAMILY: row})
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ArchitectureError, match=said):
+        lorap.compress(model, calibration=windows(), config=config(recipe="lorap"), progress=False)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"recipe": "flap"}, "bias_compensation .*qwen3_moe"),
+        ({"size": "1MB"}, "size"),
+        ({"bits_per_weight": 4.0}, "bits_per_weight"),
+        ({"weights": "int8"}, "weights int8 .*qwen3_moe.*weights float"),
+        ({"target": "stock"}, "target stock.*target lorap"),
+        ({"mlp_method": "factorize"}, "mlp_method factorize.*mlp_method prune"),
+    ],
+)
+def test_what_cannot_be_done_to_experts_is_said(options, said) -> None:
+    with pytest.raises(ConfigError, match=said):
+        lorap.compress(
+            tiny(FAMILY), calibration=windows(), config=config(**({"recipe": "lorap"} | options)), progress=False
+        )
+
+
+def test_commands_that_do_not_know_experts_say_so(tmp_path) -> None:
+    tiny(FAMILY).save_pretrained(tmp_path / "dense")
+    source = find_model(tmp_path / "dense")
+    with pytest.raises(ArchitectureError, match="qwen3_moe model, whose FFNs are mixtures"):
+        ModelShape.read(source)
+    with pytest.raises(ArchitectureError, match="qwen3_moe model are mixtures"):
+        inspect_model(tiny(FAMILY), calibration=None, progress=False)
+    with pytest.raises(ArchitectureError, match="cannot quantize a qwen3_moe model"):
+        lorap.quantize(tiny(FAMILY), "int4")
+    with pytest.raises(ArchitectureError, match="cannot export a qwen3_moe model"):
+        lorap.export_stock(tiny(FAMILY), tmp_path / "stock")
+
+
+def test_widths_of_other_modules_are_refused(tmp_path) -> None:
+    model, report = lorap.compress(
+        tiny(FAMILY), calibration=windows(), config=config(recipe="lorap", sparsity=0.3), progress=False
+    )
+    lorap.save(model, tmp_path / "small", report=report)
+    path = tmp_path / "small" / CONFIG
+    for name, said in (("model.layers.0.mlp.gate", "not the experts"), ("model.layers.9.mlp.experts", "no such layer")):
+        settings = json.loads(path.read_text())
+        settings["quantization_config"]["intermediate_sizes"] = {name: 32}
+        path.write_text(json.dumps(settings))
+        with pytest.raises(CheckpointError, match=rf"{re.escape(name)}.*{said}"):
+            find_model(tmp_path / "small")
