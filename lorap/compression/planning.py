@@ -29,7 +29,13 @@ from lorap.compression.shrinkage import output_metric
 from lorap.compression.stored_bytes import DenseModel
 from lorap.config import CompressionConfig
 from lorap.errors import CalibrationError, ConfigError
-from lorap.requirements import compressed_roles, mixes_by_loss, roles_needing_gradients, roles_with_output_metric
+from lorap.requirements import (
+    allocates_by_loss,
+    compressed_roles,
+    mixes_by_loss,
+    roles_needing_gradients,
+    roles_with_output_metric,
+)
 from lorap.system import release_freed_memory
 
 Key = tuple[int, str]  # (layer index, role); the FFN of a layer goes by the name of its down projection
@@ -170,7 +176,7 @@ def check_experts(dense: DenseModel, config: CompressionConfig) -> None:
         f"mlp_method {config.mlp_method}": (config.mlp_method != "prune", "mlp_method prune"),
         "bias_compensation": (config.bias_compensation, "no bias_compensation"),
         f"allocation {config.allocation}": (
-            config.allocation in ("loss", "flap"),
+            allocates_by_loss(config) or config.allocation == "flap",
             "allocation even or paper",
         ),
         f"channel_score {config.channel_score} with output_weighting {config.output_weighting}": (
