@@ -8,10 +8,12 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "low_rank_decode.h"
@@ -54,7 +56,7 @@ template <typename T>
 struct Device {
   T* data;
   explicit Device(const std::vector<T>& host) {
-    CHECK(cudaMalloc(&data, host.size() * sizeof(T)));
+    CHECK(cudaMalloc(&data, std::max<size_t>(host.size(), 1) * sizeof(T)));
     CHECK(cudaMemcpy(data, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
   }
   Device(const Device&) = delete;
@@ -63,39 +65,81 @@ struct Device {
 
 using Decode = decltype(lorap::low_rank_decode);
 
-struct Case {
-  int64_t m, k, r, n;
+struct Size {
+  int64_t r, n;
   bool bias, pivoted;
+  int64_t left_rows() const { return pivoted ? n - r : n; }
 };
 
-// Relative error of y in the norm, infinite where it is not finite.
+struct Case {
+  int64_t m, k;
+  std::vector<Size> layers;
+};
+
 template <typename T>
-double error_of(const Case& c, const std::vector<T>& x, const std::vector<T>& right, const std::vector<T>& left,
-                const std::vector<T>& bias, const std::vector<int64_t>& pivots, const std::vector<T>& y) {
-  const auto widen = Type<T>::widen;
-  double error = 0, norm = 0;
-  std::vector<double> shrunk(c.r);
-  for (int64_t m = 0; m < c.m; ++m) {
-    for (int64_t i = 0; i < c.r; ++i) {
-      shrunk[i] = 0;
-      for (int64_t j = 0; j < c.k; ++j) shrunk[i] += double(widen(x[m * c.k + j])) * widen(right[i * c.k + j]);
-    }
-    for (int64_t o = 0, pivot = 0, row = 0; o < c.n; ++o) {
-      double sum = c.bias ? widen(bias[o]) : 0;
-      if (c.pivoted && pivot < c.r && pivots[pivot] == o) {
-        sum += shrunk[pivot++];
+struct Layer {
+  Size size;
+  std::vector<T> right, left, bias;
+  std::vector<int64_t> pivots;
+  Device<T> on_right, on_left, on_bias;
+  Device<int64_t> on_pivots;
+  Device<float> shrunk;
+
+  Layer(const Size& size, int64_t m, int64_t k)
+      : size(size),
+        right(random(size.r * k)),
+        left(random(size.left_rows() * size.r)),
+        bias(random(size.n)),
+        pivots(rows(size)),
+        on_right(right),
+        on_left(left),
+        on_bias(bias),
+        on_pivots(pivots),
+        shrunk(std::vector<float>(m * size.r, NAN)) {}
+
+  static std::vector<T> random(int64_t count) {
+    std::vector<T> values(count);
+    for (auto& value : values) value = Type<T>::narrow(uniform());
+    return values;
+  }
+  static std::vector<int64_t> rows(const Size& size) {
+    std::vector<int64_t> pivots(size.r);
+    for (int64_t i = 0; i < size.r; ++i) pivots[i] = i * size.n / size.r;
+    return pivots;
+  }
+
+  lorap::DecodeLayer argument(T* y, int64_t stride) const {
+    return {on_right.data,
+            on_left.data,
+            size.bias ? on_bias.data : nullptr,
+            size.pivoted ? on_pivots.data : nullptr,
+            shrunk.data,
+            y,
+            size.n,
+            size.r,
+            stride};
+  }
+
+  // Adds the squares of the errors and of the values of one token; x (K,), y (N,).
+  void compare(const T* x, const T* y, int64_t k, double* error, double* norm) const {
+    const auto widen = Type<T>::widen;
+    std::vector<double> exact(size.r);
+    for (int64_t i = 0; i < size.r; ++i)
+      for (int64_t j = 0; j < k; ++j) exact[i] += double(widen(x[j])) * widen(right[i * k + j]);
+    for (int64_t o = 0, pivot = 0, row = 0; o < size.n; ++o) {
+      double sum = size.bias ? widen(bias[o]) : 0;
+      if (size.pivoted && pivot < size.r && pivots[pivot] == o) {
+        sum += exact[pivot++];
       } else {
-        for (int64_t i = 0; i < c.r; ++i) sum += widen(left[row * c.r + i]) * shrunk[i];
+        for (int64_t i = 0; i < size.r; ++i) sum += widen(left[row * size.r + i]) * exact[i];
         ++row;
       }
-      const double found = widen(y[m * c.n + o]);
-      if (!std::isfinite(found)) return INFINITY;
-      error += (found - sum) * (found - sum);
-      norm += sum * sum;
+      const double found = widen(y[o]);
+      *error += std::isfinite(found) ? (found - sum) * (found - sum) : INFINITY;
+      *norm += sum * sum;
     }
   }
-  return std::sqrt(error / norm);
-}
+};
 
 // Microseconds of one of 100 launches in a graph. All of them read the same weights, which may stay in L2.
 float time_of(Decode* decode, const lorap::LowRankDecode& problem, lorap::DecodeType type, cudaStream_t stream) {
@@ -123,27 +167,19 @@ float time_of(Decode* decode, const lorap::LowRankDecode& problem, lorap::Decode
 
 template <typename T>
 bool run(const Case& c, bool time, Decode* decode = lorap::low_rank_decode) {
-  const int64_t rows = c.pivoted ? c.n - c.r : c.n;
-  std::vector<T> x(c.m * c.k), right(c.r * c.k), left(rows * c.r), bias(c.n), y(c.m * c.n);
-  for (auto* values : {&x, &right, &left, &bias})
-    for (auto& value : *values) value = Type<T>::narrow(uniform());
+  const auto x = Layer<T>::random(c.m * c.k);
+  std::vector<std::unique_ptr<Layer<T>>> layers;
+  int64_t columns = 0;
+  for (const Size& size : c.layers) {
+    layers.push_back(std::make_unique<Layer<T>>(size, c.m, c.k));
+    columns += size.n;
+  }
+  std::vector<T> y(c.m * columns);
   std::memset(static_cast<void*>(y.data()), 0xff, y.size() * sizeof(T));  // NaN
-  std::vector<int64_t> pivots(c.r);
-  for (int64_t i = 0; i < c.r; ++i) pivots[i] = i * c.n / c.r;
-  const Device<T> on_x(x), on_right(right), on_left(left), on_bias(bias), on_y(y);
-  const Device<float> shrunk(std::vector<float>(c.m * c.r, NAN));
-  const Device<int64_t> on_pivots(pivots);
-  const lorap::LowRankDecode problem{on_x.data,
-                                     on_right.data,
-                                     on_left.data,
-                                     c.bias ? on_bias.data : nullptr,
-                                     c.pivoted ? on_pivots.data : nullptr,
-                                     shrunk.data,
-                                     on_y.data,
-                                     c.m,
-                                     c.n,
-                                     c.k,
-                                     c.r};
+  const Device<T> on_x(x), on_y(y);
+  lorap::LowRankDecode problem{on_x.data, c.m, c.k, int(layers.size()), {}};
+  for (size_t i = 0, column = 0; i < layers.size(); column += c.layers[i++].n)
+    problem.layers[i] = layers[i]->argument(on_y.data + column, columns);
   cudaStream_t stream;
   CHECK(cudaStreamCreate(&stream));
   bool differs = false;
@@ -155,12 +191,19 @@ bool run(const Case& c, bool time, Decode* decode = lorap::low_rank_decode) {
     if (launch == 0) first = y;
     differs |= std::memcmp(first.data(), y.data(), y.size() * sizeof(T)) != 0;
   }
-  const double error = error_of(c, x, right, left, bias, pivots, y);
-  const bool ok = error < Type<T>::kLimit && !differs;
-  std::printf("%s%s M=%d K=%d R=%d N=%d%s%s: error %.2e%s%s", Type<T>::kName,
-              decode == lorap::low_rank_decode_mma ? " mma" : "", int(c.m), int(c.k), int(c.r), int(c.n),
-              c.bias ? " bias" : "", c.pivoted ? " pivoted" : "", error, differs ? " DIFFERS between launches" : "",
-              ok ? " ok" : " WRONG");
+  double worst = 0;
+  std::printf("%s%s M=%d K=%d", Type<T>::kName, decode == lorap::low_rank_decode_mma ? " mma" : "", int(c.m), int(c.k));
+  for (size_t i = 0, column = 0; i < layers.size(); column += c.layers[i++].n) {
+    const Size& size = c.layers[i];
+    double error = 0, norm = 0;
+    for (int64_t m = 0; m < c.m; ++m)
+      layers[i]->compare(x.data() + m * c.k, y.data() + m * columns + column, c.k, &error, &norm);
+    worst = std::max(worst, error == 0 ? 0.0 : std::sqrt(error / norm));
+    std::printf("%s R=%d N=%d%s%s", i ? " and" : "", int(size.r), int(size.n), size.bias ? " bias" : "",
+                size.pivoted ? " pivoted" : "");
+  }
+  const bool ok = worst < Type<T>::kLimit && !differs;
+  std::printf(": error %.2e%s%s", worst, differs ? " DIFFERS between launches" : "", ok ? " ok" : " WRONG");
   if (time) std::printf(" %.2f us", time_of(decode, problem, Type<T>::kDecode, stream));
   std::printf("\n");
   CHECK(cudaStreamDestroy(stream));
@@ -171,10 +214,14 @@ bool run(const Case& c, bool time, Decode* decode = lorap::low_rank_decode) {
 
 int main(int count, char**) {
   const bool quick = count > 1;
-  const Case small[] = {{0, 176, 48, 112, false, false},
-                        {0, 1000, 344, 711, true, true},
-                        {0, 80, 8, 24, false, true},
-                        {0, 2056, 264, 333, true, false}};
+  const std::vector<Case> small = {
+      {0, 176, {{48, 112, false, false}}},
+      {0, 1000, {{344, 711, true, true}}},
+      {0, 80, {{8, 24, false, true}}},
+      {0, 2056, {{264, 333, true, false}}},
+      {0, 1000, {{104, 711, true, true}, {0, 33, true, false}, {48, 333, false, false}}},  // q, k, v
+      {0, 176, {{344, 711, false, false}, {80, 80, true, true}, {8, 24, false, true}}},    // the second is dense
+  };
   int wrong = 0;
   Decode* const tensor_cores = lorap::low_rank_decode_mma;
   for (int m = 1; m <= 16; ++m)
@@ -183,13 +230,19 @@ int main(int count, char**) {
       if (m <= 8) wrong += !run<__nv_bfloat16>(c, false) + !run<__half>(c, false);
       wrong += !run<__nv_bfloat16>(c, false, tensor_cores) + !run<__half>(c, false, tensor_cores);
     }
-  wrong += !run<__nv_bfloat16>({8, 264, 1536, 11008, true, false}, false);  // left fits shared memory in part
-  wrong += !run<__half>({16, 72, 64, 20001, true, true}, false);            // more than one round of tiles
+  wrong += !run<__nv_bfloat16>({8, 264, {{1536, 11008, true, false}}}, false);  // left fits shared memory in part
+  wrong += !run<__half>({16, 72, {{64, 20001, true, true}}}, false);            // more than one round of tiles
+  const std::vector<Case> large = {
+      {0, 4096, {{512, 4096, false, false}}},
+      {0, 4096, {{1024, 4096, false, true}}},
+      {0, 4096, {{1632, 4096, false, false}}},
+      {0, 4096, {{512, 4096, false, false}, {512, 4096, false, false}, {1536, 4096, false, false}}},
+      {0, 4096, {{1024, 4096, false, true}, {512, 1024, false, true}, {768, 1024, false, true}}},
+  };
   for (int m : {1, 4, 8, 16})
-    for (Case c : {Case{m, 4096, 512, 4096, false, false},
-                   {m, 4096, 1024, 4096, false, true},
-                   {m, 4096, 1632, 4096, false, false}})
+    for (Case c : large)
       if (!quick) {
+        c.m = m;
         if (m <= 8) wrong += !run<__nv_bfloat16>(c, true);
         if (m >= 4) wrong += !run<__nv_bfloat16>(c, true, tensor_cores);
       }

@@ -168,7 +168,7 @@ def timed(rows: Callable[..., Iterator[Item]]) -> Callable[..., Iterator[Item]]:
 
 def build_rows(device: torch.device, _scale: int, *, work: Path) -> Iterator[Item]:
     """lorap/_native.so with its CUDA part: the one that is there, else built by setup.py, else its CUDA part by nvcc alone."""
-    load = "import torch; torch.ops.load_library('lorap/_native.so'); torch.ops.lorap_cuda.low_rank_linear"
+    load = "import torch; torch.ops.load_library('lorap/_native.so'); torch.ops.lorap_cuda.low_rank_linear_group"
     root, library = gpu_values.ROOT, os.environ.get("LORAP_CHECK_CUDA_LIBRARY", str(work / "lorap_cuda.so"))
 
     def loads() -> bool:
@@ -225,7 +225,8 @@ STEPS: dict[str, Callable[..., Iterator[Item]]] = {
     "graphs-cuda": functools.partial(gpu_values.graph_rows, cuda=True),
     "timings": functools.partial(LAYERS, kinds=gpu_timings.KINDS),
     "timings-cuda": functools.partial(LAYERS, kinds=("cuda", "cuda, pivoted")),
-    "merged": timed(gpu_timings.merged_rows),
+    "merged": functools.partial(timed(gpu_timings.merged_rows), cuda=False),
+    "merged-cuda": functools.partial(timed(gpu_timings.merged_rows), cuda=True),
     "squares": timed(gpu_timings.squares_rows),
     "launches": timed(gpu_timings.launch_rows),
     "out-dtype": out_dtype_rows,

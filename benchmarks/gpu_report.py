@@ -30,7 +30,17 @@ ALL_STEPS = (
         "values",
         "values-cuda",
     ),
-    *("graphs", "graphs-cuda", *LAYER_STEPS, "merged", "launches", "squares", "out-dtype", "factorization"),
+    *(
+        "graphs",
+        "graphs-cuda",
+        *LAYER_STEPS,
+        "merged",
+        "merged-cuda",
+        "launches",
+        "squares",
+        "out-dtype",
+        "factorization",
+    ),
     *("sweep-compile", "sweep", "models", "layer"),
 )
 SILENT = ("compile", "sweep-compile")  # whose rows say only that something ran

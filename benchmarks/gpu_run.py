@@ -51,6 +51,7 @@ PLANS = {
         Step("timings", 90),
         Step("timings-cuda", 25),
         Step("merged", 25),
+        Step("merged-cuda", 10),
         Step("launches", 15),
         Step("squares", 15),
         Step("out-dtype", 10),

@@ -59,7 +59,7 @@ def predicted(kind: str, m: int, k: int, r: int, n: int) -> float:
     if kind.startswith("two GEMMs"):
         return cost.two_gemms_seconds(m, k, [r], [rows]) + (cost.order_seconds(m, n) if rows < n else 0.0)
     if kind.startswith("cuda"):
-        return cost.one_launch_seconds(m, k, r, rows)
+        return cost.one_launch_seconds(m, k, [r], [rows])
     return cost.pair_seconds(m, k, [r], [rows], pdl="no pdl" not in kind)
 
 
@@ -217,8 +217,11 @@ def one_launch(x: Tensor, right: Tensor, left: Tensor) -> Tensor:
     return torch.ops.lorap_cuda.low_rank_linear(x, right, left, None, None)
 
 
-def merged_rows(device: torch.device, scale: int) -> Iterator[Item]:
-    """q, k, v of LLaMA-7B as one op or three, and the dense gate and up with SiLU, for 1, 8 and 32 tokens."""
+def merged_rows(device: torch.device, scale: int, *, cuda: bool) -> Iterator[Item]:
+    """q, k, v of LLaMA-7B as one op or three, and the dense gate and up with SiLU, for 1, 8, 16 and 32 tokens.
+
+    ``cuda``: only what the CUDA kernels compute of it.
+    """
     from lorap.kernels import reference
 
     gpu, pair = device.type == "cuda", the_call("triton")
@@ -242,6 +245,12 @@ def merged_rows(device: torch.device, scale: int) -> Iterator[Item]:
         def separate_gemms(x: Tensor, *weights: Tensor) -> list[Tensor]:
             return [two_gemms(x, weights[i], weights[3 + i]) for i in range(3)]
 
+        def one_launch_group(x: Tensor, *weights: Tensor) -> Tensor:
+            return torch.ops.lorap_cuda.low_rank_linear_group(x, list(weights[:3]), list(weights[3:]), [], [])
+
+        def one_launch_each(x: Tensor, *weights: Tensor) -> list[Tensor]:
+            return [one_launch(x, weights[i], weights[3 + i]) for i in range(3)]
+
         def triton_gated(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
             from lorap.kernels.silu_gated_linear import silu_gated_linear
 
@@ -254,10 +263,17 @@ def merged_rows(device: torch.device, scale: int) -> Iterator[Item]:
             ("q, k, v", "triton, merged", group, factors, True),
             ("gate, up of 5504", "torch", reference.silu_gated_linear, gated, False),
             ("gate, up of 5504", "triton", triton_gated, gated, True),
+            ("q, k, v", "cuda, separate", one_launch_each, factors, True),
+            ("q, k, v", "cuda, merged", one_launch_group, factors, True),
         ):
+            if cuda != kind.startswith("cuda"):
+                continue
             what = {"layer": layer, "tokens": m, "kind": kind}
-            if needs_gpu and not gpu:
-                yield what | {"not_run": "no GPU"}, None
+            op = "low_rank_linear" + "_group" * kind.endswith("merged")
+            reason = f"for at most {CUDA_TOKENS} tokens" if m > CUDA_TOKENS else distrust(op, "cuda")
+            reason = "no GPU" if needs_gpu and not gpu else reason if cuda else None
+            if reason:
+                yield what | {"not_run": reason}, None
                 continue
 
             def measure(call=call, weights=weights, x=x) -> Row:

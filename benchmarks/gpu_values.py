@@ -115,16 +115,17 @@ def runner(ops: Any, op: str, backend: str, arguments: tuple[Any, ...]) -> Calla
         return lambda: getattr(low_rank_linear, op)(*some)
     if backend == "triton one launch":
         return "no pivots" if len(arguments) > 4 else lambda: low_rank_fused.low_rank_fused(*arguments)
-    m, k, r = *x.shape, arguments[1].shape[0]
-    if x.dtype not in (torch.bfloat16, torch.float16) or m > 16 or k % 8 or r % 8:
+    right = arguments[1] if op == "low_rank_linear_group" else [arguments[1]]
+    odd = any(size % 8 for size in (x.shape[1], *map(len, right)))
+    if x.dtype not in (torch.bfloat16, torch.float16) or len(x) > 16 or odd:
         return "for 16 bits, at most 16 tokens, K and R multiples of 8"
-    return lambda: torch.ops.lorap_cuda.low_rank_linear(*arguments)
+    return lambda: getattr(torch.ops.lorap_cuda, op)(*arguments)
 
 
 def backends_of(ops: Any, op: str, *, cuda: bool) -> list[str]:
-    """Those that have this op. The CUDA kernel is kept apart: its barrier could hang, and take along what comes after it."""
+    """Those that have this op. The CUDA kernels are kept apart: their barrier could hang, and take along what comes after it."""
     if cuda:
-        return ["cuda"] if op == "low_rank_linear" else []
+        return ["cuda"] if op in ops.implementations.IMPLEMENTATIONS["cuda"] else []
     found = ["triton"] if op in ops.implementations.IMPLEMENTATIONS["triton"] else []
     if op in ("low_rank_linear_group", "low_rank_silu_gated_linear"):
         found.append("triton, no pdl")

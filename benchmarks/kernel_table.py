@@ -93,7 +93,7 @@ def triton_table(others: list[str]) -> str:
 
 def cuda_table() -> str:
     """What ptxas made of csrc/cuda: one row per instance of a kernel."""
-    from lorap.nn.implementations import MMA_SHARED_BYTES
+    from lorap.nn.cuda_limits import MMA_SHARED_BYTES
 
     nvcc = shutil.which("nvcc")
     if nvcc is None:
@@ -156,7 +156,7 @@ def layer_table() -> str:
             others = (
                 cost.dense_seconds(m, 4096, [4096]),
                 cost.two_gemms_seconds(*sizes, (4096,)),
-                cost.one_launch_seconds(m, 4096, rank, 4096) if m <= 16 else None,
+                cost.one_launch_seconds(m, 4096, (rank,), (4096,)) if m <= 16 else None,
             )
             cells = ["" if us is None else f"{1e6 * us:.1f}" for us in others]
             name = f"{m}, r {rank}" + (", pivoted" if left < 4096 else "")
@@ -174,9 +174,14 @@ def group_table() -> str:
         for m in (1, 8, 16, 32):
             two = cost.two_gemms_seconds(m, k, ranks, left)
             two += sum(cost.order_seconds(m, n) for n, more in zip(outputs, pivots, strict=True) if more)
-            times = (cost.pair_seconds(m, k, ranks, left), two, cost.dense_seconds(m, k, outputs))
+            times = [cost.pair_seconds(m, k, ranks, left), two, cost.dense_seconds(m, k, outputs)]
+            if m <= 16:
+                layers = zip(ranks, left, strict=True)
+                times.append(sum(cost.one_launch_seconds(m, k, (rank,), (count,)) for rank, count in layers))
+                times.append(cost.one_launch_seconds(m, k, ranks, left))
+            cells = [f"{1e6 * us:.1f}" for us in times] + [""] * (5 - len(times))
             ours = cost.worth("low_rank_linear_group", m, k, ranks, left, pivots)
-            rows.append([name, str(m), *(f"{1e6 * us:.1f}" for us in times), "Triton" if ours else "torch", ""])
+            rows.append([name, str(m), *cells, "Triton" if ours else "torch", ""])
     for n in (5504, 11008):
         for m in (1, 8, 16, 32):
             torch_us = cost.dense_seconds(m, 4096, [n, n]) + 2 * cost.LAUNCH
@@ -186,11 +191,13 @@ def group_table() -> str:
                 f"gate and up of {n}, dense",
                 str(m),
                 *(f"{1e6 * us:.1f}" for us in times),
+                *["", ""],
                 "Triton" if ours else "torch",
                 "",
             ]
             rows.append(row)
-    return markdown(["projections", "tokens", "Triton", "torch", "dense", "runs in", "measured"], rows)
+    cuda = ["CUDA, a launch each", "CUDA, one launch"]
+    return markdown(["projections", "tokens", "Triton", "torch", "dense", *cuda, "runs in", "measured"], rows)
 
 
 def standing_triton_table(old: str) -> str:

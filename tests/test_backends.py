@@ -18,9 +18,9 @@ import pytest
 import torch
 
 import lorap
-from lorap import BackendError
+from lorap import BackendError, ShapeError
 from lorap.evaluation.environment import describe_environment
-from lorap.kernels import reference
+from lorap.kernels import cost, reference
 from lorap.nn import dispatch, graphs, implementations, native, ops
 
 ROOT = Path(__file__).parents[1]
@@ -463,17 +463,23 @@ def test_unaligned_x_does_not_reach_the_cuda_kernel(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture
-def cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
-    """(tokens, pivoted) of the calls that reach the CUDA kernels, on a GPU whose SMs have 106 KB of shared memory."""
-    calls: list[tuple[int, bool]] = []
+def cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, bool]]:
+    """(tokens, layers, pivoted) of the calls that reach the CUDA kernels, on a GPU whose SMs have 106 KB of shared memory."""
+    calls: list[tuple[int, int, bool]] = []
 
     def run(x: torch.Tensor, right: torch.Tensor, left: torch.Tensor, bias: Any, rows: Any) -> torch.Tensor:
-        calls.append((implementations.tokens_of(x), rows is not None))
+        calls.append((implementations.tokens_of(x), 1, rows is not None))
         return reference.low_rank_linear(x, right, left, bias, rows)
 
-    op = SimpleNamespace(low_rank_linear=SimpleNamespace(default=run))
+    def run_group(x: torch.Tensor, right: Any, left: Any, bias: Any, rows: Any) -> torch.Tensor:
+        calls.append((implementations.tokens_of(x), len(right), bool(rows)))
+        return reference.low_rank_linear_group(x, right, left, bias, rows)
+
+    op = SimpleNamespace(
+        low_rank_linear=SimpleNamespace(default=run), low_rank_linear_group=SimpleNamespace(default=run_group)
+    )
     monkeypatch.setattr(torch.ops, "lorap_cuda", op, raising=False)
-    gpu = SimpleNamespace(shared_memory_per_multiprocessor=106 * 1024)
+    gpu = SimpleNamespace(shared_memory_per_multiprocessor=106 * 1024, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
     return calls
 
@@ -484,14 +490,76 @@ def test_more_tokens_than_8_reach_the_cuda_kernel_where_its_shared_memory_is(cud
         layer = torch.zeros(tokens, 64), torch.zeros(136, 64), torch.zeros(24, 136)
         run(*layer)
         run(*layer, None, torch.arange(136))  # takes 8 bytes a pivot, which is too much from 9 tokens on
-    assert cuda_kernels == [(8, False), (8, True), (9, False), (16, False)]
+    assert cuda_kernels == [(8, 1, False), (8, 1, True), (9, 1, False), (16, 1, False)]
 
 
-def test_the_self_check_runs_the_cuda_kernel_for_many_tokens(cuda_kernels: list[Any]) -> None:
-    cpu = torch.device("cpu")
-    assert dispatch.self_check("low_rank_linear", "cuda", cpu, torch.bfloat16, tokens=16) is None
-    found = {(tokens > 8, pivoted) for tokens, pivoted in cuda_kernels}
+def test_q_k_and_v_reach_one_launch_where_it_can_serve_them(cuda_kernels: list[Any]) -> None:
+    """A member of nothing but pivots keeps neither these nor what it shrinks to; what does not fit goes to torch."""
+    run = implementations.implementation("low_rank_linear_group", "cuda")
+    gap, no_rows = torch.zeros(0, 800), torch.empty(0, dtype=torch.int64)
+
+    def call(tokens: int, *, ranks: tuple[int, ...] = (136, 24, 8), dense: bool = False, pivoted: bool = False) -> None:
+        x, right = torch.randn(tokens, 64), [torch.randn(rank, 64) for rank in ranks]
+        left = [torch.randn(40, rank) for rank in ranks]
+        rows = [torch.arange(rank) for rank in ranks] if pivoted else []
+        if dense:
+            right, left = [torch.randn(800, 64), *right[1:]], [gap, *left[1:]]
+            rows = [torch.arange(800), *(rows or [no_rows] * 3)[1:]]
+        exact = reference.low_rank_linear_group(x, right, left, [], rows)
+        torch.testing.assert_close(run(x, right, left, [], rows), exact)
+
+    for tokens in (1, 8, 16, 17):
+        call(tokens)
+    call(16, dense=True)
+    assert cuda_kernels == [(1, 3, False), (8, 3, False), (16, 3, False), (16, 3, True)]
+    cuda_kernels.clear()
+    call(16, pivoted=True)  # 168 pivots
+    call(8, ranks=(3200, 104, 8))  # 8 x 3312 floats are 103.5 KB
+    call(8, ranks=(3200, 200, 8))  # 106.5
+    call(8, ranks=(136, 20, 8))
+    call(8, ranks=(8, 8, 8, 8))
+    assert cuda_kernels == [(8, 3, False)]
+
+
+def test_a_group_that_does_not_fit_together_is_named(cuda_kernels: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "choose", lambda *_: "cuda")
+    x, right, left = torch.zeros(2, 64), torch.zeros(8, 64), torch.zeros(40, 8)
+    with pytest.raises(ShapeError, match="2 right, 1 left"):
+        ops.low_rank_linear_group(x, [right] * 2, [left])
+    assert not cuda_kernels
+
+
+@pytest.mark.parametrize("op", ["low_rank_linear", "low_rank_linear_group"])
+def test_the_self_check_runs_the_cuda_kernel_for_many_tokens(op: str, cuda_kernels: list[Any]) -> None:
+    assert dispatch.self_check(op, "cuda", torch.device("cpu"), torch.bfloat16, tokens=16) is None
+    found = {(tokens > 8, pivoted) for tokens, _, pivoted in cuda_kernels}
     assert found == {(many, pivoted) for many in (False, True) for pivoted in (False, True)}
+    assert {layers for _, layers, _ in cuda_kernels} == {3 if op.endswith("group") else 1}
+
+
+def test_a_gpu_rule_for_a_modelled_kernel_asks_the_model() -> None:
+    """No row gives calls to kernels that were never timed, unless the model has them 5 % faster than torch in both ways."""
+    unmeasured = [rule for rule in dispatch.RULES if rule.device == "cuda" and rule.ops != ("channel_sq_norm",)]
+    assert unmeasured
+    for rule in unmeasured:
+        assert rule.backend == "triton"
+        assert set(rule.ops) <= set(graphs.OPS)
+        assert "modelled, not measured" in rule.reason
+    for name, (k, ranks, rows, pivots) in MODELLED_GROUPS.items():
+        outputs = [count + more for count, more in zip(rows, pivots, strict=True)]
+        for m in range(1, 33):
+            two = cost.two_gemms_seconds(m, k, ranks, rows) + cost.LAUNCH * sum(map(bool, pivots))
+            least = min(two, cost.dense_seconds(m, k, outputs))
+            gains = 1.05 * cost.pair_seconds(m, k, ranks, rows) <= least
+            assert cost.worth("low_rank_linear_group", m, k, ranks, rows, pivots) == gains, (name, m)
+
+
+MODELLED_GROUPS = {
+    "wide": (4096, (512, 512, 1536), (4096, 4096, 4096), (0, 0, 0)),
+    "wide, pivoted": (4096, (512, 512, 1536), (3584, 3584, 2560), (512, 512, 1536)),
+    "few heads": (4096, (1024, 512, 768), (4096, 1024, 1024), (0, 0, 0)),
+    "one": (4096, (512,), (1024,), (0,)),
+}
 
 
 # --- without the native library --------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorap.nn import implementations
+from lorap.nn import cuda_limits
 
 CSRC = Path(__file__).parents[1] / "csrc"
 KERNEL, MMA_KERNEL = CSRC / "cuda" / "low_rank_decode.cu", CSRC / "cuda" / "low_rank_decode_mma.cu"
@@ -136,12 +136,24 @@ def link_torch(prefix: str = "") -> list[str]:
 
 
 @cache
-def emulator(folder: Path, sanitizer: str = "", kernels: tuple[Path, ...] = (KERNEL, MMA_KERNEL)) -> Path:
+def emulator(folder: Path, sanitizer: str = "", sources: Path = CSRC / "cuda") -> Path:
     program = folder / f"run_{sanitizer or 'plain'}"
     options = [*EMULATION, *(["-g", f"-fsanitize={sanitizer}"] if sanitizer else [])]
-    sources = [CSRC / "emulation" / "run_low_rank_decode.cpp", "-x", "c++", *kernels]
-    run(["g++", "-std=c++17", *options, "-I", CSRC / "cuda", "-o", program, *sources])
+    files = [CSRC / "emulation" / "run_low_rank_decode.cpp", "-x", "c++", *sorted(sources.glob("*.cu"))]
+    run(["g++", "-std=c++17", *options, "-I", CSRC / "cuda", "-o", program, *files])
     return program
+
+
+def broken_emulator(folder: Path, right: str, wrong: str) -> Path:
+    """The emulator of sources in which the one place that says ``right`` says ``wrong``."""
+    sources = folder / "cuda"
+    (folder / "emulation").mkdir()
+    shutil.copytree(CSRC / "cuda", sources)
+    shutil.copy(CSRC / "emulation" / "cuda_emulation.h", folder / "emulation")
+    found = [file for file in sources.iterdir() if right in file.read_text()]
+    assert [file.read_text().count(right) for file in found] == [1]
+    found[0].write_text(found[0].read_text().replace(right, wrong))
+    return emulator(folder, sources=sources)
 
 
 @pytest.fixture(scope="session")
@@ -159,7 +171,8 @@ def emulate(tmp_path_factory):
     return start
 
 
-# type, M, K, R, N, bias, blocks, shared memory of a block, pivots: 0 none, 1 every N/R-th row, 2 the first R, 3 the last R
+# type, M, K, R, N, bias, blocks, shared memory of a block, pivots: 0 none, 1 every N/R-th row, 2 the first R, 3 the last R.
+# R, N, bias and pivots have a number for each layer.
 CASES = {
     "one token": "bfloat16 1 64 8 63 1 3 65536 0",
     "K longer than a block": "bfloat16 1 4104 264 63 1 3 65536 0",
@@ -180,18 +193,13 @@ CASES = {
     "pivots last, left not prefetched": "bfloat16 8 72 16 99 1 4 1300 3",
     "more blocks than rows of left": "bfloat16 6 64 24 27 1 5 65536 1",
     "all rows are pivots": "float16 2 136 40 40 1 3 65536 1",
+    "three layers": "bfloat16 1 264 40,16,72 70,33,65 1 3 65536 0",
+    "three layers, left prefetched of the first and in part of the second": "float16 3 72 40,16,24 66,39,45 1 3 4300 0,1,3",
+    "two layers, the second without rank": "bfloat16 4 72 24,0 63,41 1 3 65536 0",
+    "three layers, the first without rank, one of nothing but pivots": "bfloat16 8 72 0,16,24 13,16,37 0,1,0 2 65536 0,1,2",
+    "three layers of nothing but pivots": "float16 5 72 24,16,8 24,16,8 1,0,1 2 65536 1",
+    "three layers, more blocks than rows of any": "bfloat16 2 64 8,16,8 9,20,11 1 6 65536 1,0,3",
 }
-
-
-@needs_gxx
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_emulated_kernel_matches_float64(case, emulate):
-    """Errors are relative to the sum of absolute products, and for y beyond its rounding to 16 bits."""
-    shrunk_error, y_error, shared_bytes, grid_barriers = emulate(case)
-    assert shrunk_error < 3e-7
-    assert y_error < 3e-7
-    assert shared_bytes <= int(case.split()[7])
-    assert grid_barriers == 1
 
 
 # The same and at last: 1 for the kernel on tensor cores, 2 for it on a GPU that has clusters.
@@ -210,19 +218,48 @@ MMA_CASES = {
     "two rounds of left in a cluster": "float16 16 8 16 560 0 4 200000 1 2",
     "one output": "float16 16 64 104 1 1 2 200000 0 1",
     "all rows are pivots": "float16 12 136 40 40 1 4 200000 1 2",
+    "three layers": "bfloat16 16 264 40,16,72 130,33,65 1 4 200000 0 2",
+    "three layers, the first without rank, one of nothing but pivots": "bfloat16 11 136 0,40,24 33,40,77 0,1,0 8 200000 0,1,2 2",
+    "two layers, the second without rank": "float16 9 72 24,0 63,41 1 4 200000 3,0 2",
+    "three layers of nothing but pivots": "float16 10 72 40,16,8 40,16,8 1,0,1 3 200000 1 1",
+    "three layers, several rounds of two": "bfloat16 16 8 16,8,8 560,24,401 1,0,1 4 200000 1,0,2 2",
+    "three layers, more clusters than rows of any": "float16 14 520 8,16,8 9,20,11 1 12 200000 1,0,3 2",
+}
+
+# Each number of tokens, in the kernel that it gets: three layers whose sizes, biases and pivots change with it.
+EACH_M = {
+    f"{m} tokens, kernel {kernel}": (
+        f"{('bfloat16', 'float16')[m % 2]} {m} {8 * (3 * m % 17 + 1)} {8 * (m % 3 + 1)},{8 * (m % 5)},{8 * (m % 2 + 1)} "
+        f"{8 * (m % 3) + m % 7 + 10},{8 * (m % 5) + 5},{8 * (m % 2 + 1) + 11 * (m // 4 % 2)} {m % 2},1,{m // 2 % 2} "
+        f"{(3 if kernel == 0 else 4) + m // 8} 200000 {m % 4},{(m + 1) % 4},{(m + 2) % 4} {kernel}"
+    )
+    for m in range(1, 17)
+    for kernel in (0 if m <= 8 else 2,)
 }
 
 
 @needs_gxx
-@pytest.mark.parametrize("case", MMA_CASES.values(), ids=MMA_CASES.keys())
-def test_emulated_kernel_for_tensor_cores_matches_float64(case, emulate):
-    """Errors as above, and for `shrunk` beyond its rounding too; y is that of the `shrunk` that was found."""
+@pytest.mark.parametrize(
+    "case",
+    [*CASES.values(), *MMA_CASES.values(), *EACH_M.values()],
+    ids=[*CASES, *(f"tensor cores, {name}" for name in MMA_CASES), *EACH_M],
+)
+def test_emulated_kernels_match_float64(case, emulate):
+    """Errors are relative to the sum of absolute products, for y beyond its rounding to 16 bits.
+
+    On tensor cores for `shrunk` beyond its rounding too; y is that of the `shrunk` that was found.
+    """
+    _, tokens, _, *lists, blocks, limit, pivoted, kernel = [*case.split(), "0"][:10]
+    ranks, outputs, _, pivoted = [[int(number) for number in one.split(",")] for one in (*lists, pivoted)]
+    pivots = [rank if (pivoted * 3)[i] else 0 for i, rank in enumerate(ranks)]
+    rows = [n - count for n, count in zip((outputs * 3)[: len(ranks)], pivots, strict=True)]
     shrunk_error, y_error, shared_bytes, grid_barriers = emulate(case)
     assert shrunk_error < 3e-7
     assert y_error < 3e-7
-    rank, pivoted = int(case.split()[3]), case.split()[8] != "0"
-    assert shared_bytes == implementations.MMA_SHARED_BYTES + 8 * rank * pivoted
     assert grid_barriers == 1
+    many = int(tokens) if kernel == "0" else 16
+    needed = cuda_limits.shared_bytes(many, ranks, rows, pivots, int(blocks))
+    assert needed == shared_bytes if many > 8 else needed <= shared_bytes <= int(limit)
 
 
 @needs_gxx
@@ -245,6 +282,8 @@ def test_emulated_prefetch_uses_the_shared_memory_there_is(emulate):
         CASES["pivots first, left prefetched in part"],
         MMA_CASES["sixteen tokens, pivots last"],
         MMA_CASES["two rounds of left in a cluster"],
+        CASES["three layers, left prefetched of the first and in part of the second"],
+        MMA_CASES["three layers, the first without rank, one of nothing but pivots"],
     ],
 )
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
@@ -254,23 +293,22 @@ def test_sanitizers_find_no_races_in_the_kernels_and_no_access_out_of_bounds(cas
 
 @needs_gxx
 def test_emulator_notices_a_missing_barrier(tmp_path):
-    source = KERNEL.read_text()
-    broken = tmp_path / "broken.cu"
-    broken.write_text(source.replace("__pipeline_wait_prior(0);\n  __syncthreads();", "__pipeline_wait_prior(0);"))
-    assert broken.read_text() != source
-    program = emulator(tmp_path, kernels=(broken, MMA_KERNEL))
+    program = broken_emulator(tmp_path, "__pipeline_wait_prior(0);\n  __syncthreads();", "__pipeline_wait_prior(0);")
     result = subprocess.run([program, *CASES["one token"].split()], capture_output=True, text=True)
     assert result.returncode == 1, result.stdout
 
 
+TWO_LAYERS = "two layers, the second without rank"
 BROKEN = {  # what, instead of what, in which case it shows
     "a unit is read before it has arrived": ("wait_prior(kRing - 1)", "wait_prior(kRing)", "nine tokens"),
     "sums of other blocks are read before they are there": ("  cluster_barrier();\n  const", "  const", "one token"),
     "sums are overwritten before they are read": (
-        "if (round > 0) cluster_barrier();",
+        "if (read) cluster_barrier();",
         "",
         "two rounds of left in a cluster",
     ),
+    "those of the layer before": ("      read = true;\n", "", "three layers"),
+    "the ring does not know where the next layer begins": ("product.next = next;", "product.next = i + 1;", TWO_LAYERS),
 }
 
 
@@ -279,10 +317,7 @@ BROKEN = {  # what, instead of what, in which case it shows
 @pytest.mark.parametrize("fault", BROKEN)
 def test_emulator_notices_a_missing_wait(fault, tmp_path):
     right, wrong, case = BROKEN[fault]
-    source, broken = MMA_KERNEL.read_text(), tmp_path / "broken.cu"
-    assert source.count(right) == 1
-    broken.write_text(source.replace(right, wrong))
-    program = emulator(tmp_path, kernels=(KERNEL, broken))
+    program = broken_emulator(tmp_path, right, wrong)
     result = subprocess.run([program, *MMA_CASES[case].split()], capture_output=True, text=True)
     assert result.returncode == 1, result.stdout
 
@@ -328,7 +363,26 @@ assert op(x[0, 0], right, left, bias).shape == (100,)
 assert op(x[:0], right, left, bias).shape == (0, 3, 100)
 torch.testing.assert_close(op(x, right, left[:99], bias[1:]), op(x, right, left[:99], bias[1:].clone()))  # odd start
 
-def refuses(message, *args):
+group = torch.ops.lorap_cuda.low_rank_linear_group
+none, no_rows = x.new_empty(0), rows[:0]
+dense, tiny = torch.randn(40, 64).to(x.dtype), x.new_empty(0, 64)
+layers = [x, [right, dense, tiny], [left, x.new_empty(0, 40), x.new_empty(7, 0)]]
+for b in (bias[:100].repeat(2)[:124], none):
+    for many in (x, x.repeat(2, 1, 1)):
+        y = group(many, *layers[1:], [b, none, bias[1:8]], [rows, torch.arange(40), no_rows])
+        first = op(many, right, left, b if len(b) else None, rows)
+        torch.testing.assert_close(y[..., :124], first, rtol=0, atol=0)
+        exact = many.double() @ dense.double().T
+        torch.testing.assert_close(y[..., 124:164].double(), exact, rtol=2 * tolerance, atol=1e-4)
+        torch.testing.assert_close(y[..., 164:], bias[1:8].expand(*many.shape[:-1], 7), rtol=0, atol=0)
+        assert y.shape == (*many.shape[:-1], 171)
+many = x[:1]  # three with values of their own
+y = group(many, [right] * 3, [left, left[:40], left[60:].contiguous()], [], [])
+for part, (start, end) in zip(y.split((100, 40, 40), -1), ((0, 100), (0, 40), (60, 100))):
+    torch.testing.assert_close(part, op(many, right, left, None)[..., start:end], rtol=0, atol=0)
+assert group(x[:0], [right], [left], [], []).shape == (0, 3, 100)
+
+def refuses(message, *args, op=op):
     try:
         op(*args)
     except RuntimeError as error:
@@ -337,7 +391,7 @@ def refuses(message, *args):
         raise AssertionError(f"accepted: {message}")
 
 refuses("x has 18 tokens, at most 16", x.repeat(3, 1, 1), right, left, None)
-refuses("K = 64 and R = 20 must be positive multiples of 8", x, right[:20], left[:, :20].contiguous(), None)
+refuses("K = 64 and R = 20 must be multiples of 8, K a positive one", x, right[:20], left[:, :20].contiguous(), None)
 refuses("x (..., 64), right (24, 64) and left (100, 16) do not fit together", x, right, left[:, :16], None)
 refuses("expected x (..., K), right (R, K) and left (N, R), got 3, 1 and 2 dimensions", x, right[0], left, None)
 refuses("right must be contiguous", x, right.T.contiguous().T, left, None)
@@ -349,4 +403,12 @@ refuses("pivot_rows must be contiguous and start at a multiple of 16 bytes", x, 
 refuses("right must start at a multiple of 16 bytes", x, torch.cat((bias[:1], right.flatten()))[1:].view(24, 64), left, None)
 big = [torch.zeros(size, dtype=dtype) for size in ((8, 8), (8192, 8), (8, 8192))]
 refuses("rank 8192 is too large for 8 tokens", *big, None)
+two = [right] * 2, [left] * 2
+refuses("a group has 1 to 3 layers, not 4", x, [right] * 4, [left] * 4, [], [], op=group)
+refuses("got 2 right, 1 left, 0 bias, 0 pivot_rows", x, two[0], [left], [], [], op=group)
+refuses("got 2 right, 2 left, 0 bias, 1 pivot_rows", x, *two, [], [rows], op=group)
+refuses("bias has 99 elements, the output 100 rows", x, *two, [none, bias[1:]], [], op=group)
+refuses("right (24, 64) and left (100, 16) do not fit", x, two[0], [left, left[:, :16]], [], [], op=group)
+wide = [x.new_zeros(3072, 8)] * 3, [x.new_zeros(8, 3072)] * 3
+refuses("rank 9216 is too large for 8 tokens", x.new_zeros(8, 8), *wide, [], [], op=group)
 """

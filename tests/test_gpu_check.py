@@ -79,7 +79,9 @@ def test_reference_passes_every_case(module):
     assert {row["not_run"] for row in rows if row["backend"] in others} == {"no GPU"}
 
 
-@pytest.mark.parametrize("step", ["self-check", "self-check-cuda", "values-cuda", "graphs", "graphs-cuda"])
+@pytest.mark.parametrize(
+    "step", ["self-check", "self-check-cuda", "values-cuda", "graphs", "graphs-cuda", "merged-cuda"]
+)
 def test_nothing_is_claimed_without_a_gpu(module, step):
     rows = rows_of(module("gpu_check"), step)
     assert rows

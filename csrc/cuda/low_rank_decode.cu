@@ -1,4 +1,4 @@
-// One-launch decode of a low-rank layer: y = (x @ right.T) @ left.T + bias, for M <= 8 tokens.
+// One-launch decode of low-rank layers that read the same x: y = (x @ right.T) @ left.T + bias, for M <= 8 tokens.
 //
 //   x (M, K), right (R, K), left (N, R), bias (N,), y (M, N) in bfloat16 or float16; sums, and shrunk = x @ right.T
 //   (M, R), in float32. In pivoted storage R rows of y are those of shrunk, and left has the others only.
@@ -9,6 +9,8 @@
 //
 //   block b:  shrink: rows of right | start copying rows of left | barrier of all blocks | expand: rows of left
 //              all threads along K  |      global -> shared      |                       | a warp per 4 rows, along R
+//
+// Of q, k and v each block has its share of all three, so that they need one barrier together.
 //
 // Every sum has a fixed order (no atomics on data), so results repeat bit for bit. Compiled for sm_80, sm_90a and
 // sm_100 and run on the host thread by thread (csrc/emulation); never run on a GPU.
@@ -29,13 +31,22 @@ constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kTokens = 8;
 constexpr int kRows = 4;  // rows of a factor that share each activation a thread has loaded
 
-struct Problem : LowRankDecode {
+struct Layer : KeptLayer {
   int right_rows = 0;       // rows of right per block
-  int left_rows = 0;        // rows of left per block
+  int own_rows_before = 0;  // those of the layers before: where its partial sums are
+  int64_t rows_before = 0;  // ranks of the layers before that are needed for their left: where its shrunk is
+  int rows_per_block = 0;   // rows of left per block
   int prefetched_rows = 0;  // how many of them are copied to shared memory; a multiple of kRows, or all
-  int exchange_floats = 0;  // start of shared memory: partial sums in the shrink phase, `shrunk` in the expand phase
-  int pivot_vectors = 0;    // of 16 bytes: `pivots`, which follow there
-  int64_t left_total = 0;   // rows of left
+  int prefetched_at = 0;    // in vectors of 16 bytes
+};
+
+struct Problem {
+  const void* x = nullptr;
+  int64_t m = 0, k = 0;
+  int count = 0;
+  int exchange_floats = 0;  // start of shared memory: partial sums in the shrink phase, shrunk in the expand phase
+  int pivot_vectors = 0;    // of 16 bytes; they follow there
+  Layer layers[kMaxDecodeLayers];
 };
 
 template <typename Scalar>
@@ -112,10 +123,11 @@ __device__ int64_t token(const Problem& p, int m) { return m < p.m ? m : p.m - 1
 // Partial sums of this block's rows of right, one set per warp: partial (kWarps, rows, M). All threads run along K, so
 // that a block with few rows still has every thread loading, and each x is read by one thread, hence not staged.
 template <typename Scalar, int M>
-__device__ void shrink(const Problem& p, const uint4* right, int rows, float* partial) {
+__device__ void shrink(const Problem& p, const Layer& layer, int rows, float* partial) {
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int vectors = p.k / kVector;
   const uint4* x = static_cast<const uint4*>(p.x);
+  const uint4* right = static_cast<const uint4*>(layer.right) + int64_t(blockIdx.x) * layer.right_rows * vectors;
   for (int start = 0; start < rows; start += kRows) {
     float sums[kRows * M] = {};
     multiply<Scalar, M>(
@@ -129,24 +141,32 @@ __device__ void shrink(const Problem& p, const uint4* right, int rows, float* pa
   }
 }
 
-// Adds the warps' partial sums, always in the same order, and shows them to the other blocks.
-template <int M>
-__device__ void publish(const Problem& p, const float* partial, int first_row, int rows) {
+// Adds the warps' partial sums, always in the same order, and shows them to the other blocks; where no left is to be
+// multiplied with them they are outputs.
+template <typename Scalar, int M>
+__device__ void publish(const Problem& p, const Layer& layer, int rows, const float* partial) {
+  const int64_t first_row = int64_t(blockIdx.x) * layer.right_rows;
   for (int i = threadIdx.x; i < rows * M; i += kThreads) {
     float sum = 0.0f;
 #pragma unroll
     for (int warp = 0; warp < kWarps; ++warp) sum += partial[warp * rows * M + i];
-    const int row = i / M, m = i % M;
-    if (m < p.m) p.shrunk[m * p.r + first_row + row] = sum;
+    const int64_t row = first_row + i / M;
+    const int m = i % M;
+    if (m >= p.m) continue;
+    if (layer.left_rows > 0) {
+      layer.shrunk[m * layer.r + row] = sum;
+    } else {
+      store<Scalar>(layer, m, row, sum);
+    }
   }
 }
 
 // Copies shrunk from the L2 cache, where the other blocks left it, to shared memory as (2, M, R / 8) float4: the eight
 // floats that meet one weight vector are 32 bytes, and lanes that step by 32 bytes would collide in the banks.
 template <int M>
-__device__ void gather(const Problem& p, float4* shrunk) {
-  const int vectors = p.r / kVector;
-  const float4* source = reinterpret_cast<const float4*>(p.shrunk);
+__device__ void gather(const Problem& p, const Layer& layer, float4* shrunk) {
+  const int vectors = layer.left_rows > 0 ? layer.r / kVector : 0;
+  const float4* source = reinterpret_cast<const float4*>(layer.shrunk);
   for (int i = threadIdx.x; i < 2 * vectors; i += kThreads) {
 #pragma unroll
     for (int m = 0; m < M; ++m)
@@ -156,24 +176,25 @@ __device__ void gather(const Problem& p, float4* shrunk) {
 
 // Outputs that are `shrunk` itself: those of this block's rows of right.
 template <typename Scalar, int M>
-__device__ void copy_pivots(const Problem& p, const float4* shrunk, const int64_t* pivots, int64_t first_row,
-                            int rows) {
-  if (p.pivots == nullptr) return;
-  const int vectors = p.r / kVector;
+__device__ void copy_pivots(const Problem& p, const Layer& layer, int rows, const float4* shrunk, const uint4* pivots) {
+  if (layer.pivot_vectors == 0) return;
+  const int vectors = layer.r / kVector, first_row = int(blockIdx.x) * layer.right_rows;
   for (int i = threadIdx.x; i < rows * M; i += kThreads) {
-    const int row = int(first_row) + i / M, m = i % M, half = row % kVector / 4;
+    const int row = first_row + i / M, m = i % M, half = row % kVector / 4;
     const float* four = reinterpret_cast<const float*>(shrunk + (half * M + m) * vectors + row / kVector);
-    if (m < p.m) store<Scalar>(p, m, pivots[row], four[row % 4]);
+    if (m < p.m) store<Scalar>(layer, m, pivot_row(layer, pivots, row), four[row % 4]);
   }
 }
 
 // Outputs of this block's rows of left, a warp per kRows of them: from shared memory as far as they were prefetched,
-// the rest straight from global memory.
+// the rest straight from global memory. The first of them is `first_group`'s.
 template <typename Scalar, int M>
-__device__ void expand(const Problem& p, const float4* shrunk, const int64_t* pivots, const uint4* left,
-                       const uint4* prefetched, int first_row, int rows) {
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int vectors = p.r / kVector;
+__device__ void expand(const Problem& p, const Layer& layer, int first_group, int rows, const float4* shrunk,
+                       const uint4* pivots, const uint4* prefetched) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int vectors = layer.r / kVector;
+  const int64_t first_row = int64_t(blockIdx.x) * layer.rows_per_block;
+  const uint4* left = static_cast<const uint4*>(layer.left) + first_row * vectors;
   const auto load_shrunk = [&](int m, int v, float (&inputs)[kVector]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -184,9 +205,9 @@ __device__ void expand(const Problem& p, const float4* shrunk, const int64_t* pi
       inputs[4 * half + 3] = four.w;
     }
   };
-  for (int start = warp * kRows; start < rows; start += kWarps * kRows) {
+  for (int start = first_group * kRows; start < rows; start += kWarps * kRows) {
     float sums[kRows * M] = {};
-    if (start < p.prefetched_rows) {
+    if (start < layer.prefetched_rows) {
       const auto load = [&](int row, int v) {
         return start + row < rows ? prefetched[(start + row) * vectors + v] : uint4{};
       };
@@ -199,13 +220,14 @@ __device__ void expand(const Problem& p, const float4* shrunk, const int64_t* pi
     }
     const float sum = sum_over_warp(sums, lane);
     const int row = start + lane / M, m = lane % M;
-    if (lane < kRows * M && row < rows && m < p.m) store<Scalar>(p, m, output_row(p, pivots, first_row + row), sum);
+    if (lane < kRows * M && row < rows && m < p.m)
+      store<Scalar>(layer, m, output_row(layer, pivots, first_row + row), sum);
   }
 }
 
 // Rows of a factor that fall to this block, none for the last blocks when there are few.
-__device__ int share(int64_t total, int64_t first_row, int rows_per_block) {
-  const int64_t left_over = total - first_row;
+__device__ int share(int64_t total, int rows_per_block) {
+  const int64_t left_over = total - int64_t(blockIdx.x) * rows_per_block;
   return left_over <= 0 ? 0 : int(left_over < rows_per_block ? left_over : rows_per_block);
 }
 
@@ -215,33 +237,78 @@ __global__ void __launch_bounds__(kThreads, 1) low_rank_decode_kernel(Problem p)
   float* exchange = reinterpret_cast<float*>(shared_memory);
   uint4* pivots = shared_memory + p.exchange_floats / 4;
   uint4* prefetched = pivots + p.pivot_vectors;
-  const int64_t first_right = int64_t(blockIdx.x) * p.right_rows, first_left = int64_t(blockIdx.x) * p.left_rows;
-  const int right_rows = share(p.r, first_right, p.right_rows),
-            left_rows = share(p.left_total, first_left, p.left_rows);
-  const uint4* right = static_cast<const uint4*>(p.right) + first_right * (p.k / kVector);
-  const uint4* left = static_cast<const uint4*>(p.left) + first_left * (p.r / kVector);
 
-  shrink<Scalar, M>(p, right, right_rows, exchange);
+#pragma unroll 1
+  for (int i = 0; i < p.count; ++i)
+    shrink<Scalar, M>(p, p.layers[i], share(p.layers[i].r, p.layers[i].right_rows),
+                      exchange + p.layers[i].own_rows_before * kWarps * M);
 
-  // A block's rows of left are contiguous, so the copy is one flat range.
-  const int vectors = (left_rows < p.prefetched_rows ? left_rows : p.prefetched_rows) * int(p.r / kVector);
-  for (int i = threadIdx.x; i < vectors; i += kThreads)
-    __pipeline_memcpy_async(prefetched + i, left + i, sizeof(uint4));
-  for (int i = threadIdx.x; i < p.pivot_vectors; i += kThreads)
-    __pipeline_memcpy_async(pivots + i, reinterpret_cast<const uint4*>(p.pivots) + i, sizeof(uint4));
+#pragma unroll 1
+  for (int i = 0; i < p.count; ++i) {  // a block's rows of left are contiguous, so the copy is one flat range
+    const Layer& layer = p.layers[i];
+    const int row_vectors = layer.r / kVector, rows = share(layer.left_rows, layer.rows_per_block);
+    const uint4* left =
+        static_cast<const uint4*>(layer.left) + int64_t(blockIdx.x) * layer.rows_per_block * row_vectors;
+    const int vectors = (rows < layer.prefetched_rows ? rows : layer.prefetched_rows) * row_vectors;
+    for (int v = threadIdx.x; v < vectors; v += kThreads)
+      __pipeline_memcpy_async(prefetched + layer.prefetched_at + v, left + v, sizeof(uint4));
+  }
+  fetch_pivots(p.layers, p.count, pivots, kThreads);
   __pipeline_commit();
 
   __syncthreads();
-  publish<M>(p, exchange, first_right, right_rows);
+#pragma unroll 1
+  for (int i = 0; i < p.count; ++i)
+    publish<Scalar, M>(p, p.layers[i], share(p.layers[i].r, p.layers[i].right_rows),
+                       exchange + p.layers[i].own_rows_before * kWarps * M);
   cooperative_groups::this_grid().sync();
 
-  gather<M>(p, reinterpret_cast<float4*>(exchange));
+#pragma unroll 1
+  for (int i = 0; i < p.count; ++i)
+    gather<M>(p, p.layers[i], reinterpret_cast<float4*>(exchange + p.layers[i].rows_before * M));
   __pipeline_wait_prior(0);
   __syncthreads();
-  const float4* shrunk = reinterpret_cast<const float4*>(exchange);
-  const int64_t* output_rows = reinterpret_cast<const int64_t*>(pivots);
-  copy_pivots<Scalar, M>(p, shrunk, output_rows, first_right, right_rows);
-  expand<Scalar, M>(p, shrunk, output_rows, left, prefetched, first_left, left_rows);
+  // Groups of rows go round the warps, one layer after the other: those of a small k and v have warps of their own.
+  int group = threadIdx.x / kWarpSize;
+#pragma unroll 1
+  for (int i = 0; i < p.count; ++i) {
+    const Layer& layer = p.layers[i];
+    const float4* shrunk = reinterpret_cast<const float4*>(exchange + layer.rows_before * M);
+    const int rows = share(layer.left_rows, layer.rows_per_block);
+    copy_pivots<Scalar, M>(p, layer, share(layer.r, layer.right_rows), shrunk, pivots);
+    expand<Scalar, M>(p, layer, group, rows, shrunk, pivots, prefetched + layer.prefetched_at);
+    const int turn = (group - (rows + kRows - 1) / kRows) % kWarps;
+    group = turn < 0 ? turn + kWarps : turn;
+  }
+}
+
+// How a launch of so many blocks shares out the work, and the bytes of shared memory that it takes, more than `limit`
+// where they cannot suffice.
+int64_t plan(const LowRankDecode& arguments, int tokens, int blocks, int64_t limit, int64_t itemsize, Problem* p) {
+  p->x = arguments.x, p->m = arguments.m, p->k = arguments.k, p->count = arguments.count;
+  p->pivot_vectors = keep(arguments, p->layers);
+  int64_t own_rows = 0, rows = 0;
+  for (int i = 0; i < p->count; ++i) {
+    Layer& layer = p->layers[i];
+    layer.right_rows = int(ceil_div(layer.r, blocks));
+    layer.rows_per_block = int(ceil_div(layer.left_rows, blocks));
+    layer.own_rows_before = int(own_rows), layer.rows_before = rows;
+    own_rows += layer.right_rows;
+    rows += layer.left_rows > 0 ? layer.r : 0;
+  }
+  // A multiple of 8 floats, as each rank is.
+  p->exchange_floats = int(tokens * std::max<int64_t>(rows, kWarps * own_rows));
+  int64_t bytes = p->exchange_floats * sizeof(float) + p->pivot_vectors * sizeof(uint4), prefetched = 0;
+  for (int i = 0; i < p->count; ++i) {
+    Layer& layer = p->layers[i];
+    const int64_t row_bytes = layer.r * itemsize, room = limit - bytes;
+    const int64_t fitting_rows = row_bytes > 0 && room > 0 ? room / (kRows * row_bytes) * kRows : 0;
+    layer.prefetched_at = int(prefetched / sizeof(uint4));
+    layer.prefetched_rows = int(std::min<int64_t>(layer.rows_per_block, fitting_rows));
+    prefetched += layer.prefetched_rows * row_bytes;
+    bytes += layer.prefetched_rows * row_bytes;
+  }
+  return bytes;
 }
 
 template <typename Scalar, int M>
@@ -255,20 +322,12 @@ cudaError_t launch(const LowRankDecode& arguments, cudaStream_t stream) {
   if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit))
     return error;
 
-  Problem p{arguments};
-  p.right_rows = ceil_div(p.r, blocks);
-  p.left_total = p.pivots == nullptr ? p.n : p.n - p.r;
-  p.left_rows = ceil_div(p.left_total, blocks);
-  p.pivot_vectors = p.pivots == nullptr ? 0 : p.r * sizeof(int64_t) / sizeof(uint4);
-  p.exchange_floats = M * std::max<int64_t>(p.r, kWarps * p.right_rows);
-  const int64_t exchange_bytes = p.exchange_floats * sizeof(float) + p.pivot_vectors * sizeof(uint4);
-  if (exchange_bytes > limit) return cudaErrorInvalidConfiguration;
-  const int64_t row_bytes = p.r * sizeof(Scalar);
-  const int64_t fitting_rows = (limit - exchange_bytes) / (kRows * row_bytes) * kRows;
-  p.prefetched_rows = std::min<int64_t>(p.left_rows, fitting_rows);
-  const size_t shared_bytes = exchange_bytes + p.prefetched_rows * row_bytes;
+  Problem p;
+  const int64_t shared_bytes = plan(arguments, M, blocks, limit, sizeof(Scalar), &p);
+  if (shared_bytes > limit) return cudaErrorInvalidConfiguration;
   void* kernel_arguments[] = {&p};
-  return cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(kThreads), kernel_arguments, shared_bytes, stream);
+  return cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(kThreads), kernel_arguments, size_t(shared_bytes),
+                                     stream);
 }
 
 template <typename Scalar>
@@ -283,9 +342,7 @@ cudaError_t launch_for_tokens(const LowRankDecode& arguments, cudaStream_t strea
 
 cudaError_t low_rank_decode(const LowRankDecode& problem, DecodeType type, cudaStream_t stream) {
   if (problem.m > kTokens) return low_rank_decode_mma(problem, type, stream);
-  const bool fits = 1 <= problem.m && problem.m <= kTokens && problem.n > 0 && problem.k > 0 && problem.r > 0;
-  if (!fits || problem.k % kVector || problem.r % kVector) return cudaErrorInvalidValue;
-  if (problem.pivots != nullptr && problem.n < problem.r) return cudaErrorInvalidValue;
+  if (!is_valid(problem, kTokens)) return cudaErrorInvalidValue;
   if (type == DecodeType::kBFloat16) return launch_for_tokens<__nv_bfloat16>(problem, stream);
   return launch_for_tokens<__half>(problem, stream);
 }

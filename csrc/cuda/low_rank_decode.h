@@ -1,4 +1,5 @@
-// y = (x @ right.T) @ left.T + bias for a handful of tokens, in one launch. Plain C++: no torch, no templates.
+// y = (x @ right.T) @ left.T + bias for a handful of tokens and up to 3 layers that read the same x, in one launch.
+// Plain C++: no torch, no templates.
 #pragma once
 
 #include <cstdint>
@@ -11,25 +12,35 @@
 namespace lorap {
 
 constexpr int64_t kMaxDecodeTokens = 16;
+constexpr int kMaxDecodeLayers = 3;  // q, k and v
 
 enum class DecodeType { kBFloat16, kFloat16 };
 
-// All tensors are contiguous and start at a multiple of 16 bytes; K and R are multiples of 8, and 1 <= M <= 16. In
-// pivoted storage output row pivots[i] is shrunk[i] itself, and left has the other rows of y in their order.
-struct LowRankDecode {
-  const void* x;          // (M, K)
+// In pivoted storage output row pivots[i] is shrunk[i] itself, and left has the other rows of y in their order. Where
+// every row is a pivot, as in a dense layer that joins a group, neither left nor the pivots are read.
+struct DecodeLayer {
   const void* right;      // (R, K)
   const void* left;       // (N, R), or (N - R, R) with pivots
   const void* bias;       // (N,), or null
   const int64_t* pivots;  // (R,), ascending, each less than N; or null
   float* shrunk;          // room for (M, R), written by the launch and no other that may run at the same time
-  void* y;                // (M, N)
-  int64_t m, n, k, r;
+  void* y;                // (M, N), its rows `stride` elements apart
+  int64_t n, r, stride;
+};
+
+// All tensors but y are contiguous, all but y and bias start at a multiple of 16 bytes; K and each R are multiples of
+// 8, 1 <= M <= 16, and R may be 0.
+struct LowRankDecode {
+  const void* x;  // (M, K)
+  int64_t m, k;
+  int count;  // of layers, at most kMaxDecodeLayers
+  DecodeLayer layers[kMaxDecodeLayers];
 };
 
 // Queues a kernel on `stream` of the current device: multiply-adds for at most 8 tokens, tensor cores for more.
 // cudaErrorInvalidConfiguration means that what it keeps in the shared memory of a multiprocessor does not fit there:
-// M * R floats for at most 8 tokens, 104 KB for more, and R int64 with pivots.
+// M * R floats for at most 8 tokens, 104 KB for more, and R int64 with pivots; R as the sum over the layers that are
+// not all pivots.
 cudaError_t low_rank_decode(const LowRankDecode& problem, DecodeType type, cudaStream_t stream);
 
 // The one for more, for any number of tokens.

@@ -1,5 +1,6 @@
-// The CUDA kernels as torch operator lorap_cuda::low_rank_linear, through torch's stable ABI: the library works with
-// the torch it was built for and every later one, and with any Python. The gradient is left to lorap/nn/ops.py.
+// The CUDA kernels as torch operators lorap_cuda::low_rank_linear and low_rank_linear_group, through torch's stable
+// ABI: the library works with the torch it was built for and every later one, and with any Python. The gradient is left
+// to lorap/nn/ops.py.
 
 #include <cstdint>
 #include <optional>
@@ -32,76 +33,144 @@ void check_matrix(const char* name, const Tensor& tensor, const Tensor& x) {
                   " must start at a multiple of 16 bytes");
 }
 
-// x (..., K) with at most 16 tokens, right (R, K), left (N, R), bias (N,) -> (..., N). With pivot_rows (R,), ascending
-// and less than N, left is (N - R, R).
-Tensor low_rank_linear(Tensor x, Tensor right, Tensor left, std::optional<Tensor> bias,
-                       std::optional<Tensor> pivot_rows) {
+// Borrowed tensors of one layer, null where it has none.
+struct LayerTensors {
+  const Tensor& right;
+  const Tensor& left;
+  const Tensor* bias;
+  const Tensor* pivot_rows;
+  int64_t rank() const { return right.size(0); }
+  int64_t out_features() const { return left.size(0) + (pivot_rows != nullptr ? rank() : 0); }
+};
+
+void check_pivots(const Tensor& rows, int64_t rank, const Tensor& x) {
+  STD_TORCH_CHECK(rows.numel() == rank && rows.scalar_type() == ScalarType::Long, "lorap_cuda: pivot_rows must be ",
+                  rank, " int64, one per rank; there are ", rows.numel());
+  STD_TORCH_CHECK(rows.is_cuda() && rows.get_device_index() == x.get_device_index(),
+                  "lorap_cuda: pivot_rows must be on the GPU of x");
+  STD_TORCH_CHECK(rows.is_contiguous() && reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0,
+                  "lorap_cuda: pivot_rows must be contiguous and start at a multiple of 16 bytes");
+}
+
+void check_layer(const LayerTensors& layer, const Tensor& x) {
+  const Tensor &right = layer.right, &left = layer.left;
   STD_TORCH_CHECK(x.dim() >= 1 && right.dim() == 2 && left.dim() == 2,
                   "lorap_cuda: expected x (..., K), right (R, K) and left (N, R), got ", x.dim(), ", ", right.dim(),
                   " and ", left.dim(), " dimensions");
-  const int64_t k = x.size(x.dim() - 1), r = right.size(0), n = left.size(0) + (pivot_rows ? r : 0);
+  const int64_t k = x.size(x.dim() - 1), r = layer.rank(), n = layer.out_features();
   STD_TORCH_CHECK(right.size(1) == k && left.size(1) == r, "lorap_cuda: x (..., ", k, "), right (", r, ", ",
                   right.size(1), ") and left (", left.size(0), ", ", left.size(1), ") do not fit together");
-  STD_TORCH_CHECK(k > 0 && r > 0 && k % 8 == 0 && r % 8 == 0, "lorap_cuda: K = ", k, " and R = ", r,
-                  " must be positive multiples of 8");
-  const int64_t m = x.numel() / k;
+  STD_TORCH_CHECK(k > 0 && k % 8 == 0 && r % 8 == 0, "lorap_cuda: K = ", k, " and R = ", r,
+                  " must be multiples of 8, K a positive one");
+  check_matrix("right", right, x);
+  check_matrix("left", left, x);
+  if (layer.bias != nullptr) {
+    check_operand("bias", *layer.bias, x);
+    STD_TORCH_CHECK(layer.bias->numel() == n, "lorap_cuda: bias has ", layer.bias->numel(), " elements, the output ", n,
+                    " rows");
+  }
+  if (layer.pivot_rows != nullptr) check_pivots(*layer.pivot_rows, r, x);
+}
+
+void check_input(const Tensor& x) {
+  const int64_t k = x.dim() > 0 ? x.size(x.dim() - 1) : 0, m = k > 0 ? x.numel() / k : 0;
   STD_TORCH_CHECK(m <= lorap::kMaxDecodeTokens, "lorap_cuda: x has ", m, " tokens, at most ", lorap::kMaxDecodeTokens,
                   " are supported");
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half,
                   "lorap_cuda: x must be bfloat16 or float16");
   check_matrix("x", x, x);
-  check_matrix("right", right, x);
-  check_matrix("left", left, x);
-  if (bias) {
-    check_operand("bias", *bias, x);
-    STD_TORCH_CHECK(bias->numel() == n, "lorap_cuda: bias has ", bias->numel(), " elements, the output ", n, " rows");
-  }
-  if (pivot_rows) {
-    STD_TORCH_CHECK(pivot_rows->numel() == r && pivot_rows->scalar_type() == ScalarType::Long,
-                    "lorap_cuda: pivot_rows must be ", r, " int64, one per rank; there are ", pivot_rows->numel());
-    STD_TORCH_CHECK(pivot_rows->is_cuda() && pivot_rows->get_device_index() == x.get_device_index(),
-                    "lorap_cuda: pivot_rows must be on the GPU of x");
-    STD_TORCH_CHECK(pivot_rows->is_contiguous() && reinterpret_cast<uintptr_t>(pivot_rows->const_data_ptr()) % 16 == 0,
-                    "lorap_cuda: pivot_rows must be contiguous and start at a multiple of 16 bytes");
-  }
+}
 
-  const auto x_sizes = x.sizes();
-  std::vector<int64_t> y_sizes(x_sizes.begin(), x_sizes.end());
-  y_sizes.back() = n;
-  Tensor y = torch::stable::new_empty(x, y_sizes);
-  if (m == 0 || n == 0) return y;
-  Tensor shrunk = torch::stable::new_empty(x, {m, r}, ScalarType::Float);
-
+void launch(const lorap::LowRankDecode& problem, const Tensor& x) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "lorap_cuda: no libtorch_cuda in this process");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-  const lorap::LowRankDecode problem{
-      x.const_data_ptr(),
-      right.const_data_ptr(),
-      left.const_data_ptr(),
-      bias ? bias->const_data_ptr() : nullptr,
-      pivot_rows ? static_cast<const int64_t*>(pivot_rows->const_data_ptr()) : nullptr,
-      static_cast<float*>(shrunk.mutable_data_ptr()),
-      y.mutable_data_ptr(),
-      m,
-      n,
-      k,
-      r,
-  };
   const auto type = x.scalar_type() == ScalarType::Half ? lorap::DecodeType::kFloat16 : lorap::DecodeType::kBFloat16;
   const cudaError_t error = lorap::low_rank_decode(problem, type, static_cast<cudaStream_t>(stream));
-  STD_TORCH_CHECK(error != cudaErrorInvalidConfiguration, "lorap_cuda: rank ", r, " is too large for ", m,
+  if (error == cudaSuccess) return;
+  int64_t n = 0, r = 0;
+  for (int i = 0; i < problem.count; ++i) n += problem.layers[i].n, r += problem.layers[i].r;
+  STD_TORCH_CHECK(error != cudaErrorInvalidConfiguration, "lorap_cuda: rank ", r, " is too large for ", problem.m,
                   " tokens in the shared memory of this GPU");
-  STD_TORCH_CHECK(error == cudaSuccess, "lorap_cuda: launch for M = ", m, ", N = ", n, ", K = ", k, ", R = ", r,
+  STD_TORCH_CHECK(false, "lorap_cuda: launch for M = ", problem.m, ", N = ", n, ", K = ", problem.k, ", R = ", r,
                   " failed: ", cudaGetErrorString(error));
+}
+
+// x (..., K) -> (..., N_1 + N_2 + ...): the outputs of at most 3 layers side by side, by one launch.
+Tensor run(const Tensor& x, const std::vector<LayerTensors>& layers) {
+  int64_t columns = 0, rank = 0;
+  for (const LayerTensors& layer : layers) {
+    check_layer(layer, x);
+    columns += layer.out_features();
+    rank += layer.rank();
+  }
+  check_input(x);
+  const int64_t k = x.size(x.dim() - 1), m = x.numel() / k;
+  const auto x_sizes = x.sizes();
+  std::vector<int64_t> y_sizes(x_sizes.begin(), x_sizes.end());
+  y_sizes.back() = columns;
+  Tensor y = torch::stable::new_empty(x, y_sizes);
+  if (m == 0 || columns == 0) return y;
+  Tensor shrunk = torch::stable::new_empty(x, {m, rank}, ScalarType::Float);
+
+  lorap::LowRankDecode problem{x.const_data_ptr(), m, k, 0, {}};
+  char* y_data = static_cast<char*>(y.mutable_data_ptr());
+  float* room = static_cast<float*>(shrunk.mutable_data_ptr());
+  for (const LayerTensors& layer : layers) {
+    const int64_t n = layer.out_features(), r = layer.rank();
+    const auto pivots = layer.pivot_rows ? static_cast<const int64_t*>(layer.pivot_rows->const_data_ptr()) : nullptr;
+    if (n > 0)
+      problem.layers[problem.count++] = {layer.right.const_data_ptr(),
+                                         layer.left.const_data_ptr(),
+                                         layer.bias ? layer.bias->const_data_ptr() : nullptr,
+                                         pivots,
+                                         room,
+                                         y_data,
+                                         n,
+                                         r,
+                                         columns};
+    y_data += 2 * n;  // bytes of a scalar
+    room += m * r;
+  }
+  launch(problem, x);
   return y;
+}
+
+// x (..., K) with at most 16 tokens, right (R, K), left (N, R), bias (N,) -> (..., N). With pivot_rows (R,), ascending
+// and less than N, left is (N - R, R).
+Tensor low_rank_linear(Tensor x, Tensor right, Tensor left, std::optional<Tensor> bias,
+                       std::optional<Tensor> pivot_rows) {
+  return run(x, {{right, left, bias ? &*bias : nullptr, pivot_rows ? &*pivot_rows : nullptr}});
+}
+
+// The same for at most 3 layers on one x, their outputs side by side. bias and pivot_rows may be empty, as may the
+// tensor of a layer that has none.
+Tensor low_rank_linear_group(Tensor x, std::vector<Tensor> right, std::vector<Tensor> left, std::vector<Tensor> bias,
+                             std::vector<Tensor> pivot_rows) {
+  const size_t count = right.size();
+  STD_TORCH_CHECK(1 <= count && count <= size_t(lorap::kMaxDecodeLayers), "lorap_cuda: a group has 1 to ",
+                  lorap::kMaxDecodeLayers, " layers, not ", count);
+  STD_TORCH_CHECK(left.size() == count && (bias.empty() || bias.size() == count) &&
+                      (pivot_rows.empty() || pivot_rows.size() == count),
+                  "lorap_cuda: a group needs as many of each, bias and pivot_rows may be empty: got ", count,
+                  " right, ", left.size(), " left, ", bias.size(), " bias, ", pivot_rows.size(), " pivot_rows");
+  const auto item = [](const std::vector<Tensor>& tensors, size_t i) -> const Tensor* {
+    return tensors.empty() || tensors[i].numel() == 0 ? nullptr : &tensors[i];
+  };
+  std::vector<LayerTensors> layers;
+  for (size_t i = 0; i < count; ++i) layers.push_back({right[i], left[i], item(bias, i), item(pivot_rows, i)});
+  return run(x, layers);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lorap_cuda, m) {
   m.def("low_rank_linear(Tensor x, Tensor right, Tensor left, Tensor? bias, Tensor? pivot_rows=None) -> Tensor");
+  m.def("low_rank_linear_group(Tensor x, Tensor[] right, Tensor[] left, Tensor[] bias, Tensor[] pivot_rows) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(lorap_cuda, CUDA, m) { m.impl("low_rank_linear", TORCH_BOX(&low_rank_linear)); }
+STABLE_TORCH_LIBRARY_IMPL(lorap_cuda, CUDA, m) {
+  m.impl("low_rank_linear", TORCH_BOX(&low_rank_linear));
+  m.impl("low_rank_linear_group", TORCH_BOX(&low_rank_linear_group));
+}

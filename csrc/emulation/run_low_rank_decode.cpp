@@ -1,7 +1,9 @@
-// Runs the kernels of csrc/cuda on the host and compares it with double precision.
+// Runs the kernels of csrc/cuda on the host and compares them with double precision.
 //
 //   run_low_rank_decode TYPE M K R N BIAS BLOCKS SHARED_LIMIT PIVOTED [TENSOR_CORES]
 //
+// R, N, BIAS and PIVOTED: of each layer, with commas between; as many layers as there are R, and the last of the others
+// is repeated. Layers write their columns of one y, with one column between them that nobody may write.
 // PIVOTED: 0 none; 1 every N / R-th row of y is a pivot, 2 the first R are, 3 the last R.
 // TENSOR_CORES: 0 as the number of tokens has it, 1 low_rank_decode_mma, 2 the same on a GPU that has clusters.
 //
@@ -13,6 +15,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -48,7 +52,7 @@ struct Buffer {
       : data(static_cast<T*>(std::aligned_alloc(16, (size * sizeof(T) + 15) / 16 * 16))), size(size) {}
   Buffer(const Buffer&) = delete;
   ~Buffer() { std::free(data); }
-  T& operator[](size_t i) { return data[i]; }
+  T& operator[](size_t i) const { return data[i]; }
 };
 
 float random_value() {  // uniform in [-1, 1), the same on every machine
@@ -57,37 +61,116 @@ float random_value() {  // uniform in [-1, 1), the same on every machine
   return float(int32_t(state >> 32)) / 2147483648.0f;
 }
 
-template <typename Type>
-int check(int64_t m, int64_t k, int64_t r, int64_t n, bool with_bias, int pivoted, int tensor_cores) {
-  using Scalar = typename Type::Scalar;
-  Buffer<Scalar> x(m * k), right(r * k), left((pivoted ? n - r : n) * r), bias(n), y(m * n);
-  Buffer<float> shrunk(m * r);
-  for (auto* buffer : {&x, &right, &left, &bias})
-    for (size_t i = 0; i < buffer->size; ++i) (*buffer)[i] = Type::narrow(random_value());
+struct Sizes {
+  int64_t r, n;
+  bool bias;
+  int pivoted;
+  bool all_pivots() const { return pivoted && r == n; }
+};
 
-  Buffer<int64_t> pivots(r);
-  std::vector<int64_t> pivot_of(n, -1), row_of_left(n);
-  for (int64_t i = 0; pivoted && i < r; ++i) {
-    pivots[i] = pivoted == 1 ? i * n / r : pivoted == 2 ? i : n - r + i;
-    pivot_of[pivots[i]] = i;
+struct Errors {
+  double shrunk = 0, y = 0;
+  bool complete = true;
+};
+
+template <typename Type>
+struct Layer {
+  using Scalar = typename Type::Scalar;
+  const Sizes sizes;
+  Buffer<Scalar> right, left, bias;
+  Buffer<float> shrunk;
+  Buffer<int64_t> pivots;
+  std::vector<int64_t> pivot_of, row_of_left;
+
+  Layer(const Sizes& sizes, int64_t m, int64_t k)
+      : sizes(sizes),
+        right(sizes.r * k),
+        left((sizes.pivoted ? sizes.n - sizes.r : sizes.n) * sizes.r),
+        bias(sizes.n),
+        shrunk(m * sizes.r),
+        pivots(sizes.r),
+        pivot_of(sizes.n, -1),
+        row_of_left(sizes.n) {
+    for (auto* buffer : {&right, &left, &bias})
+      for (size_t i = 0; i < buffer->size; ++i) (*buffer)[i] = Type::narrow(random_value());
+    for (int64_t i = 0; sizes.pivoted && i < sizes.r; ++i) {
+      pivots[i] = sizes.pivoted == 1 ? i * sizes.n / sizes.r : sizes.pivoted == 2 ? i : sizes.n - sizes.r + i;
+      pivot_of[pivots[i]] = i;
+    }
+    for (int64_t o = 0, next = 0; o < sizes.n; ++o) row_of_left[o] = pivot_of[o] < 0 ? next++ : -1;
   }
-  for (int64_t o = 0, next = 0; o < n; ++o) row_of_left[o] = pivot_of[o] < 0 ? next++ : -1;
+
+  lorap::DecodeLayer argument(Scalar* y, int64_t stride) const {
+    return {right.data,
+            sizes.all_pivots() ? nullptr : left.data,
+            sizes.bias ? bias.data : nullptr,
+            sizes.pivoted ? pivots.data : nullptr,
+            sizes.all_pivots() ? nullptr : shrunk.data,
+            y,
+            sizes.n,
+            sizes.r,
+            stride};
+  }
+
+  // `narrow`: shrunk is kept in the type of the weights.
+  double shrunk_at(int64_t i, bool narrow) const {
+    return narrow ? Type::widen(reinterpret_cast<const Scalar*>(shrunk.data)[i]) : shrunk[i];
+  }
+
+  // Of one token; x (K,), y (N,).
+  void compare(const Scalar* x, const Scalar* y, int64_t token, int64_t k, bool narrow, Errors* errors) const {
+    const int64_t r = sizes.r;
+    std::vector<double> exact(r), magnitude(r);
+    for (int64_t i = 0; i < r; ++i) {
+      for (int64_t j = 0; j < k; ++j) {
+        const double product = double(Type::widen(x[j])) * Type::widen(right[i * k + j]);
+        exact[i] += product;
+        magnitude[i] += std::abs(product);
+      }
+      if (sizes.all_pivots()) continue;
+      const double rounding = narrow ? Type::kRounding * std::abs(exact[i]) : 0.0;
+      const double error = std::abs(shrunk_at(token * r + i, narrow) - exact[i]) - rounding;
+      errors->complete &= !std::isnan(error);
+      errors->shrunk = std::max(errors->shrunk, error / magnitude[i]);
+    }
+    for (int64_t o = 0; o < sizes.n; ++o) {
+      double sum = sizes.bias ? Type::widen(bias[o]) : 0.0, absolute = std::abs(sum);
+      const bool is_pivot = pivot_of[o] >= 0;
+      for (int64_t i = 0; i < r; ++i) {
+        const double weight = is_pivot ? pivot_of[o] == i : Type::widen(left[row_of_left[o] * r + i]);
+        sum += weight * (narrow && !is_pivot ? shrunk_at(token * r + i, narrow) : exact[i]);
+        absolute += std::abs(weight) * magnitude[i];
+      }
+      const double error = std::abs(Type::widen(y[o]) - sum) - Type::kRounding * std::abs(sum);
+      errors->complete &= !std::isnan(error);
+      errors->y = std::max(errors->y, error / std::max(absolute, 1e-30));
+    }
+  }
+};
+
+template <typename Type>
+int check(int64_t m, int64_t k, const std::vector<Sizes>& group, int tensor_cores) {
+  using Scalar = typename Type::Scalar;
+  const Scalar unwritten = Type::narrow(std::numeric_limits<float>::quiet_NaN());
+  Buffer<Scalar> x(m * k);
+  for (size_t i = 0; i < x.size; ++i) x[i] = Type::narrow(random_value());
+  std::vector<std::unique_ptr<Layer<Type>>> layers;
+  std::vector<int64_t> columns{0};  // where each layer's begin
+  for (const Sizes& sizes : group) {
+    layers.push_back(std::make_unique<Layer<Type>>(sizes, m, k));
+    columns.push_back(columns.back() + sizes.n + 1);
+  }
+  const int64_t stride = columns.back() - 1;
+  Buffer<Scalar> y(m * stride);
+  LowRankDecode problem{x.data, m, k, int(layers.size()), {}};
+  for (size_t i = 0; i < layers.size() && i < lorap::kMaxDecodeLayers; ++i)
+    problem.layers[i] = layers[i]->argument(y.data + columns[i], stride);
 
   std::vector<Scalar> first;
-  const LowRankDecode problem{x.data,
-                              right.data,
-                              left.data,
-                              with_bias ? bias.data : nullptr,
-                              pivoted ? pivots.data : nullptr,
-                              shrunk.data,
-                              y.data,
-                              m,
-                              n,
-                              k,
-                              r};
   for (int launch = 0; launch < 4; ++launch) {
-    std::fill(shrunk.data, shrunk.data + shrunk.size, std::numeric_limits<float>::quiet_NaN());
-    std::fill(y.data, y.data + y.size, Type::narrow(std::numeric_limits<float>::quiet_NaN()));
+    for (auto& layer : layers)
+      std::fill(layer->shrunk.data, layer->shrunk.data + layer->shrunk.size, std::numeric_limits<float>::quiet_NaN());
+    std::fill(y.data, y.data + y.size, unwritten);
     const auto decode = tensor_cores ? lorap::low_rank_decode_mma : lorap::low_rank_decode;
     if (const int error = decode(problem, Type::kType, nullptr)) {
       std::printf("launch error %d\n", error);
@@ -97,51 +180,41 @@ int check(int64_t m, int64_t k, int64_t r, int64_t n, bool with_bias, int pivote
     if (std::memcmp(first.data(), y.data, y.size * sizeof(Scalar))) return std::puts("launches differ"), 1;
   }
 
-  const bool narrow = tensor_cores || m > 8;  // that is how `shrunk` is then kept, rounded
-  const auto shrunk_at = [&](int64_t i) -> double {
-    return narrow ? Type::widen(reinterpret_cast<const Scalar*>(shrunk.data)[i]) : shrunk[i];
-  };
-  double shrunk_error = 0, y_error = 0;
-  bool complete = true;
-  for (int64_t token = 0; token < m; ++token) {
-    std::vector<double> exact(r), magnitude(r);
-    for (int64_t i = 0; i < r; ++i) {
-      for (int64_t j = 0; j < k; ++j) {
-        const double product = double(Type::widen(x[token * k + j])) * Type::widen(right[i * k + j]);
-        exact[i] += product;
-        magnitude[i] += std::abs(product);
-      }
-      const double rounding = narrow ? Type::kRounding * std::abs(exact[i]) : 0.0;
-      const double error = std::abs(shrunk_at(token * r + i) - exact[i]) - rounding;
-      complete &= !std::isnan(error);
-      shrunk_error = std::max(shrunk_error, error / magnitude[i]);
+  Errors errors;
+  for (int64_t token = 0; token < m; ++token)
+    for (size_t i = 0; i < layers.size(); ++i) {
+      Scalar* const row = y.data + token * stride;
+      layers[i]->compare(x.data + token * k, row + columns[i], token, k, tensor_cores || m > 8, &errors);
+      const bool last = i + 1 == layers.size();
+      if (!last && std::memcmp(row + columns[i + 1] - 1, &unwritten, sizeof(Scalar)))
+        return std::puts("written between the layers"), 1;
     }
-    for (int64_t o = 0; o < n; ++o) {
-      double sum = with_bias ? Type::widen(bias[o]) : 0.0, absolute = std::abs(sum);
-      for (int64_t i = 0; i < r; ++i) {
-        const double weight = pivot_of[o] < 0 ? Type::widen(left[row_of_left[o] * r + i]) : pivot_of[o] == i;
-        sum += weight * (narrow && pivot_of[o] < 0 ? shrunk_at(token * r + i) : exact[i]);
-        absolute += std::abs(weight) * magnitude[i];
-      }
-      const double error = std::abs(Type::widen(y[token * n + o]) - sum) - Type::kRounding * std::abs(sum);
-      complete &= !std::isnan(error);
-      y_error = std::max(y_error, error / absolute);
-    }
-  }
-  std::printf("%.3g %.3g %zu %d\n", shrunk_error, y_error, emulation::machine.shared_bytes,
+  std::printf("%.3g %.3g %zu %d\n", errors.shrunk, errors.y, emulation::machine.shared_bytes,
               emulation::machine.grid_barriers);
-  return complete ? 0 : 1;
+  return errors.complete ? 0 : 1;
+}
+
+std::vector<int64_t> numbers_of(const char* list) {
+  std::vector<int64_t> numbers;
+  std::stringstream stream(list);
+  for (std::string one; std::getline(stream, one, ',');) numbers.push_back(std::atoll(one.c_str()));
+  return numbers;
 }
 
 }  // namespace
 
 int main(int count, char** values) {
   if (count != 10 && count != 11) return std::fputs("see the head of this file for the arguments\n", stderr), 2;
-  int64_t numbers[11] = {};
-  for (int i = 2; i < count; ++i) numbers[i] = std::atoll(values[i]);
-  emulation::machine.multiprocessors = int(numbers[7]);
-  emulation::machine.shared_limit = int(numbers[8]);
-  emulation::machine.clusters = numbers[10] == 2;
+  const auto at = [](const std::vector<int64_t>& list, size_t i) { return list[std::min(i, list.size() - 1)]; };
+  const auto ranks = numbers_of(values[4]), rows = numbers_of(values[5]), biases = numbers_of(values[6]),
+             pivoted = numbers_of(values[9]);
+  std::vector<Sizes> group;
+  for (size_t i = 0; i < ranks.size(); ++i)
+    group.push_back({ranks[i], at(rows, i), at(biases, i) != 0, int(at(pivoted, i))});
+  const int tensor_cores = count > 10 ? std::atoi(values[10]) : 0;
+  emulation::machine.multiprocessors = std::atoi(values[7]);
+  emulation::machine.shared_limit = std::atoi(values[8]);
+  emulation::machine.clusters = tensor_cores == 2;
   const auto run = std::string(values[1]) == "bfloat16" ? check<BFloat16> : check<Float16>;
-  return run(numbers[2], numbers[3], numbers[4], numbers[5], numbers[6], int(numbers[9]), int(numbers[10]));
+  return run(std::atoll(values[2]), std::atoll(values[3]), group, tensor_cores);
 }

@@ -12,6 +12,7 @@ from functools import lru_cache
 from .hardware import (
     CLUSTER_BARRIER,
     DEPENDENT_LAUNCH,
+    FMA_RATE,
     L2_BANDWIDTH,
     LAUNCH,
     MEMORY_BANDWIDTH,
@@ -61,20 +62,26 @@ def order_seconds(m: int, n: int) -> float:
     return LAUNCH + 4 * m * n / L2_BANDWIDTH
 
 
-def one_launch_seconds(m: int, k: int, r: int, rows: int) -> float:
-    """Seconds of the persistent CUDA kernels: one launch, its ramp, a barrier as long as the latency of memory, and the bytes.
+def one_launch_seconds(m: int, k: int, ranks: Sequence[int], rows: Sequence[int]) -> float:
+    """Seconds of the persistent CUDA kernels for layers that read the same x; ``rows`` are those of their left factors.
 
-    From 9 tokens on each cluster reads x and the intermediate once, from L2, which they cross together with the weights; its
-    blocks meet after each product and at the end.
+    One launch, its ramp, a barrier as long as the latency of memory, and the bytes. Up to 8 tokens also what is multiplied after
+    the barrier, when the weights are there. From 9 tokens on each cluster reads x for each layer and the intermediates once, from
+    L2, which they cross together with the weights; its blocks meet twice in each product, once in the first before and after the
+    barrier, and at the end.
     """
-    weights = 2 * r * (k + rows)
+    lefts = sum(rank * count for rank, count in zip(ranks, rows, strict=True))
+    weights = 2 * (k * sum(ranks) + lefts)
     seconds = LAUNCH + RAMP + MEMORY_LATENCY
     if m <= 8:
-        return seconds + weights / MEMORY_BANDWIDTH
+        return seconds + weights / MEMORY_BANDWIDTH + (1 << (m - 1).bit_length()) * lefts / FMA_RATE
     clusters = NUM_SMS // CLUSTER
-    crossing = weights + clusters * 2 * m * (k + r)
+    read_from_l2 = k * len(ranks) + sum(rank for rank, count in zip(ranks, rows, strict=True) if count)
+    crossing = weights + clusters * 2 * m * read_from_l2
     read = max(weights / MEMORY_BANDWIDTH, crossing / L2_BANDWIDTH, crossing / (clusters * CLUSTER * SM_BANDWIDTH))
-    return seconds + 3 * CLUSTER_BARRIER + read
+    products = len(ranks) + sum(map(bool, rows))
+    halves = 1 + any(rows)
+    return seconds + (2 * products - halves + 1) * CLUSTER_BARRIER + read
 
 
 def gated_seconds(m: int, k: int, n: int) -> float:

@@ -7,6 +7,7 @@ MEMORY_BANDWIDTH = 4.3e12  # bytes per second; 4.8e12 on paper
 SM_BANDWIDTH = 64e9  # that one SM can take of it; half of what its port to L2 could
 L2_BANDWIDTH = 5.5e12
 MEMORY_LATENCY = 0.8e-6  # seconds, under load
+FMA_RATE = 33e12  # multiply-adds of float32 a second outside of tensor cores
 LAUNCH = 1.3e-6  # one more kernel in a graph
 RAMP = 0.4e-6  # until a kernel of ours reads at full speed
 CLUSTER_BARRIER = 0.2e-6  # between blocks that run side by side, and reading what the others have

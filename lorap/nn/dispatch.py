@@ -88,12 +88,12 @@ RULES = (
     Rule(("channel_sq_norm",), "cuda", "triton", FLOATS, None, _ONE_READ),
 )
 
-# What a forced backend can run at all, whether or not it wins. The one-launch CUDA kernel stays out of RULES until it has
+# What a forced backend can run at all, whether or not it wins. The one-launch CUDA kernels stay out of RULES until they have
 # been measured faster than the Triton pair.
 ABLE: dict[str, dict[tuple[str, str], tuple[torch.dtype, ...]]] = {
     "cpu": {(op, "cpu"): FLOATS for op in (*LINEAR_OPS, *QUANTIZED_OPS)},
     "triton": {(op, "cuda"): FLOATS for op in (*LINEAR_OPS, "channel_sq_norm")},
-    "cuda": {("low_rank_linear", "cuda"): HALVES},
+    "cuda": {(op, "cuda"): HALVES for op in PIVOTED_OPS},
 }
 
 
@@ -173,7 +173,7 @@ def missing(backend: str) -> str | None:
     if backend == "triton":
         return None if _has_triton() else "triton is not installed"
     if backend == "cuda" and not native.HAS_CUDA:
-        return native.MISSING or "this build has no CUDA part (nvcc was not there)"
+        return native.MISSING or "this build has no CUDA part (nvcc was not there), or an older one"
     if backend == "cpu" and native.cpu_isa(torch.float32) == "scalar":
         return "no vector instructions that lorap knows; torch has better kernels than its plain C++"
     return native.MISSING if backend == "cpu" else None

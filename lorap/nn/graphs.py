@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from lorap.kernels import cost
-from lorap.nn.implementations import LINEAR_OPS, PIVOTED_OPS, is_aligned, tokens_of
+from lorap.nn.cuda_limits import is_aligned
+from lorap.nn.implementations import LINEAR_OPS, PIVOTED_OPS, tokens_of
 
 # Whose kernels are so short that they pay in a graph only.
 OPS = tuple(op for op in LINEAR_OPS if op != "linear")

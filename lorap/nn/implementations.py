@@ -11,7 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lorap.algorithms.symmetric import add_outer_products
 from lorap.kernels import packing, reference
-from lorap.nn import native
+from lorap.nn import cuda_limits, native
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
@@ -20,9 +20,6 @@ QUANTIZED_OPS = ("quantized_linear", "quantized_low_rank_linear", "quantized_sil
 OPS = (*LINEAR_OPS, *QUANTIZED_OPS, "channel_sq_norm", "second_moment")
 # Adding K^2 sums up in float64 takes a GPU longer than multiplying 1,024 tokens in 16 bits: modelled 78 us beside 45 at K = 4096.
 TENSOR_CORE_TOKENS = 8192
-# csrc/cuda: tokens of the kernel that multiplies and adds, and of the one on tensor cores; bytes of shared memory that the latter
-# takes on a multiprocessor, beside 8 for each pivot, and that CUDA keeps of it.
-FMA_TOKENS, MMA_TOKENS, MMA_SHARED_BYTES, RESERVED_BYTES = 8, 16, 104 * 1024, 1024
 
 
 def tokens_of(x: Tensor) -> int:
@@ -30,34 +27,23 @@ def tokens_of(x: Tensor) -> int:
     return x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 0
 
 
-def is_aligned(tensor: Tensor) -> bool:
-    """Whether loads of 16 bytes can begin where the tensor does."""
-    return tensor.data_ptr() % 16 == 0
-
-
 def _cpu(op: str) -> Callable[..., Any]:
     return getattr(torch.ops.lorap_cpu, op).default if native.HAS_CPU else getattr(reference, op)
 
 
+# What the CUDA kernels are not written for goes to torch: a forced backend must not stop the prefill of a model.
 def _cuda_low_rank(x: Tensor, right: Tensor, left: Tensor, bias: Any = None, pivot_rows: Any = None) -> Any:
-    # What the kernel is written for; a forced backend must not stop the prefill of a model.
     x, right, left = x.contiguous(), right.contiguous(), left.contiguous()
-    read_wide = (x, right, left) if pivot_rows is None else (x, right, left, pivot_rows)
-    fits = x.shape[-1] % 8 == 0 and right.shape[0] % 8 == 0 and _cuda_takes(x, pivot_rows)
-    if not (fits and all(map(is_aligned, read_wide))):
+    if not cuda_limits.takes(tokens_of(x), x, [right], [left], [] if pivot_rows is None else [pivot_rows]):
         return _low_rank_linear(x, right, left, bias, pivot_rows)
     return torch.ops.lorap_cuda.low_rank_linear.default(x, right, left, bias, pivot_rows)
 
 
-def _cuda_takes(x: Tensor, pivot_rows: Tensor | None) -> bool:
-    """Whether there are few enough tokens; for more than 8, GPUs for games have too little shared memory."""
-    if tokens_of(x) <= FMA_TOKENS:
-        return True
-    needed = MMA_SHARED_BYTES + RESERVED_BYTES + (0 if pivot_rows is None else 8 * len(pivot_rows))
-    return (
-        tokens_of(x) <= MMA_TOKENS
-        and torch.cuda.get_device_properties(x.device).shared_memory_per_multiprocessor >= needed
-    )
+def _cuda_low_rank_group(x: Tensor, right: Any, left: Any, bias: Any = (), pivot_rows: Any = ()) -> Any:
+    x, right, left = x.contiguous(), [one.contiguous() for one in right], [one.contiguous() for one in left]
+    if not cuda_limits.takes(tokens_of(x), x, right, left, pivot_rows):
+        return _low_rank_linear_group(x, right, left, bias, pivot_rows)
+    return torch.ops.lorap_cuda.low_rank_linear_group.default(x, right, left, list(bias), list(pivot_rows))
 
 
 def _triton(module: str, function: str, *, pdl: bool = False) -> Callable[..., Any]:
@@ -191,7 +177,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
         "low_rank_silu_gated_linear": _triton("low_rank_linear", "low_rank_silu_gated_linear", pdl=True),
         "channel_sq_norm": _triton("channel_sq_norm", "channel_sq_norm"),
     },
-    "cuda": {"low_rank_linear": _cuda_low_rank},
+    "cuda": {"low_rank_linear": _cuda_low_rank, "low_rank_linear_group": _cuda_low_rank_group},
 }
 
 

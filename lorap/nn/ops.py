@@ -276,7 +276,7 @@ def _run(op: str, x: Tensor, *rest: Any, backend: str | None = None) -> Any:
         return implementations.implementation(op, "reference")(x, *rest)
     try:
         return implementations.implementation(op, backend)(x, *rest)
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         shape_checks.CHECKS[op](x, *rest)  # names what does not fit; checking first would cost each call a microsecond
         raise
 
