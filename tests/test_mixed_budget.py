@@ -188,7 +188,7 @@ def test_rounding_errors_are_as_large_as_expected() -> None:
 
 
 def test_of_gate_and_up_the_diagonal_is_summed_up_alone() -> None:
-    sums = _Sums()
+    sums = _Sums(("gate_proj", "up_proj"))
     x, g = torch.randn(3, 9, 5), torch.randn(3, 9, 7)
     mask = torch.rand(3, 9) > 0.3
     for role in ("q_proj", "gate_proj"):

@@ -16,7 +16,7 @@ Nothing is trained: no weight has a gradient, only activations do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +33,7 @@ from lorap.distributed import Processes
 LARGEST_RATIO = 1e30
 # Above so many channels sums are float32: prices need no more, and in float64 all moments of a layer are several times the layer.
 WIDE = 2048
-# As wide as the FFN; of them only errors of single rows are priced.
+# Their outputs are as wide as the FFN, and only errors of single rows of them are priced.
 DIAGONAL = ("gate_proj", "up_proj")
 
 
@@ -42,7 +42,8 @@ class Sensitivity:
     """What an error of one projection costs.
 
     Args:
-        output: A (out_features, out_features) float32, mean over tokens of g g^T |x| / |g|; of ``DIAGONAL`` roles its diagonal.
+        output: A (out_features, out_features) float32, mean over tokens of g g^T |x| / |g|; its diagonal, where no
+            more was asked for.
         input: C (in_features, in_features) float32, mean over tokens of x x^T |g| / |x|.
     """
 
@@ -51,7 +52,11 @@ class Sensitivity:
 
 
 def layer_sensitivities(
-    context: DecoderContext, windows: TokenWindows, projections: Callable[[nn.Module], Mapping[str, nn.Linear]]
+    context: DecoderContext,
+    windows: TokenWindows,
+    projections: Callable[[nn.Module], Mapping[str, nn.Linear]],
+    *,
+    diagonal: Collection[str] = (),
 ) -> Generator[tuple[int, dict[str, Sensitivity]]]:
     """(layer index, sensitivity by role), from the last layer to the first; meanwhile the weights of that layer are in memory.
 
@@ -59,9 +64,10 @@ def layer_sensitivities(
         context: the dense model; its processes share the windows, and all get the same sensitivities.
         windows: on which the loss is taken; their hidden states before every layer are kept, (tokens, hidden_size) each.
         projections: the linear layers of a decoder layer that are asked for, by role.
+        diagonal: roles of which the diagonal of A is enough.
     """
     stream = CalibrationStream.from_windows(context, windows, batch_tokens=BATCH_TOKENS)
-    for index, linears, sums in backward_pass(context, stream, projections, _Sums, desc="Planning"):
+    for index, linears, sums in backward_pass(context, stream, projections, lambda: _Sums(diagonal), desc="Planning"):
         # Who has no window adds nothing.
         sums.add_up(
             {role: (linear.in_features, linear.out_features) for role, linear in linears.items()},
@@ -74,21 +80,22 @@ def layer_sensitivities(
 class _Sums:
     """Second moments of the inputs and of the output gradients, by role."""
 
-    def __init__(self) -> None:
+    def __init__(self, diagonal: Collection[str] = ()) -> None:
+        self.diagonal = diagonal
         self.inputs: dict[str, ActivationStats] = {}
         self.outputs: dict[str, ActivationStats] = {}
 
     def add(self, role: str, x: Tensor, g: Tensor, mask: Tensor | None, fold: int = 0) -> None:
         x_norm, g_norm = (part.float().norm(dim=-1) for part in (x, g))
         _moments(self.inputs, role, x.shape[-1], x.device).update(x, mask, _ratio(g_norm, x_norm))
-        moments = role not in DIAGONAL
+        moments = role not in self.diagonal
         _moments(self.outputs, role, g.shape[-1], g.device, moments).update(g, mask, _ratio(x_norm, g_norm))
 
     def add_up(self, sizes: Mapping[str, tuple[int, int]], device: torch.device, processes: Processes) -> None:
         """Sums over all processes, of which some may have seen nothing."""
         for role, (in_features, out_features) in sizes.items():
             _moments(self.inputs, role, in_features, device).add_up(processes)
-            _moments(self.outputs, role, out_features, device, role not in DIAGONAL).add_up(processes)
+            _moments(self.outputs, role, out_features, device, role not in self.diagonal).add_up(processes)
 
     def sensitivities(self) -> dict[str, Sensitivity]:
         """By role, of all that was summed up; the sums are used up."""

@@ -112,7 +112,7 @@ def make_plan(
     def projections(layer: nn.Module) -> dict[str, nn.Linear]:
         return {role: linear for role, linear in architecture.linears(layer).items() if role in roles}
 
-    walk = layer_sensitivities(context, sampled, projections)
+    walk = layer_sensitivities(context, sampled, projections, diagonal=DIAGONAL)
     with closing(walk):
         for index, found in walk:
             linears, mine = architecture.linears(layers[index]), processes.shard(list(found))

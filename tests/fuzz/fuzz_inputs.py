@@ -17,6 +17,7 @@ from lorap.checkpoint.build import put_layers
 from lorap.checkpoint.format import LoRAPConfig
 from lorap.checkpoint.hf_quantizer import attach_quantization_config
 from lorap.checkpoint.quantize import quantize_int8
+from lorap.compression.quantization import quantize
 
 Q, K, UP, DOWN = (
     f"model.layers.{name}" for name in ("0.self_attn.q_proj", "1.self_attn.k_proj", "0.mlp.up_proj", "1.mlp.down_proj")
@@ -37,6 +38,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "factors": ("llama", SIZES, {"ranks": {Q: 3, K: 2}, "intermediate_sizes": {"model.layers.1.mlp": 5}}),
     "pivoted": ("llama", SIZES, {"ranks": {Q: 3, UP: 2}, "storage": "pivoted", "biases": [DOWN]}),
     "int8": ("qwen2", SIZES, {"ranks": {Q: 3}, "weights": "int8"}),
+    "mixed": ("llama", SIZES, {"ranks": {Q: 3}, "weights": "int4", "group_size": 32, "other_bits": {Q: 8, DOWN: 8}}),
 }
 
 
@@ -62,11 +64,15 @@ def make_checkpoint(kind: str, folder: Path) -> Checkpoint:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(model_type, **sizes))
     if fields:
-        config = LoRAPConfig(**{name: value for name, value in fields.items() if name != "weights"})
+        config = LoRAPConfig(
+            **{name: value for name, value in fields.items() if name not in ("weights", "group_size", "other_bits")}
+        )
         put_layers(model, config)
         attach_quantization_config(model, config)
     if fields.get("weights") == "int8":
         quantize_int8(model)
+    if fields.get("weights") == "int4":
+        quantize(model, "int4", group_size=fields["group_size"], other_bits=fields["other_bits"])
     model.save_pretrained(folder)
     weights = (folder / "model.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", weights[:8])
