@@ -9,32 +9,6 @@
 
 namespace {
 
-using lorap::cpu::LowRankLayer;
-
-const int64_t* pivot_data(OptionalTensor& pivots, int64_t rank, int64_t out_features) {
-  if (!pivots) return nullptr;
-  STD_TORCH_CHECK(pivots->is_cpu() && pivots->scalar_type() == ScalarType::Long,
-                  "lorap_cpu: pivot_rows must be int64 on the CPU");
-  if (!pivots->is_contiguous()) *pivots = torch::stable::contiguous(*pivots);
-  STD_TORCH_CHECK(pivots->dim() == 1 && pivots->numel() == rank, "lorap_cpu: ", pivots->numel(), " pivot_rows in ",
-                  pivots->dim(), " dimensions for rank ", rank);
-  const int64_t* rows = static_cast<const int64_t*>(aligned_data(*pivots));
-  for (int64_t i = 0; i < rank; ++i) {
-    STD_TORCH_CHECK(rows[i] > (i ? rows[i - 1] : -1) && rows[i] < out_features,
-                    "lorap_cpu: pivot_rows must ascend within [0, ", out_features, "), pivot_rows[", i, "] is ",
-                    rows[i]);
-  }
-  return rows;
-}
-
-LowRankLayer layer(const Tensor& x, Tensor& right, Tensor& left, OptionalTensor& bias, OptionalTensor& pivot_rows) {
-  LowRankLayer result{matrix("right", right, x, x.size(x.dim() - 1)), matrix("left", left, x, right.size(0)), nullptr,
-                      nullptr};
-  result.pivot_rows = pivot_data(pivot_rows, right.size(0), plus(left.size(0), right.size(0)));
-  result.bias = vector_data("bias", bias, x, result.out_features());
-  return result;
-}
-
 std::vector<LowRankLayer> layers(const Tensor& x, std::vector<Tensor>& right, std::vector<Tensor>& left,
                                  std::vector<Tensor>& bias, std::vector<Tensor>& pivot_rows) {
   const size_t count = right.size();
@@ -47,7 +21,7 @@ std::vector<LowRankLayer> layers(const Tensor& x, std::vector<Tensor>& right, st
     OptionalTensor one_bias, one_pivots;
     if (!bias.empty() && bias[i].numel()) one_bias = bias[i];
     if (!pivot_rows.empty() && pivot_rows[i].numel()) one_pivots = pivot_rows[i];
-    result.push_back(layer(x, right[i], left[i], one_bias, one_pivots));
+    result.push_back(layer(x, x.size(x.dim() - 1), right[i], left[i], one_bias, one_pivots));
     if (one_bias) bias[i] = *one_bias;  // where layer() made a copy, it must outlive the call
     if (one_pivots) pivot_rows[i] = *one_pivots;
   }
@@ -74,7 +48,7 @@ Tensor run_group(const Tensor& x, int64_t tokens, const std::vector<LowRankLayer
 
 Tensor low_rank_linear(Tensor x, Tensor right, Tensor left, OptionalTensor bias, OptionalTensor pivot_rows) {
   const int64_t tokens = tokens_of(x);
-  return run_group(x, tokens, {layer(x, right, left, bias, pivot_rows)});
+  return run_group(x, tokens, {layer(x, x.size(x.dim() - 1), right, left, bias, pivot_rows)});
 }
 
 Tensor low_rank_linear_group(Tensor x, std::vector<Tensor> right, std::vector<Tensor> left, std::vector<Tensor> bias,

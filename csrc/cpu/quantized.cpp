@@ -66,40 +66,65 @@ void for_calls(const QuantizedMachine& machine, const void* x, int64_t tokens, i
 
 }  // namespace
 
-void quantized_linear(QuantizedMachine machine, const void* x, int64_t tokens, const QuantizedMatrix& weight,
-                      const void* bias, void* y) {
-  for_calls(machine, x, tokens, weight.cols, y, weight.rows, [&](const Call& call, const void* some_x) {
-    PackedNumbers packed(*machine.kernel, call, digits_of(machine), weight.cols, weight.group);
+void quantized_layers(QuantizedMachine machine, const void* x, int64_t tokens, const QuantizedLayer* layers,
+                      int64_t count, void* y) {
+  const QuantizedMatrix& reads_x = layers[0].low_rank ? layers[0].right : layers[0].left;
+  std::vector<int64_t> first_output;
+  std::vector<Rows> first_jobs, second_jobs;
+  std::vector<int64_t> second_layers;
+  int64_t out_features = 0, shrunk_size = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const QuantizedLayer& one = layers[i];
+    first_output.push_back(out_features);
+    out_features += one.left.rows;
+    first_jobs.push_back(rows_of(machine, one.low_rank ? one.right : one.left));
+    if (!one.low_rank) continue;
+    second_jobs.push_back(rows_of(machine, one.left));
+    second_layers.push_back(i);
+    shrunk_size += one.right.rows;
+  }
+  for_calls(machine, x, tokens, reads_x.cols, y, out_features, [&](const Call& call, const void* some_x) {
+    const auto shrunk = scratch<float>(call.tokens * shrunk_size);
+    std::vector<float*> shrunk_of(count);
+    for (int64_t i = 0, at = 0; i < count; ++i) {
+      shrunk_of[i] = shrunk.get() + at;
+      if (layers[i].low_rank) at += call.tokens * layers[i].right.rows;
+    }
+    PackedNumbers packed(*machine.kernel, call, digits_of(machine), reads_x.cols, reads_x.group);
     packed.pack(some_x);
-    for_row_blocks(call, {rows_of(machine, weight)}, [&](size_t, int64_t row, int64_t rows) {
+    for_row_blocks(call, first_jobs, [&](size_t job, int64_t row, int64_t rows) {
+      const QuantizedLayer& one = layers[job];
       float dots[kMaxTokens * kBlock];
-      packed.dot(weight, row, rows, dots);
-      call.finish(bias, row, row, rows, dots);
+      packed.dot(one.low_rank ? one.right : one.left, row, rows, dots);
+      if (!one.low_rank) return call.finish(one.bias, row, first_output[job] + row, rows, dots);
+      for (int64_t m = 0; m < call.tokens; ++m) {
+        std::memcpy(shrunk_of[job] + m * one.right.rows + row, dots + m * kBlock, rows * sizeof(float));
+      }
+    });
+    std::vector<PackedNumbers> packed_ranks;
+    for (const int64_t i : second_layers) {
+      packed_ranks.emplace_back(*machine.kernel, call, digits_of(machine), layers[i].left.cols, layers[i].left.group);
+      packed_ranks.back().pack_float(shrunk_of[i]);
+    }
+    for_row_blocks(call, second_jobs, [&](size_t job, int64_t row, int64_t rows) {
+      const int64_t i = second_layers[job];
+      float dots[kMaxTokens * kBlock];
+      packed_ranks[job].dot(layers[i].left, row, rows, dots);
+      call.finish(layers[i].bias, row, first_output[i] + row, rows, dots);
     });
   });
 }
 
+void quantized_linear(QuantizedMachine machine, const void* x, int64_t tokens, const QuantizedMatrix& weight,
+                      const void* bias, void* y) {
+  const QuantizedLayer layer{false, {}, weight, bias};
+  quantized_layers(machine, x, tokens, &layer, 1, y);
+}
+
 void quantized_low_rank_linear(QuantizedMachine machine, const void* x, int64_t tokens, const QuantizedMatrix& right,
                                const QuantizedMatrix& left, const void* bias, void* y) {
-  for_calls(machine, x, tokens, right.cols, y, left.rows, [&](const Call& call, const void* some_x) {
-    const auto shrunk = scratch<float>(call.tokens * right.rows);
-    PackedNumbers packed(*machine.kernel, call, digits_of(machine), right.cols, right.group);
-    packed.pack(some_x);
-    for_row_blocks(call, {rows_of(machine, right)}, [&](size_t, int64_t row, int64_t rows) {
-      float dots[kMaxTokens * kBlock];
-      packed.dot(right, row, rows, dots);
-      for (int64_t m = 0; m < call.tokens; ++m) {
-        std::memcpy(shrunk.get() + m * right.rows + row, dots + m * kBlock, rows * sizeof(float));
-      }
-    });
-    PackedNumbers packed_rank(*machine.kernel, call, digits_of(machine), left.cols, left.group);
-    packed_rank.pack_float(shrunk.get());
-    for_row_blocks(call, {rows_of(machine, left)}, [&](size_t, int64_t row, int64_t rows) {
-      float dots[kMaxTokens * kBlock];
-      packed_rank.dot(left, row, rows, dots);
-      call.finish(bias, row, row, rows, dots);
-    });
-  });
+  const QuantizedLayer layer{true, right, left, bias};
+  quantized_layers(machine, x, tokens, &layer, 1, y);
 }
 
 void quantized_silu_gated_linear(QuantizedMachine machine, const void* x, int64_t tokens, const QuantizedMatrix& gate,

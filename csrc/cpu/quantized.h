@@ -57,6 +57,17 @@ void quantized_linear(QuantizedMachine machine, const void* x, int64_t tokens, c
 void quantized_low_rank_linear(QuantizedMachine machine, const void* x, int64_t tokens, const QuantizedMatrix& right,
                                const QuantizedMatrix& left, const void* bias, void* y);
 
+// A layer of a group: x right^T left^T + bias, or, where it is not low-rank, x left^T + bias.
+struct QuantizedLayer {
+  bool low_rank;
+  QuantizedMatrix right, left;
+  const void* bias;
+};
+
+// y (tokens, sum of out_features): the layers' outputs side by side. Weights that read x share their group size.
+void quantized_layers(QuantizedMachine machine, const void* x, int64_t tokens, const QuantizedLayer* layers,
+                      int64_t count, void* y);
+
 void quantized_silu_gated_linear(QuantizedMachine machine, const void* x, int64_t tokens, const QuantizedMatrix& gate,
                                  const QuantizedMatrix& up, void* y);
 

@@ -13,6 +13,7 @@
 namespace {
 
 using lorap::cpu::Dtype;
+using lorap::cpu::LowRankLayer;
 using lorap::cpu::Machine;
 using lorap::cpu::Matrix;
 using torch::headeronly::ScalarType;
@@ -79,6 +80,31 @@ inline const void* vector_data(const char* name, OptionalTensor& vector, const T
                   size, " elements, has ", vector->dim(), " and ", vector->numel());
   if (!vector->is_contiguous()) *vector = torch::stable::contiguous(*vector);
   return aligned_data(*vector);
+}
+
+inline const int64_t* pivot_data(OptionalTensor& pivots, int64_t rank, int64_t out_features) {
+  if (!pivots) return nullptr;
+  STD_TORCH_CHECK(pivots->is_cpu() && pivots->scalar_type() == ScalarType::Long,
+                  "lorap_cpu: pivot_rows must be int64 on the CPU");
+  if (!pivots->is_contiguous()) *pivots = torch::stable::contiguous(*pivots);
+  STD_TORCH_CHECK(pivots->dim() == 1 && pivots->numel() == rank, "lorap_cpu: ", pivots->numel(), " pivot_rows in ",
+                  pivots->dim(), " dimensions for rank ", rank);
+  const int64_t* rows = static_cast<const int64_t*>(aligned_data(*pivots));
+  for (int64_t i = 0; i < rank; ++i) {
+    STD_TORCH_CHECK(rows[i] > (i ? rows[i - 1] : -1) && rows[i] < out_features,
+                    "lorap_cpu: pivot_rows must ascend within [0, ", out_features, "), pivot_rows[", i, "] is ",
+                    rows[i]);
+  }
+  return rows;
+}
+
+inline LowRankLayer layer(const Tensor& x, int64_t in_features, Tensor& right, Tensor& left, OptionalTensor& bias,
+                          OptionalTensor& pivot_rows) {
+  LowRankLayer result{matrix("right", right, x, in_features), matrix("left", left, x, right.size(0)), nullptr,
+                      nullptr};
+  result.pivot_rows = pivot_data(pivot_rows, right.size(0), plus(left.size(0), right.size(0)));
+  result.bias = vector_data("bias", bias, x, result.out_features());
+  return result;
 }
 
 // Makes x contiguous and aligned, and counts its tokens.

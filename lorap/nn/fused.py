@@ -18,6 +18,7 @@ from transformers.activations import ACT2FN
 from lorap.architectures import MLP, SHARED_INPUTS, Architecture, known_architecture
 from lorap.errors import ConfigError
 from lorap.nn import ops
+from lorap.nn.decoder_layer import fuse_decoder_layer
 from lorap.nn.linear import Linear, LowRankLinear, has_plain_factors, is_autocast, is_plain, is_untouched
 from lorap.nn.padding import pad_ranks
 from lorap.nn.quantized import QuantizedLinear
@@ -208,6 +209,7 @@ def optimize_for_inference(model: Model, *, dtype: torch.dtype | None = None) ->
     for layer in architecture.decoder_layers(model):
         for role in {"o_proj", "down_proj"} & {*architecture.roles(layer)}:
             _swap_linear(layer, architecture.projections[role])
+        fuse_decoder_layer(layer)
     if isinstance(getattr(model, "lm_head", None), nn.Linear):
         _swap_linear(model, "lm_head")
     pad_ranks(model)
