@@ -23,7 +23,7 @@ EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "INFERE
 
 def exported(folder: Path, out: Path) -> Path:
     """What `optimum-cli export openvino --weight-format fp32` writes."""
-    main_export(str(folder), out, task="text-generation-with-past", dtype="fp32")
+    main_export(str(folder), out, task="text-generation-with-past", dtype="fp32", convert_tokenizer=True)
     return out
 
 
