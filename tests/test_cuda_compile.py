@@ -103,6 +103,14 @@ def test_machine_code_for_tensor_cores(arch, tmp_path):
 
 
 @needs_nvcc
+@pytest.mark.slow
+def test_the_program_that_checks_the_kernels_on_a_gpu_compiles(tmp_path):
+    source = CSRC.parent / "benchmarks" / "check_decode.cu"
+    target = ["-gencode=arch=compute_90a,code=sm_90a", "-I", CSRC / "cuda"]
+    run([NVCC, "-std=c++17", *target, "-c", "-o", tmp_path / "check_decode.o", source])
+
+
+@needs_nvcc
 @needs_gxx
 def test_stable_abi(tmp_path):
     """The object that meets torch needs nothing but torch's C interface, and loads into a torch without CUDA."""
