@@ -246,7 +246,7 @@ PAGE_TEXT = """# Models
 
 {table}
 
-- In every cell all but the seven projections is what it was, bit by bit.
+- In every cell all but the seven projections, or those of experts, is what it was, bit by bit.
 - **sparsity 0**: with `--sparsity 0 --correction-steps 0` the logits are those of the dense model, bit for bit.
 - **`lorap`, `best`**: both recipes at sparsity 0.3 remove what they are asked for.
 - **reload**: saved and opened again by lorap and by `from_pretrained`, the logits are the same bits.
@@ -275,14 +275,21 @@ Phi-3, Phi-4 and GLM-4 store gate and up as one matrix, Phi also q, k and v. lor
 folder holds them under the names that Llama has for them; `lorap export --format stock` joins them again. `--target stock` is
 refused.
 
+Mixtral, OLMoE and Qwen3's mixtures of experts: each expert gives up channels of its own, by the tokens that reach it, weighted
+as the router weights them; recipe `best` also refits each with these. All experts of a layer keep the same number, so that they
+stay packed, a multiple of 8, as grouped matmuls want it. Routers stay, bit by bit. An expert that fewer than eight tokens of a
+part of the calibration text reach keeps the channels with the largest weights, and the run says how many there were. Correction
+steps move attention alone. There is no int8, int4, `--size`, `--target stock`, `plan`, `inspect`, `recover` or export for them
+yet: each is refused. All of this is seen on tiny random models, and on no trained one from outside.
+
 Weights that another program has quantized are read as the floating-point numbers that they stand for, a layer at a time: fp8
 (DeepSeek's and Qwen's blocks, or one scale), compressed-tensors (`float-quantized`, `int-quantized`, `naive-quantized`, and
 `pack-quantized` of 4 and 8 bits), AWQ (`gemm`) and GPTQ (2, 4 and 8 bits). Each is compared with its formula in float64, and
 eight models that compressed-tensors 0.20.1 had quantized with what it reads back itself: the same numbers. What comes out is in
 floating point. bitsandbytes, mxfp4, nvfp4, 3 bits, and weights that are sparse or rotated besides are refused.
 
-Not among them, and refused by name: FFNs without a gate or with a norm inside (GPT-NeoX, Phi-2, Nemotron, BitNet), mixtures of
-experts, multi-head latent attention (DeepSeek), state spaces. Other families are a row in `lorap/architectures/` away.
+Not among them, and refused by name: FFNs without a gate or with a norm inside (GPT-NeoX, Phi-2, Nemotron, BitNet), other mixtures
+of experts, multi-head latent attention (DeepSeek), state spaces. Other families are a row in `lorap/architectures/` away.
 """
 
 

@@ -20,11 +20,16 @@ import lorap.architectures
 from lorap.architectures import ARCHITECTURES, MLP
 from lorap.calibration.context import DecoderContext
 from lorap.calibration.contract import verify_contract
+from lorap.calibration.sensitivity import layer_sensitivities
+from lorap.calibration.windows import TokenWindows
 from lorap.checkpoint.folders import CONFIG, WEIGHTS, read_tensors
 from lorap.checkpoint.load import find_model, load_model
 from lorap.compression.estimate.shapes import ModelShape
 from lorap.compression.layer import LayerCompressor
+from lorap.compression.prices import PRICE_RIDGE, PRICE_SHRINKAGE, Prices
 from lorap.compression.runs.run import RunOptions
+from lorap.compression.shrinkage import output_metric, shrunk
+from lorap.compression.stored_bytes import DenseModel
 from lorap.errors import ArchitectureError, CheckpointError, ConfigError
 from lorap.evaluation.info import describe_model
 from lorap.evaluation.inspection.inspect import inspect_model
@@ -181,6 +186,51 @@ def test_each_expert_is_refitted_to_its_own_tokens(weighting) -> None:
         assert told.error == pytest.approx(float(lost), rel=1e-3)
 
 
+def test_prices_are_of_the_tokens_of_each_expert() -> None:
+    model = odd()
+    (ids, experts), found = (windows(), model.model.layers[0].mlp.experts), []
+
+    def note(_module: nn.Module, args: Any, output: Tensor) -> None:
+        output.retain_grad()
+        found.append((*args, output))
+
+    handle = experts.register_forward_hook(note)
+    loss = nn.functional.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    loss.backward()
+    handle.remove()
+    x, chosen, weights, output = (one.detach() if one is not found[0][3] else one for one in found[0])
+    assert output.grad is not None
+    x, g = x.double(), output.grad.double()
+    ratio = g.norm(dim=1) / x.norm(dim=1)
+    expected = (g / ratio.clamp(min=1e-30)[:, None]).T @ g / len(g)  # nobody predicts from the last token of a window
+    context = DecoderContext.of(model, device=torch.device("cpu"))
+    walk = layer_sensitivities(context, TokenWindows(ids, "", ""), lambda layer: {"down_proj": layer.mlp.experts})
+    prices = Prices(config(sparsity=0.3, width_multiple=1), DenseModel.of(model, context.architecture))
+    metric = output_metric(expected)
+    for index, sensitivities in walk:
+        sensitivity = sensitivities["down_proj"]
+        torch.testing.assert_close(sensitivity.output.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
+        prices.add_experts(index, sensitivity, metric)
+    costs = dict.fromkeys((1, 20, 36), 0.0)
+    for expert, (gate, up, down) in enumerate(of_experts(model)):
+        rows, places = (chosen == expert).nonzero(as_tuple=True)
+        inner = inner_of(x[rows], gate, up) * (weights[rows, places].double() * ratio[rows].sqrt())[:, None]
+        moment = shrunk(inner.T @ inner / len(x), PRICE_SHRINKAGE)
+        if not len(rows):
+            continue
+        order = ((down * (metric.double() @ down)).sum(0) * moment.diagonal()).argsort(descending=True)
+        moment = moment + PRICE_RIDGE * moment.diagonal().mean() * torch.eye(37)
+        for width in costs:
+            kept, gone = order[:width], order[width:]
+            left = moment[gone][:, gone] - moment[gone][:, kept] @ torch.linalg.solve(
+                moment[kept][:, kept], moment[kept][:, gone]
+            )
+            costs[width] += float((metric.double() @ down[:, gone] @ left @ down[:, gone].T).trace()) / 2
+    told = {candidate.size: candidate for candidate in prices.curves[0, "down_proj"]}
+    assert {width: told[width].cost for width in costs} == pytest.approx(costs, rel=1e-3)
+    assert {told[width].params for width in costs} == {7 * 3 * 64 * width for width in costs}
+
+
 @pytest.mark.parametrize("options", [{"recipe": "lorap", "sparsity": 0.3}, FITTED], ids=["lorap", "fitted"])
 def test_what_was_counted_is_what_was_saved(options, tmp_path) -> None:
     model = tiny(FAMILY, moe_intermediate_size=80)
@@ -269,6 +319,23 @@ def test_one_width_for_all_layers_needs_no_lorap(tmp_path) -> None:
     assert torch.equal(logits(type(model).from_pretrained(tmp_path / "small")), logits(model))
 
 
+def test_one_budget_for_attention_and_experts() -> None:
+    """Padding and the choice of the output metric for channels included; attention alone is corrected."""
+    ids = windows()
+    mask = torch.ones_like(ids)
+    mask[::2, 20:] = 0
+    model = tiny(FAMILY, moe_intermediate_size=80)
+    options = config(recipe="best", sparsity=0.4, channel_score="output", correction_steps=0)
+    model, report = lorap.compress(
+        model, calibration={"input_ids": ids, "attention_mask": mask}, config=options, progress=False
+    )
+    assert report.param_ratio == pytest.approx(0.6, abs=0.005)
+    told = report.by_role("down_proj")
+    assert {one.shape_after[1] % 8 for one in told} == {0}
+    assert {sum(expert.tokens for expert in one.experts) for one in told} == {2 * int(mask.sum())}
+    assert logits(model).isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 def test_right_rows_pass(dtype, implementation) -> None:
@@ -339,9 +406,9 @@ def test_commands_that_do_not_know_experts_say_so(tmp_path) -> None:
         ModelShape.read(source)
     with pytest.raises(ArchitectureError, match="qwen3_moe model are mixtures"):
         inspect_model(tiny(FAMILY), calibration=None, progress=False)
-    with pytest.raises(ArchitectureError, match="cannot quantize a qwen3_moe model"):
+    with pytest.raises(ArchitectureError, match="cannot quantize a model of type qwen3_moe"):
         lorap.quantize(tiny(FAMILY), "int4")
-    with pytest.raises(ArchitectureError, match="cannot export a qwen3_moe model"):
+    with pytest.raises(ArchitectureError, match="cannot export a model of type qwen3_moe"):
         lorap.export_stock(tiny(FAMILY), tmp_path / "stock")
 
 

@@ -237,8 +237,8 @@ def known_architecture(model: nn.Module, *, to: str, experts: bool = False) -> A
         raise ArchitectureError(f"cannot {to} model type {model_type!r}; known: {', '.join(ARCHITECTURES)}")
     if ARCHITECTURES[model_type].packed and not experts:
         raise ArchitectureError(
-            f"cannot {to} a {model_type} model, whose FFNs are mixtures of experts: lorap compresses, evaluates and runs those "
-            "in floating point, and nothing else so far"
+            f"cannot {to} a model of type {model_type}, whose FFNs are mixtures of experts: lorap compresses, evaluates and runs "
+            "those in floating point, and nothing else so far"
         )
     return split_model(model)
 

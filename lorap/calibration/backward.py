@@ -25,8 +25,8 @@ BATCH_TOKENS = 512
 class Gatherer(Protocol):
     """Takes what passes the linear layers of one decoder layer."""
 
-    def add(self, role: str, x: Tensor, g: Tensor, mask: Tensor | None, fold: int) -> None:
-        """Take what passed one linear layer.
+    def add(self, role: str, x: Tensor, g: Tensor, mask: Tensor | None, fold: int, *routing: Tensor) -> None:
+        """Take what passed one linear layer, or the experts of a layer.
 
         Args:
             role: of the linear layer.
@@ -34,6 +34,7 @@ class Gatherer(Protocol):
             g: (windows, seq_len, out_features), gradients of the summed loss at its outputs.
             mask: (windows, seq_len) bool, False on padding; None where every token is real.
             fold: which half of the calibration text the windows belong to.
+            routing: of experts, (tokens, k) which of them each token is sent to, and their weights; x and g are (tokens, ...).
         """
 
 
@@ -124,10 +125,10 @@ def _backward(
     gathered: Gatherer,
 ) -> Tensor:
     """Gradient with respect to the layer's input; adds what passed the linear layers on the way to ``gathered``."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    seen: dict[str, tuple[tuple[Tensor, ...], Tensor]] = {}
 
     def note(role: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        return lambda _module, args, output: seen.__setitem__(role, (args[0], output))
+        return lambda _module, args, output: seen.__setitem__(role, (args, output))
 
     with torch.enable_grad(), ExitStack() as hooks:
         for role, linear in linears.items():
@@ -137,5 +138,6 @@ def _backward(
         wanted = [hidden, *(seen[role][1] for role in linears)]
         below, *at_outputs = torch.autograd.grad(output, wanted, gradient)
     for role, g in zip(linears, at_outputs, strict=True):
-        gathered.add(role, seen[role][0].detach(), g, batch.mask, batch.fold)
+        x, *routing = (one.detach() for one in seen[role][0])
+        gathered.add(role, x, g, batch.mask, batch.fold, *routing)
     return below

@@ -7,14 +7,14 @@ computed again, from the layer's inputs and in float32: moments of all experts t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lorap.architectures.experts import Experts
-from lorap.calibration.offload import OffloadedTensor
+from lorap.calibration.offload import HiddenStateStore, OffloadedTensor
 from lorap.calibration.statistics import ActivationStats
 from lorap.calibration.stream import CalibrationStream, token_weights
 from lorap.distributed import Processes
@@ -26,13 +26,35 @@ Folds = tuple[ActivationStats, ...]
 
 
 @dataclass(frozen=True)
-class _Routed:
-    """One batch: (tokens, hidden_size) that are no padding; (tokens, k) experts of each and their weights; the fold."""
+class Routed:
+    """One batch: (tokens, hidden_size) that are no padding; (tokens, k) experts of each, and what it counts there; the fold."""
 
     hidden: OffloadedTensor
     experts: Tensor
     weights: Tensor
     fold: int
+
+    @classmethod
+    def of(
+        cls, args: Sequence[Tensor], *, scale: Tensor | None, mask: Tensor | None, fold: int, store: HiddenStateStore
+    ) -> Routed:
+        """What experts were called with.
+
+        Args:
+            args: (tokens, hidden_size); (tokens, k) which experts each token is sent to, and their weights.
+            scale: what each token counts besides the square of these; None for 1.
+            mask: False on padding, as many as there are tokens; None where there is none.
+            fold: of the batch.
+            store: keeps the tokens.
+        """
+        hidden, chosen, weights = args
+        counted = weights.float().square()  # since the error of an output is
+        if scale is not None:
+            counted = counted * scale.flatten()[:, None]
+        if mask is not None:
+            real = mask.flatten().bool()
+            hidden, chosen, counted = hidden[real], chosen[real], counted[real]
+        return cls(store.put(hidden.detach()), chosen, counted.detach(), fold)
 
 
 class RoutedTokens:
@@ -45,7 +67,7 @@ class RoutedTokens:
         processes: sums are taken over all of them.
     """
 
-    def __init__(self, experts: Experts, batches: list[_Routed], folds: int, processes: Processes) -> None:
+    def __init__(self, experts: Experts, batches: Sequence[Routed], folds: int, processes: Processes) -> None:
         self.experts, self.batches, self.folds, self.processes = experts, batches, folds, processes
 
     @classmethod
@@ -63,15 +85,9 @@ class RoutedTokens:
         """
         floor = stream.smallest_sq_norm() if weighted else 0.0
         batches = []
-        for batch, (hidden, chosen, weights) in stream.record(index, layer, experts.module):
-            # Squared, since the error of an output is.
-            counted = weights.float().square()
-            if weighted:
-                counted = counted * token_weights(batch, floor).flatten()[:, None]
-            if batch.mask is not None:
-                real = batch.mask.flatten().bool()
-                hidden, chosen, counted = hidden[real], chosen[real], counted[real]
-            batches.append(_Routed(batch.store.put(hidden), chosen, counted, batch.fold))
+        for batch, args in stream.record(index, layer, experts.module):
+            scale = token_weights(batch, floor) if weighted else None
+            batches.append(Routed.of(args, scale=scale, mask=batch.mask, fold=batch.fold, store=batch.store))
         return cls(experts, batches, stream.folds, stream.processes)
 
     @torch.no_grad()

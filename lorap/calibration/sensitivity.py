@@ -18,12 +18,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorap.architectures import MLP
 from lorap.calibration.backward import BATCH_TOKENS, backward_pass
 from lorap.calibration.context import DecoderContext
+from lorap.calibration.offload import IN_MEMORY
+from lorap.calibration.routing import Routed, RoutedTokens
 from lorap.calibration.statistics import ActivationStats
 from lorap.calibration.stream import CalibrationStream
 from lorap.calibration.windows import TokenWindows
@@ -45,10 +49,15 @@ class Sensitivity:
         output: A (out_features, out_features) float32, mean over tokens of g g^T |x| / |g|; its diagonal, where no
             more was asked for.
         input: C (in_features, in_features) float32, mean over tokens of x x^T |g| / |x|.
+        routed: where the projection is one of each expert, what these read, x and g being those of all experts of a layer; tokens
+            count |g| / |x| times as much.
+        tokens: that were counted.
     """
 
     output: Tensor
     input: Tensor
+    routed: RoutedTokens | None = None
+    tokens: int = 0
 
 
 def layer_sensitivities(
@@ -68,13 +77,11 @@ def layer_sensitivities(
     """
     stream = CalibrationStream.from_windows(context, windows, batch_tokens=BATCH_TOKENS)
     for index, linears, sums in backward_pass(context, stream, projections, lambda: _Sums(diagonal), desc="Planning"):
+        experts = context.architecture.experts(context.layers[index])
         # Who has no window adds nothing.
-        sums.add_up(
-            {role: (linear.in_features, linear.out_features) for role, linear in linears.items()},
-            context.device,
-            context.processes,
-        )
-        yield index, sums.sensitivities()
+        sums.add_up({role: _sizes(linear) for role, linear in linears.items()}, context.device, context.processes)
+        routed = RoutedTokens(experts, sums.routed, 1, context.processes) if experts else None
+        yield index, sums.sensitivities(routed)
 
 
 class _Sums:
@@ -84,12 +91,18 @@ class _Sums:
         self.diagonal = diagonal
         self.inputs: dict[str, ActivationStats] = {}
         self.outputs: dict[str, ActivationStats] = {}
+        self.routed: list[Routed] = []
 
-    def add(self, role: str, x: Tensor, g: Tensor, mask: Tensor | None, fold: int = 0) -> None:
+    def add(self, role: str, x: Tensor, g: Tensor, mask: Tensor | None, fold: int = 0, *routing: Tensor) -> None:
+        if routing and mask is not None:
+            mask = mask.flatten()
         x_norm, g_norm = (part.float().norm(dim=-1) for part in (x, g))
         _moments(self.inputs, role, x.shape[-1], x.device).update(x, mask, _ratio(g_norm, x_norm))
         moments = role not in self.diagonal
         _moments(self.outputs, role, g.shape[-1], g.device, moments).update(g, mask, _ratio(x_norm, g_norm))
+        if routing:
+            scale = _ratio(g_norm, x_norm)
+            self.routed.append(Routed.of((x, *routing), scale=scale, mask=mask, fold=0, store=IN_MEMORY))
 
     def add_up(self, sizes: Mapping[str, tuple[int, int]], device: torch.device, processes: Processes) -> None:
         """Sums over all processes, of which some may have seen nothing."""
@@ -97,13 +110,21 @@ class _Sums:
             _moments(self.inputs, role, in_features, device).add_up(processes)
             _moments(self.outputs, role, out_features, device, role not in self.diagonal).add_up(processes)
 
-    def sensitivities(self) -> dict[str, Sensitivity]:
-        """By role, of all that was summed up; the sums are used up."""
+    def sensitivities(self, routed: RoutedTokens | None = None) -> dict[str, Sensitivity]:
+        """By role, of all that was summed up; the sums are used up. ``routed`` is what experts read, where there are any."""
         found = {}
         for role in list(self.outputs):
+            tokens = self.outputs[role].tokens
             output, input_ = (_per_token(stats.pop(role)).float() for stats in (self.outputs, self.inputs))
-            found[role] = Sensitivity(output=output, input=input_)
+            found[role] = Sensitivity(output, input_, routed if role in MLP else None, tokens)
         return found
+
+
+def _sizes(linear: Any) -> tuple[int, int]:
+    """(in_features, out_features) of a linear layer, or of all experts together."""
+    if isinstance(linear, nn.Linear):
+        return linear.in_features, linear.out_features
+    return (linear.down_proj.shape[1],) * 2
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:

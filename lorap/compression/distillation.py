@@ -136,7 +136,7 @@ class _Gradients:
         self.folds = folds
         self.sums: dict[str, list[Tensor]] = {}
 
-    def add(self, role: str, x: Tensor, g: Tensor, mask: Tensor | None, fold: int) -> None:
+    def add(self, role: str, x: Tensor, g: Tensor, mask: Tensor | None, fold: int, *routing: Tensor) -> None:
         x, g = x.flatten(0, -2).float(), g.flatten(0, -2).float()
         if mask is not None:
             g = g * mask.flatten()[:, None]

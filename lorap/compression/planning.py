@@ -30,7 +30,6 @@ from lorap.compression.stored_bytes import DenseModel
 from lorap.config import CompressionConfig
 from lorap.errors import CalibrationError, ConfigError
 from lorap.requirements import (
-    allocates_by_loss,
     compressed_roles,
     mixes_by_loss,
     roles_needing_gradients,
@@ -110,7 +109,9 @@ def make_plan(
     sampled = spread_sample(windows, SENSITIVITY_TOKENS)
 
     def projections(layer: nn.Module) -> dict[str, nn.Linear]:
-        return {role: linear for role, linear in architecture.linears(layer).items() if role in roles}
+        experts = architecture.experts(layer)
+        found = architecture.linears(layer) | ({"down_proj": experts.module} if experts else {})
+        return {role: linear for role, linear in found.items() if role in roles}
 
     walk = layer_sensitivities(context, sampled, projections, diagonal=DIAGONAL)
     with closing(walk):
@@ -122,12 +123,14 @@ def make_plan(
             for role in sorted(found, key=PROJECTIONS.index):  # the largest last, when the others are gone
                 sensitivity = found.pop(role)
                 metric = sensitivity.output if role in DIAGONAL else output_metric(sensitivity.output)
-                if by_shape is None and ("down_proj" if role in DIAGONAL else role) in mine:
+                if by_shape is None and sensitivity.routed is not None:
+                    prices.add_experts(index, sensitivity, metric)
+                elif by_shape is None and ("down_proj" if role in DIAGONAL else role) in mine:
                     prices.add(index, role, linears[role].weight.data, sensitivity, metric)
                 if role in weighed:
                     metrics[index, role] = metric
                 del sensitivity, metric
-                release_freed_memory(linears[role].weight.numel())
+                release_freed_memory(math.prod(dense.shapes[index][role]))
     return Plan(by_shape or prices.allocate(processes), metrics)
 
 
@@ -176,12 +179,8 @@ def check_experts(dense: DenseModel, config: CompressionConfig) -> None:
         f"mlp_method {config.mlp_method}": (config.mlp_method != "prune", "mlp_method prune"),
         "bias_compensation": (config.bias_compensation, "no bias_compensation"),
         f"allocation {config.allocation}": (
-            allocates_by_loss(config) or config.allocation == "flap",
-            "allocation even or paper",
-        ),
-        f"channel_score {config.channel_score} with output_weighting {config.output_weighting}": (
-            "down_proj" in roles_with_output_metric(config),
-            "output_weighting none",
+            config.allocation == "flap",
+            "allocation loss, even or paper",
         ),
     }
     for what, (asked, instead) in wrong.items():

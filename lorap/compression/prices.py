@@ -18,6 +18,7 @@ from lorap.algorithms.moments import Moment
 from lorap.algorithms.refit import output_scores, repaired_tail
 from lorap.algorithms.rounding import column_energies, expected_errors
 from lorap.architectures import ATTENTION, MLP, PROJECTIONS
+from lorap.architectures.experts import row_multiple
 from lorap.calibration.sensitivity import Sensitivity
 from lorap.checkpoint.quantization_fields import PACKED_BITS
 from lorap.compression.allocation import LayerPlan, Shape
@@ -58,7 +59,13 @@ class Prices:
         self.bits: tuple[int, ...] = tuple(PACKED_BITS.values()) if config.weights == "mixed" else ()
         self.curves: dict[Key, list[Candidate]] = {}
         self.noise: dict[Key, Noise] = {}
-        sizes = [math.prod(shape[role]) for shape in self.shapes for role in compressed_roles(config) if role in shape]
+        roles = compressed_roles(config)
+        sizes = [
+            math.prod(shape[role]) * (experts if role in MLP else 1)
+            for shape, experts in zip(self.shapes, dense.experts, strict=True)
+            for role in roles
+            if role in shape
+        ]
         self.total = sum(sizes)
         uniform = config.shapes == "uniform"
         self.multiples = {}
@@ -66,6 +73,12 @@ class Prices:
             if having := [shape[role] for shape in self.shapes if role in shape]:
                 together = len(having) if uniform else 1
                 self.multiples[role] = _multiple(role, having[0], config, total=self.total, together=together)
+        if dense.experts[0] > 1:
+            # Over all experts of a layer one channel is many parameters, and rows are whole blocks.
+            shape, experts = self.shapes[0]["down_proj"], dense.experts[0]
+            together = experts * (len(self.shapes) if uniform else 1)
+            multiple = _multiple("down_proj", shape, config, total=self.total, together=together)
+            self.multiples["down_proj"] = math.lcm(multiple, row_multiple(shape[1]))
 
     def add(self, index: int, role: str, weight: Tensor, sensitivity: Sensitivity, metric: Tensor) -> None:
         """The candidates of one matrix, or of the FFN that ends with it; of gate and up, what their rounding costs.
@@ -96,6 +109,28 @@ class Prices:
         else:
             tail = suffix_sums(spectrum(weight, shrunk(inputs, PRICE_SHRINKAGE), metric))
         self.curves[index, role] = self._candidates(index, role, tail / 2, order)
+
+    def add_experts(self, index: int, sensitivity: Sensitivity, metric: Tensor) -> None:
+        """The candidates of all experts of one layer, which have one width; each gives up channels of its own, by its own tokens.
+
+        Errors of several experts for one token are counted as if they were independent. All processes take part.
+
+        Args:
+            index: of the layer.
+            sensitivity: with what the experts read.
+            metric: (hidden_size, hidden_size) of their outputs.
+        """
+        routed = sensitivity.routed
+        assert routed is not None
+        tail = torch.zeros(routed.experts.width + 1, dtype=torch.float64, device=metric.device)
+        for expert in range(routed.experts.count):
+            _, (inner,) = routed.statistics(expert, moments=True)
+            assert inner.outer is not None
+            moment = Moment(inner.outer / max(sensitivity.tokens, 1), shrinkage=PRICE_SHRINKAGE)
+            _, _, down = routed.experts.weights(expert)
+            order = output_scores(down, moment.diagonal, metric).argsort(descending=True, stable=True)
+            tail += repaired_tail(down, moment, order, ridge=PRICE_RIDGE, output_metric=metric)
+        self.curves[index, "down_proj"] = self._candidates(index, "down_proj", tail / 2)
 
     def add_unseen(self, index: int, weights: Mapping[str, Tensor]) -> None:
         """The candidates of a layer that no text has passed: every matrix is as good as its rounding error is small beside it.
@@ -136,7 +171,7 @@ class Prices:
         """By the cost at each size, from 0 on; in the unit of the budget."""
         shape, multiple = self.shapes[index][role], self.multiples[role]
         if role == "down_proj":
-            candidates = width_candidates(shape[0], tail, multiple=multiple)
+            candidates = width_candidates(shape[0], tail, matrices=3 * self.dense.experts[index], multiple=multiple)
         else:
             candidates = rank_candidates(shape, tail, pivoted=self.config.storage == "pivoted", multiple=multiple)
         if not self._is_cut(role):

@@ -16,6 +16,7 @@ from lorap.reports.run import (
     CorrectionReport,
     correction_lines,
     evaluation_lines,
+    expert_lines,
     markdown_table,
 )
 from lorap.requirements import roles_with_output_metric
@@ -145,7 +146,7 @@ def model_card(report: CompressionReport) -> str:
     config = report.config
     base = f"base_model: {report.model}\nbase_model_relation: quantized\n" if "/" in report.model else ""
     measured = "\n".join(f"- {line}" for line in evaluation_lines(report.evaluations))
-    corrected = "".join(f"\n- {line}" for line in correction_lines(report.correction))
+    corrected = "".join(f"\n- {line}" for line in correction_lines(report.correction) + expert_lines(report))
     corrected += "\n" if corrected else ""
     options = "\n".join(f"| {name} | {value} |" for name, value in config.to_dict().items())
     calibration = report.calibration

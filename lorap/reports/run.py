@@ -283,11 +283,13 @@ def rounding_lines(report: CompressionReport) -> list[str]:
 
 
 def expert_lines(report: CompressionReport) -> list[str]:
-    """How many experts saw too few tokens, and in which layers; none where all saw enough, or there are none."""
+    """That correction steps left experts alone, and how many of them saw too few tokens, and where; none without experts."""
     pruned = [projection for projection in report.by_role("down_proj") if projection.experts]
     few = {one.layer: sum(expert.by_weights for expert in one.experts) for one in pruned}
+    corrected = pruned and report.correction is not None and report.correction.taken
+    lines = ["experts: correction steps moved attention alone"] if corrected else []
     if not any(few.values()):
-        return []
+        return lines
     total = sum(len(projection.experts) for projection in pruned)
     told = [
         f"layer {layer}: {count} of {len(one.experts)}"
@@ -296,9 +298,10 @@ def expert_lines(report: CompressionReport) -> list[str]:
     ]
     more = f", and {len(told) - TOLD_LAYERS} layers more" if len(told) > TOLD_LAYERS else ""
     return [
+        *lines,
         f"experts: {sum(few.values()):,} of {total:,} saw fewer than {FEW_TOKENS} tokens of a part of the calibration text "
         f"({'; '.join(told[:TOLD_LAYERS])}{more}), so the size of their weights chose their channels and nothing was refitted; "
-        "more text reaches more of them (--num-calibration-samples)"
+        "more text reaches more of them",
     ]
 
 

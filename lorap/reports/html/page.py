@@ -25,6 +25,7 @@ from lorap.reports.run import (
     CompressionReport,
     ProjectionReport,
     correction_lines,
+    expert_lines,
     solver_lines,
     storage_lines,
 )
@@ -58,7 +59,7 @@ def compression_page(report: CompressionReport) -> str:
         "tables": _tables(report),
         "notes": {
             "correction": correction_lines(report.correction),
-            "factors": solver_lines(report) + storage_lines(report),
+            "factors": expert_lines(report) + solver_lines(report) + storage_lines(report),
         },
         "faint": charts.FAINT,
         "sources": [[one["name"], f"{one['weight']:.3g}", f"{one['windows']:,}"] for one in sources],
