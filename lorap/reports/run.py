@@ -283,11 +283,17 @@ def rounding_lines(report: CompressionReport) -> list[str]:
 
 
 def expert_lines(report: CompressionReport) -> list[str]:
-    """That correction steps left experts alone, and how many of them saw too few tokens, and where; none without experts."""
+    """What is to be known of experts: whether steps left them alone, widths are rounded, and how many saw too few tokens."""
     pruned = [projection for projection in report.by_role("down_proj") if projection.experts]
     few = {one.layer: sum(expert.by_weights for expert in one.experts) for one in pruned}
     corrected = pruned and report.correction is not None and report.correction.taken
     lines = ["experts: correction steps moved attention alone"] if corrected else []
+    asked, removed = report.config.sparsity, 1 - report.param_ratio
+    if pruned and removed - asked >= TOLD_ROUNDING:
+        lines.append(
+            f"experts: sparsity {asked:g} was asked for and {removed:.4f} removed, since their widths are whole blocks, which "
+            "grouped matmuls need"
+        )
     if not any(few.values()):
         return lines
     total = sum(len(projection.experts) for projection in pruned)
