@@ -234,12 +234,6 @@ def keep_outputs(linear: nn.Linear, channels: Tensor) -> nn.Linear:
     return new_linear(linear.weight.data[channels], bias)
 
 
-def keep_inputs(linear: nn.Linear, channels: Tensor) -> nn.Linear:
-    """``linear`` with only the given input channels."""
-    bias = None if linear.bias is None else linear.bias.data
-    return new_linear(linear.weight.data[:, channels].contiguous(), bias)
-
-
 def new_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A linear layer around the given tensors, which are used, not copied."""
     out_features, in_features = weight.shape
