@@ -128,8 +128,8 @@ def _step(layer: nn.Module, by_itself: Callable[..., Any], x: Tensor, arguments:
             return None
     attention: Any = layer._modules["self_attn"]
     entry = _cached(arguments.get(name), attention, x)
-    step = None if entry is None else _shared(x, arguments, entry.keys)
-    if step is None or attention.config._attn_implementation not in ("sdpa", "eager"):
+    step = None if entry is None else _shared(x, arguments, entry.keys, attention)
+    if step is None:
         return None
     weights = _collected.get(layer)
     if weights is None or weights.dtype is not x.dtype or not weights.hold():
@@ -223,7 +223,7 @@ def _cached(cache: Any, attention: Any, x: Tensor) -> Any:
     return entry if fits and keys.shape[2] > 0 else None
 
 
-def _shared(x: Tensor, arguments: dict[str, Any], keys: Tensor) -> Step | None:
+def _shared(x: Tensor, arguments: dict[str, Any], keys: Tensor, attention: Any) -> Step | None:
     """What the layers of this step share: found out by the first of them; None where the op cannot run it."""
     rotation: Any = arguments.get("position_embeddings")
     mask: Any = arguments.get("attention_mask")
@@ -234,7 +234,8 @@ def _shared(x: Tensor, arguments: dict[str, Any], keys: Tensor) -> Step | None:
         return step
     _current.step = step = None
     if 0 < sequences <= MAX_SEQUENCES and not is_autocast(x) and forward_ad._current_level < 0:
-        served = dispatch.choose("linear", x, sequences) == "cpu"
+        usual = attention.config._attn_implementation in ("sdpa", "eager")
+        served = usual and dispatch.choose("linear", x, sequences) == "cpu"
         if served and _fits(rotation, mask, sequences, keys.shape[3], positions, x.dtype):
             _current.step = step = Step(rotation, mask, sequences, positions)
     return step
