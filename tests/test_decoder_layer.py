@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama import modeling_llama
 
 import lorap
@@ -230,6 +232,82 @@ def test_whatever_is_done_to_a_layer_counts(ran: list[int]) -> None:
     assert not ran
     assert continued(ours.bfloat16()).sequences.shape == (3, 9 + STEPS)
     assert ran == ALL_STEPS
+
+
+class Louder(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * 1.3
+
+
+class DoubleLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class HalfAttention(modeling_llama.LlamaAttention):
+    def forward(self, hidden_states: Tensor, *rest: Any, **arguments: Any) -> Any:
+        y, scores = super().forward(hidden_states, *rest, **arguments)
+        return y / 2, scores
+
+
+def half_attention(layer: Any) -> None:
+    old = layer.self_attn
+    layer.self_attn = HalfAttention(old.config, old.layer_idx).eval()
+    layer.self_attn._modules = old._modules
+
+
+def another_norm(layer: Any) -> None:
+    layer.input_layernorm = GemmaRMSNorm(72)
+    layer.input_layernorm.variance_epsilon = layer.post_attention_layernorm.variance_epsilon
+
+
+# What may happen to a layer after its first step, without a hook or another weight.
+CHANGES: dict[str, Any] = {
+    "parametrized": lambda layer: parametrize.register_parametrization(layer.self_attn.k_proj, "weight", Louder()),
+    "parametrized bias": lambda layer: parametrize.register_parametrization(layer.self_attn.o_proj, "bias", Louder()),
+    "parametrized norm": lambda layer: parametrize.register_parametrization(layer.input_layernorm, "weight", Louder()),
+    "masked": lambda layer: prune.l1_unstructured(layer.mlp.down_proj, "weight", 0.5),
+    "class of a projection": lambda layer: setattr(layer.self_attn.o_proj, "__class__", DoubleLinear),
+    "class of attention": half_attention,
+    "another norm": another_norm,
+    "epsilon": lambda layer: setattr(layer.post_attention_layernorm, "variance_epsilon", 3.0),
+    "dropout": lambda layer: layer.self_attn.train(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_layer_is_left_alone_once_it_computes_something_else(change: str, ran: list[int]) -> None:
+    plain, ours = both(make(attention_dropout=0.5, rms_norm_eps=1e-6))
+    before = continued(ours, max_new_tokens=3, min_new_tokens=3)
+    ran.clear()
+    found = []
+    decoder_layer._tell_once.cache_clear()
+    for model in (plain, ours):
+        CHANGES[change](model.model.layers[0])
+        torch.manual_seed(3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found.append(continued(model, max_new_tokens=5, min_new_tokens=5))
+    assert_same(found[1], found[0])
+    assert not torch.equal(found[1].logits[1], before.logits[1])
+    # The other layer goes on, and this one was tried again at most once.
+    assert len(ran) - 4 in ((1,) if change in ("another norm", "class of attention") else (0,))
+
+
+def test_hooks_of_all_modules_are_called(ran: list[int]) -> None:
+    plain, ours = both(make())
+    continued(ours)
+    ran.clear()
+
+    def widen(module: nn.Module, _args: Any, output: Any) -> Any:
+        return output * 1.5 if isinstance(module, nn.Linear) and module.out_features in (24, 88) else None
+
+    handle = nn.modules.module.register_module_forward_hook(widen)
+    try:
+        assert_same(continued(ours), continued(plain))
+    finally:
+        handle.remove()
+    assert not ran
 
 
 def test_gradients_and_training_go_through_the_model() -> None:

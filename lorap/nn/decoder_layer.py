@@ -3,8 +3,8 @@
 A layer of LLaMA's kind calls some forty operators for a token, and each takes longer to call than to compute in a small model.
 ``torch.ops.lorap_cpu.decoder_layer`` (csrc/cpu/decoder_layer.h) computes all of it, appends to the cache in place, and rounds
 where the layer itself does. What else there is runs the layer's own forward: prompts, gradients, adapters, hooks, windows that
-forget, other caches, other attention, other devices. A layer computes its first step both ways, and is left alone where they
-differ.
+forget, other caches, other attention, other devices. A layer computes its first step both ways, and again after its parts were
+replaced, and is left alone where they differ.
 """
 
 from __future__ import annotations
@@ -138,6 +138,7 @@ def _step(layer: nn.Module, by_itself: Callable[..., Any], x: Tensor, arguments:
             _collected.pop(layer, None)
             return None
         _collected[layer] = weights
+        verdict = None  # what the layer is made of now may compute something else
     if verdict is None:
         return _first_step(layer, by_itself, x, arguments, name, step, weights)
     return _run(layer, x, step, entry, weights)

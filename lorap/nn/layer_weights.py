@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lorap.architectures import ATTENTION, MLP
-from lorap.nn.linear import Linear, LowRankLinear
+from lorap.nn.linear import Linear, LowRankLinear, has_global_hooks
 from lorap.nn.low_rank_tensors import WEIGHT_PACKED, WEIGHT_SCALE
 from lorap.nn.quantized import QuantizedLinear
 
 NONE = torch.empty(0)
+_GONE = object()
 # Tensors with dtypes of their own.
 NUMBERS = {WEIGHT_PACKED, WEIGHT_SCALE, "pivot_rows"}
 
@@ -26,7 +27,7 @@ class Weights:
         dtype: of x.
         tensors: in the order of the op (csrc/cpu/decoder_layer_ops.cpp).
         forms: of the seven projections.
-        modules: the attributes of all modules; hooks would be there.
+        modules: all that are called, and of which class; hooks would be in their attributes.
         members: what is to be found under which name in which dictionary of a module.
         floats: those of the tensors that have the dtype of x.
     """
@@ -34,19 +35,27 @@ class Weights:
     dtype: torch.dtype
     tensors: list[Tensor] = field(default_factory=list)
     forms: list[int] = field(default_factory=list)
-    modules: list[dict[str, Any]] = field(default_factory=list)
+    modules: list[tuple[nn.Module, type, dict[str, Any]]] = field(default_factory=list)
     members: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
     floats: list[Tensor] = field(default_factory=list)
 
     def hold(self) -> bool:
         """Whether calling the layer still means these tensors and nothing else."""
-        for attributes in self.modules:
+        if has_global_hooks():
+            return False
+        for module, kind, attributes in self.modules:
             if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or "forward" in attributes:
                 return False
+            if module.__class__ is not kind:
+                return False
         for dictionary, name, member in self.members:
-            if dictionary[name] is not member:
+            if dictionary.get(name, _GONE) is not member:
                 return False
         return all(tensor.dtype is self.dtype for tensor in self.floats)
+
+    def calls(self, module: nn.Module) -> None:
+        """Count ``module`` among those that must stay as they are."""
+        self.modules.append((module, module.__class__, vars(module)))
 
 
 def collect(layer: Any, dtype: torch.dtype) -> Weights | None:
@@ -55,7 +64,10 @@ def collect(layer: Any, dtype: torch.dtype) -> Weights | None:
     parts = layer._modules
     attention, mlp, first = parts["self_attn"], parts["mlp"], parts["input_layernorm"]
     found.members.extend((parts, name, parts[name]) for name in ("self_attn", "mlp"))
-    found.modules.extend((vars(attention), vars(mlp)))
+    found.calls(attention)
+    found.calls(mlp)
+    # In training it drops some of what it attends to.
+    found.members.append((vars(attention), "training", False))
     if not hasattr(type(mlp), "gated"):
         return None
     within = attention._modules
@@ -69,7 +81,7 @@ def collect(layer: Any, dtype: torch.dtype) -> Weights | None:
         if norm is None:
             found.tensors.append(NONE)
         elif type(norm).__name__.endswith("RMSNorm") and norm.variance_epsilon == first.variance_epsilon:
-            found.members.append((owner, name, norm))
+            found.members += [(owner, name, norm), (vars(norm), "variance_epsilon", norm.variance_epsilon)]
             found.tensors += _taken(found, norm, "weight")
         else:
             return None
@@ -121,13 +133,17 @@ def _projection(found: Weights, module: Any) -> int | None:
 
 
 def _taken(found: Weights, module: Any, *names: str) -> list[Tensor]:
-    """Parameters and buffers of a module, which from now on must stay; NONE for what is None."""
-    found.modules.append(vars(module))
+    """Parameters and buffers of a module, which from now on must stay; NONE for what is None.
+
+    Where a module has no such name any more, since something else computes its weight, :meth:`Weights.hold` is false.
+    """
+    found.calls(module)
     tensors = []
     for name in names:
         dictionary = module._parameters if name in module._parameters else module._buffers
-        found.members.append((dictionary, name, dictionary[name]))
-        tensors.append(NONE if dictionary[name] is None else dictionary[name])
-        if name not in NUMBERS and dictionary[name] is not None:
-            found.floats.append(tensors[-1])
+        tensor = dictionary.get(name)
+        found.members.append((dictionary, name, tensor))
+        tensors.append(NONE if tensor is None else tensor)
+        if name not in NUMBERS and tensor is not None:
+            found.floats.append(tensor)
     return tensors

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from lorap.algorithms.factorization import factorize
 from lorap.algorithms.pivoting import pivot
@@ -222,10 +223,12 @@ class Linear(nn.Linear):
             merged: Tensor | None = self.group.output(self, x)
             if merged is not None:
                 return merged
-        weight = self._parameters["weight"]
-        if is_autocast(x) or type(weight) is not nn.Parameter:
+        own = self._parameters
+        weight: Any = own.get("weight")
+        # Parametrized and masked weights and biases are no parameters but computed by each call.
+        if is_autocast(x) or type(weight) is not nn.Parameter or "bias" not in own:
             return super().forward(x)
-        return ops.linear(x, weight, self._parameters["bias"])
+        return ops.linear(x, weight, own["bias"])
 
 
 def keep_outputs(linear: nn.Linear, channels: Tensor) -> nn.Linear:
@@ -256,7 +259,13 @@ def has_plain_factors(layer: LowRankLinear) -> bool:
 
 def is_untouched(module: nn.Module) -> bool:
     """True where calling ``module`` runs its class's forward and nothing else: no hook, no replaced forward."""
-    return not module._forward_hooks and not module._forward_pre_hooks and "forward" not in module.__dict__
+    hooked = module._forward_hooks or module._forward_pre_hooks or has_global_hooks()
+    return not hooked and "forward" not in module.__dict__
+
+
+def has_global_hooks() -> bool:
+    """Whether every call of every module means more than its forward (``torch.nn.modules.module.register_module_*_hook``)."""
+    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
 
 
 def is_autocast(x: Tensor) -> bool:
