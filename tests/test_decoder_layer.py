@@ -21,7 +21,7 @@ from lorap import LowRankLinear
 from lorap.architectures import ATTENTION, MLP
 from lorap.nn import decoder_layer, native
 
-pytestmark = pytest.mark.skipif(not native.HAS_STEP, reason="lorap/_native.so is not built")
+pytestmark = pytest.mark.skipif(not native.HAS_CPU, reason="lorap/_native.so is not built")
 STEPS, LAYERS = 14, 2
 SIZES = {"vocab_size": 61, "hidden_size": 72, "intermediate_size": 88, "num_hidden_layers": LAYERS}
 SIZES |= {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 256, "head_dim": 12}

@@ -36,7 +36,7 @@ MAX_SEQUENCES = 16
 KNOWN = {"attention_mask", "position_embeddings", "position_ids", "use_cache", "cache_position"}
 # Positions that a cache gets room for at least, beside half of those it has.
 GROWTH = 64
-_op: Any = torch.ops.lorap_cpu.decoder_layer.default if native.HAS_STEP else None
+_op: Any = torch.ops.lorap_cpu.decoder_layer.default if native.HAS_CPU else None
 
 
 class Room:
@@ -89,7 +89,7 @@ def fuse_decoder_layer(layer: nn.Module) -> None:
     """Let ``layer`` run its steps in one op, where its family is known for it; weights, names and the class's name stay."""
     kind: Any = type(layer)
     known = FAMILIES.get(kind.__module__)
-    if native.HAS_STEP and known and kind.__qualname__ == f"{known}DecoderLayer" and not hasattr(kind, "layer_class"):
+    if native.HAS_CPU and known and kind.__qualname__ == f"{known}DecoderLayer" and not hasattr(kind, "layer_class"):
         layer.__class__ = _stepping(kind)
 
 

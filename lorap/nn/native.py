@@ -19,7 +19,7 @@ def _load() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"{LIBRARY.name} cannot be opened by torch {torch.__version__}: {error}"
-    if not hasattr(torch.ops.lorap_cpu, "quantized_linear"):
+    if not hasattr(torch.ops.lorap_cpu, "decoder_layer"):  # the youngest operator that any build has
         return f"{LIBRARY.name} is older than this code; build it again with pip install --no-build-isolation"
     return None
 
@@ -39,7 +39,6 @@ def _elsewhere() -> str:
 # Why the C++ and CUDA kernels are missing; None where they are there.
 MISSING = _load()
 HAS_CPU = MISSING is None
-HAS_STEP = HAS_CPU and hasattr(torch.ops.lorap_cpu, "decoder_layer")  # which older builds lack, as the next
 HAS_CUDA = HAS_CPU and hasattr(torch.ops.lorap_cuda, "low_rank_linear_group")
 
 

@@ -53,7 +53,7 @@ def build() -> None:
 
 
 def run_sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """This file again, with lorap's Python and the library of :func:`build`."""
+    """Python with these arguments, with lorap's own and the library of :func:`build`."""
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "lorap"
         package.mkdir()
@@ -70,8 +70,13 @@ def run_sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
             "OMP_NUM_THREADS": "2",
             "MKL_NUM_THREADS": "1",
         }
-        command = [sys.executable, __file__, "--child", *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def run_cases_apart(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """This file again, under the sanitizers."""
+    return run_sanitized(str(Path(__file__).resolve()), "--child", *arguments)
 
 
 def _runtimes() -> list[str]:
@@ -338,7 +343,7 @@ def main() -> None:
     if reason := why_not():
         raise SystemExit(reason)
     build()
-    run = run_sanitized(*sys.argv[1:])
+    run = run_cases_apart(*sys.argv[1:])
     print(run.stdout, end="")
     if run.returncode:
         report = run.stderr[run.stderr.rfind("\ncase ") + 1 :]

@@ -23,13 +23,24 @@ CALLS = 4000
 @pytest.mark.skipif(fuzz_native.why_not() is not None, reason=str(fuzz_native.why_not()))
 def test_the_operators_pass_the_sanitizers() -> None:
     fuzz_native.build()
-    run = fuzz_native.run_sanitized("--cases", str(CALLS), "--minutes", "0.7")
+    run = fuzz_native.run_cases_apart("--cases", str(CALLS), "--minutes", "0.7")
     assert run.returncode == 0, run.stderr[run.stderr.rfind("\ncase ") :][:8000]
     counts = {
         word: int(number.replace(",", ""))
         for number, word in (part.split() for part in run.stdout.split(": ")[1].split(", "))
     }
     assert counts["equal"] > counts["refused"] > sum(counts.values()) // 10
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(fuzz_native.why_not() is not None, reason=str(fuzz_native.why_not()))
+def test_the_steps_of_layers_pass_the_sanitizers() -> None:
+    """The tests of the operator that computes a whole layer, which has too many arguments to be called with anything."""
+    fuzz_native.build()
+    tests = Path(__file__).parents[1] / "test_decoder_layer.py"
+    run = fuzz_native.run_sanitized("-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests))
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    assert "passed" in run.stdout
 
 
 @pytest.mark.parametrize("shift", [1, 2, 3, 4])
