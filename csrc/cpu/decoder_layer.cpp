@@ -228,7 +228,8 @@ void append(const RowKernel& kernel, const DecoderLayer& layer, const KeyValues&
                    at(cache.keys, (head * cache.capacity + cache.length) * dim, element));
       const char* v = at(row, (layer.heads + layer.kv_heads + h) * dim, element);
       char* column = at(cache.values, head * dim * cache.capacity + cache.length, element);
-      for (int64_t i = 0; i < dim; ++i) std::memcpy(at(column, i * cache.capacity, element), at(v, i, element), element);
+      for (int64_t i = 0; i < dim; ++i)
+        std::memcpy(at(column, i * cache.capacity, element), at(v, i, element), element);
     }
   }
 }

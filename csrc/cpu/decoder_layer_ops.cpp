@@ -1,7 +1,7 @@
 // A whole decoder layer as a torch operator, see ops.cpp.
 //
-// `weights` are input_norm, post_norm, and q_norm and k_norm, without elements where there are none; then those of q, k,
-// v, o, gate, up and down, each in its form:
+// `weights` are input_norm, post_norm, and q_norm and k_norm, without elements where there are none; then those of q,
+// k, v, o, gate, up and down, each in its form:
 //
 //   0  weight, bias                                                  forms: 0
 //   1  right, left, bias, pivot_rows                                        1
@@ -16,7 +16,8 @@ namespace {
 
 using lorap::cpu::Projection;
 
-const char* const kNames[lorap::cpu::kRoles] = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"};
+const char* const kNames[lorap::cpu::kRoles] = {"q_proj",    "k_proj",  "v_proj",   "o_proj",
+                                                "gate_proj", "up_proj", "down_proj"};
 
 // Takes tensors from the list, one after the other; copies that the kernels need stay there.
 class Weights {
@@ -91,7 +92,8 @@ void check_size(const char* name, int64_t is, int64_t wanted) {
 // Room for keys or values, which are written in place.
 void* room(const char* name, Tensor& tensor, const Tensor& x, int64_t sequences, int64_t third, int64_t fourth) {
   check_like(name, tensor, x);
-  STD_TORCH_CHECK(tensor.dim() == 4 && tensor.is_contiguous(), "lorap_cpu: ", name, " must have 4 dimensions and no gaps");
+  STD_TORCH_CHECK(tensor.dim() == 4 && tensor.is_contiguous(), "lorap_cpu: ", name,
+                  " must have 4 dimensions and no gaps");
   check_size("the number of sequences in the cache", tensor.size(0), sequences);
   check_size("a size of the cache", tensor.size(2), third);
   check_size("a size of the cache", tensor.size(3), fourth);
@@ -136,8 +138,13 @@ Tensor decoder_layer(Tensor x, Tensor cos, Tensor sin, OptionalTensor mask, Tens
   layer.q_norm = from.vector("q_norm", layer.head_dim);
   layer.k_norm = from.vector("k_norm", layer.head_dim);
   for (int role = 0; role < kRoles; ++role) {
-    const int64_t inputs[kRoles] = {layer.hidden, layer.hidden, layer.hidden, layer.projections[kQ].out_features(),
-                                    layer.hidden, layer.hidden, layer.projections[kGate].out_features()};
+    const int64_t inputs[kRoles] = {layer.hidden,
+                                    layer.hidden,
+                                    layer.hidden,
+                                    layer.projections[kQ].out_features(),
+                                    layer.hidden,
+                                    layer.hidden,
+                                    layer.projections[kGate].out_features()};
     layer.projections[role] = from.projection(kNames[role], forms[role], inputs[role]);
   }
   from.check_all_used();

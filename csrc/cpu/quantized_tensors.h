@@ -50,7 +50,7 @@ inline int64_t stride_of(const Tensor& tensor) {
 inline int64_t divide_up(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
 inline QuantizedMatrix quantized_matrix(const char* name, Tensor& packed, Tensor& scales, int64_t cols, int64_t bits,
-                                 int64_t group) {
+                                        int64_t group) {
   STD_TORCH_CHECK(group > 0 && group % 32 == 0, "lorap_cpu: ", name, " has groups of ", group,
                   " numbers; it must be a multiple of 32");
   STD_TORCH_CHECK(packed.dim() == 2 && packed.scalar_type() == ScalarType::Int, "lorap_cpu: ", name,

@@ -100,8 +100,7 @@ inline const int64_t* pivot_data(OptionalTensor& pivots, int64_t rank, int64_t o
 
 inline LowRankLayer layer(const Tensor& x, int64_t in_features, Tensor& right, Tensor& left, OptionalTensor& bias,
                           OptionalTensor& pivot_rows) {
-  LowRankLayer result{matrix("right", right, x, in_features), matrix("left", left, x, right.size(0)), nullptr,
-                      nullptr};
+  LowRankLayer result{matrix("right", right, x, in_features), matrix("left", left, x, right.size(0)), nullptr, nullptr};
   result.pivot_rows = pivot_data(pivot_rows, right.size(0), plus(left.size(0), right.size(0)));
   result.bias = vector_data("bias", bias, x, result.out_features());
   return result;
