@@ -400,6 +400,20 @@ def test_what_cannot_be_done_to_experts_is_said(options, said) -> None:
         )
 
 
+def test_a_mixture_of_one_expert_is_a_mixture() -> None:
+    """Widths of whole blocks, without which transformers cannot run it, and the same refusals."""
+    model = tiny("mixtral", num_local_experts=1, num_experts_per_tok=1)
+    chosen = config(recipe="lorap", sparsity=0.35)
+    model, report = lorap.compress(model, calibration=windows(), config=chosen, progress=False)
+    assert model.model.layers[0].mlp.experts.down_proj.shape == (1, 64, 24)
+    assert report.by_role("down_proj")[0].shape_after == (64, 24)
+    assert logits(model).isfinite().all()
+    for options, said in (({"weights": "int4"}, "weights int4"), ({"mlp_method": "factorize"}, "mlp_method")):
+        model = tiny("mixtral", num_local_experts=1, num_experts_per_tok=1)
+        with pytest.raises(ConfigError, match=said):
+            lorap.compress(model, calibration=windows(), config=replace(chosen, **options), progress=False)
+
+
 def test_commands_that_do_not_know_experts_say_so(tmp_path) -> None:
     tiny(FAMILY).save_pretrained(tmp_path / "dense")
     source = find_model(tmp_path / "dense")

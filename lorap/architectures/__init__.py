@@ -299,8 +299,8 @@ def _check_mixtures(architecture: Architecture, model: Any) -> None:
     for index, layer in enumerate(architecture.decoder_layers(model)):
         if (experts := architecture.experts(layer)) is None:
             raise ArchitectureError(
-                f"layer {index} of this {model.config.model_type} model has one FFN and others have experts; lorap compresses "
-                "models that have experts in every layer, or in none"
+                f"layer {index} of this {model.config.model_type} model has one FFN in place of experts; lorap compresses "
+                "models of this type where every layer has experts"
             )
         check_experts(experts.module, architecture.ffn_name(index))
 

@@ -169,7 +169,7 @@ def check_experts(dense: DenseModel, config: CompressionConfig) -> None:
     Raises:
         ConfigError: naming the option and what to choose.
     """
-    if max(dense.experts, default=1) == 1:
+    if not dense.packed:
         return
     wrong = {
         "size": (config.size is not None, "a sparsity"),
@@ -268,9 +268,7 @@ def plan_by_shape(dense: DenseModel, config: CompressionConfig) -> list[LayerPla
         width = stock_width(shapes[0], config, multiple=multiple)
         return [LayerPlan(ranks={}, intermediate_size=width) for _ in shapes]
     if config.allocation in ("paper", "even"):
-        return [
-            plan_layer(shape, config, packed=experts > 1) for shape, experts in zip(shapes, dense.experts, strict=True)
-        ]
+        return [plan_layer(shape, config, packed=dense.packed) for shape in shapes]
     return None
 
 

@@ -73,7 +73,7 @@ class Prices:
             if having := [shape[role] for shape in self.shapes if role in shape]:
                 together = len(having) if uniform else 1
                 self.multiples[role] = _multiple(role, having[0], config, total=self.total, together=together)
-        if dense.experts[0] > 1:
+        if dense.packed:
             # Over all experts of a layer one channel is many parameters, and rows are whole blocks.
             shape, experts = self.shapes[0]["down_proj"], dense.experts[0]
             together = experts * (len(self.shapes) if uniform else 1)

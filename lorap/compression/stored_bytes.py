@@ -74,6 +74,7 @@ class DenseModel:
         itemsize: bytes of a number.
         other_bytes: of all that is no projection: embeddings, norms, the head.
         experts: of each layer's FFN; 1 where it is one.
+        packed: FFNs are mixtures of experts, be it of one.
     """
 
     config: PreTrainedConfig
@@ -82,6 +83,7 @@ class DenseModel:
     itemsize: int
     other_bytes: int
     experts: Sequence[int]
+    packed: bool
 
     @classmethod
     def of(cls, model: PreTrainedModel, architecture: Architecture) -> DenseModel:
@@ -101,6 +103,7 @@ class DenseModel:
             itemsize=model.dtype.itemsize,
             other_bytes=sum(nbytes(tensor) for name, tensor in model_tensors(model) if name not in own),
             experts=[found.count if (found := architecture.experts(layer)) else 1 for layer in layers],
+            packed=architecture.packed is not None,
         )
 
     @property
