@@ -474,24 +474,26 @@ def test_compressed_model_is_not_compressed_again(small_folder, tmp_path):
 
 
 def test_experts_are_refused_with_what_works(tokenizer, tmp_path):
-    config = transformers.MixtralConfig(
+    config = transformers.GptOssConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
-        intermediate_size=100,
+        intermediate_size=96,
+        head_dim=16,
         num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=4,
         num_local_experts=2,
+        num_experts_per_tok=1,
         bos_token_id=None,
         eos_token_id=0,
         pad_token_id=1,
     )
-    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "mixture")
+    transformers.GptOssForCausalLM(config).save_pretrained(tmp_path / "mixture")
     tokenizer.save_pretrained(tmp_path / "mixture")
     result = run("compress", tmp_path / "mixture", tmp_path / "out", *SMALL)
     assert_refused(
         result,
-        "model type 'mixtral' (MixtralForCausalLM): its FFNs are mixtures of experts; supported: llama,",
+        "model type 'gpt_oss' (GptOssForCausalLM): its FFNs are mixtures of experts; supported: llama,",
     )
 
 
