@@ -179,6 +179,7 @@ def test_an_interrupted_comparison_goes_on(model_folder, small_folder, measured,
     assert again() == ["small texts", *both, *both], "other files under the same name"
 
 
+@pytest.mark.slow
 def test_what_fails_fails_alone(model_folder, measured, monkeypatch, tmp_path):
     """One model's weights are too large for their dtype; its parts run in processes of their own, as for a user."""
     here = cells.run_worker

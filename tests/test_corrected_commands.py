@@ -287,7 +287,8 @@ def test_torchruns_set_with_words_in_it_is_refused(monkeypatch: Any) -> None:
         distributed.is_main_process()
 
 
-@pytest.mark.parametrize("sent", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_waiting_for_others_says_for_whom_and_ends_at_once(
     sent: int, model_folder: Path, tokens: Path, tmp_path: Path
 ) -> None:

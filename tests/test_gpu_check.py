@@ -198,6 +198,7 @@ def test_report_names_what_is_missing(module, tmp_path, capsys):
     assert json.loads((tmp_path / "report.json").read_text())["steps"]["values"]["rows"][0] == wrong
 
 
+@pytest.mark.slow
 def test_script_keeps_its_time_and_says_so(tmp_path):
     result = shell("check", "--dry-run", "--out", str(tmp_path), "--seconds", "16")
     assert result.returncode == 0, result.stderr

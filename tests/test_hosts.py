@@ -140,6 +140,7 @@ def test_device_map_auto(state, folders, tokens) -> None:
 # --- torch.compile ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # tests/test_merging.py compiles a smaller one
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_decode_step_compiles_into_one_graph(state, folders, tokens) -> None:
     """The whole model, with a static cache as `generate` uses it; a graph break anywhere would raise."""

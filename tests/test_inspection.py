@@ -390,6 +390,7 @@ def test_channel_curves_mark_the_least_important(inspection):
         np.testing.assert_allclose(together.get_lines()[0].get_ydata(), first.cumulative)
 
 
+@pytest.mark.slow
 def test_pictures_are_the_same_twice(inspections, tmp_path):
     plots = pytest.importorskip("lorap.evaluation.inspection.plots")
     files = []

@@ -431,7 +431,7 @@ def crash(kind: str, source: Path, tokens: Path, folder: Path, stride: int, last
 @pytest.mark.parametrize(
     ("kind", "stride", "last"),
     [
-        ("kill", 613, 5),
+        ("kill", 997, 3),
         *(pytest.param(kind, 71, 12, marks=pytest.mark.slow) for kind in ("kill", "full", "eio", "short")),
     ],
 )

@@ -518,6 +518,7 @@ def test_mistakes_end_in_one_sentence(model_folder, request_folder, options, mes
     assert "Traceback" not in result.output
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 def test_a_real_model_answers_real_questions(monkeypatch):
     """The first of 20 spread questions of two tasks; measured on a CPU in float32."""
