@@ -15,14 +15,12 @@ from torch import Tensor, nn
 
 from lorap.architectures.experts import Experts
 from lorap.calibration.offload import HiddenStateStore, OffloadedTensor
-from lorap.calibration.statistics import ActivationStats
+from lorap.calibration.statistics import ActivationStats, Folds
 from lorap.calibration.stream import CalibrationStream, token_weights
 from lorap.distributed import Processes
 
 # Tokens of one expert whose inner activations are computed at once.
 TOKENS = 2048
-
-Folds = tuple[ActivationStats, ...]
 
 
 @dataclass(frozen=True)

@@ -171,6 +171,10 @@ def _largest(x: Tensor, mask: Tensor | None) -> Tensor:
     return torch.linalg.vector_norm(counted, torch.inf) if counted.numel() else x.new_zeros(())
 
 
+# One for each fold of the calibration text.
+Folds = tuple[ActivationStats, ...]
+
+
 def merged(folds: Sequence[ActivationStats], *, moments: bool = True) -> ActivationStats:
     """The sums of all folds together, those of outer products only with ``moments``; the folds themselves are left alone."""
     if len(folds) == 1:

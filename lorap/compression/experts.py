@@ -11,8 +11,8 @@ from torch import Tensor
 from lorap.architectures import MLP
 from lorap.architectures.experts import Experts
 from lorap.calibration.routing import RoutedTokens
-from lorap.calibration.statistics import check_activations
-from lorap.compression.ffn import FFN, Folds
+from lorap.calibration.statistics import Folds, check_activations
+from lorap.compression.ffn import FFN
 from lorap.config import CompressionConfig
 from lorap.reports.records import ExpertReport
 from lorap.reports.run import ProjectionReport

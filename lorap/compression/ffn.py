@@ -9,12 +9,10 @@ from torch import Tensor
 
 from lorap.algorithms.pruning import channel_importance, removed_shares
 from lorap.algorithms.refit import fluctuation_scores, keep_best, output_scores, removed_share, repair_down
-from lorap.calibration.statistics import ActivationStats, merged
-from lorap.compression.shrinkage import choose_ridge, choose_shrinkage
+from lorap.calibration.statistics import ActivationStats, Folds, merged
+from lorap.compression.shrinkage import choose_ridge, shrinkage_of
 from lorap.config import CompressionConfig
 from lorap.system import release_freed_memory
-
-Folds = tuple[ActivationStats, ...]
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,9 @@ class FFN:
 
     def prune(self, width: int, config: CompressionConfig) -> PrunedFFN:
         """Leave the best ``width`` channels, and refit down_proj to them where ``config`` says so; uses the statistics up."""
-        weights, norms = (self.gate, self.up, self.down), self._sq_norms()
-        kept = keep_best(self._scores(norms, config), width, least_important_kept=config.least_important_kept)
+        weights, inner = (self.gate, self.up, self.down), merged(self.inner, moments=False)
+        norms = self._sq_norms(inner)
+        kept = keep_best(self._scores(inner, norms, config), width, least_important_kept=config.least_important_kept)
         errors, down = removed_shares(*weights, *norms, kept), self.down[:, kept]
         if config.repair:
             down = self._repaired(kept, config)
@@ -52,18 +51,17 @@ class FFN:
         flat = [torch.ones(weight.shape[1], dtype=torch.float64, device=weight.device) for weight in weights[1:]]
         scores = channel_importance(*weights, *flat)
         kept = keep_best(scores, width, least_important_kept=config.least_important_kept)
-        return PrunedFFN(kept, self.down[:, kept].contiguous(), removed_shares(*weights, *self._sq_norms(), kept))
+        norms = self._sq_norms(merged(self.inner, moments=False))
+        return PrunedFFN(kept, self.down[:, kept].contiguous(), removed_shares(*weights, *norms, kept))
 
-    def _sq_norms(self) -> tuple[Tensor, Tensor]:
-        """Of the channels that gate and up read, and of those that down reads."""
-        inner = merged(self.inner, moments=False)
+    def _sq_norms(self, inner: ActivationStats) -> tuple[Tensor, Tensor]:
+        """Of the channels that gate and up read, and of those that down reads; ``inner``: of all folds together."""
         # Weighted tokens or not, the norms of both inputs are of as many tokens: the paper's score adds one to the other.
         sq_norm = inner.channel_sq_norm * (inner.tokens / inner.weight if inner.weight > 0 else 1.0)
         return merged(self.inputs).channel_sq_norm, sq_norm
 
-    def _scores(self, norms: tuple[Tensor, Tensor], config: CompressionConfig) -> Tensor:
+    def _scores(self, inner: ActivationStats, norms: tuple[Tensor, Tensor], config: CompressionConfig) -> Tensor:
         """(intermediate_size,) float64."""
-        inner = merged(self.inner, moments=False)
         if config.channel_score == "lorap":
             return channel_importance(self.gate, self.up, self.down, *norms)
         if config.channel_score == "output":
@@ -74,8 +72,8 @@ class FFN:
 
     def _repaired(self, kept: Tensor, config: CompressionConfig) -> Tensor:
         """The refitted down projection; afterwards the first fold holds the sums of all, and the others no outer products."""
-        folds, asked, ridge = self.inner, config.metric_shrinkage, config.repair_ridge
-        shrinkage = choose_shrinkage(folds) if asked == "auto" else float(asked)
+        folds, ridge = self.inner, config.repair_ridge
+        shrinkage = shrinkage_of(folds, config.metric_shrinkage)
         if ridge == "auto":
             ridge = choose_ridge(self.down, folds, kept, shrinkage=shrinkage)
         for fold in folds[1:]:

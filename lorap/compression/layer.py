@@ -19,12 +19,12 @@ from lorap.architectures import MLP, PROJECTIONS, SHARED_INPUTS
 from lorap.architectures.experts import Experts
 from lorap.calibration.context import DecoderContext
 from lorap.calibration.routing import RoutedTokens
-from lorap.calibration.statistics import ActivationStats, check_activations, merged
+from lorap.calibration.statistics import Folds, check_activations, merged
 from lorap.calibration.stream import CalibrationStream, Probe
 from lorap.compression.allocation import LayerPlan
 from lorap.compression.experts import prune_experts, unchanged
 from lorap.compression.ffn import FFN
-from lorap.compression.shrinkage import choose_shrinkage, shrunk
+from lorap.compression.shrinkage import shrinkage_of, shrunk
 from lorap.config import CompressionConfig
 from lorap.distributed import Processes
 from lorap.nn.linear import LowRankLinear, count_parameters, keep_outputs, new_linear
@@ -32,8 +32,6 @@ from lorap.reports.run import ProjectionReport
 from lorap.reports.spectra import Spectrum, sampled_spectrum
 from lorap.requirements import sums_of
 from lorap.system import Stopwatch, release_freed_memory
-
-Folds = tuple[ActivationStats, ...]
 
 
 @dataclass
@@ -270,11 +268,9 @@ class _Layer:
         stats = merged(folds)
         if method == "awsvd":
             return stats.channel_sq_norm
-        return stats.covariance if method == "afm" else shrunk(stats.second_moment, self._shrinkage(folds))
-
-    def _shrinkage(self, folds: Folds) -> float:
-        asked = self.config.metric_shrinkage
-        return choose_shrinkage(folds) if asked == "auto" else float(asked)
+        if method == "afm":
+            return stats.covariance
+        return shrunk(stats.second_moment, shrinkage_of(folds, self.config.metric_shrinkage))
 
     def _output_metric(self, role: str, weight: Tensor) -> Tensor | None:
         metric = self.output_metrics.get(role)

@@ -48,6 +48,11 @@ def output_metric(moment: Tensor) -> Tensor:
     return a.float()
 
 
+def shrinkage_of(folds: Sequence[ActivationStats], asked: float | str) -> float:
+    """The share of its diagonal that is ``asked`` for in the second moment; for ``auto``, what the folds say."""
+    return choose_shrinkage(folds) if asked == "auto" else float(asked)
+
+
 def choose_shrinkage(folds: Sequence[ActivationStats]) -> float:
     """How far to shrink the second moment, from how far the correlations of two folds agree.
 
