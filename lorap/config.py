@@ -32,6 +32,7 @@ _LORAP: Mapping[str, Any] = {
     "metric_shrinkage": 0.0,
     "output_weighting": "none",
     "token_weighting": "none",
+    "anchor": "none",
     "mlp_method": "prune",
     "channel_score": "lorap",
     "least_important_kept": 0.01,
@@ -70,6 +71,18 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "svd-llm": MappingProxyType(
             {**_LORAP, "allocation": "even", "attention_method": "second_moment", "mlp_method": "factorize"}
         ),
+        # AA-SVD (arXiv 2604.02119) without its tuning of each block: as SVD-LLM, but each part of a layer is fitted to what the
+        # dense model has there.
+        "aa-svd": MappingProxyType(
+            {
+                **_LORAP,
+                "allocation": "even",
+                "attention_method": "second_moment",
+                "anchor": "dense",
+                "mlp_method": "factorize",
+                "sequential": "sublayer",
+            }
+        ),
         # FLAP (arXiv 2312.11983) on the FFN: fluctuation score, one threshold for all layers, mean output into a bias.
         "flap": MappingProxyType(
             {
@@ -96,7 +109,8 @@ class CompressionConfig:
     """Options of one compression run. What is not given is taken from the recipe.
 
     Args:
-        recipe: where the other options come from: ``best``, ``lorap`` (the paper, exactly), ``svd-llm`` or ``flap``.
+        recipe: where the other options come from: ``best``, ``lorap`` (the paper, exactly), ``svd-llm``, ``aa-svd`` or
+            ``flap``.
         sparsity: fraction of the parameters of the compressed sub-layers to remove, in [0, 1); 0.2 unless given. With ``size`` or
             ``bits_per_weight`` the least to remove, 0 unless given.
         size: bytes that the folder's weights take at most, a number or text like ``1.2GB``. ``weights``, unless given, and the
@@ -126,6 +140,10 @@ class CompressionConfig:
             always count plain, and with ``none`` all do.
         token_weighting: ``residual`` weighs each token by the inverse square norm of the hidden state it is added to, because
             the next normalisation divides by it; without, a few tokens of huge norm decide. ``none``: all tokens count alike.
+        anchor: what a factor pair is fitted to. ``none``: the outputs of the dense matrix on the inputs that it has behind the
+            compressed layers before it. ``dense``: its outputs on the inputs that it has in the dense model, which makes up for
+            a part of what was lost before. A second, dense stream of hidden states goes beside the compressed one. Needs
+            ``attention_method="second_moment"``.
         mlp_method: ``prune`` removes whole FFN channels, ``factorize`` makes the three FFN matrices low-rank.
         channel_score: which channels stay. ``lorap``: sum of three weighted norms (the paper). ``output``: what the channel adds
             to the FFN's output. ``fluctuation``: variance of the channel times the norm of its output
@@ -174,6 +192,7 @@ class CompressionConfig:
     metric_shrinkage: Union[Annotated[float, Interval(ge=0, le=1)], Auto] = _FROM_RECIPE
     output_weighting: Literal["none", "loss"] = _FROM_RECIPE
     token_weighting: Literal["none", "residual"] = _FROM_RECIPE
+    anchor: Literal["none", "dense"] = _FROM_RECIPE
     mlp_method: Literal["prune", "factorize"] = _FROM_RECIPE
     channel_score: Literal["lorap", "output", "fluctuation"] = _FROM_RECIPE
     least_important_kept: Annotated[float, Interval(ge=0, lt=1)] = _FROM_RECIPE
@@ -231,12 +250,24 @@ class CompressionConfig:
             self.weights not in ("int4", "mixed") or self.storage == "factors",
             f"{self.weights} weights are too coarse for pivoted storage; use storage factors, or weights int8",
         )
+        self._check_anchor()
         self._check_budget()
         if self.target == "stock":
             self._check_stock()
         _check(
             self.shapes == "free" or self.allocation != "flap",
             "allocation flap gives every layer its own FFN width; use shapes free, or another allocation",
+        )
+
+    def _check_anchor(self) -> None:
+        _check(
+            self.anchor == "none" or self.attention_method == "second_moment",
+            f"anchor dense is a regression on all inputs of a matrix, but attention_method is {self.attention_method}; use "
+            "second_moment, or anchor none",
+        )
+        _check(
+            self.anchor == "none" or self.token_weighting == "none",
+            f"anchor dense counts all tokens alike, but token_weighting is {self.token_weighting}; use none, or anchor none",
         )
 
     def _check_budget(self) -> None:

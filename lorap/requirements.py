@@ -52,6 +52,12 @@ def roles_with_output_metric(config: CompressionConfig) -> tuple[str, ...]:
     return tuple(role for role in roles if role in compressed_roles(config))
 
 
+def has_anchor(config: CompressionConfig) -> bool:
+    """Whether factor pairs are fitted to what the dense model has in their place, which takes a second stream."""
+    has_pairs = config.target != "stock" and (config.allocation != "flap" or config.mlp_method == "factorize")
+    return config.anchor == "dense" and config.sparsity > 0 and has_pairs
+
+
 def needs_folds(config: CompressionConfig) -> bool:
     """Whether anything is to be judged on another half of the calibration text than it was fitted on."""
     fitted = config.attention_method == "second_moment" or (config.mlp_method == "prune" and config.repair)

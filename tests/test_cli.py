@@ -152,6 +152,7 @@ WRITTEN: list[tuple[str, list[Any], Any]] = [
     ("attention_method", ["--attention-method", "afm"], "afm"),
     ("metric_shrinkage", ["--metric-shrinkage", ".25"], 0.25),
     ("output_weighting", ["--output-weighting", "none"], "none"),
+    ("anchor", ["--anchor", "dense"], "dense"),
     ("token_weighting", ["--token-weighting", "residual"], "residual"),
     ("mlp_method", ["--mlp-method", "factorize", "--allocation", "even"], "factorize"),
     ("channel_score", ["--channel-score", "fluctuation"], "fluctuation"),

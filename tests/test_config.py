@@ -91,6 +91,7 @@ def test_lorap_is_the_paper() -> None:
         "metric_shrinkage": 0.0,
         "output_weighting": "none",
         "token_weighting": "none",
+        "anchor": "none",
         "mlp_method": "prune",
         "channel_score": "lorap",
         "least_important_kept": 0.01,

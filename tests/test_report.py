@@ -153,6 +153,12 @@ TEXTS = {
         f"Attention and FFN projections became low-rank factor pairs, weighted by the second moment of their inputs "
         f"({link('2403.07378')}). Every matrix kept the same share. Nothing was trained."
     ),
+    "aa-svd": (
+        f"Attention and FFN projections became low-rank factor pairs, weighted by the second moment of their inputs "
+        f"({link('2403.07378')}). "
+        f"They were fitted to the outputs that the original model has in their place ({link('2604.02119')}). "
+        "Every matrix kept the same share. Nothing was trained."
+    ),
     "flap": (
         f"FFN channels were pruned: those whose output varies most stayed ({link('2312.11983')}). "
         f"The mean output of the channels that went is now a bias ({link('2312.11983')}). "

@@ -70,13 +70,14 @@ QUICK = {
     ("qwen2", "stock"),
     ("qwen3", "lorap"),
     ("llama-biases", "svd-llm"),
+    ("qwen2", "aa-svd"),
     ("llama-gqa", "flap"),
     ("qwen3", "corrected"),
 }
 PAIRS = [
     pytest.param(family, recipe, marks=[] if (family, recipe) in QUICK else [pytest.mark.slow])
     for family in ("llama-gqa", "qwen2", "qwen3", "llama-biases")
-    for recipe in ("best", "lorap", "svd-llm", "flap", "stock", "corrected")
+    for recipe in ("best", "lorap", "svd-llm", "aa-svd", "flap", "stock", "corrected")
 ]
 
 

@@ -13,6 +13,7 @@ pass, so that nothing here depends on the model family.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -154,6 +155,11 @@ class CalibrationStream:
                     )
                 )
         return cls(batches, folds=1 + max(fold for fold, _ in every), processes=processes)
+
+    def copy(self) -> CalibrationStream:
+        """Another stream at the same place: one stays there when the other advances. Until then hidden states are shared."""
+        batches = [copy.copy(batch) for batch in self.batches]
+        return CalibrationStream(batches, folds=self.folds, processes=self.processes)
 
     @torch.no_grad()
     def observe(

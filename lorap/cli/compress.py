@@ -130,6 +130,14 @@ def compress_command(
             "loss: errors of outputs are weighted by the second moment of their gradients.",
         ),
     ] = None,
+    anchor: Annotated[
+        Optional[str],
+        _option(
+            "anchor",
+            "dense: factor pairs give what the dense model has in their place, not what the dense matrix makes of inputs that "
+            "have changed; keeps a second stream of hidden states.",
+        ),
+    ] = None,
     token_weighting: Annotated[
         Optional[str],
         _option(
@@ -253,6 +261,7 @@ def compress_command(
       best     low-rank attention, pruned and refitted FFN, sizes chosen by the loss: most quality, use it unless you compare
       lorap    the paper exactly (arXiv 2404.09695): to reproduce it, or where there is no time for a backward pass
       svd-llm  every linear layer low-rank, one share everywhere (arXiv 2403.07378): to compare, or where widths must stay
+      aa-svd   svd-llm, each part of a layer fitted to what the dense model has there (arXiv 2604.02119): to compare
       flap     FFN channels only, attention stays dense (arXiv 2312.11983): to compare, or where nothing may become low-rank
 
     \b

@@ -6,17 +6,21 @@ observed behind the already compressed parts before it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorap.algorithms.anchoring import carried_over
 from lorap.algorithms.factorization import Factorization, factorize_batch
 from lorap.algorithms.pivoting import pivot, storage_error
 from lorap.architectures import MLP, PROJECTIONS, SHARED_INPUTS
 from lorap.architectures.experts import Experts
+from lorap.calibration.anchor import cross_sums
 from lorap.calibration.context import DecoderContext
 from lorap.calibration.routing import RoutedTokens
 from lorap.calibration.statistics import Folds, check_activations, merged
@@ -51,7 +55,13 @@ class LayerCompressor:
     watch: Stopwatch = field(default_factory=Stopwatch)
 
     def compress(
-        self, index: int, layer: nn.Module, plan: LayerPlan, output_metrics: Mapping[str, Tensor]
+        self,
+        index: int,
+        layer: nn.Module,
+        plan: LayerPlan,
+        output_metrics: Mapping[str, Tensor],
+        *,
+        anchor: CalibrationStream | None = None,
     ) -> list[ProjectionReport]:
         """Replace the projections of one layer; the stream stays before it.
 
@@ -61,6 +71,7 @@ class LayerCompressor:
             plan: its ranks and width.
             output_metrics: by role, (out_features, out_features) second moment of the gradients; without one all outputs
                 count alike.
+            anchor: the same windows before this layer of the dense model, which factor pairs are then fitted to.
 
         Returns:
             One for each projection that the layer has, in the order of ``PROJECTIONS``.
@@ -76,10 +87,12 @@ class LayerCompressor:
         )
         with self.context.on_device(index):
             for inputs in self._steps(plan, pruned=plan.intermediate_size < shapes["gate_proj"][0]):
-                self._compress_part(index, layer, work, inputs)
+                self._compress_part(index, layer, work, inputs, anchor)
             return [work.report(role) for role in PROJECTIONS if role in shapes]
 
-    def _compress_part(self, index: int, layer: nn.Module, work: _Layer, inputs: tuple[str, ...]) -> None:
+    def _compress_part(
+        self, index: int, layer: nn.Module, work: _Layer, inputs: tuple[str, ...], anchor: CalibrationStream | None
+    ) -> None:
         """Replace the projections that read ``inputs``, judged on what these are now."""
         plan, dense = work.plan, work.dense
         experts = work.experts if "mlp_inner" in inputs else None
@@ -90,6 +103,7 @@ class LayerCompressor:
                 largest = max(float(stats.largest) for stats in folds[name])
                 work.largest_inputs |= dict.fromkeys(SHARED_INPUTS[name], largest)
             routed = self._routed(index, layer, experts) if experts else None
+            cross = {} if anchor is None else self._cross_sums(index, layer, work, observed, anchor)
             release_freed_memory(max((linear.weight.numel() for linear in dense.values()), default=0))
         # The FFN first: its sums are the largest of all, and go when it is done.
         with self.watch("prune"):
@@ -103,9 +117,8 @@ class LayerCompressor:
             for name in observed:
                 roles = [role for role in SHARED_INPUTS[name] if role in plan.ranks]
                 if roles:
-                    work.factorize(
-                        {role: self.context.architecture.module_name(index, role) for role in roles}, folds.pop(name)
-                    )
+                    names = {role: self.context.architecture.module_name(index, role) for role in roles}
+                    work.factorize(names, folds.pop(name), cross.pop(name, None))
         for role, module in work.replaced.items():
             layer.set_submodule(self.context.architecture.projections[role], module)
 
@@ -131,6 +144,30 @@ class LayerCompressor:
         found = self.stream.observe(index, layer, probes)
         check_activations(found, index)
         return found
+
+    def _cross_sums(
+        self, index: int, layer: nn.Module, work: _Layer, inputs: Sequence[str], anchor: CalibrationStream
+    ) -> dict[str, Tensor]:
+        """What inputs of factor pairs are in the dense model, times what they are now."""
+        streams: dict[str, Any] = {"compressed": self.stream, "dense": anchor}
+        as_dense = partial(self._dense_again, layer, work)
+        return {
+            name: cross_sums(index, layer, work.dense[SHARED_INPUTS[name][0]], **streams, as_dense=as_dense)
+            for name in inputs
+            if set(SHARED_INPUTS[name]) & set(work.plan.ranks)
+        }
+
+    @contextmanager
+    def _dense_again(self, layer: nn.Module, work: _Layer) -> Iterator[None]:
+        """``layer`` has the projections that it came with."""
+        paths = self.context.architecture.projections
+        for role in work.replaced:
+            layer.set_submodule(paths[role], work.dense[role])
+        try:
+            yield
+        finally:
+            for role, module in work.replaced.items():
+                layer.set_submodule(paths[role], module)
 
     def _probe(self, name: str, linear: nn.Linear) -> Probe:
         mean, moments = sums_of(self.config, name)
@@ -170,16 +207,25 @@ class _Layer:
         self.spectra: dict[str, Spectrum] = {}
         self.largest_inputs: dict[str, float] = {}
 
-    def factorize(self, names: Mapping[str, str], folds: Folds) -> None:
-        """Low-rank stand-ins for projections that read one input, given by role and full name; processes share them."""
+    def factorize(self, names: Mapping[str, str], folds: Folds, cross: Tensor | None = None) -> None:
+        """Low-rank stand-ins for projections that read one input; processes share them.
+
+        Args:
+            names: full ones, by role.
+            folds: of the input.
+            cross: (K, K), sum over the tokens of all folds of x x'^T, with x the input in the dense model; the factors are then
+                fitted to W x, and their error is relative to the part of it that x' can tell.
+        """
         if not names:
             return
         mine = self.processes.shard(list(names))
         metric = self._metric(folds) if mine else None
+        carried = self._carried_over(cross, folds) if mine and cross is not None else None
         # A GPU solves matrices of one size faster together; a CPU does not, and one at a time takes a third of the memory.
         together = [mine] if self.dense[next(iter(names))].weight.is_cuda else [[role] for role in mine]
         for roles in filter(None, together):
             weights = [self.dense[role].weight.data.double() for role in roles]  # rounded once, at the end
+            weights = weights if carried is None else [weight @ carried for weight in weights]
             found = factorize_batch(
                 weights,
                 [self.plan.ranks[role] for role in roles],
@@ -271,6 +317,11 @@ class _Layer:
         if method == "afm":
             return stats.covariance
         return shrunk(stats.second_moment, shrinkage_of(folds, self.config.metric_shrinkage))
+
+    @staticmethod
+    def _carried_over(cross: Tensor, folds: Folds) -> Tensor:
+        stats = merged(folds)
+        return carried_over(cross / stats.weight, stats.second_moment)
 
     def _output_metric(self, role: str, weight: Tensor) -> Tensor | None:
         metric = self.output_metrics.get(role)

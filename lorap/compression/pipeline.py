@@ -44,7 +44,7 @@ from lorap.evaluation.perplexity import evaluate_stream
 from lorap.nn.linear import count_parameters, embedding_weight
 from lorap.reports.records import Evaluation
 from lorap.reports.run import CompressionReport, CorrectionReport
-from lorap.requirements import needs_folds
+from lorap.requirements import has_anchor, needs_folds
 from lorap.system import Stopwatch, describe_environment, peak_memory_bytes
 
 T = TypeVar("T")
@@ -215,6 +215,7 @@ class Run:
             report: gets the projections.
         """
         context, watch = self.context, self.watch
+        anchor = stream.copy() if has_anchor(self.config) else None
         compressor = LayerCompressor(context, self.config, stream, watch)
         for index, layer in enumerate(context.bar(context.layers, desc="Compressing")):
             if (
@@ -223,19 +224,24 @@ class Run:
             ):
                 following.prefetch()
             self._advance_all(targets, index, "correct")
+            before = None if anchor is None else anchor.copy()
+            self._advance_all([] if anchor is None else [anchor], index, "calibrate")
             if (finished := self.store.load_layer(index, layer)) is not None:
                 projections, seconds = finished
                 watch.add(seconds)
             else:
                 start = dict(watch.seconds)
                 with context.on_device(index):
-                    projections = compressor.compress(index, layer, plan.layers[index], plan.metrics_of(index))
+                    projections = compressor.compress(
+                        index, layer, plan.layers[index], plan.metrics_of(index), anchor=before
+                    )
                     with watch("save"):
                         self.store.save_layer(index, layer, projections, watch.since(start))
             report.projections += projections
             for role in PROJECTIONS:
                 if (index, role) in plan.output_metrics:
                     del plan.output_metrics[index, role]
+            del before
             with context.on_device(index):
                 self._advance_all([stream], index, "calibrate")
                 for stage, streams in behind.items():

@@ -19,7 +19,7 @@ from lorap.reports.run import (
     expert_lines,
     markdown_table,
 )
-from lorap.requirements import roles_with_output_metric
+from lorap.requirements import has_anchor, roles_with_output_metric
 
 CARD = "README.md"
 # What the choices of a config do to a model, as parts of sentences for the model card.
@@ -83,6 +83,10 @@ def method_text(config: CompressionConfig, correction: CorrectionReport | None =
         stored = ", stored as rows and coefficients ({2501.19090})" if config.storage == "pivoted" else ""
         norm = _NORMS[config.attention_method]
         sentences.append(f"{' and '.join(factorized)} projections became low-rank factor pairs, {norm}{stored}.")
+        if has_anchor(config):
+            sentences.append(
+                "They were fitted to the outputs that the original model has in their place ({2604.02119})."
+            )
     if pruned:
         sentences.append(f"FFN channels were pruned: {_SCORES[config.channel_score]}.")
         if config.repair:

@@ -31,6 +31,7 @@ from lorap.config import CompressionConfig
 from lorap.requirements import (
     allocates_by_loss,
     compressed_roles,
+    has_anchor,
     mixes_by_loss,
     needs_folds,
     roles_needing_gradients,
@@ -79,7 +80,7 @@ class Memory:
         """The fullest moment of each stage, in bytes, by the names that a report has for them."""
         held = self.base + TOKENIZER
         model = self.shape.layer_params * self.shape.itemsize if self.shape.paged else self.shape.computed_bytes
-        everything = self._states(self.texts.tokens + self.texts.evaluation_tokens + self._followed)
+        everything = self._states(self.texts.tokens + self.texts.evaluation_tokens + self._followed + self._anchoring)
         found = {"sample": held + self._sampling()} if self.texts.own_windows else {}
         held += model
         if tokens := self.texts.evaluation_tokens:
@@ -103,7 +104,7 @@ class Memory:
         """
         saved = sum(self.sizes.nbytes.values())
         layers = sum(self.sizes.params[role] for role in PROJECTIONS) * self.shape.itemsize
-        tokens = self.texts.tokens + self.texts.evaluation_tokens + self._followed
+        tokens = self.texts.tokens + self.texts.evaluation_tokens + self._followed + self._anchoring
         spilled = tokens * self.shape.hidden_size * self.shape.itemsize - self._states(tokens)
         metrics = sum(4 * self.shape.projections[role][0] ** 2 for role in roles_with_output_metric(self.config))
         again = layers * ((self._followed > 0) + (self.config.bits is not None))
@@ -122,6 +123,11 @@ class Memory:
         """Tokens of correction steps and of what judges them, which go through the dense layers beside the others."""
         steps, step_tokens = self.texts.step_tokens(self.config.correction_steps)
         return (steps + 2) * step_tokens if self.config.corrects and steps else 0
+
+    @property
+    def _anchoring(self) -> int:
+        """Tokens whose hidden states in the dense model are kept before a layer and behind it."""
+        return 2 * self.texts.tokens if has_anchor(self.config) else 0
 
     def _states(self, tokens: int) -> int:
         """Hidden states, of which the budget leaves so much in memory."""
@@ -174,6 +180,8 @@ class Memory:
 
     def _sums_of_inputs(self) -> int:
         sums = [self._folds * _sums(size) for size in self._summed()]
+        if has_anchor(self.config):
+            sums = [own + DOUBLE * size**2 for own, size in zip(sums, self._summed(), strict=True)]
         together = sum(sums) if self.config.sequential == "layer" else max(sums, default=0)
         return together + max(map(_update, self._summed()), default=0)
 
@@ -187,6 +195,7 @@ class Memory:
             footprint = Footprint(out, inner, rank, method=method, metric=axes, output_metric=weighed, converted=False)
             metrics = self._folds * _sums(inner) + 3 * DOUBLE * inner**2 if axes == 2 else 0
             metrics += DOUBLE * out**2 if weighed else 0
+            metrics += 4 * DOUBLE * inner**2 if has_anchor(self.config) else 0
             storing = DOUBLE * (2 * rank * (out + inner) + 4 * out * inner)
             most = max(most, metrics + DOUBLE * out * inner + max(working_bytes([footprint]), storing))
         return most
