@@ -122,6 +122,7 @@ distribution = setup(
     package_data={
         "lorap": ["py.typed"],
         "lorap.calibration": ["texts/*"],
+        "lorap.evaluation": ["instructions.txt"],
         "lorap.kernels": ["configs/*.json"],
         "lorap.reports.html": ["*.j2"],
     },

@@ -7,6 +7,7 @@ document would get wrong is looked at: that they exist and know every option. ``
 
 from __future__ import annotations
 
+import copy
 import functools
 import gzip
 import json
@@ -69,6 +70,7 @@ SHORTER: dict[str, dict[str, str]] = {
 WRITES = {"compress": 1, "recover": 1, "export": 1, "inspect": 1}
 # Folders that Python examples make.
 MADE = {"README.md": "small", "recovery.md": "tuned"}
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 # begins with -> the tests that see to it
 ELSEWHERE = {
     "vllm serve": "tests/vllm",
@@ -122,6 +124,8 @@ def furnished(make_model, tokenizer, tokens, tmp_path_factory) -> Path:
     dense = place / "llama"
     model = make_model("llama-gqa", num_hidden_layers=12)
     model.save_pretrained(dense)
+    tokenizer = copy.deepcopy(tokenizer)  # it is everybody's
+    tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(dense)
     for name in DENSE[1:]:
         shutil.copytree(dense, place / name)
@@ -177,6 +181,8 @@ def shortened(words: list[str]) -> list[str]:
     added = SHORTER.get(words[0], {})
     if "--tasks" in words:
         added = added | {"--task-data": QUESTIONS}
+    if "--answers" in words:
+        added = added | {"--answers": "2"}
     return [*words, *(word for pair in added.items() for word in pair)]
 
 

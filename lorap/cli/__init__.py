@@ -27,7 +27,7 @@ COMMANDS = {
     "compress": ("compress", "Compress MODEL into the Hugging Face folder OUT."),
     "eval": (
         "evaluate",
-        "Perplexity of MODEL, dense or compressed, over windows that do not overlap (the paper's protocol), or zero-shot tasks.",
+        "Perplexity of MODEL, dense or compressed, over windows that do not overlap (the paper's protocol), tasks or answers.",
     ),
     "compare": ("compare", "Size, loss, tasks, speed and memory of DENSE and of what was made from it, side by side."),
     "generate": (

@@ -43,6 +43,14 @@ def evaluate_command(
             help="Another model, such as the dense one: how much worse or better, on the same windows or questions."
         ),
     ] = None,
+    answers: Annotated[
+        Optional[int],
+        typer.Option(
+            help="So many short instructions (200 ship with lorap) are answered by --baseline in its chat template: how many of "
+            "its words MODEL would have said too.",
+            min=1,
+        ),
+    ] = None,
     task_data: Annotated[
         str,
         typer.Option(
@@ -56,7 +64,7 @@ def evaluate_command(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Perplexity of MODEL, dense or compressed, over windows that do not overlap (the paper's protocol), or zero-shot tasks.
+    """Perplexity of MODEL, dense or compressed, over windows that do not overlap (the paper's protocol), tasks or answers.
 
     Both models find the same windows hard, so the difference to --baseline is known much better than either loss. Whole texts
     are read; `lorap compress` and `lorap recover` measure on the first 4,096 tokens of each: --max-tokens 4096.
@@ -67,9 +75,23 @@ def evaluate_command(
       lorap eval ./small --baseline ./dense
       lorap eval ./small --text wiki.txt --seq-len 128 --max-tokens 20000
       lorap eval ./small --tasks piqa,hellaswag --limit 200 --baseline ./dense
+      lorap eval ./small --answers 200 --baseline ./dense
     """
     with user_errors(debug, as_json) as answer:
         be_quiet(quiet)
+        if answers is not None:
+            if text or tasks is not None:
+                raise ConfigError(
+                    "--answers, --tasks and --text measure different things; run them one after the other"
+                )
+            if baseline is None:
+                raise ConfigError(
+                    "--answers compares with the model that answers; name it with --baseline, such as the dense one"
+                )
+            with loading():
+                from lorap.cli.answers import AnswerOptions, evaluate_answers
+            answer(evaluate_answers(model, baseline, AnswerOptions(answers, device, dtype, not quiet)))
+            return
         if tasks is not None:
             if text:
                 raise ConfigError("--text measures perplexity and --tasks asks questions; run them one after the other")

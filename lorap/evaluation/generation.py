@@ -163,8 +163,8 @@ def continue_prompt(
         ConfigError: there is nothing to begin from, the chat template cannot be used, or transformers refuses the settings.
     """
     in_template = wants_chat(tokenizer, prompt, name=name, chat=chat)
-    text = _in_template(tokenizer, prompt, name) if in_template else prompt
-    ids = torch.tensor([_encode(model, tokenizer, text, name=name, special=not in_template)], device=model.device)
+    text = fill_template(tokenizer, prompt, name) if in_template else prompt
+    ids = torch.tensor([encode_prompt(model, tokenizer, text, name=name, special=not in_template)], device=model.device)
     start = time.perf_counter()
     try:
         torch.manual_seed(seed)
@@ -193,7 +193,12 @@ def continue_prompt(
     )
 
 
-def _in_template(tokenizer: Any, prompt: str, name: str) -> str:
+def fill_template(tokenizer: Any, prompt: str, name: str) -> str:
+    """One user's turn in the chat template, up to where the answer begins.
+
+    Raises:
+        ConfigError: the template fails.
+    """
     message = [{"role": "user", "content": prompt}]
     try:
         return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
@@ -203,7 +208,7 @@ def _in_template(tokenizer: Any, prompt: str, name: str) -> str:
         ) from error
 
 
-def _encode(model: Any, tokenizer: Any, text: str, *, name: str, special: bool) -> Sequence[int]:
+def encode_prompt(model: Any, tokenizer: Any, text: str, *, name: str, special: bool) -> Sequence[int]:
     """Token ids of a prompt: BOS at most once, and no EOS behind it, after which nothing is to be said."""
     bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     ids = list(tokenizer(text)["input_ids"]) if special else bare
