@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lorap import CalibrationError, evaluate
 from lorap.calibration import TokenWindows
 from lorap.errors import ConfigError
-from lorap.evaluation.perplexity import WindowLosses, evaluate_windows, paired_difference
+from lorap.evaluation.perplexity import WindowLosses, compare_predictions, evaluate_windows, paired_difference
 
 VOCAB = 61
 
@@ -165,3 +165,29 @@ def test_a_paired_difference_and_its_standard_error() -> None:
 def test_other_windows_are_not_compared(other: WindowLosses) -> None:
     with pytest.raises(ConfigError, match="did not read the same tokens"):
         paired_difference(losses([1.0, 2.0], [3, 4]), other)
+
+
+@torch.no_grad()
+def test_predictions_compared_by_hand(model: LlamaForCausalLM) -> None:
+    """In float64, window by window, without what padding predicts or is predicted from."""
+    torch.manual_seed(5)
+    other = LlamaForCausalLM(model.config).eval()
+    mask = torch.ones(5, 13, dtype=torch.int64)
+    mask[2, 9:] = 0
+    text = windows(5, 13, mask)
+    divergences, same = [], []
+    for ids, real in zip(text.input_ids, mask, strict=True):
+        p, q = (one(ids[None, : real.sum()]).logits[0, :-1].double().log_softmax(-1) for one in (model, other))
+        divergences += [float(one) for one in (p.exp() * (p - q)).sum(-1)]
+        same += [bool(one) for one in p.argmax(-1) == q.argmax(-1)]
+    for batch_tokens in (13, 40, 512):
+        found = compare_predictions(other, model, text, batch_tokens=batch_tokens)
+        assert found.divergence == pytest.approx(statistics.fmean(divergences), rel=1e-4)
+        assert found.same_token == pytest.approx(statistics.fmean(same))
+        assert found.predicted == len(same) == 4 * 12 + 8
+    itself = compare_predictions(model, model, text)
+    assert (itself.divergence, itself.same_token) == (0, 1)
+    with pytest.raises(CalibrationError, match="use at least 2"):
+        compare_predictions(model, model, windows(3, 1))
+    with pytest.raises(CalibrationError, match="leaves nothing to predict"):
+        compare_predictions(model, model, windows(2, 5, torch.zeros(2, 5)))

@@ -33,6 +33,7 @@ MODULES = (
     "plot",
     "records",
     "results",
+    "rivals",
     "table",
     "tasks",
     "texts",
@@ -248,6 +249,38 @@ def test_a_cell_says_what_was_measured(q, material, jobs_run, tmp_path):
     assert record["params_saved"] == report.params_saved
     assert record["calibration"]["sha256"] == report.calibration["sha256"]
     assert record["calibration"]["windows"] == 8
+
+
+@pytest.mark.parametrize("rival", ["modegpt", "slicegpt"])
+def test_cells_of_other_methods(q, material, jobs_run, tmp_path, rival):
+    """They calibrate on the windows that recipes have, save no more, and are made again when options or windows change."""
+    given = arguments(q, tmp_path)
+    cell = q.cells.Cell(recipe=rival, sparsity=0.5, calibration="wiki", windows=8)
+    recipe = q.cells.Cell(recipe="lorap", sparsity=0.5, calibration="wiki", windows=8)
+    q.matrix.make_cells([cell, recipe], material, given, count=1000)
+    found, theirs = (q.records.read_json(tmp_path / "cells" / f"{name}-0.5-wiki.json") for name in (rival, "lorap"))
+    assert found["calibration"]["sha256"] == theirs["calibration"]["sha256"]
+    assert found["params_total_before"] == theirs["params_total_before"]
+    assert 0.4 < found["param_ratio"] <= 0.5
+    for record in (found, theirs):
+        for entry in record["texts"]:
+            assert 0 < entry["divergence"] < 5
+            assert 0 <= entry["same_token"] <= 1
+            assert entry["compared"] == 7 * 127
+    q.matrix.make_cells([cell], material, given, count=1000)
+    other = q.cells.Cell(recipe=rival, sparsity=0.5, calibration="wiki", windows=9)
+    q.matrix.make_cells([other], material, given, count=1000)
+    assert jobs_run == [["dense", f"{rival}-0.5-wiki", "lorap-0.5-wiki"], [], [f"{rival}-0.5-wiki"]]
+
+
+def test_tables_tell_how_close_predictions_are(q):
+    records = [a_cell("dense", "default", {"wiki": 0.0, "web": 0.0}, sparsity=0.0)]
+    records += [a_cell(name, "default", {"wiki": 0.5, "web": 0.8}) for name in ("lorap", "modegpt")]
+    for entry, divergence, same in zip(records[2]["texts"], (0.25, 0.5), (0.75, 0.5), strict=False):
+        entry |= {"divergence": divergence, "same_token": same, "compared": 100}
+    rows = [line.split(" | ") for line in q.table.recipe_table(q.table.Cells(records), 0.2).splitlines()]
+    columns = [rows[0].index(name) for name in ("divergence", "same token")]
+    assert [[row[column] for column in columns] for row in rows[2:]] == [["-", "-"], ["0.375", "0.625"]]
 
 
 def test_a_cell_that_was_ready_before_the_dense_one_learns_of_it(q, tmp_path):

@@ -12,26 +12,33 @@ import json
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from records import DENSE, code_sha256, read_json, with_dense, write_json
+from rivals import RIVALS
 from texts import DEFAULT, SOURCES, Material, default_sha256
 from transformers import AutoModelForCausalLM
 
 import lorap
 from lorap.calibration import TokenWindows
-from lorap.evaluation.perplexity import evaluate
-from lorap.system import describe_environment, peak_memory_bytes
+from lorap.calibration.context import DecoderContext
+from lorap.checkpoint.load import find_model, load_model, load_tokenizer
+from lorap.compression.windows import read_windows
+from lorap.evaluation.perplexity import compare_predictions, evaluate
+from lorap.nn.linear import count_parameters
+from lorap.system import Stopwatch, describe_environment, peak_memory_bytes
 
 SEQ_LEN = 128
 CALIBRATION_WINDOWS = 128
 TOKENS = 8000
 # The default mixture is what most people use, so it is judged on more text and on longer windows as well.
 LONG = ((20_000, 128), (20_000, 1024))
+# Predictions are compared with the dense model's on the first windows of each text: that takes both models.
+COMPARED_TOKENS = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +46,10 @@ class Cell:
     """What to do to the model; recipe ``dense`` is the model as it is.
 
     Args:
-        recipe: name of the recipe.
+        recipe: name of the recipe, or of another method of ``RIVALS``.
         sparsity: as in :class:`lorap.CompressionConfig`.
         calibration: ``default`` or the name of a text.
-        overrides: options that differ from the recipe's.
+        overrides: options that differ from the recipe's, or the method's.
         windows: of 128 tokens, to calibrate on.
     """
 
@@ -66,12 +73,25 @@ class Cell:
         shown = {key: value if isinstance(value, str) else json.dumps(value) for key, value in self.overrides.items()}
         return self.recipe + "".join(f"+{key}={value}" for key, value in sorted(shown.items()))
 
-    def config(self) -> lorap.CompressionConfig | None:
-        """Options of the library; None for the dense model."""
+    def config(self) -> Any:
+        """Options of the library, or of the other method; None for the dense model.
+
+        Raises:
+            ConfigError: an option is wrong; of other methods a TypeError.
+        """
         if self.recipe == DENSE:
             return None
+        if self.recipe in RIVALS:
+            return RIVALS[self.recipe](sparsity=self.sparsity, **self.overrides)
+        return self._library_config(self.recipe, **self.overrides)
+
+    def windows_config(self) -> lorap.CompressionConfig:
+        """Draws the windows that recipes without correction steps are calibrated on."""
+        return self._library_config("lorap")
+
+    def _library_config(self, recipe: str, **overrides: Any) -> lorap.CompressionConfig:
         options = {"num_calibration_samples": self.windows, "calibration_seq_len": SEQ_LEN, "seed": 0}
-        return lorap.CompressionConfig.from_recipe(self.recipe, sparsity=self.sparsity, **(options | self.overrides))
+        return lorap.CompressionConfig.from_recipe(recipe, sparsity=self.sparsity, **(options | overrides))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +134,7 @@ def specification(cell: Cell, material: Material, *, count: int = TOKENS, long_p
     calibration = None if default else material.calibrations[cell.calibration]
     config = cell.config()
     sources = {
-        "config": config and _described(config),
+        "config": config and _described(cell),
         "calibration": calibration.sha256 if calibration else config and default_sha256(),
         "model": material.model_sha256,
     }
@@ -128,12 +148,16 @@ def specification(cell: Cell, material: Material, *, count: int = TOKENS, long_p
     }
 
 
-def _described(config: lorap.CompressionConfig) -> dict[str, Any]:
+def _described(cell: Cell) -> dict[str, Any]:
     """Options; one that came later counts only where it is used, so that older cells stay valid."""
+    config = cell.config()
+    if cell.recipe in RIVALS:
+        return asdict(config) | {"windows": cell.windows}
     options = config.to_dict()
-    if not options["correction_steps"]:
-        del options["correction_steps"]
-    return options
+    unused = {"correction_steps": 0, "anchor": "none", "weights": "float"}
+    if options["weights"] == "float":
+        del options["group_size"]
+    return {name: value for name, value in options.items() if name not in unused or value != unused[name]}
 
 
 def is_done(path: Path, specification: dict[str, Any]) -> bool:
@@ -167,15 +191,30 @@ def make(specification: dict[str, Any]) -> dict[str, Any]:
                 "dense_nats": found.nats if cell.recipe == DENSE else None,  # filled in by with_dense
             }
         )
+    if cell.recipe != DENSE:
+        _compare(model, specification, entries)
     record["seconds"]["evaluate"] = round(time.perf_counter() - start, 3)
     about = {"name": cell.name, "cell": asdict(cell), "key": specification["key"], "sources": specification["sources"]}
     return about | record | {"code_sha256": code_sha256(), "texts": entries}
 
 
+def _compare(model: Any, specification: dict[str, Any], entries: list[dict[str, Any]]) -> None:
+    """Write beside the losses how close the predictions are to the dense model's, on the first windows of each text."""
+    dense, _ = _dense(specification)
+    for probe, entry in zip((Probe(**one) for one in specification["probes"]), entries, strict=True):
+        if probe.main:
+            found = compare_predictions(
+                model, dense, windows(replace(probe, tokens=min(probe.tokens, COMPARED_TOKENS)))
+            )
+            entry |= {"divergence": found.divergence, "same_token": found.same_token, "compared": found.predicted}
+
+
 def make_model(specification: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The model of a cell, and what making it took."""
     cell = Cell(**specification["cell"])
-    return _dense(specification) if cell.recipe == DENSE else _compressed(cell, specification)
+    if cell.recipe == DENSE:
+        return _dense(specification)
+    return (_by_rival if cell.recipe in RIVALS else _compressed)(cell, specification)
 
 
 def windows(probe: Probe) -> TokenWindows:
@@ -203,13 +242,44 @@ def _dense(specification: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     }
 
 
+def _calibration(specification: dict[str, Any]) -> Any:
+    source = specification["calibration"]
+    return source if source == DEFAULT else torch.from_numpy(np.load(source))
+
+
+def _by_rival(cell: Cell, specification: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The same of another method: with the same windows, and parameters as its own shapes would save them."""
+    watch = Stopwatch()
+    with watch("load"):
+        source = find_model(specification["model"])
+        tokenizer, model = load_tokenizer(source), load_model(source, dtype="float32", device=torch.device("cpu"))
+        context = DecoderContext.of(model, device=torch.device("cpu"))
+    calibration = _calibration(specification)
+    drawn = read_windows(context, tokenizer, cell.windows_config(), calibration, (), watch).calibration
+    total = count_parameters(model)
+    shapes = [shape for layer in context.layers for shape in context.architecture.shapes(layer).values()]
+    before = sum(out * inner for out, inner in shapes)
+    with watch("compress"):
+        after = cell.config().compress(context, drawn)
+    return model, {
+        "model": source.name,
+        "config": _described(cell),
+        "calibration": drawn.describe(),
+        "params_total_before": total,
+        "params_saved": total - before + after,
+        "param_ratio": after / before,
+        "seconds": {stage: round(seconds, 3) for stage, seconds in watch.seconds.items()},
+        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_device_memory_bytes": 0,
+        "environment": describe_environment(torch.device("cpu"), "float32"),
+    }
+
+
 def _compressed(cell: Cell, specification: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Peak memory and seconds are those of the compression; judging comes after."""
-    source = specification["calibration"]
-    calibration = source if source == DEFAULT else torch.from_numpy(np.load(source))
     model, report = lorap.compress(
         specification["model"],
-        calibration=calibration,
+        calibration=_calibration(specification),
         config=cell.config(),
         evaluation=(),
         dtype="float32",

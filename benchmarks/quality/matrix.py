@@ -21,13 +21,14 @@ import table
 from cells import CALIBRATION_WINDOWS, TOKENS, Cell, is_done, specification
 from jobs import Job, finish, run
 from records import DENSE, add_dense
+from rivals import RIVALS
 from texts import CALIBRATIONS, DEFAULT, SOURCES, Material, assets, gather
 
 from lorap.config import RECIPES
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE.parent / "results" / "quality"
-WANTED = ("lorap", "best", "svd-llm", "flap")
+WANTED = ("lorap", "best", "svd-llm", "aa-svd", "flap", "modegpt", "slicegpt")
 SPARSITIES = (0.2, 0.5)
 QUICK = {"calibrations": (DEFAULT, "wiki"), "texts": ("wiki", "web", "wells"), "sparsities": (0.2,)}
 QUICK_RECIPES = ("lorap", "best")
@@ -100,7 +101,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     quick = arguments.quick
     usual = {"calibrations": CALIBRATIONS, "texts": tuple(SOURCES), "sparsities": SPARSITIES}
-    usual["recipes"] = [name for name in (QUICK_RECIPES if quick else WANTED) if name in RECIPES]
+    usual["recipes"] = [name for name in (QUICK_RECIPES if quick else WANTED) if name in RECIPES or name in RIVALS]
     usual["tokens"], usual["windows"] = (QUICK_TOKENS, QUICK_WINDOWS) if quick else (TOKENS, CALIBRATION_WINDOWS)
     usual["out"] = assets.QUALITY / "quick" if quick else out_folder(arguments.model)
     for name, value in (usual | (QUICK if quick else {})).items():

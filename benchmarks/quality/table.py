@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 import plot
-from cells import LONG, Cell
+from cells import COMPARED_TOKENS, LONG, Cell
 from documents import markdown
 from records import DENSE, read_cells
 from texts import CALIBRATIONS, DEFAULT, SOURCES
@@ -46,9 +46,11 @@ class Cells:
                 runs[key] = record
         self.runs = runs
         self.losses = pd.DataFrame(
-            losses, columns=[*_KEY, "text", "main", "tokens_asked", "seq_len", "nats", "dense_nats"]
+            losses, columns=[*_KEY, "text", "main", "tokens_asked", "seq_len", "nats", "dense_nats", *_FIDELITY]
         )
         self.losses["increase"] = self.losses.nats - self.losses.dense_nats.astype(float)
+        for measure in _FIDELITY:
+            self.losses[measure] = self.losses[measure].astype(float)
         self.texts = [name for name in SOURCES if name in set(self.losses.text)]
         self.calibrations = [name for name in CALIBRATIONS if name in {key[2] for key in runs}]
         self.sparsities = sorted({key[1] for key in runs})
@@ -68,6 +70,11 @@ class Cells:
         wide, key = self._increases[size], (recipe, sparsity, calibration)
         found = wide.loc[key] if key in wide.index else pd.Series(dtype=float)
         return found.reindex(self.texts)
+
+    def fidelity(self, measure: str, recipe: str, sparsity: float, calibration: str = DEFAULT) -> pd.Series:
+        """``divergence`` of a recipe's predictions from the dense model's, or ``same_token``, by text; NaN where not measured."""
+        key = (self.losses[_KEY] == [recipe, sparsity, calibration]).all(axis=1) & self.losses.main
+        return self.losses[key].groupby("text")[measure].first().reindex(self.texts)
 
     def ratio(self, recipe: str, sparsity: float, calibration: str = DEFAULT) -> pd.Series:
         """The increase over that of the baseline, by text; NaN where the baseline loses nothing."""
@@ -89,6 +96,7 @@ class Cells:
 
 
 _KEY = ["recipe", "sparsity", "calibration"]
+_FIDELITY = ["divergence", "same_token"]
 
 
 def _kind(name: str) -> str:
@@ -143,8 +151,9 @@ def recipe_table(cells: Cells, sparsity: float) -> str:
         work = sum(seconds for stage, seconds in record["seconds"].items() if stage not in ("load", "evaluate"))
         losses = [number(mean(cells.increase(recipe, sparsity, size=size))) for size in (None, *LONG)]
         ratio = number(mean(cells.ratio(recipe, sparsity)), ".3f")
+        close = [number(mean(cells.fidelity(measure, recipe, sparsity)), ".3f") for measure in _FIDELITY]
         cost = [f"{work:.0f}", str(record["environment"]["threads"]), f"{record['peak_memory_bytes'] / 1e9:.2f} GB"]
-        rows.append([recipe, f"{record['param_ratio']:.4f}", f"{whole:.4f}", *losses, ratio, *cost])
+        rows.append([recipe, f"{record['param_ratio']:.4f}", f"{whole:.4f}", *losses, ratio, *close, *cost])
     longer = [f"{tokens // 1000},000 tokens, windows of {seq_len}" for tokens, seq_len in LONG]
     header = [
         "recipe",
@@ -153,6 +162,8 @@ def recipe_table(cells: Cells, sparsity: float) -> str:
         "mean nats",
         *longer,
         "mean ratio",
+        "divergence",
+        "same token",
         "seconds",
         "threads",
         "memory",
@@ -186,7 +197,9 @@ def render(cells: Cells) -> str:
     for sparsity in cells.sparsities:
         parts += [
             f"## Sparsity {sparsity:g}",
-            "Calibrated on the default mixture, means over all texts; seconds and memory of the compression alone.",
+            "Calibrated on the default mixture, means over all texts; seconds and memory of the compression alone. Divergence is "
+            "that of the dense model's predictions from the recipe's, in nats, and `same token` the share of predictions with "
+            f"the same likeliest token, both on the first {COMPARED_TOKENS:,} tokens of each text; older cells lack them.",
             recipe_table(cells, sparsity),
             f"Increase over that of `{BASELINE}` with the same calibration, as the mean of ratios; below 1 is better.",
             summary(cells, sparsity),

@@ -45,6 +45,21 @@ class WindowLosses:
 
 
 @dataclass(frozen=True)
+class Fidelity:
+    """How a model's predictions compare with another's.
+
+    Args:
+        divergence: of the other's from the model's, sum p ln(p / q), in nats per token.
+        same_token: share of the predictions whose likeliest token is the same.
+        predicted: how many were compared.
+    """
+
+    divergence: float
+    same_token: float
+    predicted: int
+
+
+@dataclass(frozen=True)
 class LossDifference:
     """One model's loss minus another's on the same windows.
 
@@ -108,6 +123,48 @@ def evaluate_windows(
     by_window = WindowLosses(torch.cat(losses), torch.cat(predicted), windows.sha256)
     total, count = float(by_window.losses.sum()), int(by_window.predicted.sum())
     return _evaluation(windows, total, count, time.perf_counter() - start, model.dtype), by_window
+
+
+@torch.no_grad()
+def compare_predictions(
+    model: PreTrainedModel, dense: PreTrainedModel, windows: TokenWindows, *, batch_tokens: int = BATCH_TOKENS
+) -> Fidelity:
+    """How close the predictions of a model are to those of the dense one, whatever the text says next.
+
+    Args:
+        model: a causal language model of transformers.
+        dense: another one of the same vocabulary.
+        windows: to read; the last token of each predicts nothing that is judged elsewhere, and is left out here too.
+        batch_tokens: tokens at once.
+
+    Raises:
+        CalibrationError: windows of one token.
+    """
+    ids, mask = windows.input_ids, windows.attention_mask
+    if ids.shape[1] < 2:
+        raise CalibrationError(f"windows of {ids.shape[1]} token predict nothing; use at least 2")
+    size = max(1, batch_tokens // ids.shape[1])
+    divergence, same, predicted = 0.0, 0, 0
+    for first in range(0, len(ids), size):
+        batch, batch_mask = ids[first : first + size], None if mask is None else mask[first : first + size]
+        counted = next_tokens(batch, batch_mask) != IGNORED
+        ours, theirs = (_log_probabilities(one, batch, batch_mask)[counted.to(one.device)] for one in (model, dense))
+        theirs = theirs.to(ours.device)
+        same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        divergence += float((theirs.exp() * (theirs - ours)).sum(-1).double().sum())
+        predicted += len(ours)
+    if not predicted:
+        raise CalibrationError(f"{windows.name} leaves nothing to predict: its windows hold fewer than two real tokens")
+    return Fidelity(divergence / predicted, same / predicted, predicted)
+
+
+def _log_probabilities(model: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """(windows, seq_len - 1, vocabulary) float32: of the next token, for all but the last."""
+    device = embedding_weight(model).device
+    logits = model(
+        input_ids=ids.to(device), attention_mask=None if mask is None else mask.to(device), use_cache=False
+    ).logits
+    return logits[:, :-1].log_softmax(-1, dtype=torch.float32)
 
 
 def paired_difference(ours: WindowLosses, theirs: WindowLosses) -> LossDifference:
