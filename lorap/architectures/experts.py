@@ -97,7 +97,7 @@ def row_multiple(width: int) -> int:
     return gcd(ROW_MULTIPLE, width)
 
 
-def check_experts(module: nn.Module, name: str) -> None:
+def check_packed(module: nn.Module, name: str) -> None:
     """Refuse experts that are packed in another way.
 
     Args:

@@ -1,0 +1,130 @@
+"""What a row of the table says, and what follows from it for the layers of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from lorap.architectures.experts import Experts, PackedExperts
+from lorap.architectures.splitting import Fused
+
+if TYPE_CHECKING:  # names and shapes alone take no torch
+    from torch import Tensor, nn
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+PROJECTIONS = ATTENTION + MLP
+# Blocks of quantized formats: 256 for llama.cpp's K-quants, 32 for its others, MLX and NNCF.
+STOCK_MULTIPLES = (256, 32)
+
+# Projections that read the same activations, so that their statistics are gathered once.
+SHARED_INPUTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "attention_input": ("q_proj", "k_proj", "v_proj"),
+        "attention_output": ("o_proj",),
+        "mlp_input": ("gate_proj", "up_proj"),
+        "mlp_inner": ("down_proj",),
+    }
+)
+
+
+def llama_projections(mlp: str = "mlp") -> Mapping[str, str]:
+    attention = {name: f"self_attn.{name}" for name in ATTENTION}
+    return MappingProxyType(attention | {name: f"{mlp}.{name}" for name in MLP})
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Names inside one model family.
+
+    Args:
+        families: what people call the models, for messages.
+        layers: path from the model to its list of decoder layers.
+        attention: path from a decoder layer to its attention.
+        mlp: path from a decoder layer to its FFN.
+        activation: path from the FFN to the function between gate and up; configs name it in several fields, or none.
+        projections: path from a decoder layer to each of the seven linear layers.
+        other_attention: path to what some layers have in place of attention, and which stays as it is; empty where none has.
+        fused: what the family stores as one matrix, and lorap splits (:mod:`lorap.architectures.splitting`).
+        packed: where the experts are, in a family whose FFNs are mixtures (:mod:`lorap.architectures.experts`).
+    """
+
+    families: str
+    layers: str = "model.layers"
+    attention: str = "self_attn"
+    mlp: str = "mlp"
+    activation: str = "act_fn"
+    projections: Mapping[str, str] = field(default_factory=llama_projections)
+    other_attention: str = ""
+    fused: Fused = field(default_factory=lambda: MappingProxyType({}))
+    packed: PackedExperts | None = None
+
+    def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
+        """The decoder layers of ``model``, in order."""
+        return model.get_submodule(self.layers)  # type: ignore[return-value]
+
+    def roles(self, layer: nn.Module) -> tuple[str, ...]:
+        """The projections of a decoder layer that are linear layers.
+
+        All seven; those of the FFN where its attention is of another kind, those of attention where the FFN is several experts.
+        """
+        attention = () if self.other_attention and self.other_attention in layer._modules else ATTENTION
+        return attention + (MLP if self.experts(layer) is None else ())
+
+    def linears(self, layer: nn.Module) -> dict[str, nn.Linear]:
+        """The linear layers of one dense decoder layer that lorap works on, by role."""
+        return {role: layer.get_submodule(self.projections[role]) for role in self.roles(layer)}  # type: ignore[misc]
+
+    def experts(self, layer: nn.Module) -> Experts | None:
+        """The experts of one decoder layer; None where its FFN is none of several."""
+        if self.packed is None or not hasattr(layer.get_submodule(self.mlp), self.packed.path.rpartition(".")[2]):
+            return None
+        return Experts(layer.get_submodule(self.packed.path))
+
+    def shapes(self, layer: nn.Module) -> dict[str, tuple[int, int]]:
+        """(out_features, in_features) of the projections of one dense decoder layer, by role; of each expert alike."""
+        linears, experts = self.linears(layer), self.experts(layer)
+        found = {role: (linear.out_features, linear.in_features) for role, linear in linears.items()}
+        return found | (experts.shapes if experts else {})
+
+    def attention_of(self, layer: nn.Module) -> nn.Module:
+        """The attention of one decoder layer, of whatever kind."""
+        ours = ATTENTION[0] in self.roles(layer)
+        return layer.get_submodule(self.attention if ours else self.other_attention)
+
+    def activation_of(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The function between gate and up of one decoder layer."""
+        found: Any = layer.get_submodule(self.mlp)
+        for part in self.activation.split("."):
+            found = getattr(found, part)
+        return found  # type: ignore[no-any-return]
+
+    @property
+    def width_field(self) -> str:
+        """What configs call the width of an FFN, or of an expert."""
+        return self.packed.width_field if self.packed else "intermediate_size"
+
+    def ffn_name(self, index: int) -> str:
+        """Full name of what has the width of a layer's FFN: the FFN, or its experts."""
+        return f"{self.layers}.{index}.{self.packed.path if self.packed else self.mlp}"
+
+    def ffn_widths(self, model: nn.Module) -> list[int]:
+        """Channels of each layer's FFN."""
+        return [self.shapes(layer)["down_proj"][1] for layer in self.decoder_layers(model)]
+
+    def zeros_to_pad(self, model: nn.Module) -> int:
+        """Parameters that fill up every FFN to the widest."""
+        widths = self.ffn_widths(model)
+        hidden = self.linears(self.decoder_layers(model)[0])["down_proj"].out_features
+        return 3 * hidden * sum(max(widths) - width for width in widths)
+
+    def roles_with_bias(self, model: nn.Module) -> set[str]:
+        """Projections that have a bias in some layer."""
+        layers = self.decoder_layers(model)
+        return {role for layer in layers for role, linear in self.linears(layer).items() if linear.bias is not None}
+
+    def module_name(self, index: int, role: str) -> str:
+        """Full name of a projection, as in the checkpoint."""
+        return f"{self.layers}.{index}.{self.projections[role]}"

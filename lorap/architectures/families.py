@@ -1,0 +1,93 @@
+"""The table: where the projections are in each model family, and families that have none of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from lorap.architectures.architecture import Architecture, llama_projections
+from lorap.architectures.experts import PackedExperts
+from lorap.architectures.splitting import GATE_UP, QKV
+
+
+def _mixture(families: str, **packed: Any) -> Architecture:
+    """A family with Llama's attention and experts in place of its FFN."""
+    found = PackedExperts(**packed)
+    return Architecture(families, activation="experts.act_fn", projections=llama_projections(found.path), packed=found)
+
+
+# config.model_type -> names
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
+    {
+        "llama": Architecture("Llama 1/2/3, Vicuna, SmolLM, SmolLM2"),
+        "mistral": Architecture("Mistral"),
+        "qwen2": Architecture("Qwen2, Qwen2.5"),
+        "qwen3": Architecture("Qwen3"),
+        "smollm3": Architecture("SmolLM3"),
+        "phi3": Architecture("Phi-3, Phi-4", activation="activation_fn", fused={"self_attn": QKV, "mlp": GATE_UP}),
+        "glm": Architecture("GLM-4 of 2024", activation="activation_fn", fused={"mlp": GATE_UP}),
+        "glm4": Architecture("GLM-4 of 2025", activation="activation_fn", fused={"mlp": GATE_UP}),
+        "cohere": Architecture("Command R"),
+        "cohere2": Architecture("Command R7B, Command A"),
+        "cwm": Architecture("Code World Model"),
+        "diffllama": Architecture("DiffLlama"),
+        "doge": Architecture("Doge"),
+        "ernie4_5": Architecture("ERNIE 4.5, dense"),
+        "exaone4": Architecture("EXAONE 4"),
+        "gemma": Architecture("Gemma"),
+        "gemma2": Architecture("Gemma 2"),
+        "gemma3_text": Architecture("Gemma 3, text alone"),
+        "granite": Architecture("Granite 3, dense"),
+        "granite_swa": Architecture("Granite with sliding windows"),
+        "helium": Architecture("Helium"),
+        "hunyuan_v1_dense": Architecture("Hunyuan, dense"),
+        "hyperclovax": Architecture("HyperCLOVA X SEED"),
+        "internlm3": Architecture("InternLM3"),
+        "iquestcoder": Architecture("IQuest-Coder"),
+        "ministral": Architecture("Ministral"),
+        "ministral3": Architecture("Ministral 3"),
+        "olmo": Architecture("OLMo"),
+        "olmo2": Architecture("OLMo 2"),
+        "olmo3": Architecture("OLMo 3"),
+        "qwen3_5_text": Architecture("Qwen3.5, Qwen3.6, text alone", other_attention="linear_attn"),
+        "seed_oss": Architecture("Seed-OSS"),
+        "stablelm": Architecture("StableLM"),
+        "vaultgemma": Architecture("VaultGemma"),
+        "mixtral": _mixture(
+            "Mixtral",
+            stored="block_sparse_moe.experts",
+            parts=("w1", "w3", "w2"),
+            width_field="intermediate_size",
+        ),
+        "olmoe": _mixture("OLMoE", width_field="intermediate_size"),
+        "qwen3_moe": _mixture("Qwen3, mixtures of experts"),
+        # Vision and language: the language model is compressed, the rest stays as it is.
+        "gemma3": Architecture("Gemma 3 with vision", layers="model.language_model.layers"),
+        "idefics3": Architecture("Idefics 3, SmolVLM", layers="model.text_model.layers"),
+        "internvl": Architecture("InternVL 3", layers="model.language_model.layers"),
+        "llava": Architecture("LLaVA", layers="model.language_model.layers"),
+        "mistral3": Architecture("Mistral Small 3.x", layers="model.language_model.layers"),
+        "qwen2_vl": Architecture("Qwen2-VL", layers="model.language_model.layers"),
+        "qwen2_5_vl": Architecture("Qwen2.5-VL", layers="model.language_model.layers"),
+        "qwen3_5": Architecture(
+            "Qwen3.5, Qwen3.6", layers="model.language_model.layers", other_attention="linear_attn"
+        ),
+        "qwen3_vl": Architecture("Qwen3-VL", layers="model.language_model.layers"),
+        "smolvlm": Architecture("SmolVLM 2", layers="model.text_model.layers"),
+    }
+)
+
+
+_EXPERTS = "its FFNs are mixtures of experts"
+_NO_GATE = "its FFN has no gate"
+# config.model_type -> why a family that people bring is none of them
+REFUSED: Mapping[str, str] = MappingProxyType(
+    {
+        "bitnet": "its FFN has a norm between gate * up and down",
+        "gemma4": "its layers share keys and values, or have no values of their own",
+        "gemma4_text": "its layers share keys and values, or have no values of their own",
+        **dict.fromkeys(("deepseek_v2", "deepseek_v3", "gpt_oss"), _EXPERTS),
+        **dict.fromkeys(("gpt2", "gpt_neox", "nemotron", "phi", "starcoder2"), _NO_GATE),
+    }
+)
