@@ -5,10 +5,10 @@ from __future__ import annotations
 from lorap.architectures import ATTENTION, MLP, PROJECTIONS
 from lorap.config import CompressionConfig
 
-# An expert is pruned and refitted by what it read only if it read so many tokens of each fold of the calibration text. Two FFNs
-# of SmolLM2-135M as if they were experts, 30 % of the channels removed: chosen by weights alone, outputs on another text are off
-# by 0.50 and 0.56, by the activations of 2 tokens by 0.46 and 0.50, of 8 by 0.43 and 0.45, of 128 by 0.41 and 0.37; refitted they
-# are never further off. Eight leave a margin, since tokens of one expert are more alike.
+# An expert is judged by what it read only if it read so many tokens of each fold of the calibration text, and else by all tokens
+# of its layer. A mixture of 8 experts of 192 channels, trained for a minute on bytes, 30 % of the channels removed: on tokens of
+# an expert from other texts its outputs are then off by 0.053 with recipe `lorap`, by weights alone 0.064, 8 tokens
+# of its own 0.049; with the refit of `best` by 0.006, weights alone 0.063, 8 tokens 0.025, 32 tokens 0.011, 128 tokens 0.007.
 FEW_TOKENS = 8
 
 

@@ -278,9 +278,10 @@ refused.
 Mixtral, OLMoE and Qwen3's mixtures of experts: each expert gives up channels of its own, by the tokens that reach it, weighted
 as the router weights them; recipe `best` also refits each with these. All experts of a layer keep the same number, so that they
 stay packed, a multiple of 8, as grouped matmuls want it. Routers stay, bit by bit. An expert that fewer than eight tokens of a
-part of the calibration text reach keeps the channels with the largest weights, and the run says how many there were. Correction
-steps move attention alone. There is no int8, int4, `--size`, `--target stock`, `plan`, `inspect`, `recover` or export for them
-yet: each is refused. All of this is seen on tiny random models, and on no trained one from outside.
+part of the calibration text reach is judged on all tokens of its layer, and the run says how many there were. Correction
+steps move attention alone. `lorap inspect` draws one line for the experts of a layer, the mean of their spectra. There is no
+int8, int4, `--size`, `--target stock`, `recover` or export for them yet: each is refused. All of this is seen on tiny random
+models, and on no trained one from outside.
 
 Weights that another program has quantized are read as the floating-point numbers that they stand for, a layer at a time: fp8
 (DeepSeek's and Qwen's blocks, or one scale), compressed-tensors (`float-quantized`, `int-quantized`, `naive-quantized`, and

@@ -24,7 +24,6 @@ from lorap.calibration.sensitivity import layer_sensitivities
 from lorap.calibration.windows import TokenWindows
 from lorap.checkpoint.folders import CONFIG, WEIGHTS, read_tensors
 from lorap.checkpoint.load import find_model, load_model
-from lorap.compression.estimate.shapes import ModelShape
 from lorap.compression.layer import LayerCompressor
 from lorap.compression.prices import PRICE_RIDGE, PRICE_SHRINKAGE, Prices
 from lorap.compression.runs.run import RunOptions
@@ -32,7 +31,6 @@ from lorap.compression.shrinkage import output_metric, shrunk
 from lorap.compression.stored_bytes import DenseModel
 from lorap.errors import ArchitectureError, CheckpointError, ConfigError
 from lorap.evaluation.info import describe_model
-from lorap.evaluation.inspection.inspect import inspect_model
 from lorap.requirements import FEW_TOKENS
 
 FAMILY = "qwen3_moe"
@@ -66,8 +64,9 @@ def odd(**options: Any) -> Any:
     return model
 
 
-def routed(model: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of the first layer's experts, in float64: (tokens, hidden_size) that each reads, and their weights."""
+def routed(model: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of the first layer's experts: which tokens each reads, (tokens, hidden_size) of these and their weights in float64; of one
+    that few reach all tokens of the layer, with weight 1."""
     found: list[Any] = []
     experts = model.model.layers[0].mlp.experts
     handle = experts.register_forward_pre_hook(lambda _module, args: found.append(args))
@@ -77,7 +76,10 @@ def routed(model: Any) -> Iterator[tuple[Tensor, Tensor]]:
     ((x, chosen, weights),) = found
     for expert in range(len(experts.down_proj)):
         rows, places = (chosen == expert).nonzero(as_tuple=True)
-        yield x[rows].double(), weights[rows, places].double()
+        if len(rows) < FEW_TOKENS:
+            yield rows, x.double(), torch.ones(len(x), dtype=torch.float64)
+        else:
+            yield rows, x[rows].double(), weights[rows, places].double()
 
 
 def of_experts(model: Any) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -108,7 +110,7 @@ def lowest_and_best(scores: Tensor, width: int, lowest: int = 0) -> Tensor:
 def test_each_expert_is_pruned_by_its_own_tokens() -> None:
     model = odd()
     dense, tokens = of_experts(model), list(routed(model))
-    counts = [len(x) for x, _ in tokens]
+    counts = [len(rows) for rows, _, _ in tokens]
     assert counts[6] == 0 < counts[5] < FEW_TOKENS < min(counts[:5])
     model, report = lorap.compress(
         model,
@@ -119,27 +121,24 @@ def test_each_expert_is_pruned_by_its_own_tokens() -> None:
     width, total = 37 - int(0.33 * 37) + 1, sum(counts)
     told = {role: report.by_role(role)[0] for role in MLP}
     errors = dict.fromkeys(MLP, 0.0)
-    for expert, ((gate, up, down), (x, weights)) in enumerate(zip(dense, tokens, strict=True)):
-        few = len(x) < FEW_TOKENS
+    for expert, ((gate, up, down), (rows, x, weights)) in enumerate(zip(dense, tokens, strict=True)):
         squares = weights.square()
         inputs = x.square().sum(0)
-        inner = inner_of(x, gate, up).square().T @ squares * (len(x) / squares.sum() if len(x) else 0.0)
+        inner = inner_of(x, gate, up).square().T @ squares * (len(x) / squares.sum())
         parts = {"gate_proj": gate.T, "up_proj": up.T, "down_proj": down}
         reads = {"gate_proj": inputs[:, None], "up_proj": inputs[:, None], "down_proj": inner}
         norms = {role: (part.square() * reads[role]).sum(0).sqrt() for role, part in parts.items()}
-        flat = {role: part.norm(dim=0) for role, part in parts.items()}
-        expected = lowest_and_best(sum((flat if few else norms).values()), width, lowest=1)
+        expected = lowest_and_best(sum(norms.values()), width, lowest=1)
         after = of_experts(model)[expert]
         assert torch.equal(kept_channels(gate, after[0]), expected), expert
         assert torch.equal(after[1], up[expected]), expert
         assert torch.equal(after[2], down[:, expected]), expert
         gone = torch.ones(37, dtype=torch.bool).index_fill(0, expected, False)
         for role in MLP:
-            found, whole = told[role].experts[expert], float(norms[role].norm())
-            share = float(norms[role][gone].norm()) / whole if whole else 0.0
-            assert (found.tokens, found.by_weights) == (len(x), few)
+            found, share = told[role].experts[expert], float(norms[role][gone].norm() / norms[role].norm())
+            assert (found.tokens, found.by_all_tokens) == (len(rows), len(rows) < FEW_TOKENS)
             assert found.error == pytest.approx(share, rel=1e-5)
-            errors[role] += len(x) * share**2 / total
+            errors[role] += len(rows) * share**2 / total
     assert {role: one.error**2 for role, one in told.items()} == pytest.approx(errors, rel=1e-5)
     (line,) = (line for line in report.table().splitlines() if line.startswith("experts:") and " saw " in line)
     assert re.search(rf"2 of 7 saw fewer than {FEW_TOKENS} tokens .*layer 0: 2 of 7", line)
@@ -151,29 +150,23 @@ def test_each_expert_is_refitted_to_its_own_tokens(weighting) -> None:
     dense, tokens = of_experts(model), list(routed(model))
     hidden = []
     handle = model.model.layers[0].register_forward_pre_hook(lambda _module, args: hidden.append(args[0]))
-    chosen = []
-    router = model.model.layers[0].mlp.gate.register_forward_hook(
-        lambda _module, _args, output: chosen.append(output[2])
-    )
     with torch.no_grad():
         model(windows())
-    handle.remove(), router.remove()
+    handle.remove()
     sizes = hidden[0].double().square().mean(-1).flatten()
     sizes = sizes.clamp(min=float(sizes.median()) / 100)
     options = FITTED | {"token_weighting": weighting, "sublayers": "mlp"}
     model, report = lorap.compress(model, calibration=windows(), config=config(**options), progress=False)
-    for expert, ((gate, up, down), (x, weights)) in enumerate(zip(dense, tokens, strict=True)):
+    for expert, ((gate, up, down), (rows, x, weights)) in enumerate(zip(dense, tokens, strict=True)):
         after, told = of_experts(model)[expert], report.by_role("down_proj")[0].experts[expert]
         kept = kept_channels(gate, after[0])
         assert len(kept) == 37 - int(0.3 * 37)
         assert torch.equal(after[1], up[kept])
-        if len(x) < FEW_TOKENS:
-            assert told.by_weights
-            assert torch.equal(after[2], down[:, kept])
-            continue
+        few = len(rows) < FEW_TOKENS
+        assert (told.tokens, told.by_all_tokens) == (len(rows), few)
         counted = weights.square()
         if weighting == "residual":
-            counted = counted / sizes[(chosen[0] == expert).nonzero()[:, 0]]
+            counted = counted / (sizes if few else sizes[rows])
         inner = inner_of(x, gate, up) * counted.sqrt()[:, None] / counted.sum().sqrt()
         scores = inner.square().sum(0).sqrt() * down.norm(dim=0)
         assert torch.equal(kept, lowest_and_best(scores, len(kept))), expert
@@ -415,12 +408,6 @@ def test_a_mixture_of_one_expert_is_a_mixture() -> None:
 
 
 def test_commands_that_do_not_know_experts_say_so(tmp_path) -> None:
-    tiny(FAMILY).save_pretrained(tmp_path / "dense")
-    source = find_model(tmp_path / "dense")
-    with pytest.raises(ArchitectureError, match="qwen3_moe model, whose FFNs are mixtures"):
-        ModelShape.read(source)
-    with pytest.raises(ArchitectureError, match="qwen3_moe model are mixtures"):
-        inspect_model(tiny(FAMILY), calibration=None, progress=False)
     with pytest.raises(ArchitectureError, match="cannot quantize a model of type qwen3_moe"):
         lorap.quantize(tiny(FAMILY), "int4")
     with pytest.raises(ArchitectureError, match="cannot export a model of type qwen3_moe"):

@@ -3,6 +3,8 @@
 Expert e gives ``w * down(act(gate(x)) * up(x))`` for a token x that the router sends to it with weight w, and the layer adds up
 what its experts give. So an error of ``down`` counts w^2, and tokens of other experts do not count at all. Inner activations are
 computed again, from the layer's inputs and in float32: moments of all experts together would be many times the layer.
+
+An expert that hardly any token was sent to can be judged on all tokens of the layer instead.
 """
 
 from __future__ import annotations
@@ -25,11 +27,20 @@ TOKENS = 2048
 
 @dataclass(frozen=True)
 class Routed:
-    """One batch: (tokens, hidden_size) that are no padding; (tokens, k) experts of each, and what it counts there; the fold."""
+    """One batch.
+
+    Args:
+        hidden: (tokens, hidden_size), no padding among them.
+        experts: (tokens, k) which each token is sent to.
+        weights: (tokens, k), what it counts there.
+        scale: (tokens,), what it counts where routing is not asked; None for 1.
+        fold: of the batch.
+    """
 
     hidden: OffloadedTensor
     experts: Tensor
     weights: Tensor
+    scale: Tensor | None
     fold: int
 
     @classmethod
@@ -48,11 +59,13 @@ class Routed:
         hidden, chosen, weights = args
         counted = weights.float().square()  # since the error of an output is
         if scale is not None:
-            counted = counted * scale.flatten()[:, None]
+            scale = scale.flatten().detach()
+            counted = counted * scale[:, None]
         if mask is not None:
             real = mask.flatten().bool()
             hidden, chosen, counted = hidden[real], chosen[real], counted[real]
-        return cls(store.put(hidden.detach()), chosen, counted.detach(), fold)
+            scale = None if scale is None else scale[real]
+        return cls(store.put(hidden.detach()), chosen, counted.detach(), scale, fold)
 
 
 class RoutedTokens:
@@ -89,13 +102,16 @@ class RoutedTokens:
         return cls(experts, batches, stream.folds, stream.processes)
 
     @torch.no_grad()
-    def statistics(self, expert: int, *, mean: bool = False, moments: bool = False) -> tuple[Folds, Folds]:
+    def statistics(
+        self, expert: int, *, mean: bool = False, moments: bool = False, all_tokens: bool = False
+    ) -> tuple[Folds, Folds]:
         """Sums over the tokens of one expert and over all processes, one per fold.
 
         Args:
             expert: which.
             mean: also sum up the inner activations.
             moments: also sum up their outer products.
+            all_tokens: as if the router sent every token of the layer to it, with weight 1.
 
         Returns:
             Of what gate and up read, where all tokens count alike; and of what down reads, where each counts as the square of its
@@ -108,7 +124,7 @@ class RoutedTokens:
         gate, up, _ = (
             weight.to(torch.promote_types(weight.dtype, torch.float32)) for weight in self.experts.weights(expert)
         )
-        for x, weights, fold in self._tokens_of(expert):
+        for x, weights, fold in self._all_tokens() if all_tokens else self._tokens_of(expert):
             inputs[fold].update(x)
             x = x.to(gate.dtype)
             inner[fold].update(self.experts.activation(x @ gate.T) * (x @ up.T), None, weights)
@@ -116,11 +132,19 @@ class RoutedTokens:
             stats.add_up(self.processes)
         return inputs, inner
 
-    def _tokens_of(self, expert: int) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """(tokens, hidden_size), (tokens,) what each counts, and the fold; in pieces."""
+    def _tokens_of(self, expert: int) -> Iterator[tuple[Tensor, Tensor | None, int]]:
+        """(tokens, hidden_size), (tokens,) what each counts or None for 1, and the fold; in pieces."""
         for batch in self.batches:
             rows, places = (batch.experts == expert).nonzero(as_tuple=True)
             if len(rows):
                 hidden = batch.hidden.get()
                 for some, at in zip(rows.split(TOKENS), places.split(TOKENS), strict=True):
                     yield hidden[some], batch.weights[some, at], batch.fold
+
+    def _all_tokens(self) -> Iterator[tuple[Tensor, Tensor | None, int]]:
+        """The same of every token of the layer."""
+        for batch in self.batches:
+            hidden = batch.hidden.get()
+            for start in range(0, len(hidden), TOKENS):
+                some = slice(start, start + TOKENS)
+                yield hidden[some], None if batch.scale is None else batch.scale[some], batch.fold

@@ -38,7 +38,7 @@ def prune_experts(
 ) -> list[ProjectionReport]:
     """Leave ``width`` channels of every expert, chosen and refitted with that expert's own tokens; processes share the experts.
 
-    An expert that few tokens reached keeps the channels with the largest weights, and down_proj as it is there.
+    An expert that few tokens reached is judged on all tokens of the layer instead.
 
     Args:
         routed: what the experts of the layer read; the experts are changed.
@@ -59,9 +59,15 @@ def prune_experts(
     mine, found = processes.shard(range(experts.count)), dict[int, _Pruned]()
     for expert in range(experts.count):
         inputs, inner = routed.statistics(expert, mean=mean, moments=moments)
+        tokens = [stats.tokens for stats in inner]
+        few = min(tokens) < FEW_TOKENS
+        if few:
+            inputs, inner = routed.statistics(expert, mean=mean, moments=moments, all_tokens=True)
         check_activations({"mlp_input": inputs, "mlp_inner": inner}, index)
         if expert in mine:
-            found[expert] = _pruned(FFN(*experts.weights(expert), inputs, inner, metric), width, config)
+            ffn = FFN(*experts.weights(expert), inputs, inner, metric)
+            found[expert] = _pruned(ffn, width, config, tokens=sum(tokens), few=few)
+            del ffn
         del inputs, inner
         release_freed_memory(experts.width**2)
     if processes.count > 1:
@@ -80,14 +86,12 @@ def unchanged(experts: Experts, index: int, role: str) -> ProjectionReport:
     return ProjectionReport(index, role, shape, shape, None, params, params, 0.0)
 
 
-def _pruned(ffn: FFN, width: int, config: CompressionConfig) -> _Pruned:
-    tokens, fewest = (count(stats.tokens for stats in ffn.inner) for count in (sum, min))
-    by_weights = fewest < FEW_TOKENS
-    found = ffn.prune_by_weights(width, config) if by_weights else ffn.prune(width, config)
+def _pruned(ffn: FFN, width: int, config: CompressionConfig, *, tokens: int, few: bool) -> _Pruned:
+    found = ffn.prune(width, config)
     return _Pruned(
         torch.cat((ffn.gate[found.kept], ffn.up[found.kept])),
         found.down,
-        {role: ExpertReport(tokens, error, by_weights) for role, error in found.errors.items()},
+        {role: ExpertReport(tokens, error, few) for role, error in found.errors.items()},
         (_largest(ffn.inputs), _largest(ffn.inner)),
     )
 

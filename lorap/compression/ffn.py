@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lorap.algorithms.pruning import channel_importance, removed_shares
@@ -44,15 +43,6 @@ class FFN:
             down = self._repaired(kept, config)
             errors["down_proj"] = removed_share(self.down, self.inner[0].moment, kept, down)
         return PrunedFFN(kept, down.to(self.down.dtype).contiguous(), errors)
-
-    def prune_by_weights(self, width: int, config: CompressionConfig) -> PrunedFFN:
-        """The same where too few tokens say what is important: the channels with the largest weights, as they are."""
-        weights = (self.gate, self.up, self.down)
-        flat = [torch.ones(weight.shape[1], dtype=torch.float64, device=weight.device) for weight in weights[1:]]
-        scores = channel_importance(*weights, *flat)
-        kept = keep_best(scores, width, least_important_kept=config.least_important_kept)
-        norms = self._sq_norms(merged(self.inner, moments=False))
-        return PrunedFFN(kept, self.down[:, kept].contiguous(), removed_shares(*weights, *norms, kept))
 
     def _sq_norms(self, inner: ActivationStats) -> tuple[Tensor, Tensor]:
         """Of the channels that gate and up read, and of those that down reads; ``inner``: of all folds together."""

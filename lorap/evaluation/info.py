@@ -313,6 +313,11 @@ def kind_of(name: str) -> str:
     return "other" if {*parts} & {*SIGHT} else next((part for part in parts if part in KINDS), "other")
 
 
+def kinds_of(name: str) -> tuple[str, ...]:
+    """The same; of gate and up of packed experts both kinds, which have half of the tensor each."""
+    return MLP[:2] if name.endswith(f".{GATE_UP}") else (kind_of(name),)
+
+
 def gguf_tensors(path: Path) -> dict[str, TensorInfo]:
     """Every tensor of a GGUF file by its name, with Hugging Face's names for the kinds."""
     return {

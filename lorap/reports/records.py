@@ -59,13 +59,13 @@ class ExpertReport:
 
     Args:
         tokens: of calibration that reached the expert.
-        error: as that of a projection, on these tokens; 0 where there were none.
-        by_weights: too few tokens reached it, so its weights alone chose its channels, and nothing was refitted.
+        error: as that of a projection, on the tokens that it was judged on.
+        by_all_tokens: too few reached it, so it was judged on all tokens of its layer, as if they had.
     """
 
     tokens: Count
     error: float
-    by_weights: bool
+    by_all_tokens: bool
 
 
 @dataclass(frozen=True)

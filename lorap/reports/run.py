@@ -285,7 +285,7 @@ def rounding_lines(report: CompressionReport) -> list[str]:
 def expert_lines(report: CompressionReport) -> list[str]:
     """What is to be known of experts: whether steps left them alone, widths are rounded, and how many saw too few tokens."""
     pruned = [projection for projection in report.by_role("down_proj") if projection.experts]
-    few = {one.layer: sum(expert.by_weights for expert in one.experts) for one in pruned}
+    few = {one.layer: sum(expert.by_all_tokens for expert in one.experts) for one in pruned}
     corrected = pruned and report.correction is not None and report.correction.taken
     lines = ["experts: correction steps moved attention alone"] if corrected else []
     asked, removed = report.config.sparsity, 1 - report.param_ratio
@@ -306,8 +306,8 @@ def expert_lines(report: CompressionReport) -> list[str]:
     return [
         *lines,
         f"experts: {sum(few.values()):,} of {total:,} saw fewer than {FEW_TOKENS} tokens of a part of the calibration text "
-        f"({'; '.join(told[:TOLD_LAYERS])}{more}), so the size of their weights chose their channels and nothing was refitted; "
-        "more text reaches more of them",
+        f"({'; '.join(told[:TOLD_LAYERS])}{more}), so they were judged on all tokens of their layers; more text reaches more of "
+        "them",
     ]
 
 

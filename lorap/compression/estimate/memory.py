@@ -15,8 +15,9 @@ from lorap.algorithms.factorization.memory import Footprint, working_bytes
 from lorap.algorithms.factorization.solvers import CPU
 from lorap.algorithms.moments import IN_PLACE_FROM
 from lorap.algorithms.pruning import CHANNELS
-from lorap.architectures import PROJECTIONS, SHARED_INPUTS
+from lorap.architectures import MLP, PROJECTIONS, SHARED_INPUTS
 from lorap.calibration.backward import BATCH_TOKENS as BACKWARD_TOKENS
+from lorap.calibration.routing import TOKENS as ROUTED_TOKENS
 from lorap.calibration.self_text import BATCH_WINDOWS
 from lorap.calibration.sensitivity import DIAGONAL
 from lorap.calibration.sensitivity import WIDE as PRICES_WIDE
@@ -91,7 +92,7 @@ class Memory:
         if self.sizes.layer.ranks:
             found["factorize"] = held + everything + self._factorizing()
         if self._prunes:
-            found["prune"] = held + everything + self._refitting()
+            found["prune"] = held + everything + self._refitting() + self._pruning_experts()
         if self._followed:
             found["correct"] = held + self._correcting()
         if self.config.bits:
@@ -141,8 +142,9 @@ class Memory:
 
     def _activations(self, tokens: int, widths: tuple[int, int]) -> int:
         hidden, inner = widths
-        tokens = min(tokens, self.texts.tokens)
-        return tokens * (hidden * self.shape.hidden_size + inner * self.shape.width) * self.shape.itemsize
+        tokens, asked = min(tokens, self.texts.tokens), self.shape.experts_per_token
+        each = (hidden + asked - 1) * self.shape.hidden_size + inner * asked * self.shape.width
+        return tokens * each * self.shape.itemsize
 
     def _sampling(self) -> int:
         """The whole model where it fits, else both ends and a layer; keys and values of the windows that are written at once."""
@@ -157,25 +159,29 @@ class Memory:
         """Hidden states before every layer; sums of inputs and gradients of one, and a batch on its way back, or prices."""
         shape, texts = self.shape, self.texts
         roles = roles_needing_gradients(self.config)
-        features = [size for role in roles for size in shape.projections[role][role in DIAGONAL :]]
         hidden, width = shape.projections["down_proj"]
+        seen = shape.projections | (
+            {"down_proj": (hidden, hidden)} if shape.dense.packed else {}
+        )  # all experts together
+        features = [size for role in roles for size in seen[role][role in DIAGONAL :]]
         out, inner = shape.projections["q_proj"]
         pricing = 0
         if allocates_by_loss(self.config):
             ffn = 4 * ((1 if width >= IN_PLACE_FROM else 2) * width**2 + 3 * hidden * width)
             pricing = max(ffn, DOUBLE * (4 * out * inner + 2 * inner**2 + 3 * out**2))
+            pricing += 3 * DOUBLE * width**2 if shape.dense.packed else 0  # the sums of one expert, in float64
         if mixes_by_loss(self.config):
             pricing = max(pricing, 5 * DOUBLE * width**2 + 2 * 4 * hidden * width)  # the moment as it is factored
         update = max(_update(size, wide=PRICES_WIDE) for size in features)
         work = sum(_sums(size, wide=PRICES_WIDE) for size in features)
         work += max(update + self._activations(BACKWARD_TOKENS, BACKWARD), pricing)
-        states = self._states(texts.planning_tokens * (shape.num_layers + 2))
+        states = self._states(texts.planning_tokens * (shape.num_layers + 2)) + self._routed(texts.planning_tokens)
         return states + max(work, self._logits(LOSS_COPIES + GRADIENT_COPIES))
 
     def _summed(self) -> list[int]:
-        """Channels of the inputs whose outer products are summed up."""
+        """Channels of the inputs whose outer products are summed up; those of experts are while they are pruned."""
         readers = {name: SHARED_INPUTS[name][0] for name in SHARED_INPUTS if sums_of(self.config, name)[1]}
-        wanted = {*self.sizes.layer.ranks, *(["down_proj"] if self._prunes else [])}
+        wanted = {*self.sizes.layer.ranks, *(["down_proj"] if self._prunes and not self.shape.dense.packed else [])}
         return [self.shape.projections[role][1] for role in readers.values() if role in wanted]
 
     def _sums_of_inputs(self) -> int:
@@ -212,11 +218,31 @@ class Memory:
         size = _sums(width) // width**2
         return max(self._folds * _sums(width) + scoring, size * max(judging, width**2 + solving + 4 * hidden * width))
 
+    def _routed(self, tokens: int) -> int:
+        """What the experts of a layer read, whom each token is sent to, and what it counts there."""
+        if not self.shape.dense.packed:
+            return 0
+        return tokens * (self.shape.hidden_size * self.shape.itemsize + self.shape.experts_per_token * (DOUBLE + 4))
+
+    def _pruning_experts(self) -> int:
+        """What all experts of a layer read; what one reads, in float32; and the pruned ones, by themselves and packed."""
+        shape = self.shape
+        if not shape.dense.packed:
+            return 0
+        hidden, width = shape.projections["down_proj"]
+        tokens = min(ROUTED_TOKENS, self.texts.tokens)
+        one = tokens * 4 * (2 * hidden + 4 * width) + 3 * 4 * hidden * width + self._folds * DOUBLE * hidden
+        if self.config.repair:
+            one += _update(width)
+        pruned = 2 * shape.experts * 3 * hidden * self.sizes.layer.intermediate_size * shape.itemsize
+        return self._routed(self.texts.tokens) + one + pruned
+
     def _correcting(self) -> int:
         """Hidden states of a step before every layer, and the dense ones; gradients of one layer by fold; exact weights."""
         shape, (_, step_tokens) = self.shape, self.texts.step_tokens(self.config.correction_steps)
         largest = shape.hidden_size * max(shape.hidden_size, self.sizes.layer.intermediate_size)
-        params = sum(self.sizes.params[role] for role in compressed_roles(self.config)) // shape.num_layers
+        moved = [role for role in compressed_roles(self.config) if not (shape.dense.packed and role in MLP)]
+        params = sum(self.sizes.params[role] for role in moved) // shape.num_layers
         work = self._folds * params * (DOUBLE if largest <= EXACT_NUMBERS else 4) + 2 * 4 * largest
         work += self._activations(BACKWARD_TOKENS, BACKWARD)
         exact = 0 if shape.paged or shape.itemsize == 4 else 4 * shape.num_layers * params

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorap.architectures import find_architecture
+from lorap.architectures import MLP, find_architecture, text_config
 from lorap.checkpoint.gguf.header import read_gguf
 from lorap.checkpoint.gguf.reading import gguf_config
 from lorap.checkpoint.load import DTYPES, ModelSource, dtype_name
@@ -16,7 +16,7 @@ from lorap.checkpoint.validate import empty_model
 from lorap.compression.allocation import Shape
 from lorap.compression.stored_bytes import DenseModel
 from lorap.errors import ArchitectureError, CheckpointError
-from lorap.evaluation.info import gguf_tensors, kind_of
+from lorap.evaluation.info import gguf_tensors, kinds_of
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,10 @@ class ModelShape:
         dense: the same model as what its bytes depend on.
         dtype: in which it is computed and saved.
         num_layers: decoder layers.
-        projections: (out_features, in_features) by role.
+        projections: (out_features, in_features) by role, of each expert where there are several.
         biases: roles that have one.
+        experts: of each layer's FFN; 1 where it is one.
+        experts_per_token: that one token is sent to.
         hidden_size, vocab_size: of the embedding.
         tied: the head is the embedding.
         params: parameters by kind; tied weights count once.
@@ -45,6 +47,8 @@ class ModelShape:
     num_layers: int
     projections: Mapping[str, Shape]
     biases: frozenset[str]
+    experts: int
+    experts_per_token: int
     hidden_size: int
     vocab_size: int
     tied: bool
@@ -73,22 +77,19 @@ class ModelShape:
             wanted = wanted or DTYPES["float32"]
         model = empty_model(config, wanted)
         architecture = find_architecture(model)
-        if architecture.packed:
-            raise ArchitectureError(
-                f"{source.name} is a {config.model_type} model, whose FFNs are mixtures of experts, and plan does not know what "
-                "those take; `lorap compress` does, an interrupted run goes on where it was"
-            )
         dense = DenseModel.of(model, architecture)
         shapes = dense.shapes
-        if not shapes or any(each != shapes[0] for each in shapes):
+        if not shapes or any(each != shapes[0] for each in shapes) or len({*dense.experts}) > 1:
             raise ArchitectureError(
                 f"{source.name} has no decoder layers, or layers of different shapes, which plan does not know"
             )
         params, stored = Counter[str](), Counter[str]()
         for key, parameter in model.named_parameters():
-            params[kind_of(key)] += parameter.numel()
+            for kind in kinds_of(key):
+                params[kind] += parameter.numel() // len(kinds_of(key))
         for key, info in tensors.items():
-            stored[kind_of(key)] += info.nbytes
+            for kind in kinds_of(key):
+                stored[kind] += info.nbytes // len(kinds_of(key))
         vocab_size, hidden_size = model.get_input_embeddings().weight.shape
         return cls(
             name=source.name,
@@ -98,6 +99,8 @@ class ModelShape:
             num_layers=len(shapes),
             projections=shapes[0],
             biases=dense.biases[0],
+            experts=dense.experts[0],
+            experts_per_token=int(text_config(config).num_experts_per_tok) if dense.packed else 1,
             hidden_size=hidden_size,
             vocab_size=vocab_size,
             tied=bool(config.tie_word_embeddings),
@@ -113,13 +116,17 @@ class ModelShape:
 
     @property
     def width(self) -> int:
-        """FFN channels."""
+        """FFN channels, of each expert where there are several."""
         return self.projections["gate_proj"][0]
+
+    def per_layer(self, role: str) -> int:
+        """How many matrices of a role a layer has."""
+        return self.experts if role in MLP else 1
 
     @property
     def layer_params(self) -> int:
         """Of one decoder layer's matrices."""
-        return sum(out * inner for out, inner in self.projections.values())
+        return sum(self.per_layer(role) * out * inner for role, (out, inner) in self.projections.items())
 
     @property
     def head_params(self) -> int:

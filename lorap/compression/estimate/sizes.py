@@ -54,18 +54,20 @@ def planned_sizes(shape: ModelShape, config: CompressionConfig) -> Sizes:
     index_bytes, storage = 0, Storage.of(config, shape.itemsize)
     for role in shape.projections:
         out_features, in_features = shape_after(role, shape.projections, layer)
+        matrices = shape.num_layers * shape.per_layer(role)
         count = out_features * in_features
         if role in layer.ranks:
             stored = LowRankTensors(out_features, in_features, layer.ranks[role], pivoted=config.storage == "pivoted")
             count = stored.factor_params
             index_bytes += shape.num_layers * stored.index_bytes
         has_bias = role in shape.biases or gains_bias(role, shape.projections, layer, config)
-        params[role] = shape.num_layers * (count + has_bias * out_features)
-        each = role_bytes(role, shape.projections, layer, shape.biases, storage, config)
-        nbytes[role] = shape.num_layers * each
+        params[role] = matrices * (count + has_bias * out_features)
+        nbytes[role] = matrices * role_bytes(role, shape.projections, layer, shape.biases, storage, config)
     if config.weights == "mixed" and config.sparsity == 0:
         nbytes |= _filled(shape, config, {role: nbytes[role] for role in shape.projections})
-    projected = shape.num_layers * sum(prod(shape.projections[role]) for role in compressed_roles(config))
+    projected = shape.num_layers * sum(
+        shape.per_layer(role) * prod(shape.projections[role]) for role in compressed_roles(config)
+    )
     budget = int((1 - config.sparsity) * projected)
     return Sizes(layer, decided_by, budget, params, index_bytes, nbytes)
 
@@ -105,4 +107,5 @@ def _planned_layer(shape: ModelShape, config: CompressionConfig) -> tuple[LayerP
     by_shape = plan_by_shape(shape.dense, config)
     if by_shape is not None:
         return by_shape[0], ""
-    return plan_layer(shape.projections, replace(config, allocation="even")), "the loss, by a backward pass"
+    even = plan_layer(shape.projections, replace(config, allocation="even"), packed=shape.dense.packed)
+    return even, "the loss, by a backward pass"

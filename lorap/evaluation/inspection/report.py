@@ -33,7 +33,7 @@ class Inspection:
         calibration: the texts, windows and tokens that the inputs came from; None for plain spectra only.
         layers: indices of the decoder layers that were looked at, ascending.
         num_layers: how many the model has.
-        projections: seven for each of ``layers``.
+        projections: seven for each of ``layers``, those of all experts together where there are several.
         channels: of the FFN of each of ``layers``, by kind; plain ones are norms of weights alone.
     """
 
