@@ -116,6 +116,27 @@ def test_predictions_that_are_not_finite_are_refused(prompts: list[torch.Tensor]
         answer_agreement(broken, [Answer(prompts[0], torch.tensor([5]))])
 
 
+def test_a_token_that_the_model_lacks_is_refused(model: LlamaForCausalLM, prompts: list[torch.Tensor]) -> None:
+    with pytest.raises(ConfigError, match="hold token 61, but the model that reads them has 61 tokens"):
+        answer_agreement(model, [Answer(prompts[0], torch.tensor([60])), Answer(prompts[1], torch.tensor([5, VOCAB]))])
+
+
+@pytest.mark.parametrize("ends", ["x", 1.5, [END, None]])
+def test_an_end_that_is_no_token_is_one_sentence(prompts: list[torch.Tensor], ends: object) -> None:
+    odd = llama(0)
+    odd.generation_config.eos_token_id = ends
+    with pytest.raises(ConfigError, match="token ids are whole numbers"):
+        answer_greedily(odd, prompts[:1], max_new_tokens=2)
+
+
+def test_an_answer_may_end_at_once(model: LlamaForCausalLM, prompts: list[torch.Tensor]) -> None:
+    mute = llama(0)
+    first = answer_greedily(model, prompts[:1], max_new_tokens=1)[0].answer
+    mute.generation_config.eos_token_id = first.tolist()
+    assert answer_greedily(mute, prompts[:1], max_new_tokens=5)[0].answer.tolist() == first.tolist()
+    assert answer_agreement(model, [Answer(prompts[0], first)]).whole == 1
+
+
 def test_instructions_are_lines_none_twice() -> None:
     every = read_instructions(200)
     assert len(set(every)) == 200
@@ -167,6 +188,13 @@ def test_a_model_without_a_chat_template_is_refused(model_folder) -> None:
     result = run("eval", model_folder, "--baseline", model_folder, "--answers", 2)
     assert result.exit_code != 0
     assert "no chat template" in result.output.replace("\n", " ")
+
+
+def test_a_template_that_fails_names_a_way_out_of_this_command(model_folder, tmp_path) -> None:
+    broken = with_template(model_folder, tmp_path / "broken", "{{ raise_exception('no system role') }}")
+    result = run("eval", broken, "--baseline", broken, "--answers", 2)
+    assert result.exit_code == 2
+    assert "fails: no system role; --text and --tasks measure it" in result.output.replace("\n", " ")
 
 
 def test_another_template_is_refused(chat_folder, model_folder, tmp_path) -> None:

@@ -31,6 +31,8 @@ INSTRUCTIONS = Path(__file__).with_name("instructions.txt")
 MAX_NEW_TOKENS = 48
 # Answered, or read, at once.
 BATCH = 16
+# What a model without a chat template is good for.
+WAY_OUT = "--text and --tasks measure it"
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,11 @@ def encode_instructions(
     if not template or (isinstance(template, dict) and DEFAULT_TEMPLATE not in template):
         raise ConfigError(
             f"the tokenizer of {name} has no {'default ' if template else ''}chat template, so it answers no instructions; "
-            "--text and --tasks measure it"
+            f"{WAY_OUT}"
         )
     found = []
     for instruction in instructions:
-        text = fill_template(tokenizer, instruction, name)
+        text = fill_template(tokenizer, instruction, name, way_out=WAY_OUT)
         found.append(torch.tensor(encode_prompt(model, tokenizer, text, name=name, special=False)))
     return found
 
@@ -119,6 +121,9 @@ def answer_greedily(
         prompts: (p,) int64 each, at least one token.
         max_new_tokens: most tokens of an answer.
         progress: show a bar on stderr.
+
+    Raises:
+        ConfigError: what ends an answer is no token id.
     """
     own, ends = model.generation_config, _ends(model)
     greedy = GenerationConfig(
@@ -149,8 +154,15 @@ def answer_agreement(model: PreTrainedModel, answers: Sequence[Answer], *, progr
         progress: show a bar on stderr.
 
     Raises:
+        ConfigError: an answer holds a token that the model does not have.
         CalibrationError: the predictions are not finite.
     """
+    last, vocabulary = max(int(one.answer.max()) for one in answers), len(embedding_weight(model))
+    if last >= vocabulary:
+        raise ConfigError(
+            f"the answers hold token {last}, but the model that reads them has {vocabulary:,} tokens; answers are compared "
+            "between models of one vocabulary"
+        )
     device, same = embedding_weight(model).device, []
     for batch in tqdm(_batches(answers), desc="Reading answers", unit="batch", disable=not progress):
         ids, mask = _padded([torch.cat([one.prompt, one.answer]) for one in batch])
@@ -179,7 +191,12 @@ def _ends(model: PreTrainedModel) -> list[int]:
     for config in (model.generation_config, text_config(model.config)):
         ends = getattr(config, "eos_token_id", None)
         if ends is not None:
-            return [ends] if isinstance(ends, int) else list(ends)
+            ends = ends if isinstance(ends, (list, tuple)) else [ends]
+            if not all(isinstance(token, int) for token in ends):
+                raise ConfigError(
+                    f"the model's eos_token_id is {ends}, and token ids are whole numbers; correct its config"
+                )
+            return list(ends)
     return []
 
 

@@ -163,7 +163,9 @@ def continue_prompt(
         ConfigError: there is nothing to begin from, the chat template cannot be used, or transformers refuses the settings.
     """
     in_template = wants_chat(tokenizer, prompt, name=name, chat=chat)
-    text = fill_template(tokenizer, prompt, name) if in_template else prompt
+    text = prompt
+    if in_template:
+        text = fill_template(tokenizer, prompt, name, way_out="--raw continues the prompt without it")
     ids = torch.tensor([encode_prompt(model, tokenizer, text, name=name, special=not in_template)], device=model.device)
     start = time.perf_counter()
     try:
@@ -193,8 +195,14 @@ def continue_prompt(
     )
 
 
-def fill_template(tokenizer: Any, prompt: str, name: str) -> str:
+def fill_template(tokenizer: Any, prompt: str, name: str, *, way_out: str) -> str:
     """One user's turn in the chat template, up to where the answer begins.
+
+    Args:
+        tokenizer: with the template.
+        prompt: the turn.
+        name: of the model, in messages.
+        way_out: what to do where the template fails.
 
     Raises:
         ConfigError: the template fails.
@@ -203,9 +211,7 @@ def fill_template(tokenizer: Any, prompt: str, name: str) -> str:
     try:
         return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # a template is a program, and fails as programs do
-        raise ConfigError(
-            f"the chat template of {name} fails: {_line(error)}; --raw continues the prompt without it"
-        ) from error
+        raise ConfigError(f"the chat template of {name} fails: {_line(error)}; {way_out}") from error
 
 
 def encode_prompt(model: Any, tokenizer: Any, text: str, *, name: str, special: bool) -> Sequence[int]:
