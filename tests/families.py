@@ -49,12 +49,19 @@ HYBRID: dict[str, Any] = {
 }
 # Five experts, of which two are asked.
 EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "intermediate_size": 48}
+NARROW: dict[str, Any] = EXPERTS | {"num_experts": 5, "moe_intermediate_size": 48}
 # What sets a family apart in ways that matter here.
 OPTIONS: dict[str, dict[str, Any]] = {
     "qwen3_5_text": HYBRID,
     "mixtral": EXPERTS | {"num_local_experts": 5},
     "olmoe": EXPERTS | {"num_experts": 5},
-    "qwen3_moe": EXPERTS | {"num_experts": 5, "moe_intermediate_size": 48},
+    "qwen3_moe": NARROW,
+    "mellum": NARROW,
+    "qwen2_moe": NARROW | {"shared_expert_intermediate_size": 56},
+    "qwen3_next": HYBRID | NARROW | {"shared_expert_intermediate_size": 56},
+    "qwen3_5_moe_text": HYBRID | NARROW | {"shared_expert_intermediate_size": 56},
+    "flex_olmo": EXPERTS | {"num_experts": 5},
+    "phimoe": EXPERTS | {"num_local_experts": 5},
     "gemma2": {"query_pre_attn_scalar": 16, "sliding_window": 8},
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
     "granite": {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22},
@@ -275,9 +282,10 @@ Phi-3, Phi-4 and GLM-4 store gate and up as one matrix, Phi also q, k and v. lor
 folder holds them under the names that Llama has for them; `lorap export --format stock` joins them again. `--target stock` is
 refused.
 
-Mixtral, OLMoE and Qwen3's mixtures of experts: each expert gives up channels of its own, by the tokens that reach it, weighted
+Mixtures of experts: each expert gives up channels of its own, by the tokens that reach it, weighted
 as the router weights them; recipe `best` also refits each with these. All experts of a layer keep the same number, so that they
-stay packed, a multiple of 8, as grouped matmuls want it. Routers stay, bit by bit. An expert that fewer than eight tokens of a
+stay packed, a multiple of 8, as grouped matmuls want it. Routers stay, bit by bit, and so does the shared expert that all tokens
+read in Qwen1.5, Qwen2, Qwen3-Next and Qwen3.5. An expert that fewer than eight tokens of a
 part of the calibration text reach is judged on all tokens of its layer, and the run says how many there were. Correction
 steps move attention alone. `lorap inspect` draws one line for the experts of a layer, the mean of their spectra. There is no
 int8, int4, `--size`, `--target stock`, `recover` or export for them yet: each is refused. All of this is seen on tiny random
@@ -290,7 +298,8 @@ eight models that compressed-tensors 0.20.1 had quantized with what it reads bac
 floating point. bitsandbytes, mxfp4, nvfp4, 3 bits, and weights that are sparse or rotated besides are refused.
 
 Not among them, and refused by name: FFNs without a gate or with a norm inside (GPT-NeoX, Phi-2, Nemotron, BitNet), other mixtures
-of experts, multi-head latent attention (DeepSeek), state spaces. Other families are a row in `lorap/architectures/` away.
+of experts, most of which begin with layers that have none, multi-head latent attention (DeepSeek), state spaces, OLMo Hybrid,
+whose files hold parts of what transformers keeps as one matrix. Other families are a row in `lorap/architectures/` away.
 """
 
 

@@ -127,7 +127,12 @@ def test_only_one_layer_of_each_kind_runs(make_model) -> None:
 
 @pytest.mark.parametrize(
     ("model_type", "why"),
-    [("bitnet", "a norm between gate"), ("gpt_neox", "no gate"), ("gpt_oss", "mixtures of experts")],
+    [
+        ("bitnet", "a norm between gate"),
+        ("gpt_neox", "no gate"),
+        ("gpt_oss", "mixtures of experts"),
+        ("olmo_hybrid", "as one matrix"),
+    ],
 )
 def test_families_that_people_bring_are_refused_with_the_reason(model_type, why) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 1, "num_attention_heads": 4}

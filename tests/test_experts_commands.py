@@ -24,7 +24,7 @@ from lorap.evaluation.info import describe_model
 from lorap.evaluation.inspection.inspect import inspect_model
 from lorap.evaluation.inspection.values import SingularValues
 
-MIXTURES = ("mixtral", "olmoe", "qwen3_moe")
+MIXTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 SMALL = ["--num-calibration-samples", 8, "--calibration-seq-len", 32, "--sparsity", 0.3, "--device", "cpu"]
 # All that decides by shapes, with what it removes where widths are multiples of 8.
 BY_SHAPE: dict[str, dict[str, Any]] = {

@@ -11,10 +11,22 @@ from lorap.architectures.experts import PackedExperts
 from lorap.architectures.splitting import GATE_UP, QKV
 
 
-def _mixture(families: str, **packed: Any) -> Architecture:
-    """A family with Llama's attention and experts in place of its FFN."""
+def _mixture(families: str, *, other_attention: str = "", **packed: Any) -> Architecture:
+    """A family with Llama's attention and experts in place of its FFN; an expert that all tokens read stays as it is."""
     found = PackedExperts(**packed)
-    return Architecture(families, activation="experts.act_fn", projections=llama_projections(found.path), packed=found)
+    return Architecture(
+        families,
+        activation="experts.act_fn",
+        projections=llama_projections(found.path),
+        other_attention=other_attention,
+        packed=found,
+    )
+
+
+# How files of some mixtures name experts and their matrices.
+_BLOCK_SPARSE: Mapping[str, Any] = MappingProxyType(
+    {"stored": "block_sparse_moe.experts", "parts": ("w1", "w3", "w2"), "width_field": "intermediate_size"}
+)
 
 
 # config.model_type -> names
@@ -34,6 +46,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "diffllama": Architecture("DiffLlama"),
         "doge": Architecture("Doge"),
         "ernie4_5": Architecture("ERNIE 4.5, dense"),
+        "exaone": Architecture("EXAONE 3"),
         "exaone4": Architecture("EXAONE 4"),
         "gemma": Architecture("Gemma"),
         "gemma2": Architecture("Gemma 2"),
@@ -54,14 +67,17 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "seed_oss": Architecture("Seed-OSS"),
         "stablelm": Architecture("StableLM"),
         "vaultgemma": Architecture("VaultGemma"),
-        "mixtral": _mixture(
-            "Mixtral",
-            stored="block_sparse_moe.experts",
-            parts=("w1", "w3", "w2"),
-            width_field="intermediate_size",
-        ),
+        "flex_olmo": _mixture("FlexOlmo", width_field="intermediate_size"),
+        "mellum": _mixture("Mellum, mixtures of experts"),
+        "mixtral": _mixture("Mixtral", **_BLOCK_SPARSE),
         "olmoe": _mixture("OLMoE", width_field="intermediate_size"),
+        "phimoe": _mixture("Phi-3.5, mixtures of experts", **_BLOCK_SPARSE),
+        "qwen2_moe": _mixture("Qwen1.5, Qwen2, mixtures of experts"),
         "qwen3_moe": _mixture("Qwen3, mixtures of experts"),
+        "qwen3_next": _mixture("Qwen3-Next", other_attention="linear_attn"),
+        "qwen3_5_moe_text": _mixture(
+            "Qwen3.5, Qwen3.6, mixtures of experts, text alone", other_attention="linear_attn"
+        ),
         # Vision and language: the language model is compressed, the rest stays as it is.
         "gemma3": Architecture("Gemma 3 with vision", layers="model.language_model.layers"),
         "idefics3": Architecture("Idefics 3, SmolVLM", layers="model.text_model.layers"),
@@ -87,6 +103,7 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "bitnet": "its FFN has a norm between gate * up and down",
         "gemma4": "its layers share keys and values, or have no values of their own",
         "gemma4_text": "its layers share keys and values, or have no values of their own",
+        "olmo_hybrid": "its files hold parts of what transformers keeps as one matrix",
         **dict.fromkeys(("deepseek_v2", "deepseek_v3", "gpt_oss"), _EXPERTS),
         **dict.fromkeys(("gpt2", "gpt_neox", "nemotron", "phi", "starcoder2"), _NO_GATE),
     }

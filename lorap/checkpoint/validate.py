@@ -264,7 +264,8 @@ def check_counts(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
             )
     if config.get("model_type") in ARCHITECTURES and "text_config" not in config:
         path = ARCHITECTURES[config["model_type"]].layers.rsplit(".", 1)[-1]
-        found = [int(match[1]) for name in tensors if (match := re.search(rf"(?:^|\.){path}\.([0-9]{{1,9}})\.", name))]
+        indexed = re.compile(rf"(?:^|\.)(?:{path}|h)\.([0-9]{{1,9}})\.")  # h: in files of EXAONE 3
+        found = [int(match[1]) for name in tensors if (match := indexed.search(name))]
         layers, stored = config.get("num_hidden_layers"), max(found, default=-1) + 1
         if layers is not None and (type(layers) is not int or layers != stored):
             raise CheckpointError(

@@ -117,7 +117,7 @@ def make_plan(
     with closing(walk):
         for index, found in walk:
             linears, mine = architecture.linears(layers[index]), processes.shard(list(found))
-            release_freed_memory(max(linear.weight.numel() for linear in linears.values()))
+            release_freed_memory(max((linear.weight.numel() for linear in linears.values()), default=0))
             for role, sensitivity in found.items():
                 _check_gradients(sensitivity, architecture.module_name(index, role), model.dtype)
             for role in sorted(found, key=PROJECTIONS.index):  # the largest last, when the others are gone

@@ -43,6 +43,8 @@ GGUF_KINDS = {
 }
 # Parts of models that see, whose layers may be named as those of the language model are.
 SIGHT = ("visual", "vision_tower", "vision_model", "multi_modal_projector", "connector")
+# FFNs that all tokens read beside experts, which lorap leaves as they are.
+SHARED = ("shared_expert", "shared_experts", "shared_mlp")
 # How int8 checkpoints call the scales of a weight's rows, ours and those of others.
 SCALES = (INT8_SCALE, "weight_scale", "SCB")
 KINDS = (*PROJECTIONS, "embed_tokens", "lm_head", "other")
@@ -310,7 +312,7 @@ def single_projections(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInf
 def kind_of(name: str) -> str:
     """The kind of a tensor, one of ``KINDS``, by its name."""
     parts = name.split(".")
-    return "other" if {*parts} & {*SIGHT} else next((part for part in parts if part in KINDS), "other")
+    return "other" if {*parts} & {*SIGHT, *SHARED} else next((part for part in parts if part in KINDS), "other")
 
 
 def kinds_of(name: str) -> tuple[str, ...]:

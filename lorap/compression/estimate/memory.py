@@ -160,9 +160,9 @@ class Memory:
         shape, texts = self.shape, self.texts
         roles = roles_needing_gradients(self.config)
         hidden, width = shape.projections["down_proj"]
-        seen = shape.projections | (
-            {"down_proj": (hidden, hidden)} if shape.dense.packed else {}
-        )  # all experts together
+        seen = dict(shape.projections)
+        if shape.dense.packed:  # all experts of a layer together
+            seen["down_proj"] = hidden, hidden
         features = [size for role in roles for size in seen[role][role in DIAGONAL :]]
         out, inner = shape.projections["q_proj"]
         pricing = 0
