@@ -11,7 +11,11 @@ from matplotlib.figure import Figure
 
 from lorap.reports.plots import INK, MARKERS, SERIES, STYLE, save
 
-LABELS = {"lorap": "paper (recipe lorap)", "svd-llm": "svd-llm, without its tuning"}
+LABELS = {
+    "lorap": "paper (recipe lorap)",
+    "svd-llm": "svd-llm, without its tuning",
+    "aa-svd": "aa-svd, without its tuning",
+}
 DEFAULT = "default"
 
 
