@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lorap.calibration.context import DecoderContext
 from lorap.calibration.stream import CalibrationStream
 from lorap.calibration.windows import TokenWindows
+from lorap.errors import ConfigError
 
 QUALITY = Path(__file__).resolve().parent.parent / "benchmarks" / "quality"
 CPU = torch.device("cpu")
@@ -119,6 +120,28 @@ def test_slices_are_as_wide_as_the_sparsity_allows(make_model: Any, rivals: Any,
     wider = make_model("llama-gqa")
     more = rivals.RIVALS["slicegpt"](sparsity=sparsity, kept=width + 1).compress(context_of(wider), WINDOWS)
     assert after <= (1 - sparsity) * dense < more
+
+
+def test_biases_are_no_part_of_what_slices_save(make_model: Any, rivals: Any) -> None:
+    after = [
+        rivals.RIVALS["slicegpt"](sparsity=0.3).compress(context_of(make_model("llama-gqa", **biases)), WINDOWS)
+        for biases in ({}, {"attention_bias": True, "mlp_bias": True})
+    ]
+    assert after[0] == after[1]
+
+
+@pytest.mark.parametrize(("rival", "message"), [("slicegpt", "less than one component"), ("modegpt", "0.8 that every")])
+def test_more_than_a_method_can_give_is_refused(make_model: Any, rivals: Any, rival: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        rivals.RIVALS[rival](sparsity=0.99).compress(context_of(make_model("llama-gqa")), WINDOWS)
+
+
+def test_a_model_that_is_not_built_as_llama_is_refused(make_model: Any, rivals: Any, tmp_path: Path) -> None:
+    cells = importlib.import_module("cells")
+    make_model("qwen3").save_pretrained(tmp_path)
+    specification = {"model": str(tmp_path), "calibration": "default"}
+    with pytest.raises(ConfigError, match="is a qwen3 model, and modegpt is written for llama and mistral"):
+        cells._by_rival(cells.Cell(recipe="modegpt", sparsity=0.2), specification)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from records import DENSE, code_sha256, read_json, with_dense, write_json
-from rivals import RIVALS
+from rivals import BUILT_AS_LLAMA, RIVALS
 from texts import DEFAULT, SOURCES, Material, default_sha256
 from transformers import AutoModelForCausalLM
 
@@ -28,6 +28,7 @@ from lorap.calibration import TokenWindows
 from lorap.calibration.context import DecoderContext
 from lorap.checkpoint.load import find_model, load_model, load_tokenizer
 from lorap.compression.windows import read_windows
+from lorap.errors import ConfigError
 from lorap.evaluation.perplexity import compare_predictions, evaluate
 from lorap.nn.linear import count_parameters
 from lorap.system import Stopwatch, describe_environment, peak_memory_bytes
@@ -254,6 +255,10 @@ def _by_rival(cell: Cell, specification: dict[str, Any]) -> tuple[Any, dict[str,
         source = find_model(specification["model"])
         tokenizer, model = load_tokenizer(source), load_model(source, dtype="float32", device=torch.device("cpu"))
         context = DecoderContext.of(model, device=torch.device("cpu"))
+    if model.config.model_type not in BUILT_AS_LLAMA:
+        raise ConfigError(
+            f"{source.name} is a {model.config.model_type} model, and {cell.recipe} is written for {' and '.join(BUILT_AS_LLAMA)}"
+        )
     calibration = _calibration(specification)
     drawn = read_windows(context, tokenizer, cell.windows_config(), calibration, (), watch).calibration
     total = count_parameters(model)

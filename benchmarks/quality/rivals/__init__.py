@@ -12,3 +12,5 @@ from rivals.slicegpt import SliceGPT
 
 # By the name of the contender; each is a frozen dataclass of options, with compress(context, windows).
 RIVALS = {"modegpt": MoDeGPT, "slicegpt": SliceGPT}
+# Others have norms of heads, or of another kind, that neither paper's formulas know.
+BUILT_AS_LLAMA = ("llama", "mistral")

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from lorap.calibration.context import DecoderContext
 from lorap.calibration.stream import CalibrationStream, Probe, run_layer
 from lorap.calibration.windows import TokenWindows
+from lorap.errors import ConfigError
 from lorap.nn.linear import keep_outputs, new_linear
 
 MOST = 0.8
@@ -79,7 +80,15 @@ class MoDeGPT:
 
 
 def shared_out(influences: Sequence[float], sparsity: float, epsilon: float) -> list[float]:
-    """Sparsities of layers, of mean ``sparsity``: L phi softmax(-s / epsilon); what is above ``MOST`` goes to the others."""
+    """Sparsities of layers, of mean ``sparsity``: L phi softmax(-s / epsilon); what is above ``MOST`` goes to the others.
+
+    Raises:
+        ConfigError: all layers at ``MOST`` are not enough.
+    """
+    if sparsity > MOST:
+        raise ConfigError(
+            f"sparsity {sparsity:g} is more than the {MOST:g} that every layer may give at most; use epsilon=0"
+        )
     scores = (-torch.tensor(influences, dtype=torch.float64) / epsilon).softmax(0)
     found, free = torch.zeros_like(scores), torch.ones_like(scores, dtype=torch.bool)
     while True:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lorap.calibration.context import DecoderContext
 from lorap.calibration.stream import CalibrationStream
 from lorap.calibration.windows import TokenWindows
+from lorap.errors import ConfigError
 from lorap.nn.linear import new_linear
 
 
@@ -52,7 +53,8 @@ class SliceGPT:
         head, norm = context.model.lm_head, context.model.model.norm
         context.model.lm_head = RotatedHead(head, norm.weight.data[:, None] * basis.to(norm.weight))
         context.model.model.norm = Norm(size, norm.variance_epsilon)
-        return sum(parameter.numel() for layer in layers for parameter in layer.parameters()) + 2 * size * kept
+        matrices = (one for layer in layers for one in layer.parameters() if one.ndim == 2)  # biases are not compressed
+        return sum(one.numel() for one in matrices) + 2 * size * kept
 
     def _components(self, context: DecoderContext, size: int) -> int:
         """The most that the sparsity leaves room for."""
@@ -61,6 +63,8 @@ class SliceGPT:
         # Of each matrix the side that is the residual stream is sliced, and each block has a matrix for the residual.
         per_component, blocks = dense // size + 2 * size, 2 * len(context.layers)
         fits = [k for k in range(1, size + 1) if k * per_component + blocks * k * k <= (1 - self.sparsity) * dense]
+        if not fits:
+            raise ConfigError(f"sparsity {self.sparsity:g} leaves less than one component; use a lower one")
         return fits[-1]
 
 
