@@ -36,6 +36,8 @@ class LoRAPHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
+        if self.quantization_config.is_by_torchao:
+            int8.check_installed()
         wanted = put_layers(model, self.quantization_config)
         check_stored(model, checkpoint_files or (), wanted)
         keep_whole(model, self.quantization_config)
@@ -55,9 +57,7 @@ class LoRAPHfQuantizer(HfQuantizer):
         """What is saved: integers and scales of torchao's int8 weights, else None for what transformers saves by itself; and no
         metadata.
         """
-        config = self.quantization_config
-        is_int8_tensor = config.weights == "int8" and config.group_size is None
-        return (int8.flat_state_dict(model) if is_int8_tensor else None), {}
+        return (int8.flat_state_dict(model) if self.quantization_config.is_by_torchao else None), {}
 
     def is_serializable(self) -> bool:
         """``save_pretrained`` may write the model."""

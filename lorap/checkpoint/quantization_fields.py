@@ -101,6 +101,11 @@ class QuantizationFields(_Fields):
         return self.other_bits.get(projection_of(name), self.bits)
 
     @property
+    def is_by_torchao(self) -> bool:
+        """Whether the weights are int8 with a scale for each row (lorap/nn/int8.py)."""
+        return self.weights == "int8" and self.group_size is None
+
+    @property
     def weights_text(self) -> str:
         """How weights are stored, in words."""
         kinds = dict.fromkeys((self.weights, *(f"int{bits}" for bits in self.other_bits.values())))

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
@@ -22,18 +21,17 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.models.utils import WeightsMapper
 
 from lorap.architectures import SHARED_INPUTS
-from lorap.checkpoint.build import put_layers
-from lorap.checkpoint.folders import read_tensors
 from lorap.checkpoint.format import QUANT_METHOD, LoRAPConfig
 from lorap.checkpoint.guards import unguard_config
+from lorap.checkpoint.validate import check_folder
 from lorap.errors import BackendError, CheckpointError
-from lorap.integrations.vllm_linear import LoRAPLinearMethod
+from lorap.integrations.vllm_linear import LoRAPLinearMethod, PackedLinearMethod
 from lorap.nn.implementations import FLOATS
 
 # Families whose models in vLLM were run with the plug-in (tests/vllm): which linear layers a model of vLLM has, and under which
 # names their weights come, is its own affair.
 SERVED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
-# vLLM's fused layers, for models that do not say themselves what theirs hold.
+# vLLM's fused layers, in the names of a compressed folder: Phi's model says that its own are stored as one matrix, too.
 FUSED = {"qkv_proj": SHARED_INPUTS["attention_input"], "gate_up_proj": SHARED_INPUTS["mlp_input"]}
 
 
@@ -60,20 +58,14 @@ class LoRAPQuantizationConfig(QuantizationConfig):
         """Read ``quantization_config``.
 
         Raises:
-            CheckpointError: as :class:`LoRAPConfig`: a newer format, an unknown field, an impossible size; or quantized weights.
+            CheckpointError: as :class:`LoRAPConfig`: a newer format, an unknown field, an impossible size.
             BackendError: this vLLM loads fused layers in an older way.
         """
         if "orig_to_new_stacked" not in {field.name for field in fields(WeightsMapper)}:
             raise BackendError(
                 "lorap needs vLLM 0.32 or newer, which lets a fused layer load its own weights; upgrade vllm"
             )
-        checkpoint = LoRAPConfig(**config)
-        if checkpoint.weights != "float":
-            raise CheckpointError(
-                f"this checkpoint has {checkpoint.weights_text} weights, which lorap's plug-in for vLLM does not serve: "
-                "open it in transformers, or serve the checkpoint that it was made from"
-            )
-        return cls(checkpoint)
+        return cls(LoRAPConfig(**config))
 
     def get_name(self) -> str:
         """The name in ``quant_method``."""
@@ -98,7 +90,7 @@ class LoRAPQuantizationConfig(QuantizationConfig):
 
         Raises:
             BackendError: the family was never run in vLLM.
-            CheckpointError: a tensor is missing, or has another shape than config.json says.
+            CheckpointError: as :func:`lorap.checkpoint.validate.check_folder`, such as a tensor that is missing.
         """
         if (model_type := getattr(hf_config, "model_type", None)) not in SERVED:
             raise BackendError(
@@ -109,13 +101,14 @@ class LoRAPQuantizationConfig(QuantizationConfig):
         unguard_config(hf_config)  # vLLM's FFNs want to read "silu"
         folder = Path(model_name)
         if folder.is_dir() and any(folder.glob("*.safetensors")):
-            check_folder(folder, hf_config, self.checkpoint)
+            # vLLM does not miss tensors of quantized models and starts with whatever is in memory.
+            hf_config.tie_word_embeddings = check_folder(folder).config.tie_word_embeddings
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> LoRAPLinearMethod | None:
         """The projections of the checkpoint that vLLM's layer ``prefix`` holds, or None for what is not a linear layer.
 
         Raises:
-            CheckpointError: the FFN cannot be shared out among the workers of tensor parallelism.
+            CheckpointError: the FFN, or weights in few bits, cannot be shared out among the workers of tensor parallelism.
         """
         if not isinstance(layer, LinearBase):
             return None
@@ -125,36 +118,13 @@ class LoRAPQuantizationConfig(QuantizationConfig):
                 f"intermediate_size in config.json is {self.intermediate_size}, which vLLM cannot share out among {workers} "
                 "tensor-parallel workers; serve with fewer, or compress with a --width-multiple that they divide"
             )
-        parent, _, last = prefix.rpartition(".")
-        names = (FUSED | self.packed_modules_mapping).get(last, [last])
-        return LoRAPLinearMethod(self.checkpoint, [f"{parent}.{name}" if parent else name for name in names])
-
-
-def check_folder(folder: Path, hf_config: Any, checkpoint: LoRAPConfig) -> None:
-    """Compare a checkpoint with the model that config.json describes, by names and shapes, from the headers alone.
-
-    vLLM does not miss tensors of quantized models and starts with whatever is in memory.
-
-    Args:
-        folder: of the checkpoint.
-        hf_config: its config.json, as transformers reads it.
-        checkpoint: what that says under ``quantization_config``.
-
-    Raises:
-        CheckpointError: naming the first tensor that is missing or has another shape.
-    """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config)
-        put_layers(model, checkpoint)
-    tied = set(model._tied_weights_keys or ()) if hf_config.tie_word_embeddings else set()
-    stored = read_tensors(folder)
-    for name, tensor in model.state_dict().items():
-        if name in tied:
-            continue
-        if name not in stored:
-            raise CheckpointError(f"{folder} is incomplete: {name} is missing; download or copy it again")
-        if stored[name].shape != tensor.shape:
+        is_packed = self.checkpoint.weights != "float"
+        if is_packed and workers > 1:
             raise CheckpointError(
-                f"{name} in {folder} has shape {stored[name].shape}, but config.json says {tuple(tensor.shape)}; "
-                "the checkpoint is damaged, download or copy it again"
+                f"{self.checkpoint.weights_text} weights are not shared out among {workers} tensor-parallel workers; serve them "
+                "with one, or serve the checkpoint that they were rounded from"
             )
+        parent, _, last = prefix.rpartition(".")
+        names = (self.packed_modules_mapping | FUSED).get(last, [last])
+        method = PackedLinearMethod if is_packed else LoRAPLinearMethod
+        return method(self.checkpoint, [f"{parent}.{name}" if parent else name for name in names])

@@ -17,9 +17,12 @@ from vllm.model_executor.layers.linear import LinearMethodBase, QKVParallelLinea
 
 from lorap.checkpoint.format import LoRAPConfig
 from lorap.errors import CheckpointError
+from lorap.integrations.vllm_packed import PackedProjection, merge_dense
 from lorap.integrations.vllm_projection import Projection, Share, frozen
 from lorap.nn import ops
+from lorap.nn.linear import LowRankLinear
 from lorap.nn.low_rank_tensors import LowRankTensors
+from lorap.nn.quantized import QuantizedLinear
 from lorap.nn.warming import warm
 
 # vLLM's names of the parts of a fused attention layer; those of a fused FFN are numbers already.
@@ -66,7 +69,7 @@ class LoRAPLinearMethod(LinearMethodBase):
             if rank is not None:
                 LowRankTensors(rows.size, columns.size, rank).check_rank(name)
             bias = layer.has_bias or name in self.checkpoint.biases
-            layer.projections.append(Projection(name, rank, pivoted, rows, columns, bias, params_dtype))
+            layer.projections.append(self._projection(name, rank, pivoted, rows, columns, bias, params_dtype))
         layer.load_weights = partial(self._load, layer)  # vLLM asks a module for it before it looks for parameters
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -81,9 +84,17 @@ class LoRAPLinearMethod(LinearMethodBase):
             if config is not None and config.load_config.load_format == "dummy":
                 part.missing.clear()
             part.finish()
-        if any(part.bias is not None for part in parts):
-            biases = [part.right.new_zeros(part.rows.length) if part.bias is None else part.bias for part in parts]
-            layer.bias = frozen(torch.cat(biases))
+        biases = [part.bias for part in parts]
+        if (some := next((bias for bias in biases if bias is not None), None)) is not None:
+            lengths = [part.rows.length for part in parts]
+            all_biases = [some.new_zeros(n) if bias is None else bias for n, bias in zip(lengths, biases, strict=True)]
+            layer.bias = frozen(torch.cat(all_biases))
+        self._lay_out(layer, parts)
+
+    def _projection(self, *arguments: Any) -> nn.Module:
+        return Projection(*arguments)
+
+    def _lay_out(self, layer: Any, parts: list[Any]) -> None:
         if all(part.rank is None for part in parts):
             self.dense = parts[0].right if len(parts) == 1 else frozen(torch.cat([part.right for part in parts]))
             lengths = [part.rows.length for part in parts]
@@ -148,3 +159,26 @@ class LoRAPLinearMethod(LinearMethodBase):
         parent, _, role = name.rpartition(".")
         width = self.checkpoint.intermediate_sizes.get(parent) if role == "down_proj" else None
         return Share.of(width or input_size, layer.tp_rank, layer.tp_size)
+
+
+class PackedLinearMethod(LoRAPLinearMethod):
+    """The same of weights in 8 and 4 bits, on one worker."""
+
+    def __init__(self, checkpoint: LoRAPConfig, names: Sequence[str]) -> None:
+        super().__init__(checkpoint, names)
+        self.layers: list[QuantizedLinear | LowRankLinear] = []
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(tokens, input) to (tokens, outputs side by side)."""
+        first, *others = self.layers
+        if not others and isinstance(first, QuantizedLinear):
+            return ops.quantized_linear(x, first.weight_packed, first.weight_scale, bias, first.bits, first.group_size)
+        y: Tensor = torch.cat([one(x) for one in self.layers], dim=-1) if others else first(x)
+        return y if bias is None else y + bias
+
+    def _projection(self, name: str, *arguments: Any) -> nn.Module:
+        bits = self.checkpoint.bits_of(name) or 8  # torchao's int8
+        return PackedProjection(name, *arguments, bits=bits, group_size=self.checkpoint.group_size)
+
+    def _lay_out(self, layer: Any, parts: list[Any]) -> None:
+        self.layers = merge_dense(parts)

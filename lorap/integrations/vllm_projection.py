@@ -109,9 +109,9 @@ class Projection(nn.Module):
         if key not in self.sources:
             raise CheckpointError(f"the checkpoint holds {self.name}.{key}, which config.json does not announce")
         target, shape, part = self.sources[key]
-        if tuple(tensor.shape) != shape:
-            raise CheckpointError(f"{self.name}.{key} has shape {tuple(tensor.shape)}, but config.json says {shape}")
-        getattr(self, target).data.copy_(tensor[part])
+        own = getattr(self, target).data
+        check_tensor(f"{self.name}.{key}", tensor, shape, own.dtype)
+        own.copy_(tensor[part])
         self.missing.discard(key)
         return target
 
@@ -121,10 +121,7 @@ class Projection(nn.Module):
         Raises:
             CheckpointError: a tensor is missing, or the pivot rows are not rows.
         """
-        if self.missing:
-            raise CheckpointError(
-                f"the checkpoint is incomplete: {self.name}.{min(self.missing)} is missing; download or copy it again"
-            )
+        check_complete(self.name, self.missing)
         if self.rank is None or self.pivot_rows is None:
             return
         check_pivot_rows(self, self.name)
@@ -148,6 +145,31 @@ class Projection(nn.Module):
         self.register_parameter(target, frozen(empty))
         self.sources[key] = (target, shape, part)
         self.missing.add(key)
+
+
+def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Refuse a stored tensor of another shape than config.json says, or of another kind of numbers than ``dtype``.
+
+    Raises:
+        CheckpointError: naming the tensor.
+    """
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(f"{name} has shape {tuple(tensor.shape)}, but config.json says {shape}")
+    if tensor.dtype != dtype and not (dtype.is_floating_point and tensor.is_floating_point()):
+        needed = "floating point" if dtype.is_floating_point else str(dtype).removeprefix("torch.")
+        raise CheckpointError(f"{name} is stored as {str(tensor.dtype).removeprefix('torch.')}; {needed} is needed")
+
+
+def check_complete(name: str, missing: set[str]) -> None:
+    """Refuse a projection of which tensors have not come.
+
+    Raises:
+        CheckpointError: naming the first of them.
+    """
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint is incomplete: {name}.{min(missing)} is missing; download or copy it again"
+        )
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:

@@ -1,7 +1,8 @@
 """Runs compressed models in vLLM, several in one process, because importing vLLM takes as long as a test.
 
 Reads jobs from standard input, [{"folder": ..., "prompts": [[token, ...], ...], "options": {...}}, ...], and writes one line of
-JSON: for each job the greedy tokens of every prompt, or {"error": ...}. A process of its own, because vLLM changes threads and
+JSON: for each job the greedy tokens of every prompt, or {"error": ...}; with "score" {"tokens": ..., "scores": ...}, where scores
+are the log-probabilities of a prompt's own tokens from the second on. A process of its own, because vLLM changes threads and
 environment.
 """
 
@@ -29,7 +30,18 @@ def speak(job: dict[str, Any]) -> Any:
         return {"error": f"{type(error).__name__}: {error}"}
     prompts = [{"prompt_token_ids": tokens} for tokens in job["prompts"]]
     greedy = SamplingParams(temperature=0, max_tokens=job.get("max_tokens", 16), detokenize=False)
-    return [list(output.outputs[0].token_ids) for output in llm.generate(prompts, greedy, use_tqdm=False)]
+    tokens = [list(output.outputs[0].token_ids) for output in llm.generate(prompts, greedy, use_tqdm=False)]
+    if not job.get("score"):
+        return tokens
+    score = SamplingParams(temperature=0, max_tokens=1, detokenize=False, prompt_logprobs=0)
+    outputs = llm.generate(prompts, score, use_tqdm=False)
+    return {"tokens": tokens, "scores": [own_scores(output) for output in outputs]}
+
+
+def own_scores(output: Any) -> list[float]:
+    """Log-probabilities of a prompt's tokens, the first left out."""
+    ids, found = output.prompt_token_ids[1:], output.prompt_logprobs[1:]
+    return [float(at[token].logprob) for token, at in zip(ids, found, strict=True)]
 
 
 if __name__ == "__main__":

@@ -7,9 +7,7 @@ dense projections and FFN widths that differ between layers.
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -23,110 +21,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm_host import ENVIRONMENT, HERE, ROOT, SMALL, SMOLLM, WHOLE, WIKI, check_greedy, run_vllm, shrink, vllm_says
 
 import lorap
-from lorap.checkpoint.format import LoRAPConfig
-from lorap.checkpoint.hf_quantizer import attach_quantization_config
 from lorap.checkpoint.load import find_model, load_model, load_tokenizer
 from lorap.integrations.vllm_projection import Projection, Share
 
-found = importlib.util.find_spec("vllm")
-if found is None or found.origin is None:  # this folder bears the name too
-    pytest.skip("run by `make test-vllm`, in an environment with vLLM", allow_module_level=True)
 httpx = pytest.importorskip("httpx")  # comes with vLLM
-
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-SMOLLM = ROOT / ".cache" / "SmolLM2-135M-Instruct"
-WIKI = ROOT / ".cache" / "wiki.txt"
-ENVIRONMENT = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-# vLLM's CPU attention wants heads of 32 or more.
-SMALL = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "num_hidden_layers": 3}
-# By layer: ranks of the projections that are low-rank, and the width of the FFN, None for all of it.
-SHAPES = [
-    ({"q_proj": 41, "v_proj": 17, "o_proj": 50}, 67),
-    ({"k_proj": 23, "down_proj": 31, "up_proj": 37}, None),
-    ({"q_proj": 11, "k_proj": 12, "v_proj": 13}, 90),
-]
-WHOLE = [({}, 256), ({"q_proj": 41}, None), ({}, 256)]
-# What the logits of two hosts may differ by in float32.
-TIE = 1e-3
-
-
-def vllm_says(jobs: list[dict[str, Any]], **environment: str) -> list[Any]:
-    """The answers of speak.py."""
-    return run_vllm(jobs, **environment)[0]
-
-
-def run_vllm(jobs: list[dict[str, Any]], **environment: str) -> tuple[list[Any], str]:
-    """The answers of speak.py and what vLLM and its workers logged."""
-    done = subprocess.run(
-        [sys.executable, str(HERE / "speak.py")],
-        input=json.dumps([job | {"folder": str(job["folder"])} for job in jobs]),
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT | environment,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    return json.loads(done.stdout.splitlines()[-1]), done.stderr + done.stdout  # workers log to standard output
-
-
-@torch.no_grad()
-def check_greedy(folder: Path, prompts: list[list[int]], answers: Any, length: int = 16) -> None:
-    """Each token is the one that transformers finds likeliest behind those before it."""
-    assert isinstance(answers, list), answers
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    eos = model.generation_config.eos_token_id
-    stops = set(eos if isinstance(eos, list) else [eos])
-    for prompt, tokens in zip(prompts, answers, strict=True):
-        assert len(tokens) == length or tokens[-1] in stops
-        logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
-        chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-        behind = logits.max(dim=1).values - chosen
-        assert float(behind.max()) < TIE, f"{tokens}, likelier {logits.argmax(dim=1).tolist()}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints
-
-
-def narrow(mlp: Any, width: int) -> None:
-    """Keep the first channels of an FFN."""
-    for role in ("gate_proj", "up_proj", "down_proj"):
-        old = getattr(mlp, role)
-        weight = old.weight.data[:, :width] if role == "down_proj" else old.weight.data[:width]
-        old.weight = nn.Parameter(weight.clone())
-        if old.bias is not None and role != "down_proj":
-            old.bias = nn.Parameter(old.bias.data[:width].clone())
-        old.out_features, old.in_features = weight.shape
-
-
-def shrink(model: Any, folder: Path, *, storage: str = "factors", biases: bool = False, shapes: Any = SHAPES) -> Path:
-    """Save ``model`` with the projections and widths of ``shapes``."""
-    ranks, widths, added = {}, {}, []
-    for index, (layer_ranks, width) in enumerate(shapes):
-        layer = model.model.layers[index]
-        if width is not None:
-            narrow(layer.mlp, width)
-            widths[f"model.layers.{index}.mlp"] = width
-        if biases and "down_proj" not in layer_ranks:
-            layer.mlp.down_proj.bias = nn.Parameter(torch.randn(layer.mlp.down_proj.out_features))
-            added.append(f"model.layers.{index}.mlp.down_proj")
-        for role, rank in layer_ranks.items():
-            parent = "mlp" if role in ("up_proj", "down_proj") else "self_attn"
-            name = f"model.layers.{index}.{parent}.{role}"
-            low = lorap.LowRankLinear.from_linear(model.get_submodule(name), rank, pivoted=storage == "pivoted")
-            model.set_submodule(name, low)
-            ranks[name] = rank
-    attach_quantization_config(
-        model, LoRAPConfig(ranks=ranks, intermediate_sizes=widths, storage=storage, biases=added)
-    )
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -304,11 +210,11 @@ def test_a_checkpoint_that_cannot_be_served_is_refused(small, small_prompts, tmp
     good, int8 = small["qwen2"], {"format_version": 3, "weights": "int8"}
     cases = [
         (damaged(good, tmp_path / "newer", format_version=99), "has format version 99"),
-        (damaged(good, tmp_path / "int8", **int8), "has int8 weights"),
+        (damaged(good, tmp_path / "int8", **int8), "has the shape (41, 128), but config.json makes it (1,)"),
         (damaged(good, tmp_path / "field", surprise=1), "quantization_config.surprise is an unknown entry"),
-        (damaged(good, tmp_path / "left", drop=f"{q_proj}.left.weight"), f"{q_proj}.left.weight is missing"),
-        (damaged(good, tmp_path / "norm", drop="model.norm.weight"), "model.norm.weight is missing"),
-        (damaged(good, tmp_path / "rank", reshape=f"{q_proj}.right.weight"), "has shape (40, 128)"),
+        (damaged(good, tmp_path / "left", drop=f"{q_proj}.left.weight"), f"first {q_proj}.left.weight"),
+        (damaged(good, tmp_path / "norm", drop="model.norm.weight"), "first model.norm.weight"),
+        (damaged(good, tmp_path / "rank", reshape=f"{q_proj}.right.weight"), "has the shape (40, 128)"),
         (good, None),
     ]
     answers = vllm_says([{"folder": folder, "prompts": small_prompts} for folder, _ in cases])

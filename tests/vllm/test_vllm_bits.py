@@ -1,0 +1,164 @@
+"""vLLM serves weights in 8 and 4 bits: tokens and log-probabilities of transformers, and what it refuses.
+
+Odd shapes: 132 inputs in groups of 32, so that the last group has 4; ranks of 11 to 50, widths of 67 and 90.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from vllm_host import ROOT, SMALL, SMOLLM, WIKI, check_greedy, check_scores, run_vllm, shrink, vllm_says
+
+import lorap
+from lorap.checkpoint.load import find_model, load_model, load_tokenizer
+from lorap.nn.quantized import decoder_linears
+
+ODD = SMALL | {"hidden_size": 132}
+# How far log-probabilities of one token may be from those in transformers, in nats.
+LIMIT = 1e-3
+LAYERS = [f"model.layers.{index}" for index in range(3)]
+# One of q, k and v; one of gate and up; one that is alone.
+OTHER = dict.fromkeys((f"{LAYERS[0]}.self_attn.k_proj", f"{LAYERS[1]}.mlp.up_proj", f"{LAYERS[2]}.mlp.down_proj"), 8)
+
+
+def rounded(model: Any, folder: Path, weights: str, *, storage: str = "factors", **options: Any) -> Path:
+    """``model`` with the ranks and widths of SHAPES, in few bits."""
+    shrink(model, folder / "float", storage=storage)
+    model = AutoModelForCausalLM.from_pretrained(folder / "float")
+    lorap.quantize(model, weights, **({"group_size": 32} | options)).save_pretrained(folder)
+    shutil.rmtree(folder / "float")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(make_model, tmp_path_factory) -> dict[str, Path]:
+    """Small models, by what they show."""
+    place = tmp_path_factory.mktemp("packed")
+    plain = {key: value for key, value in ODD.items() if key != "head_dim"} | {"hidden_size": 128}
+    dense = lorap.quantize(make_model("qwen3", **ODD), "int4", group_size=32)
+    dense.save_pretrained(place / "dense")
+    return {
+        "int4": rounded(make_model("llama-biases", **ODD), place / "int4", "int4"),
+        "int8, pivoted": rounded(make_model("llama-biases", **ODD), place / "int8", "int8", storage="pivoted"),
+        "mixed": rounded(make_model("llama-gqa", **ODD), place / "mixed", "int4", other_bits=OTHER),
+        "smollm3": rounded(make_model("smollm3", **ODD), place / "smollm3", "int4", group_size=64),
+        "biases": rounded(make_model("qwen2", **plain), place / "biases", "int8", group_size=96),
+        "dense": place / "dense",
+    }
+
+
+@pytest.fixture(scope="module")
+def prompts(tokens) -> list[list[int]]:
+    """Seven real texts of 5 to 23 tokens, and one of 90, which torch multiplies and not lorap's kernels."""
+    return [row[: 5 + 3 * index].tolist() for index, row in enumerate(tokens[:7])] + [
+        tokens[:3].flatten()[:90].tolist()
+    ]
+
+
+def test_tokens_and_scores_are_those_of_transformers(packed, prompts) -> None:
+    settings = json.loads((packed["int8, pivoted"] / "config.json").read_text())["quantization_config"]
+    assert (settings["storage"], settings["weights"], settings["group_size"]) == ("pivoted", "int8", 32)
+    assert json.loads((packed["mixed"] / "config.json").read_text())["quantization_config"]["other_bits"] == OTHER
+    answers = vllm_says([{"folder": folder, "prompts": prompts, "score": True} for folder in packed.values()])
+    for folder, answer in zip(packed.values(), answers, strict=True):
+        check_greedy(folder, prompts, answer)
+        check_scores(folder, prompts, answer, LIMIT)
+
+
+def test_compiled_it_says_the_same(packed, prompts) -> None:
+    compiled = {"enforce_eager": False}
+    names = ("mixed", "int8, pivoted")
+    answers = vllm_says([{"folder": packed[name], "prompts": prompts, "options": compiled} for name in names])
+    for name, answer in zip(names, answers, strict=True):
+        check_greedy(packed[name], prompts, answer)
+
+
+def edited(folder: Path, copy_to: Path, **tensors: Any) -> Path:
+    """A copy with other values of some tensors; None takes one out."""
+    shutil.copytree(folder, copy_to)
+    stored = load_file(copy_to / "model.safetensors")
+    for name, change in tensors.items():
+        found = stored.pop(name)
+        if change is not None:
+            stored[name] = change(found.clone()).contiguous()
+    save_file(stored, copy_to / "model.safetensors", metadata={"format": "pt"})
+    return copy_to
+
+
+def test_damaged_packs_are_named_and_several_workers_refused(packed, prompts, tmp_path) -> None:
+    q, down = f"{LAYERS[0]}.self_attn.q_proj.right", f"{LAYERS[0]}.mlp.down_proj"
+    good = packed["int8, pivoted"]
+
+    def spoil(scales: torch.Tensor) -> torch.Tensor:
+        scales[3, 1] = float("inf")
+        return scales
+
+    cases = {
+        f"{q}.weight_packed has the shape": {f"{q}.weight_packed": lambda t: t[:, 1:]},
+        f"{down}.weight_scale": {f"{down}.weight_scale": None},
+        f"{down}.weight_packed is stored as float32": {f"{down}.weight_packed": lambda t: t.float()},
+        f"{q}.weight_scale is inf in row 3, group 1": {f"{q}.weight_scale": spoil},
+        f"{down}.weight_shape says [132, 68]": {f"{down}.weight_shape": lambda t: t + torch.tensor([0, 1])},
+        f"{LAYERS[0]}.self_attn.q_proj.pivot_rows must ascend": {
+            f"{LAYERS[0]}.self_attn.q_proj.pivot_rows": lambda t: t * 0
+        },
+    }
+    folders = [edited(good, tmp_path / str(index), **changes) for index, changes in enumerate(cases.values())]
+    answers = vllm_says([{"folder": folder, "prompts": prompts} for folder in folders])
+    for message, answer in zip(cases, answers, strict=True):
+        assert message in answer["error"], (message, answer)
+    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    (answer,), log = run_vllm(
+        [{"folder": packed["mixed"], "prompts": prompts, "options": options}], VLLM_CPU_OMP_THREADS_BIND="0|1"
+    )
+    assert "error" in answer
+    assert "int4 and int8 weights are not shared out among 2 tensor-parallel workers; serve them with one" in log
+
+
+def test_int8_of_torchao_needs_no_torchao(make_model, prompts, tmp_path) -> None:
+    """Its numbers and scales are those of packed words with one scale a row. Here they are written by hand."""
+    model = make_model("llama-gqa", **ODD)
+    shrink(model, tmp_path / "float", storage="pivoted")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float")
+    tensors, numbers = {}, {}
+    for name, linear in decoder_linears(model):
+        scale = linear.weight.abs().amax(1, keepdim=True) / 127
+        numbers[f"{name}._weight_qdata"] = (linear.weight / scale).round().to(torch.int8)
+        tensors[f"{name}._weight_scale"], tensors[f"{name}.weight"] = scale, torch.ones(1)
+        linear.weight.data = numbers[f"{name}._weight_qdata"] * scale
+    model.save_pretrained(tmp_path / "float")
+    shutil.copytree(tmp_path / "float", tmp_path / "int8")
+    config = json.loads((tmp_path / "int8" / "config.json").read_text())
+    config["quantization_config"] |= {"weights": "int8", "format_version": 4}
+    (tmp_path / "int8" / "config.json").write_text(json.dumps(config))
+    stored = load_file(tmp_path / "int8" / "model.safetensors") | tensors | numbers
+    save_file(stored, tmp_path / "int8" / "model.safetensors", metadata={"format": "pt"})
+    (answer,) = vllm_says([{"folder": tmp_path / "int8", "prompts": prompts, "score": True}])
+    check_greedy(tmp_path / "float", prompts, answer)
+    check_scores(tmp_path / "float", prompts, answer, LIMIT)
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+def test_a_real_model(weights, tmp_path) -> None:
+    """SmolLM2-135M, plain rounding."""
+    subprocess.run([sys.executable, str(ROOT / "benchmarks" / "assets.py")], check=True, stdout=subprocess.DEVNULL)
+    source = find_model(str(SMOLLM))
+    model, tokenizer = load_model(source), load_tokenizer(source)
+    text = WIKI.read_text("utf-8")
+    prompts = [
+        tokenizer(text[start : start + 400])["input_ids"][: 8 + 12 * n] for n, start in enumerate((0, 9000, 20000))
+    ]
+    other = {f"{LAYERS[0]}.mlp.down_proj": 8} if weights == "int4" else {}
+    lorap.quantize(model, weights, other_bits=other).save_pretrained(tmp_path)
+    (answer,) = vllm_says([{"folder": tmp_path, "prompts": prompts, "score": True}])
+    check_greedy(tmp_path, prompts, answer)
+    check_scores(tmp_path, prompts, answer, LIMIT)
