@@ -262,8 +262,13 @@ PAGE_TEXT = """# Models
   before and after is in [family_speed.md](../benchmarks/results/family_speed.md), one run on a busy machine: dense models were
   0.97 to 1.21 times as fast in bfloat16, those below 1 with GELU, and 0.81 to 1.01 times in float32, where it did not pay there.
 - **exports**: what is written computes the same, opened as an ordinary model. "refused": with a sentence that says so, and
-  nothing is written. In vLLM, lorap's plug-in serves Llama, Mistral, Qwen2, Qwen3 and SmolLM3, and refuses the others by name; as
-  `--format stock` a model is an ordinary one of its class.
+  nothing is written.
+- **vLLM** 0.32.0 with lorap's plug-in serves `llama`, `mistral`, `qwen2`, `qwen3`, `smollm3`, `phi3`, `glm4`, `gemma`,
+  `gemma3_text`, `granite`, `exaone4`, `ernie4_5`, `ministral3`, `olmo2`, `olmo3` and `seed_oss`: on a CPU, in float32, tokens and
+  log-probabilities of tiny models are those of transformers ([how](inference.md#vllm)). It refuses the others by name; as
+  `--format stock` a model is an ordinary one of its class. Tried and refused since vLLM's numbers are others: Gemma 2
+  (log-probabilities differ by up to 0.15) and Command R, where vLLM has others for a dense model, too (0.29). GLM-4 of 2024, and
+  StableLM with norms of heads, do not load.
 
 Before anything is compressed, one layer of each kind is run on eight random tokens and compared with what lorap takes for granted
 of the family ([the contract](../lorap/calibration/contract.py)): which linear layers read the same, that down reads

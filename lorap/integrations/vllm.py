@@ -30,7 +30,11 @@ from lorap.nn.implementations import FLOATS
 
 # Families whose models in vLLM were run with the plug-in (tests/vllm): which linear layers a model of vLLM has, and under which
 # names their weights come, is its own affair.
-SERVED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+SERVED = (
+    *("llama", "mistral", "qwen2", "qwen3", "smollm3"),
+    *("phi3", "glm4", "gemma", "gemma3_text", "granite", "exaone4", "ernie4_5", "ministral3"),
+    *("olmo2", "olmo3", "seed_oss"),
+)
 # vLLM's fused layers, in the names of a compressed folder: Phi's model says that its own are stored as one matrix, too.
 FUSED = {"qkv_proj": SHARED_INPUTS["attention_input"], "gate_up_proj": SHARED_INPUTS["mlp_input"]}
 
