@@ -88,10 +88,9 @@ def calls(step: str) -> Iterator[tuple[str, Callable[[], Any]]]:
 
     if step == "self-check":
         for op, dtype in ((op, dtype) for op in found.IMPLEMENTATIONS["triton"] for dtype in gpu_values.DTYPES):
-            for tokens, k, pivoted in found.EXAMPLES:
-                if not pivoted or op in found.PIVOTED_OPS:
-                    arguments = found.example(op, META, dtype, tokens, k, pivoted)
-                    yield f"{op} {dtype} {tokens}", lambda a=arguments, op=op: found.implementation(op, "triton")(*a)
+            for tokens, k, pivoted in found.examples_of(op):
+                arguments = found.example(op, META, dtype, tokens, k, pivoted)
+                yield f"{op} {dtype} {tokens}", lambda a=arguments, op=op: found.implementation(op, "triton")(*a)
     elif step == "values":
         ops = gpu_values.load_lorap()
         for dtype in gpu_values.DTYPES:

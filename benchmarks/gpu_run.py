@@ -52,6 +52,7 @@ PLANS = {
         Step("timings-cuda", 25),
         Step("merged", 25),
         Step("merged-cuda", 10),
+        Step("quantized", 20),
         Step("launches", 15),
         Step("squares", 15),
         Step("out-dtype", 10),

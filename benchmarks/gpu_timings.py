@@ -37,6 +37,7 @@ CHECKED = {  # way -> the op and backend whose self-check it must have passed
 }
 PIVOTED = ", pivoted"
 KINDS = ("dense", "two GEMMs", "two GEMMs, pivoted", "triton", "triton, no pdl", "triton, pivoted")
+GROUP = 64  # weights of few bits that share a scale
 Row = dict[str, Any]
 Item = tuple[Row, Callable[[], Row] | None]  # what a row is about, and how to find the rest of it
 verdicts: dict[tuple[str, str], bool] | None = None  # (op, backend) -> passed; None before the self-check
@@ -108,6 +109,19 @@ def rotating(make: Callable[[], tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]
 def random(*shape: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Normal, scaled so that a matmul keeps the size of its input."""
     return torch.randn(*shape, device=device, dtype=dtype) * shape[-1] ** -0.5
+
+
+def quantized(
+    rows: int, columns: int, bits: int, *, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, Tensor]:
+    """Packed numbers of any value, and scales that keep the size of an input."""
+    from lorap.kernels import packing
+
+    words = torch.empty(rows, packing.words(columns, bits), dtype=torch.int32, device=device).random_(
+        -(2**31), 2**31 - 1
+    )
+    scales = torch.rand(rows, -(-columns // GROUP), device=device).add(0.5) * columns**-0.5 / 2 ** (bits - 1)
+    return words, scales.to(dtype)
 
 
 def two_gemms(x: Tensor, right: Tensor, left: Tensor) -> Tensor:
@@ -280,6 +294,39 @@ def merged_rows(device: torch.device, scale: int, *, cuda: bool) -> Iterator[Ite
                 return {"us": 1e6 * seconds_of(lambda *some: call(x, *some), weights)}
 
             yield what, measure
+
+
+def quantized_rows(device: torch.device, scale: int) -> Iterator[Item]:
+    """Dense layers and pairs of factors in 4 and 8 bits, by our kernels and where torch unpacks them."""
+    from lorap.kernels import cost
+    from lorap.nn.implementations import implementation
+
+    k, rank, n = (size // scale for size in (4096, 1024, 4096))
+    for m, bits in ((m, bits) for m in (1, 8, 16, 64, 512) for bits in (4, 8)):
+        x = random(m, k, device=device)
+        shapes = {"quantized_linear": ((n, k),), "quantized_low_rank_linear": ((n, rank), (rank, k))}
+        modelled = {
+            "quantized_linear": cost.quantized_seconds(m, k, n, bits, GROUP),
+            "quantized_low_rank_linear": cost.quantized_pair_seconds(m, k, rank, n, bits, GROUP),
+        }
+        for op, sizes in shapes.items():
+            weights = rotating(
+                lambda sizes=sizes, bits=bits: tuple(t for size in sizes for t in quantized(*size, bits, device=device))
+            )
+            for kind in ("torch", "triton"):
+                what = {"op": op, "bits": bits, "tokens": m, "kind": kind}
+                if kind == "triton" and m <= cost.FUSED_TOKENS:
+                    what["predicted_us"] = 1e6 * modelled[op]
+                reason = "no GPU" if device.type != "cuda" else distrust(op, "triton")
+                if kind == "triton" and reason:
+                    yield what | {"not_run": reason}, None
+                    continue
+                run = implementation(op, "triton" if kind == "triton" else "reference")
+
+                def measure(run=run, x=x, weights=weights, bits=bits) -> Row:
+                    return {"us": 1e6 * seconds_of(lambda *some: run(x, *some, None, bits, GROUP), weights)}
+
+                yield what, measure
 
 
 def squares_rows(device: torch.device, scale: int) -> Iterator[Item]:

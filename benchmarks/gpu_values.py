@@ -93,8 +93,26 @@ def _cases_of(
         (x, *mixed, [random(n), none, random(48)], rows),
     )
     yield "silu_gated_linear", sizes, (x, random(n, k), random(n, k), random(n), random(n))
+    yield from _quantized_cases(m, k, r, n, device=device, dtype=dtype)
     pair = [random(r, k), random(32, k)], [random(n, r), random(n, 32)]
     yield "low_rank_silu_gated_linear", sizes, (x, *pair, [random(n), random(n)] if biased else [])
+
+
+def _quantized_cases(
+    m: int, k: int, r: int, n: int, *, device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """Weights of 4 bits, and pivoted ones of 8."""
+    bias, x = gpu_timings.random(n, device=device, dtype=dtype), gpu_timings.random(m, k, device=device, dtype=dtype)
+
+    def weight(rows: int, columns: int, bits: int) -> tuple[Tensor, Tensor]:
+        return gpu_timings.quantized(rows, columns, bits, device=device, dtype=dtype)
+
+    pivots = torch.randperm(n, device=device)[:r].sort().values
+    sizes, group = f"M={m} K={k} R={r} N={n}", gpu_timings.GROUP
+    yield "quantized_linear", f"{sizes} int4", (x, *weight(n, k, 4), bias, 4, group)
+    factors = *weight(n - r, r, 8), *weight(r, k, 8)
+    yield "quantized_low_rank_linear", f"{sizes} int8 pivoted", (x, *factors, bias, 8, group, pivots)
+    yield "quantized_silu_gated_linear", f"{sizes} int8", (x, *weight(n, k, 8), *weight(n, k, 8), 8, group)
 
 
 def runner(ops: Any, op: str, backend: str, arguments: tuple[Any, ...]) -> Callable[[], Any] | str:

@@ -405,6 +405,42 @@ def test_outside_a_graph_nothing_is_compiled_or_checked(
         assert dispatch.choose("low_rank_linear", x, 1) == "triton"
 
 
+@pytest.mark.parametrize("op", implementations.QUANTIZED_OPS)
+def test_weights_of_few_bits_get_their_gpu_kernel_outside_of_graphs_too(
+    op: str, checks: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    x: Any = SimpleNamespace(is_cpu=False, device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    tokens = (1, 5, 16, 17, 128, 129, 4000)
+    assert [dispatch.choose(op, x, count) for count in tokens] == ["triton"] * len(tokens)
+    assert [call[-1] for call in checks["calls"]] == [1, 5, 17, 129]  # each form of the kernels by itself
+    x.dtype = torch.float32
+    assert dispatch.choose(op, x, 1) == "reference"
+    with dispatch.use("triton"):
+        assert dispatch.choose(op, x, 1) == "triton"
+
+
+def test_a_capture_takes_kernels_on_few_bits_that_ran_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "_warm", set())
+    capturing = True
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    x, *weight = implementations.example("quantized_linear", torch.device("cpu"), torch.float32)
+
+    def left(x: torch.Tensor, *rest: Any) -> bool:
+        return graphs.left_to_torch("quantized_linear", x, *rest)
+
+    assert left(x, *weight)
+    capturing = False
+    assert not left(x, *weight)
+    assert not left(torch.zeros(7, 177)[:, 1:], *weight)  # a plain call runs the kernel on whatever it gets
+    capturing = True
+    assert not left(x, *weight)
+    assert left(torch.zeros(7, 177)[:, 1:], *weight)  # rows that begin elsewhere are another machine code
+    assert left(x, *weight[:-1], 64)
+    assert left(x[:2], *weight)
+
+
 def test_a_kernel_that_cannot_be_prepared_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "_warm", set())
     monkeypatch.setattr(graphs, "worth", lambda *_: True)
@@ -543,7 +579,7 @@ def test_a_gpu_rule_for_a_modelled_kernel_asks_the_model() -> None:
     assert unmeasured
     for rule in unmeasured:
         assert rule.backend == "triton"
-        assert set(rule.ops) <= set(graphs.OPS)
+        assert set(rule.ops) <= set(graphs.OPS) or rule.ops == implementations.QUANTIZED_OPS
         assert "modelled, not measured" in rule.reason
     for name, (k, ranks, rows, pivots) in MODELLED_GROUPS.items():
         outputs = [count + more for count, more in zip(rows, pivots, strict=True)]
@@ -552,6 +588,21 @@ def test_a_gpu_rule_for_a_modelled_kernel_asks_the_model() -> None:
             least = min(two, cost.dense_seconds(m, k, outputs))
             gains = 1.05 * cost.pair_seconds(m, k, ranks, rows) <= least
             assert cost.worth("low_rank_linear_group", m, k, ranks, rows, pivots) == gains, (name, m)
+
+
+def test_weights_of_few_bits_are_modelled_faster_than_torch_for_any_number_of_tokens() -> None:
+    """Which is why their kernels need no graph: torch writes the matrix in 16 bits first, and moves it several times."""
+    for k, n in ((4096, 4096), (4096, 1024), (11008, 4096), (576, 576)):
+        for bits in (4, 8):
+            for m in (1, 2, 16, 17, 64, 65, 128, 129, 2048):
+                fused = m <= cost.FUSED_TOKENS
+                ours = cost.quantized_seconds(m, k, n, bits, 64) if fused else cost.dequantized_seconds(m, k, n, bits)
+                assert 1.05 * ours <= cost.torch_quantized_seconds(m, k, n, bits), (k, n, bits, m)
+    for bits in (4, 8):  # where one way ends and the other begins
+        fused = [cost.quantized_seconds(m, 4096, 4096, bits, 64) for m in (64, cost.FUSED_TOKENS, 512)]
+        written = [cost.dequantized_seconds(m, 4096, 4096, bits) for m in (64, cost.FUSED_TOKENS, 512)]
+        assert [one < other for one, other in zip(fused, written, strict=True)] == [True, True, False]
+    assert cost.quantized_seconds(1, 4096, 4096, 4, 64) < cost.dense_seconds(1, 4096, [4096]) / 2
 
 
 MODELLED_GROUPS = {

@@ -92,6 +92,29 @@ def test_values_equal_float64_for_odd_shapes_and_ragged_groups(backend: str, bit
         assert_close(y, torch.nn.functional.silu(gate) * up, sizes)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pivots_are_the_outputs_of_the_first_factor(backend: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    run = implementations.implementation("quantized_low_rank_linear", backend)
+    for m, k, r, n in ((1, 100, 17, 63), (3, 63, 1, 1), (2, 33, 40, 5)):
+        right_packed, right_scales, right = quantized(r, k, 8, 64, dtype)
+        left_packed, left_scales, left = quantized(n, r, 8, 64, dtype)
+        x, rows = torch.randn(m, k).to(dtype), torch.randperm(n + r)[:r].sort().values
+        others = torch.tensor(sorted({*range(n + r)} - {*rows.tolist()}))
+        bias = torch.randn(n + r).to(dtype)
+        exact, sizes = torch.empty(m, n + r).double(), torch.empty(m, n + r).double()
+        xd = x.double()
+        exact[:, rows], sizes[:, rows] = xd @ right.T, xd.abs() @ right.abs().T
+        exact[:, others], sizes[:, others] = xd @ right.T @ left.T, xd.abs() @ right.abs().T @ left.abs().T
+        for added in (None, bias):
+            y = run(x, left_packed, left_scales, right_packed, right_scales, added, 8, 64, rows)
+            total = 0 if added is None else added.double()
+            assert_close(y, exact + total, sizes + abs(total))
+    with pytest.raises(ShapeError, match="pivot_rows has shape \\(39,\\); one row per rank is needed"):
+        ops.quantized_low_rank_linear(x, left_packed, left_scales, right_packed, right_scales, bias, 8, 64, rows[1:])
+
+
 @pytest.mark.parametrize("shape", [(), (2, 3), (0,)], ids=str)
 @pytest.mark.parametrize("op", implementations.QUANTIZED_OPS)
 def test_any_leading_shape(op: str, shape: tuple[int, ...]) -> None:

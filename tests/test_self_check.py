@@ -89,9 +89,8 @@ def test_every_form_that_a_model_can_get_is_checked(forms: Any) -> None:
     }
     for op, found in wanted.items():
         checked: set[Form] = set()
-        for tokens, k, pivoted in implementations.EXAMPLES:
-            if not pivoted or op in implementations.PIVOTED_OPS:
-                checked |= forms(op, implementations.example(op, META, torch.bfloat16, tokens, k, pivoted))
+        for tokens, k, pivoted in implementations.examples_of(op):
+            checked |= forms(op, implementations.example(op, META, torch.bfloat16, tokens, k, pivoted))
         # A sum over one part is that over several, cut short; the other way round it is not.
         split = {(*form[:-2], False, form[-1]) for form in checked if form[0] != "silu"}
         assert found - checked - split == set()

@@ -23,12 +23,20 @@ from .hardware import (
     read_seconds,
 )
 from .low_rank_settings import plan_seconds
+from .quantized_settings import parts, settings
 
 CUBLAS_RAMP = 0.7e-6
 CUBLAS_DENSE = 0.9  # share of the bandwidth that cuBLAS reaches on a dense weight
 CUBLAS_FACTOR = 0.8  # and on a factor of 8 MB
 CUBLAS_FLOPS = 0.95 * 790e12
 LEAST_GAIN = 1.05
+FUSED_TOKENS = 128  # up to which weights of few bits are multiplied as they are read
+# Instructions for each weight of few bits, counted in the machine code of the loops for sm_90 (quantized_product.py): one token,
+# up to 16, up to 64. Then the share of the tensor cores' rate that the last reaches, a guess.
+UNPACKING = {4: (5.1, 6.0, 9.1), 8: (5.7, 6.6, 9.8)}
+TILE_FLOPS = 0.4 * 790e12
+# What torch moves for each of them to write the matrix in 16 bits, and in how many launches (packing.py).
+TORCH_UNPACKING = {4: (17, 7), 8: (13, 4)}
 CLUSTER = 4  # blocks of one in csrc/cuda/low_rank_decode_mma.cu
 GATED = ("silu_gated_linear", "low_rank_silu_gated_linear")
 
@@ -89,6 +97,48 @@ def gated_seconds(m: int, k: int, n: int) -> float:
     programs = -(-n // (4 if m == 1 else 64))
     programs = -(-n // 32) if m > 1 and programs <= NUM_SMS else programs
     return LAUNCH + RAMP + read_seconds(4 * k * n * -(-m // 32), programs, 48 * 1024, per_sm=1)
+
+
+def quantized_seconds(m: int, k: int, n: int, bits: int, group: int, *, weights: int = 1, split: bool = True) -> float:
+    """Seconds of one product with ``weights`` matrices (n, k) of few bits, up to ``FUSED_TOKENS`` tokens.
+
+    The bytes, or the instructions that make numbers of them, or the products, whichever takes longest. Partial sums of a split K
+    are written and read once, by a launch of their own; ``split``: whether K may be.
+    """
+    chosen = settings(m, k, n, bits, group, weights=weights)
+    count = parts(k, chosen) if split else 1
+    programs = count * -(-n // chosen["BLOCK_N"]) * -(-m // chosen["BLOCK_M"])
+    nbytes = weights * n * (k * bits / 8 + 2 * -(-k // group))
+    tile = chosen["BLOCK_N"] * chosen["BLOCK_K"] * chosen["TILES"] * bits / 8
+    read = read_seconds(nbytes * -(-m // chosen["BLOCK_M"]), programs, tile if m == 1 else 2 * tile)
+    form = 0 if m == 1 else 1 if m <= 16 else 2
+    unpack = weights * n * k * -(-m // chosen["BLOCK_M"]) * UNPACKING[bits][form] / FMA_RATE
+    products = 2 * m * weights * n * k / TILE_FLOPS if m > 1 else 0.0
+    partial = LAUNCH + 8 * m * n * count / L2_BANDWIDTH if count > 1 else 0.0
+    return LAUNCH + RAMP + max(read, unpack, products) + partial
+
+
+def quantized_pair_seconds(m: int, k: int, rank: int, n: int, bits: int, group: int) -> float:
+    """Seconds of both factors; for one token the second product adds up the parts of the first as it reads them."""
+    if m > 1:
+        return quantized_seconds(m, k, rank, bits, group) + quantized_seconds(m, rank, n, bits, group)
+    count = parts(k, settings(m, k, rank, bits, group))
+    added_up = LAUNCH + 8 * rank * count / L2_BANDWIDTH if count > 1 else 0.0
+    blocks = -(-n // settings(m, rank, n, bits, group)["BLOCK_N"])
+    t_seconds = 4 * rank * count * (1 + blocks) / L2_BANDWIDTH
+    second = quantized_seconds(m, rank, n, bits, group, split=False)
+    return quantized_seconds(m, k, rank, bits, group) - added_up + t_seconds + second
+
+
+def dequantized_seconds(m: int, k: int, n: int, bits: int) -> float:
+    """Seconds to write a matrix of few bits in 16, in one launch of ours, and of torch's product with it."""
+    return LAUNCH + RAMP + n * k * (2 + bits / 8) / MEMORY_BANDWIDTH + dense_seconds(m, k, [n])
+
+
+def torch_quantized_seconds(m: int, k: int, n: int, bits: int) -> float:
+    """The same where torch writes the matrix."""
+    moved, launches = TORCH_UNPACKING[bits]
+    return launches * LAUNCH + n * k * moved / MEMORY_BANDWIDTH + dense_seconds(m, k, [n])
 
 
 @lru_cache(4096)

@@ -36,7 +36,7 @@ def _layer_of(program, programs_0, programs_1, NUM_LAYERS: tl.constexpr):
 
 
 @triton.jit
-def _load_sum(ptr, stride_part, mask, PARTS: tl.constexpr):
+def load_sum(ptr, stride_part, mask, PARTS: tl.constexpr):
     """What the parts hold at ``ptr``, added up from the first part to the last."""
     total = tl.load(ptr, mask=mask, other=0.0)
     for part in tl.static_range(1, PARTS):
@@ -80,7 +80,7 @@ def weight_product(
             weight = tl.load(weight_ptrs + start, mask=(rows < num_rows) & (columns < stop - start)[None, :], other=0.0)
             if WAIT:
                 tl.extra.cuda.gdc_wait()
-            v = _load_sum(v_ptr + start + columns, stride_vp, columns < stop - start, PARTS)
+            v = load_sum(v_ptr + start + columns, stride_vp, columns < stop - start, PARTS)
             acc = weight.to(tl.float32) * v.to(tl.float32)[None, :]
         else:
             if WAIT:
@@ -89,7 +89,7 @@ def weight_product(
             # asynchronous copies into shared memory (LDGSTS.128, three tiles in flight) they stay where the compiler puts them.
             for k in tl.range(start, stop, BLOCK_K, num_stages=4):
                 weight = tl.load(weight_ptrs + k, mask=(rows < num_rows) & (columns < stop - k)[None, :], other=0.0)
-                v = _load_sum(v_ptr + k + columns, stride_vp, columns < stop - k, PARTS)
+                v = load_sum(v_ptr + k + columns, stride_vp, columns < stop - k, PARTS)
                 acc += weight.to(tl.float32) * v.to(tl.float32)[None, :]
         product = tl.sum(acc, 1)[:, None]
     else:
@@ -100,13 +100,13 @@ def weight_product(
             weight = tl.load(weight_ptrs + start, mask=(rows < num_rows) & (columns < stop - start)[None, :], other=0.0)
             tl.extra.cuda.gdc_wait()
             mask = (tokens < num_tokens) & (columns < stop - start)[:, None]
-            v = _load_sum(v_ptrs + start, stride_vp, mask, PARTS)
+            v = load_sum(v_ptrs + start, stride_vp, mask, PARTS)
             product = tl.dot(weight.to(dtype), v.to(dtype), product, input_precision="ieee")
             start += BLOCK_K
         for k in range(start, stop, BLOCK_K):
             weight = tl.load(weight_ptrs + k, mask=(rows < num_rows) & (columns < stop - k)[None, :], other=0.0)
             mask = (tokens < num_tokens) & (columns < stop - k)[:, None]
-            v = _load_sum(v_ptrs + k, stride_vp, mask, PARTS)
+            v = load_sum(v_ptrs + k, stride_vp, mask, PARTS)
             product = tl.dot(weight.to(dtype), v.to(dtype), product, input_precision="ieee")
     return product
 
@@ -170,7 +170,7 @@ def shrink_kernel(
 
 
 @triton.jit
-def _output_rows(first_row, pivots, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
+def output_rows(first_row, pivots, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
     """(BLOCK_N,): in which rows of the output the rows of ``left`` from ``first_row`` on are found.
 
     Row j of left comes after all pivots with pivots[i] - i <= j. A histogram counts these for the whole block at once:
@@ -254,7 +254,7 @@ def expand_kernel(
         if PDL:
             tl.extra.cuda.gdc_wait()
         t_mask = mask[:, None] & (tokens < M - first_token)
-        y = _load_sum(t_ptr + tokens * stride_tm + rows[:, None], stride_tp, t_mask, PARTS)
+        y = load_sum(t_ptr + tokens * stride_tm + rows[:, None], stride_tp, t_mask, PARTS)
         outputs = tl.load(pivots_ptr + rows, mask=mask, other=0).to(tl.int32)
     else:
         mask = rows < num_rows
@@ -282,7 +282,7 @@ def expand_kernel(
         )
         outputs = rows
         if PIVOTED:
-            outputs = _output_rows(block * BLOCK_N, pivots, BLOCK_N, BLOCK_P)
+            outputs = output_rows(block * BLOCK_N, pivots, BLOCK_N, BLOCK_P)
     if BIASED:
         bias_ptr = _pick(layer, bias_0_ptr, bias_1_ptr, bias_2_ptr, NUM_LAYERS)
         num_biased = _pick(layer, (BIASED & 1) << 30, (BIASED & 2) << 29, (BIASED & 4) << 28, NUM_LAYERS)  # all or 0

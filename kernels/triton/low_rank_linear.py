@@ -36,6 +36,7 @@ from .low_rank_settings import NUM_SMS, block_m, cdiv, expand_config, part_lengt
 
 MAX_LAYERS = 3
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
+POINTERS |= {torch.int32: "*i32", torch.int16: "*i16", torch.uint8: "*u8"}  # packed weights
 # Triton's interpreter holds bfloat16 as integers and computes nonsense with them, without an error.
 INTERPRETED = triton.knobs.runtime.interpret
 

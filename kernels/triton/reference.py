@@ -157,24 +157,27 @@ def quantized_low_rank_linear(
     bias: Tensor | None,
     bits: int,
     group: int,
+    pivot_rows: Tensor | None = None,
 ) -> Tensor:
     """:func:`low_rank_linear` with both factors as in :func:`quantized_linear`: (x @ right.T) @ left.T + bias.
 
     Args:
         x: (..., K).
-        left_packed: (N, ceil(R * bits / 32)) int32.
-        left_scales: (N, ceil(R / group)).
+        left_packed: (N, ceil(R * bits / 32)) int32; with ``pivot_rows`` N - R rows.
+        left_scales: (N, ceil(R / group)); with ``pivot_rows`` N - R rows.
         right_packed: (R, ceil(K * bits / 32)) int32.
         right_scales: (R, ceil(K / group)).
         bias: (N,) or None.
         bits: of a number, in both factors: 4 or 8.
         group: of both factors, as in :func:`quantized_linear`.
+        pivot_rows: (R,) ascending int64, or None, as in :func:`low_rank_linear`.
 
     Returns:
         (..., N).
     """
-    shrunk = quantized_linear(x, right_packed, right_scales, None, bits, group)
-    return quantized_linear(shrunk, left_packed, left_scales, bias, bits, group)
+    right = dequantize(right_packed, right_scales, bits, group, x.shape[-1], x.dtype)
+    left = dequantize(left_packed, left_scales, bits, group, len(right_packed), x.dtype)
+    return low_rank_linear(x, right, left, bias, pivot_rows)
 
 
 def quantized_silu_gated_linear(

@@ -25,13 +25,13 @@ from torch import Tensor
 from lorap.errors import BackendError
 from lorap.nn import graphs, native
 from lorap.nn.implementations import (
-    EXAMPLES,
     FLOATS,
     HALVES,
     LINEAR_OPS,
     PIVOTED_OPS,
     QUANTIZED_OPS,
     example,
+    examples_of,
     form_of,
     implementation,
 )
@@ -78,6 +78,7 @@ def _cpu_rules() -> tuple[Rule, ...]:
 _DECODE_GPU = (
     "modelled, not measured: in a CUDA graph, for sizes where it is 5 % faster than two cuBLAS calls and than dense"
 )
+_IN_REGISTERS = "modelled, not measured: numbers become floats in registers; torch writes the matrix in 16 bits first"
 _ONE_READ = "modelled, not measured: one read of x; torch reads it twice and writes a float32 copy"
 
 # The first row that fits wins; everything else is torch's. On a GPU, from 256 tokens on, two cuBLAS GEMMs are within 7 % of
@@ -85,6 +86,7 @@ _ONE_READ = "modelled, not measured: one read of x; torch reads it twice and wri
 RULES = (
     *_cpu_rules(),
     Rule(tuple(op for op in LINEAR_OPS if op != "linear"), "cuda", "triton", HALVES, 32, _DECODE_GPU),
+    Rule(QUANTIZED_OPS, "cuda", "triton", HALVES, None, _IN_REGISTERS),
     Rule(("channel_sq_norm",), "cuda", "triton", FLOATS, None, _ONE_READ),
 )
 
@@ -92,7 +94,7 @@ RULES = (
 # been measured faster than the Triton pair.
 ABLE: dict[str, dict[tuple[str, str], tuple[torch.dtype, ...]]] = {
     "cpu": {(op, "cpu"): FLOATS for op in (*LINEAR_OPS, *QUANTIZED_OPS)},
-    "triton": {(op, "cuda"): FLOATS for op in (*LINEAR_OPS, "channel_sq_norm")},
+    "triton": {(op, "cuda"): FLOATS for op in (*LINEAR_OPS, *QUANTIZED_OPS, "channel_sq_norm")},
     "cuda": {(op, "cuda"): HALVES for op in PIVOTED_OPS},
 }
 
@@ -206,7 +208,7 @@ _verdicts: dict[tuple[str, str, torch.device, torch.dtype, int], str | None] = {
 def _trusted(op: str, backend: str, x: Tensor, tokens: int, forced: str) -> bool:
     if x.device.type == "cpu":
         return True  # the interpreter
-    key = (op, backend, x.device, x.dtype, form_of(tokens) if op in LINEAR_OPS else 0)
+    key = (op, backend, x.device, x.dtype, form_of(op, tokens))
     first = key not in _verdicts
     if first:
         if torch.cuda.is_current_stream_capturing():
@@ -239,9 +241,8 @@ def self_check(
         What is wrong with the results, in words, or None.
     """
     limit = 1e-5 if dtype == torch.float32 else 3e-2
-    for count, k, pivoted in EXAMPLES if op in LINEAR_OPS else EXAMPLES[:1]:
-        other = tokens is not None and op in LINEAR_OPS and form_of(tokens) != form_of(count)
-        if other or (pivoted and op not in PIVOTED_OPS):
+    for count, k, pivoted in examples_of(op):
+        if tokens is not None and form_of(op, tokens) != form_of(op, count):
             continue
         arguments = example(op, device, dtype, count, k, pivoted)
         try:

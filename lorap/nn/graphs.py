@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten
 
 from lorap.kernels import cost
 from lorap.nn.cuda_limits import is_aligned
-from lorap.nn.implementations import LINEAR_OPS, PIVOTED_OPS, tokens_of
+from lorap.nn.implementations import LINEAR_OPS, PIVOTED_OPS, QUANTIZED_OPS, tokens_of
 
 # Whose kernels are so short that they pay in a graph only.
 OPS = tuple(op for op in LINEAR_OPS if op != "linear")
@@ -52,26 +52,30 @@ def left_to_torch(op: str, x: Tensor, *rest: Any) -> bool:
     """Whether a Triton kernel that serves ``op`` should leave this call to torch.
 
     A capture cannot compile: it takes the kernels of calls that :func:`lorap.warm_up` has seen, on tensors that are aligned as
-    there, where ``lorap.kernels.cost`` has them faster than torch.
+    there, where ``lorap.kernels.cost`` has them faster than torch. Weights of few bits are left to torch in captures
+    alone, where no such call came before.
 
     Args:
         op: one of ``lorap.nn.implementations.OPS``.
         x: its first argument, on a GPU.
         rest: its other arguments.
     """
-    if op not in OPS:
+    always = op in QUANTIZED_OPS  # torch would unpack the matrix first
+    if op not in OPS and not always:
         return False
-    if not wanted() or not x.is_contiguous():
+    if not always and (not wanted() or not x.is_contiguous()):
         return True
-    others = [tensor for tensor in tree_flatten(rest)[0] if isinstance(tensor, Tensor)]
-    key = (op, x.device, x.dtype, tokens_of(x), tuple(tensor.shape for tensor in others))
-    if not all(map(is_aligned, (x, *others))):
-        return True
+    leaves = tree_flatten(rest)[0]
+    others = [tensor for tensor in leaves if isinstance(tensor, Tensor)]
+    sizes = tuple(leaf.shape if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    key = (op, x.device, x.dtype, tokens_of(x), sizes)
+    aligned = all(map(is_aligned, (x, *others)))
     if torch.cuda.is_current_stream_capturing():
-        return key not in _warm
-    if not worth(op, x, rest):
+        return not aligned or key not in _warm
+    if not always and not (aligned and worth(op, x, rest)):
         return True
-    _warm.add(key)
+    if aligned:
+        _warm.add(key)
     return False
 
 

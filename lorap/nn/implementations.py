@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lorap.algorithms.symmetric import add_outer_products
-from lorap.kernels import packing, reference
-from lorap.nn import cuda_limits, native
+from lorap.kernels import cost, packing, reference
+from lorap.nn import cuda_limits, native, shape_checks
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
@@ -29,6 +29,19 @@ def tokens_of(x: Tensor) -> int:
 
 def _cpu(op: str) -> Callable[..., Any]:
     return getattr(torch.ops.lorap_cpu, op).default if native.HAS_CPU else getattr(reference, op)
+
+
+def _cpu_quantized_low_rank(x: Tensor, *rest: Any) -> Tensor:
+    """The op of csrc/cpu has no pivots; with them two products, whose outputs torch puts into their order."""
+    *weights, bias, bits, group, pivot_rows = rest if len(rest) == 8 else (*rest, None)
+    if pivot_rows is None:
+        return _cpu("quantized_low_rank_linear")(x, *weights, bias, bits, group)
+    shape_checks.CHECKS["quantized_low_rank_linear"](x, *rest)  # torch lets some misfits pass
+    product = _cpu("quantized_linear")
+    shrunk = product(x, *weights[2:], None, bits, group)
+    y = torch.cat((shrunk, product(shrunk, *weights[:2], None, bits, group)), dim=-1)
+    y = y.index_select(-1, output_order(pivot_rows, y.shape[-1]))
+    return y if bias is None else y + bias
 
 
 # What the CUDA kernels are not written for goes to torch: a forced backend must not stop the prefill of a model.
@@ -66,6 +79,19 @@ def _triton_low_rank(x: Tensor, right: Tensor, left: Tensor, bias: Any = None, p
         return low_rank_fused(x, right, left, bias)
     some = [] if bias is None else [bias]
     return low_rank_linear_group(x, [right], [left], some, [] if pivot_rows is None else [pivot_rows], pdl=x.is_cuda)
+
+
+def _triton_quantized_low_rank(x: Tensor, *rest: Any) -> Tensor:
+    from lorap.kernels import quantized_linear, quantized_low_rank_linear
+
+    if tokens_of(x) <= cost.FUSED_TOKENS:
+        return quantized_low_rank_linear.quantized_low_rank_linear(x, *rest)
+    left, left_scales, right, right_scales, bias, *how = rest
+    columns, (bits, group, *pivot_rows) = (x.shape[-1], len(right)), how
+    first = quantized_linear.checked(right, right_scales, bits, group, columns[0], x.dtype)
+    second = quantized_linear.checked(left, left_scales, bits, group, columns[1], x.dtype)
+    factors = [quantized_linear.dequantized(one, k) for one, k in zip((first, second), columns, strict=True)]
+    return _low_rank_linear(x, factors[0], factors[1], bias, pivot_rows[0] if pivot_rows else None)
 
 
 # Tensor of pivot rows -> its version and the order of the outputs. Finding it takes eight launches, more than the layer itself.
@@ -168,13 +194,17 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
     "reference": {op: getattr(reference, op) for op in OPS}
     | {"low_rank_linear": _low_rank_linear, "low_rank_linear_group": _low_rank_linear_group}
     | {"second_moment": _second_moment},
-    "cpu": {op: _cpu(op) for op in (*LINEAR_OPS, *QUANTIZED_OPS)},
+    "cpu": {op: _cpu(op) for op in (*LINEAR_OPS, *QUANTIZED_OPS)}
+    | {"quantized_low_rank_linear": _cpu_quantized_low_rank},
     "triton": {
         "linear": _triton("linear", "linear"),
         "low_rank_linear": _triton_low_rank,
         "low_rank_linear_group": _triton("low_rank_linear", "low_rank_linear_group", pdl=True),
         "silu_gated_linear": _triton("silu_gated_linear", "silu_gated_linear"),
         "low_rank_silu_gated_linear": _triton("low_rank_linear", "low_rank_silu_gated_linear", pdl=True),
+        "quantized_linear": _triton("quantized_linear", "quantized_linear"),
+        "quantized_low_rank_linear": _triton_quantized_low_rank,
+        "quantized_silu_gated_linear": _triton("quantized_silu_gated_linear", "quantized_silu_gated_linear"),
         "channel_sq_norm": _triton("channel_sq_norm", "channel_sq_norm"),
     },
     "cuda": {"low_rank_linear": _cuda_low_rank, "low_rank_linear_group": _cuda_low_rank_group},
@@ -193,11 +223,38 @@ EXAMPLES = (
     *((7, 176, False), (1, 176, True), (2, 176, True), (20, 176, True), (2, 4112, True), (20, 4112, True)),
     *((11, 176, False), (13, 176, True)),  # more than 8: in csrc/cuda those are for tensor cores
 )
+# Of weights in 4 bits and, where it says pivoted, in 8; more tokens than are multiplied as weights are read.
+QUANTIZED_EXAMPLES = (
+    *(
+        (1, 192, False),
+        (1, 176, True),
+        (1, 176, False),
+        (1, 8224, False),
+        (1, 8224, True),
+        (3, 4128, False),
+        (7, 176, True),
+    ),
+    *((5, 176, False), (20, 192, False), (20, 4128, True), (40, 192, False), (40, 192, True)),
+    *((cost.FUSED_TOKENS + 2, 192, False), (cost.FUSED_TOKENS + 2, 176, True)),
+)
 PIVOTED_OPS = ("low_rank_linear", "low_rank_linear_group")
 
 
-def form_of(tokens: int) -> int:
+def examples_of(op: str) -> tuple[tuple[int, int, bool], ...]:
+    """(tokens, k, pivoted) for :func:`example` that together run each form of an op's kernels."""
+    if op in QUANTIZED_OPS:
+        return QUANTIZED_EXAMPLES
+    if op not in LINEAR_OPS:
+        return EXAMPLES[:1]
+    return tuple(one for one in EXAMPLES if op in PIVOTED_OPS or not one[-1])
+
+
+def form_of(op: str, tokens: int) -> int:
     """Kernels for one token, for at most 16 and for more have nothing in common: the largest number that shares theirs."""
+    if op not in (*LINEAR_OPS, *QUANTIZED_OPS):
+        return 0
+    if op in QUANTIZED_OPS and tokens > cost.FUSED_TOKENS:
+        return cost.FUSED_TOKENS + 1
     return 1 if tokens == 1 else 16 if tokens <= 16 else 32
 
 
@@ -213,6 +270,7 @@ def example(
         tokens: rows of x; statistics have 100.
         k: size of the last axis of x.
         pivoted: with pivot rows, for an op of ``PIVOTED_OPS``; a group then has a pivoted layer, a dense one and a plain one.
+            For an op of ``QUANTIZED_OPS``: in 8 bits, with pivot rows where it has them.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -221,15 +279,17 @@ def example(
 
     rank, n, wide = 48, 112, 8512 if k == 176 and tokens != 3 else 48  # so many rows that a GPU gets larger tiles
 
+    bits, size = (8, 64) if pivoted else (4, 32 if k == 176 else 64)
+
     def quantized(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        numbers = torch.randint(-8, 8, (rows, columns), generator=generator)
-        scales = torch.rand(rows, -(-columns // 32), generator=generator).add(0.5).mul(0.2 * columns**-0.5)
-        return packing.pack(numbers, 4).to(device), scales.to(device, dtype)
+        numbers = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (rows, columns), generator=generator)
+        scales = torch.rand(rows, -(-columns // size), generator=generator).add(0.5).mul(0.2 * columns**-0.5)
+        return packing.pack(numbers, bits).to(device), scales.mul(2.0 ** (4 - bits)).to(device, dtype)
 
     x = random(tokens, k)
     right, left = [random(rank, k), random(rank + 16, k)], [random(n, rank), random(n, rank + 16)]
     third, rows = (random(rank + 32, k), random(80, rank + 32)), torch.arange(rank, device=device) * 2 + 3
-    if pivoted:
+    if pivoted and op in PIVOTED_OPS:
         dense, all_rows = random(80, k), torch.arange(80, device=device)
         group = [right[0], dense, third[0]], [left[0], dense.new_empty(0, 80), third[1]]
         biases = [random(n + rank), random(80), random(80)]
@@ -241,9 +301,10 @@ def example(
         "low_rank_linear_group": (x, [*right, third[0]], [*left, third[1]], [random(n), random(n), random(80)], []),
         "silu_gated_linear": (x, random(wide, k), random(wide, k)),
         "low_rank_silu_gated_linear": (x, right, left, []),
-        "quantized_linear": (x, *quantized(n, k), random(n), 4, 32),
-        "quantized_low_rank_linear": (x, *quantized(n, rank), *quantized(rank, k), random(n), 4, 32),
-        "quantized_silu_gated_linear": (x, *quantized(n, k), *quantized(n, k), 4, 32),
+        "quantized_linear": (x, *quantized(n, k), random(n), bits, size),
+        "quantized_low_rank_linear": (x, *quantized(n, rank), *quantized(rank, k))
+        + ((random(n + rank), bits, size, rows) if pivoted else (random(n), bits, size)),
+        "quantized_silu_gated_linear": (x, *quantized(n, k), *quantized(n, k), bits, size),
         "channel_sq_norm": (random(100, k), torch.arange(100, device=device) % 3 > 0),
         "second_moment": (random(100, k), torch.arange(100, device=device) % 3 > 0),
     }

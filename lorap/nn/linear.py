@@ -29,8 +29,8 @@ class LowRankLinear(nn.Module):
 
     Runs ``torch.ops.lorap.low_rank_linear``: one fused call where a kernel of ours is the fastest, two matmuls elsewhere.
     Adapters, quantizers, hooks and offloading work on the children ``right`` and ``left`` as on any ``nn.Linear``: as soon as
-    one of them is no longer a plain one, the layer simply calls both. Where both are quantized (:mod:`lorap.nn.quantized`) and
-    nothing is pivoted, that is one call, too.
+    one of them is no longer a plain one, the layer simply calls both. Where both are quantized (:mod:`lorap.nn.quantized`), that
+    is one call, too.
 
     Args:
         in_features: size of the last axis of the input.
@@ -159,11 +159,13 @@ class LowRankLinear(nn.Module):
                 first, second = padding.factors(self, first, second)
             bias = self._parameters["output_bias"] if bias is None else bias
             return ops.low_rank_linear(x, first, second, bias, self._buffers["pivot_rows"])
-        quantized = type(right) is type(left) is QuantizedLinear and self._buffers["pivot_rows"] is None
+        quantized = type(right) is type(left) is QuantizedLinear
         alike = quantized and (left.bits, left.group_size) == (right.bits, right.group_size)
         if alike and is_untouched(right) and is_untouched(left):
             weights = (left.weight_packed, left.weight_scale, right.weight_packed, right.weight_scale)
-            return ops.quantized_low_rank_linear(x, *weights, left.bias, left.bits, left.group_size)
+            bias = self._parameters["output_bias"] if left.bias is None else left.bias
+            how = (left.bits, left.group_size, self._buffers["pivot_rows"])
+            return ops.quantized_low_rank_linear(x, *weights, bias, *how)
         return self._forward_by_children(x)
 
     def _forward_by_children(self, x: Tensor) -> Tensor:

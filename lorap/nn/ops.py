@@ -54,7 +54,8 @@ SCHEMAS = {
     "low_rank_silu_gated_linear": f"({_LOW_RANK_LISTS}) -> Tensor",
     "quantized_linear": f"(Tensor x, {_quantized('')}, Tensor? bias, int bits, int group) -> Tensor",
     "quantized_low_rank_linear": (
-        f"(Tensor x, {_quantized('left_')}, {_quantized('right_')}, Tensor? bias, int bits, int group) -> Tensor"
+        f"(Tensor x, {_quantized('left_')}, {_quantized('right_')}, Tensor? bias, int bits, int group, "
+        "Tensor? pivot_rows=None) -> Tensor"
     ),
     "quantized_silu_gated_linear": (
         f"(Tensor x, {_quantized('gate_')}, {_quantized('up_')}, int bits, int group) -> Tensor"
@@ -197,18 +198,20 @@ def quantized_low_rank_linear(
     bias: Tensor | None,
     bits: int,
     group: int,
+    pivot_rows: Tensor | None = None,
 ) -> Tensor:
-    """:func:`low_rank_linear` of plain factors, both as in :func:`quantized_linear`.
+    """:func:`low_rank_linear` with both factors as in :func:`quantized_linear`.
 
     Args:
         x: (..., K).
-        left_packed: (N, ceil(R * bits / 32)) int32.
-        left_scales: (N, ceil(R / group)).
+        left_packed: (N, ceil(R * bits / 32)) int32; with ``pivot_rows`` N - R rows.
+        left_scales: (N, ceil(R / group)); with ``pivot_rows`` N - R rows.
         right_packed: (R, ceil(K * bits / 32)) int32.
         right_scales: (R, ceil(K / group)).
         bias: (N,) or None.
         bits: of both factors.
         group: of both factors.
+        pivot_rows: (R,), ascending int64, as for :func:`low_rank_linear`.
 
     Returns:
         (..., N), in the dtype of x.
@@ -217,7 +220,7 @@ def quantized_low_rank_linear(
         ShapeError: the tensors do not fit together.
     """
     weights = (left_packed, left_scales, right_packed, right_scales)
-    return _call("quantized_low_rank_linear", x, *weights, bias, bits, group)
+    return _call("quantized_low_rank_linear", x, *weights, bias, bits, group, pivot_rows)
 
 
 def quantized_silu_gated_linear(

@@ -47,14 +47,19 @@ def low_rank_linear(
     _require(x.dim() >= 1, "x is a scalar; its last axis must hold the features")
     _check_matrix("right", right, x.shape[-1], "the last axis of x")
     _check_matrix("left", left, right.shape[0], "the rank (rows of right)")
-    out_features = left.shape[0]
-    if pivot_rows is not None:
-        shape, rank = tuple(pivot_rows.shape), right.shape[0]
-        _require(shape == (rank,), f"pivot_rows has shape {shape}; one row per rank is needed, ({rank},)")
-        _require(pivot_rows.dtype == torch.int64, f"pivot_rows is {pivot_rows.dtype}, not int64")
-        out_features += rank
+    out_features = left.shape[0] + _check_pivots(pivot_rows, right.shape[0])
     _check_bias(bias, out_features)
     return out_features
+
+
+def _check_pivots(pivot_rows: Tensor | None, rank: int) -> int:
+    """How many rows of the output are pivots."""
+    if pivot_rows is None:
+        return 0
+    shape = tuple(pivot_rows.shape)
+    _require(shape == (rank,), f"pivot_rows has shape {shape}; one row per rank is needed, ({rank},)")
+    _require(pivot_rows.dtype == torch.int64, f"pivot_rows is {pivot_rows.dtype}, not int64")
+    return rank
 
 
 def low_rank_linear_group(
@@ -128,11 +133,15 @@ def quantized_low_rank_linear(
     bias: Tensor | None,
     bits: int,
     group: int,
+    pivot_rows: Tensor | None = None,
 ) -> int:
     """Arguments of :func:`lorap.nn.ops.quantized_low_rank_linear`; returns N."""
     _require(x.dim() >= 1, "x is a scalar; its last axis must hold the features")
     rank = _check_quantized("right_packed", right_packed, right_scales, x.shape[-1], None, bits, group)
-    return _check_quantized("left_packed", left_packed, left_scales, rank, bias, bits, group)
+    rows = _check_quantized("left_packed", left_packed, left_scales, rank, None, bits, group)
+    out_features = rows + _check_pivots(pivot_rows, rank)
+    _check_bias(bias, out_features)
+    return out_features
 
 
 def quantized_silu_gated_linear(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from lorap.errors import ConfigError
 from lorap.nn import graphs
 from lorap.nn.linear import Linear, LowRankLinear
+from lorap.nn.quantized import QuantizedLinear
 
 
 def warm_up(model: nn.Module, *, tokens: int | Sequence[int] = 1) -> None:
@@ -59,8 +61,9 @@ def _tell_once(why: str) -> None:
 def _layers(model: nn.Module) -> Iterator[tuple[Any, Tensor]]:
     """The modules that run ops of lorap on a GPU, and a weight of each."""
     for module in model.modules():
-        if isinstance(module, (LowRankLinear, Linear)) or hasattr(module, "gated"):
-            weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+        if isinstance(module, (LowRankLinear, Linear, QuantizedLinear)) or hasattr(module, "gated"):
+            tensors = chain(module.parameters(), module.buffers())  # scales, where there are no parameters
+            weight = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
             if weight is not None and _compiles_on(weight.device):
                 yield module, weight
 
