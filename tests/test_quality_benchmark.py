@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = (
     "ablation",
     "assets",
+    "bits",
+    "budgets_report",
     "cells",
     "documents",
     "jobs",
@@ -392,12 +394,13 @@ def test_one_command_makes_the_tables_that_are_in_the_document(q, monkeypatch, t
     written = {}
     monkeypatch.setattr(q.table.plot, "draw", lambda *_: None)
     monkeypatch.setattr(q.table.plot, "draw_sizes", lambda *_: None)
+    monkeypatch.setattr(q.budgets_report, "draw", lambda *_: None)
     write = Path.write_text
     keep = lambda path, text, *rest: write(path, text, *rest) if path == document else written.update({path: text})  # noqa: E731
     monkeypatch.setattr(Path, "write_text", keep)
     q.results.write(document)
     assert document.read_text("utf-8") == whole
-    assert len(tables.findall(whole)) == 6
+    assert len(tables.findall(whole)) == 8
     assert [path.name for path in written] == ["table.md", "table.md", "tasks.md"]
     for path, text in written.items():
         assert path.read_text("utf-8") == text

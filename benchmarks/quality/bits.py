@@ -81,15 +81,15 @@ def decoder_bytes(model: Any, bits: int | None = None) -> int:
     return total
 
 
-def to_3_bits(model: Any, windows: TokenWindows) -> None:
-    """What no format of lorap's holds: the values of 3 bits."""
+def by_gptq(model: Any, windows: TokenWindows, bits: int) -> None:
+    """Every matrix with the values of ``bits``, of which lorap's format holds those of 4 and 8."""
     context = DecoderContext(model, find_architecture(model), tuple(model.model.layers), torch.device("cpu"))
     stream = CalibrationStream.from_windows(context, windows)
     for index, layer in enumerate(context.layers):
         moments = input_moments(context, index, stream)
         for role in PROJECTIONS:
             linear = context.architecture.linears(layer)[role]
-            found = round_weight(linear.weight.data, moments[role], bits=3, group=GROUP, scale_dtype=torch.bfloat16)
+            found = round_weight(linear.weight.data, moments[role], bits=bits, group=GROUP, scale_dtype=torch.bfloat16)
             linear.weight.data = found.weight(torch.float32)
         stream.advance(index, layer)
 
@@ -117,7 +117,7 @@ def make(name: str, dense: Any, tokenizer: Any, out: Path, test_count: int) -> N
     if kind == "dense":
         model = copy.deepcopy(dense)
         if name == "dense-int3":
-            to_3_bits(model, windows)
+            by_gptq(model, windows, 3)
         elif rest and rest[0][0].isdigit():
             keep(name, mixed(float(rest[0]), model, tokenizer, ids))
             return

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import bits
+import budgets_report
 import pandas as pd
 import table
 from ablation import RESULTS, ablation_table
@@ -85,6 +86,8 @@ def write(document: Path) -> None:
     insert(document, "few tokens", few_table(Cells(read_cells(FEW / "cells"))))
     insert(document, "tasks", task_table(tasks))
     insert(document, "bits", bits.table({record["cell"]: record for record in read_cells(bits.OUT)}))
+    found = OUT / "budgets"
+    budgets_report.write({record["cell"]: record for record in read_cells(found)}, found, document)
     insert(document, "ablation", "\n\n".join(ablation_table(cells, sparsity) for sparsity in SPARSITIES))
 
 
