@@ -1,5 +1,6 @@
 """``evaluate`` is the mean next-token loss of a hand-written loop, whatever the batch size and the padding."""
 
+import copy
 import math
 import statistics
 
@@ -191,3 +192,7 @@ def test_predictions_compared_by_hand(model: LlamaForCausalLM) -> None:
         compare_predictions(model, model, windows(3, 1))
     with pytest.raises(CalibrationError, match="leaves nothing to predict"):
         compare_predictions(model, model, windows(2, 5, torch.zeros(2, 5)))
+    broken = copy.deepcopy(model)
+    broken.lm_head.weight.data[3] = torch.nan
+    with pytest.raises(CalibrationError, match="are not finite"):
+        compare_predictions(broken, model, text)

@@ -138,7 +138,7 @@ def compare_predictions(
         batch_tokens: tokens at once.
 
     Raises:
-        CalibrationError: windows of one token.
+        CalibrationError: windows of one token, or predictions that are not finite.
     """
     ids, mask = windows.input_ids, windows.attention_mask
     if ids.shape[1] < 2:
@@ -155,6 +155,8 @@ def compare_predictions(
         predicted += len(ours)
     if not predicted:
         raise CalibrationError(f"{windows.name} leaves nothing to predict: its windows hold fewer than two real tokens")
+    if not math.isfinite(divergence):
+        raise CalibrationError(f"the predictions on {windows.name} are not finite; use float32 or check the weights")
     return Fidelity(divergence / predicted, same / predicted, predicted)
 
 
