@@ -87,11 +87,12 @@ def test_bits_go_before_sparsity() -> None:
         for other in ({"storage": "pivoted"}, {"sparsity": 0.3}):
             assert resolve_budget(dense, CompressionConfig(size=whole["int8"] - 1, **other)).weights == "int8"
     for recipe, weights in (("lorap", "int4"), ("best", "mixed")):  # there ranks follow from shapes, here from the loss
-        found = resolve_budget(dense, CompressionConfig(recipe=recipe, size=whole["int4"] - 1))
+        assert resolve_budget(dense, CompressionConfig(recipe=recipe, size=whole["int4"] - 1)).weights == "int4"
+        found = resolve_budget(dense, CompressionConfig(recipe=recipe, size=whole["int4"] - 1, weights="mixed"))
         assert found.weights == weights
     assert 0 < found.sparsity < 1e-4
     half = dense.compressible(found, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")) // 2
-    found = resolve_budget(dense, CompressionConfig(size=whole["int4"] - half))
+    found = resolve_budget(dense, CompressionConfig(size=whole["int4"] - half, weights="mixed"))
     assert found.sparsity == pytest.approx(0.5, abs=1e-4)
     assert resolve_budget(dense, found) == found
     assert resolve_budget(dense, CompressionConfig(size=whole["float"], sparsity=0.3)).sparsity == 0.3
@@ -134,7 +135,7 @@ def test_what_is_saved_meets_the_budget_and_uses_it(family, options, make_model,
     assert f"{found['bits_per_dense_weight']:.2f} bits on disk for each weight" in format_info(found)
     config = report.config
     assert config.sparsity > 0
-    auto = "float" if config.target == "stock" else "mixed" if options["recipe"] == "best" else "int4"
+    auto = "float" if config.target == "stock" else "int4"
     assert config.weights == options.get("weights", auto)
     size = stored_bytes(tmp_path)
     assert found["bytes"] == size

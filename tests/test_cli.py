@@ -414,7 +414,7 @@ def no_tokenizer(folder: Path) -> None:
         pytest.param(
             nothing_broken,
             ["--recipe", "magic"],
-            "unknown recipe 'magic'; known: best, lorap, svd-llm, flap",
+            f"unknown recipe 'magic'; known: {', '.join(RECIPES)}",
             id="recipe",
         ),
         pytest.param(nothing_broken, ["--device", "gpu"], "device 'gpu' cannot be used", id="device"),

@@ -115,7 +115,11 @@ def test_from_3_to_9_bits_a_budget_is_met_and_used(by_loss: bool) -> None:
     known, config = statistics(dense), None
     for bits in (3.0, 3.7, 4.25, 4.4, 4.9, 5.6, 6.5, 7.3, 8.0, 8.4, 9.0):
         asked = CompressionConfig(
-            recipe="best" if by_loss else "lorap", bits_per_weight=bits, rank_multiple=1, width_multiple=1
+            recipe="best" if by_loss else "lorap",
+            bits_per_weight=bits,
+            weights="mixed" if bits < 4.35 else "auto",
+            rank_multiple=1,
+            width_multiple=1,
         )
         config = resolve_budget(dense, asked)
         if config.weights == "mixed":
@@ -148,7 +152,9 @@ def test_ranks_and_bits_chosen_together_are_no_worse_than_either_width_alone() -
     dense = dense_model(num_hidden_layers=2, **LARGER)
     known = statistics(dense)
     for bits in (2.2, 3.0, 4.0):
-        config = resolve_budget(dense, CompressionConfig(bits_per_weight=bits, rank_multiple=8, width_multiple=8))
+        config = resolve_budget(
+            dense, CompressionConfig(bits_per_weight=bits, weights="mixed", rank_multiple=8, width_multiple=8)
+        )
         assert config.weights == "mixed"
         costs = {}
         for some in ((4,), (8,), (4, 8)):
@@ -206,6 +212,7 @@ def test_of_gate_and_up_the_diagonal_is_summed_up_alone() -> None:
 def test_what_is_saved_opens_with_the_same_numbers(family, recipe, bits, make_model, compress_small, tmp_path) -> None:
     model = make_model(family, **ODD | {"head_dim": 20}).bfloat16()
     options = {"bits_per_weight": bits, "group_size": 32, "rank_multiple": 1, "width_multiple": 1}
+    options |= {"weights": "mixed"} if bits < 5 else {}
     model, report = compress_small(model, recipe=recipe, sparsity=None, correction_steps=0, **options)
     assert (report.config.weights, report.config.sparsity > 0) == ("mixed", bits < 5)
     lorap.save(model, tmp_path, report=report)
