@@ -19,46 +19,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from quality_modules import quality_modules
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = (
-    "ablation",
-    "assets",
-    "bits",
-    "budgets_report",
-    "cells",
-    "documents",
-    "jobs",
-    "matrix",
-    "paper",
-    "paper_report",
-    "plot",
-    "records",
-    "results",
-    "rivals",
-    "table",
-    "tasks",
-    "texts",
-)
 
 
 @pytest.fixture(autouse=True)
 def q(monkeypatch):
-    """The modules of benchmarks/quality by name; ``table`` is also the name of a file in benchmarks."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "quality"))
-    before = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
-    path = list(sys.path)
-
-    class Modules:
-        def __getattr__(self, name):
-            return importlib.import_module(name)
-
-    yield Modules()
-    sys.path[:] = path
-    for name in MODULES:
-        sys.modules.pop(name, None)
-    sys.modules.update(before)
+    with quality_modules(monkeypatch) as modules:
+        yield modules
 
 
 DENSE_NATS = {"wiki": 3.0, "web": 4.0, "novels": 3.5}

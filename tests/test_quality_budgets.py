@@ -6,31 +6,19 @@ proved: anything about quality.
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from quality_modules import quality_modules
 from safetensors import safe_open
 from torch import nn
 
 import lorap
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = (
-    "assets",
-    "bits",
-    "budgets",
-    "budgets_report",
-    "cells",
-    "documents",
-    "few_windows",
-    "ggml",
-    "records",
-    "texts",
-)
 # tools/quantize/README.md of llama.cpp, of Llama-3.1-8B; IQ4_NL and IQ4_XS there are without an importance matrix.
 DOCUMENTED = {
     "IQ3_S": 3.6606,
@@ -54,21 +42,8 @@ LLAMA_8B = {
 
 @pytest.fixture(autouse=True)
 def q(monkeypatch):
-    """The modules of benchmarks/quality by name."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "quality"))
-    before = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
-    path = list(sys.path)
-
-    class Modules:
-        def __getattr__(self, name):
-            return importlib.import_module(name)
-
-    yield Modules()
-    sys.path[:] = path
-    for name in MODULES:
-        sys.modules.pop(name, None)
-    sys.modules.update(before)
+    with quality_modules(monkeypatch) as modules:
+        yield modules
 
 
 @pytest.mark.parametrize(("mixture", "documented"), DOCUMENTED.items())
