@@ -135,7 +135,7 @@ def test_only_one_layer_of_each_kind_runs(make_model) -> None:
     ],
 )
 def test_families_that_people_bring_are_refused_with_the_reason(model_type, why) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes = {"hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 4, "num_attention_heads": 4}
     config = AutoConfig.for_model(model_type, **sizes, num_key_value_heads=4, vocab_size=90, pad_token_id=0)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -262,11 +262,11 @@ def test_a_run_goes_on_behind_finished_experts(tmp_path, monkeypatch) -> None:
     lorap.compress_to_folder(tmp_path / "dense", tmp_path / "whole", options, run)
     own, done = LayerCompressor.compress, []
 
-    def stops(self: Any, index: int, *args: Any) -> Any:
+    def stops(self: Any, index: int, *args: Any, **kwargs: Any) -> Any:
         done.append(index)
         if done == [0, 1]:
             raise KeyboardInterrupt
-        return own(self, index, *args)
+        return own(self, index, *args, **kwargs)
 
     monkeypatch.setattr(LayerCompressor, "compress", stops)
     with pytest.raises(KeyboardInterrupt):
