@@ -39,7 +39,7 @@ def points(chart: charts.Chart, name: str) -> list[tuple[float, float]]:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_has_its_charts(recipe):
     page = page_of(made_report(2, recipe=recipe))
-    factors = {"best": ATTENTION, "lorap": ATTENTION, "svd-llm": PROJECTIONS, "flap": ()}[recipe]
+    factors = {"best": ATTENTION, "lorap": ATTENTION, "svd-llm": PROJECTIONS, "aa-svd": PROJECTIONS, "flap": ()}[recipe]
     wanted = ["parameters", *(["ranks-attention"] if factors else []), "ranks-FFN" if len(factors) == 7 else "widths"]
     wanted += ["errors-attention", "errors-FFN", *(f"spectrum-{role}" for role in factors), "seconds"]
     assert [one["attrs"]["id"] for one in page.all("svg", _class="chart")] == wanted
