@@ -257,4 +257,4 @@ def test_influence_is_how_far_a_layer_turns_hidden_states(make_model: Any, rival
     found = rivals.modegpt.block_influences(
         context_of(model), CalibrationStream.from_windows(context_of(model), WINDOWS)
     )
-    assert found == pytest.approx(expected, rel=1e-9)
+    assert found == pytest.approx(expected, rel=1e-5)  # norms are computed in float32
