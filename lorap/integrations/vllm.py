@@ -98,8 +98,9 @@ class LoRAPQuantizationConfig(QuantizationConfig):
         """
         if (model_type := getattr(hf_config, "model_type", None)) not in SERVED:
             raise BackendError(
-                f"lorap's plug-in for vLLM serves {', '.join(SERVED)}, and this is a {model_type} model: make it an ordinary one "
-                "with `lorap export`, which vLLM serves by itself, or open it in transformers"
+                f"lorap's plug-in for vLLM serves {', '.join(SERVED)}, and this is a {model_type} model: open it in "
+                "transformers, or make it an ordinary one with `lorap export`, which vLLM serves by itself (mixtures of experts "
+                "cannot be exported)"
             )
         self.intermediate_size = getattr(hf_config, "intermediate_size", None)
         unguard_config(hf_config)  # vLLM's FFNs want to read "silu"
