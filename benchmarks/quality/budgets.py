@@ -35,7 +35,7 @@ from texts import CALIBRATIONS, DEFAULT, SOURCES, Material, assets, default_sha2
 from transformers import AutoModelForCausalLM
 
 import lorap
-from lorap.architectures import PROJECTIONS, SHARED_INPUTS
+from lorap.architectures import SHARED_INPUTS
 from lorap.calibration.context import DecoderContext
 from lorap.calibration.statistics import merged
 from lorap.calibration.stream import CalibrationStream
@@ -109,13 +109,12 @@ class Maker:
         return makers[kind](which) if which else Made(self.dense, 2 * self._weights(), {})
 
     def _weights(self) -> int:
-        return sum(linear.weight.numel() for layer in self._context(self.dense).layers for linear in matrices(layer))
+        return sum(weight.numel() for weight in self._matrices(self.dense))
 
     def _gptq(self, bits: int) -> Made:
         model = copy.deepcopy(self.dense)
         by_gptq(model, self.windows.calibration, bits)
-        found = [linear.weight for layer in model.model.layers for linear in matrices(layer)]
-        stored = sum(w.numel() * bits // 8 + 2 * len(w) * -(-w.shape[1] // GROUP) for w in found)
+        stored = sum(w.numel() * bits // 8 + 2 * len(w) * -(-w.shape[1] // GROUP) for w in self._matrices(model))
         return Made(model, stored, self._moved(model))
 
     def _ggml(self, mixture: str, *, shuffled: bool = False, across: bool = False) -> Made:
@@ -158,10 +157,9 @@ class Maker:
     def _moved(self, model: Any) -> dict[str, float]:
         """Size of what is wrong with the matrices, relative to theirs."""
         wrong = size = 0.0
-        for ours, theirs in zip(self.dense.model.layers, model.model.layers, strict=True):
-            for before, after in zip(matrices(ours), matrices(theirs), strict=True):
-                wrong += float((after.weight - before.weight).double().square().sum())
-                size += float(before.weight.double().square().sum())
+        for before, after in zip(self._matrices(self.dense), self._matrices(model), strict=True):
+            wrong += float((after - before).double().square().sum())
+            size += float(before.double().square().sum())
         return {"weight_error": (wrong / size) ** 0.5}
 
     def _importance(self) -> dict[tuple[int, str], torch.Tensor]:
@@ -192,14 +190,14 @@ class Maker:
             path.with_suffix(".partial").rename(path)
         return torch.load(path, weights_only=False)
 
+    def _matrices(self, model: Any) -> list[torch.Tensor]:
+        """The weights of all projections of a dense model."""
+        context = self._context(model)
+        return [each.weight for layer in context.layers for each in context.architecture.linears(layer).values()]
+
     @staticmethod
     def _context(model: Any) -> DecoderContext:
         return DecoderContext.of(model, device=torch.device("cpu"))
-
-
-def matrices(layer: Any) -> list[Any]:
-    """The projections of a decoder layer that is dense."""
-    return [module for name, module in layer.named_modules() if name.split(".")[-1] in PROJECTIONS]
 
 
 def channel_order(config: Any, layer: int, role: str) -> torch.Tensor:

@@ -45,17 +45,14 @@ def evaluate_answers(model: str, baseline: str, options: AnswerOptions) -> dict[
 
 
 def _answer(source: ModelSource, instructions: list[str], options: AnswerOptions) -> list[Answer]:
-    """One model at a time is in memory."""
-    loaded, tokenizer, _ = open_model(source, options.device, options.dtype)
-    prompts = encode_instructions(loaded, _needed(tokenizer, source), instructions, name=source.name)
+    loaded, prompts = _open(source, instructions, options)
     return answer_greedily(loaded, prompts, progress=options.progress)
 
 
 def _read(
     source: ModelSource, instructions: list[str], answers: list[Answer], options: AnswerOptions
 ) -> AnswerAgreement:
-    loaded, tokenizer, _ = open_model(source, options.device, options.dtype)
-    prompts = encode_instructions(loaded, _needed(tokenizer, source), instructions, name=source.name)
+    loaded, prompts = _open(source, instructions, options)
     for instruction, prompt, answer in zip(instructions, prompts, answers, strict=True):
         if not torch.equal(prompt, answer.prompt):
             raise ConfigError(
@@ -65,7 +62,9 @@ def _read(
     return answer_agreement(loaded, answers, progress=options.progress)
 
 
-def _needed(tokenizer: Any, source: ModelSource) -> Any:
+def _open(source: ModelSource, instructions: list[str], options: AnswerOptions) -> tuple[Any, list[torch.Tensor]]:
+    """The model, and the instructions as it reads them; one model at a time is in memory."""
+    loaded, tokenizer, _ = open_model(source, options.device, options.dtype)
     if tokenizer is None:
         raise ConfigError(f"{source.name} has no tokenizer, so it cannot read instructions")
-    return tokenizer
+    return loaded, encode_instructions(loaded, tokenizer, instructions, name=source.name)

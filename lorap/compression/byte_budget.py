@@ -49,7 +49,7 @@ def resolve_budget(dense: DenseModel, config: CompressionConfig) -> CompressionC
             return replace(chosen, weights="mixed") if useful and _mixes(config, chosen) else chosen
     pruned = [chosen for chosen in choices if broken_groups(dense, replace(chosen, sparsity=0.5)) is None]
     chosen = (pruned or choices)[-1]
-    if config.weights == "mixed" and _by_loss(config) and _mixes(config, chosen):
+    if config.weights == "mixed" and _by_loss(config):
         chosen = replace(chosen, weights="mixed")
     return _with_sparsity(dense, chosen, budget)
 

@@ -20,6 +20,7 @@ from transformers import GenerationConfig
 from lorap.architectures import text_config
 from lorap.errors import CalibrationError, ConfigError
 from lorap.evaluation.generation import DEFAULT_TEMPLATE, encode_prompt, fill_template
+from lorap.evaluation.perplexity import ratio_of_sums
 from lorap.evaluation.tasks import Estimate
 from lorap.nn.linear import embedding_weight
 
@@ -177,13 +178,11 @@ def answer_agreement(model: PreTrainedModel, answers: Sequence[Answer], *, progr
 
 
 def _agreement(same: Sequence[Tensor]) -> AnswerAgreement:
-    """From (n,) bool for each answer: a ratio of sums, and its error (Cochran, Sampling Techniques, 1977, section 6.4)."""
+    """From (n,) bool for each answer."""
     hits = torch.tensor([int(one.sum()) for one in same], dtype=torch.float64)
     tokens = torch.tensor([len(one) for one in same], dtype=torch.float64)
-    share, count = float(hits.sum() / tokens.sum()), len(same)
-    spread = (hits - share * tokens).square().sum() / (count - 1) if count > 1 else torch.tensor(torch.nan)
-    error = float((spread / count).sqrt() / tokens.mean())
-    return AnswerAgreement(Estimate(share, error), int((hits == tokens).sum()), count, int(tokens.sum()))
+    share = Estimate(*ratio_of_sums(hits, tokens))
+    return AnswerAgreement(share, int((hits == tokens).sum()), len(same), int(tokens.sum()))
 
 
 def _ends(model: PreTrainedModel) -> list[int]:

@@ -107,17 +107,11 @@ def evaluate_windows(
         The mean loss, and the sum of losses and the number of predicted tokens of each window.
     """
     start = time.perf_counter()
-    ids, mask = windows.input_ids, windows.attention_mask
-    if ids.shape[1] < 2:
-        raise CalibrationError(f"windows of {ids.shape[1]} token predict nothing; use at least 2")
-    size = max(1, batch_tokens // ids.shape[1])
-    device = embedding_weight(model).device
+    batches = _batches(windows, batch_tokens)
     losses, predicted = [], []
-    for first in tqdm(range(0, len(ids), size), desc=f"Evaluating {windows.name}", unit="batch", disable=not progress):
-        batch = ids[first : first + size].to(device)
-        batch_mask = None if mask is None else mask[first : first + size].to(device)
-        logits = model(input_ids=batch, attention_mask=batch_mask, use_cache=False).logits
-        targets = next_tokens(batch, batch_mask)
+    for ids, mask in tqdm(batches, desc=f"Evaluating {windows.name}", unit="batch", disable=not progress):
+        logits = _logits(model, ids, mask)
+        targets = next_tokens(ids, mask).to(logits.device)
         losses.append(next_token_loss(logits, targets, reduction="none").double().sum(1).cpu())
         predicted.append((targets != IGNORED).sum(1).cpu())
     by_window = WindowLosses(torch.cat(losses), torch.cat(predicted), windows.sha256)
@@ -140,15 +134,11 @@ def compare_predictions(
     Raises:
         CalibrationError: windows of one token, or predictions that are not finite.
     """
-    ids, mask = windows.input_ids, windows.attention_mask
-    if ids.shape[1] < 2:
-        raise CalibrationError(f"windows of {ids.shape[1]} token predict nothing; use at least 2")
-    size = max(1, batch_tokens // ids.shape[1])
     divergence, same, predicted = 0.0, 0, 0
-    for first in range(0, len(ids), size):
-        batch, batch_mask = ids[first : first + size], None if mask is None else mask[first : first + size]
-        counted = next_tokens(batch, batch_mask) != IGNORED
-        ours, theirs = (_log_probabilities(one, batch, batch_mask)[counted.to(one.device)] for one in (model, dense))
+    for ids, mask in _batches(windows, batch_tokens):
+        counted = next_tokens(ids, mask) != IGNORED
+        logits = (_logits(one, ids, mask)[:, :-1] for one in (model, dense))
+        ours, theirs = (one.log_softmax(-1, dtype=torch.float32)[counted.to(one.device)] for one in logits)
         theirs = theirs.to(ours.device)
         same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
         divergence += float((theirs.exp() * (theirs - ours)).sum(-1).double().sum())
@@ -160,20 +150,33 @@ def compare_predictions(
     return Fidelity(divergence / predicted, same / predicted, predicted)
 
 
-def _log_probabilities(model: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> Tensor:
-    """(windows, seq_len - 1, vocabulary) float32: of the next token, for all but the last."""
+def _batches(windows: TokenWindows, batch_tokens: int) -> list[tuple[Tensor, Tensor | None]]:
+    """Token ids and mask of some windows at a time, (windows, seq_len) each.
+
+    Raises:
+        CalibrationError: windows of one token.
+    """
+    ids, mask = windows.input_ids, windows.attention_mask
+    if ids.shape[1] < 2:
+        raise CalibrationError(f"windows of {ids.shape[1]} token predict nothing; use at least 2")
+    parts = ids.split(max(1, batch_tokens // ids.shape[1]))
+    masks = [None] * len(parts) if mask is None else mask.split(len(parts[0]))
+    return list(zip(parts, masks, strict=True))
+
+
+def _logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """(windows, seq_len, vocabulary)."""
     device = embedding_weight(model).device
-    logits = model(
-        input_ids=ids.to(device), attention_mask=None if mask is None else mask.to(device), use_cache=False
-    ).logits
-    return logits[:, :-1].log_softmax(-1, dtype=torch.float32)
+    mask = None if mask is None else mask.to(device)
+    logits: Tensor = model(input_ids=ids.to(device), attention_mask=mask, use_cache=False).logits
+    return logits
 
 
 def paired_difference(ours: WindowLosses, theirs: WindowLosses) -> LossDifference:
     """Mean loss of a token under one model minus that under another, window by window.
 
     Both models find the same windows easy and hard, so that this is known far better than either loss. Windows may predict
-    different numbers of tokens; the error is that of a ratio of sums (Cochran, Sampling Techniques, 1977, section 6.4).
+    different numbers of tokens.
 
     Raises:
         ConfigError: the two did not read the same tokens.
@@ -183,12 +186,25 @@ def paired_difference(ours: WindowLosses, theirs: WindowLosses) -> LossDifferenc
             f"the two models did not read the same tokens ({len(ours.losses):,} and {len(theirs.losses):,} windows), so their "
             "losses per token cannot be compared; compare models with the same tokenizer"
         )
-    differences, predicted = ours.losses - theirs.losses, ours.predicted.double()
-    count = len(differences)
-    nats = float(differences.sum() / predicted.sum())
-    spread = float((differences - nats * predicted).square().sum())
-    error = math.sqrt(spread * count / (count - 1)) / float(predicted.sum()) if count > 1 else math.nan
-    return LossDifference(nats, error, count)
+    nats, error = ratio_of_sums(ours.losses - theirs.losses, ours.predicted.double())
+    return LossDifference(nats, error, len(ours.losses))
+
+
+def ratio_of_sums(values: Tensor, sizes: Tensor) -> tuple[float, float]:
+    """The sum of ``values`` over that of ``sizes``, and its standard error (Cochran, Sampling Techniques, 1977, section 6.4).
+
+    Args:
+        values: (n,) float64, of windows or answers.
+        sizes: (n,) float64, how much each of them counts.
+
+    Returns:
+        The error is NaN where n is 1.
+    """
+    count = len(values)
+    ratio = float(values.sum() / sizes.sum())
+    spread = float((values - ratio * sizes).square().sum())
+    error = math.sqrt(spread * count / (count - 1)) / float(sizes.sum()) if count > 1 else math.nan
+    return ratio, error
 
 
 @torch.no_grad()
