@@ -50,6 +50,7 @@ HYBRID: dict[str, Any] = {
 # Five experts, of which two are asked.
 EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "intermediate_size": 48}
 NARROW: dict[str, Any] = EXPERTS | {"num_experts": 5, "moe_intermediate_size": 48}
+ROUTED: dict[str, Any] = EXPERTS | {"n_routed_experts": 5, "moe_intermediate_size": 48}
 # What sets a family apart in ways that matter here.
 OPTIONS: dict[str, dict[str, Any]] = {
     "qwen3_5_text": HYBRID,
@@ -60,6 +61,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "qwen2_moe": NARROW | {"shared_expert_intermediate_size": 56},
     "qwen3_next": HYBRID | NARROW | {"shared_expert_intermediate_size": 56},
     "qwen3_5_moe_text": HYBRID | NARROW | {"shared_expert_intermediate_size": 56},
+    "afmoe": NARROW | {"num_dense_layers": 1, "num_shared_experts": 1, "sliding_window": 8},
+    "cohere2_moe": EXPERTS | {"num_experts": 5, "num_shared_experts": 1, "sliding_window": 8},
+    "dots1": ROUTED | {"n_shared_experts": 1, "first_k_dense_replace": 1},
+    "ernie4_5_moe": NARROW | {"num_experts_per_tok": 2, "moe_num_shared_experts": 1},
+    "exaone_moe": NARROW | {"num_shared_experts": 1, "sliding_window": 8},
+    "glm4_moe": ROUTED | {"use_qk_norm": True},
+    "hunyuan_v1_moe": EXPERTS | {"num_experts": 5},
+    "minimax_m2": EXPERTS | {"num_local_experts": 5},
+    "solar_open": ROUTED,
     "flex_olmo": EXPERTS | {"num_experts": 5},
     "phimoe": EXPERTS | {"num_local_experts": 5},
     "gemma2": {"query_pre_attn_scalar": 16, "sliding_window": 8},
@@ -210,7 +220,7 @@ def assert_nothing_else_changed(model: Any, model_type: str) -> None:
     before, found = tiny(model_type), model.state_dict()
     architecture = known_architecture(before, to="split", experts=True)
     names = [architecture.module_name(index, role) for index in range(2) for role in PROJECTIONS]
-    names += [architecture.ffn_name(index) for index in range(2)]
+    names += [architecture.ffn_name(*layer) for layer in enumerate(architecture.decoder_layers(before))]
     others = {n: t for n, t in before.state_dict().items() if not n.startswith(tuple(f"{m}." for m in names))}
     assert len(others) >= 2  # OLMo has an embedding and a head: its norms have no weights
     assert all(torch.equal(found[name], tensor) for name, tensor in others.items())
@@ -287,14 +297,15 @@ Phi-3, Phi-4 and GLM-4 store gate and up as one matrix, Phi also q, k and v. lor
 folder holds them under the names that Llama has for them; `lorap export --format stock` joins them again. `--target stock` is
 refused.
 
-Mixtures of experts: each expert gives up channels of its own, by the tokens that reach it, weighted
-as the router weights them; recipe `best` also refits each with these. All experts of a layer keep the same number, so that they
-stay packed, a multiple of 8, as grouped matmuls want it. Routers stay, bit by bit, and so does the shared expert that all tokens
-read in Qwen1.5, Qwen2, Qwen3-Next and Qwen3.5. An expert that fewer than eight tokens of a
-part of the calibration text reach is judged on all tokens of its layer, and the run says how many there were. Correction
-steps move attention alone. `lorap inspect` draws one line for the experts of a layer, the mean of their spectra. There is no
-int8, int4, `--size`, `--target stock`, `recover` or export for them yet: each is refused. All of this is seen on tiny random
-models, and on no trained one from outside.
+Mixtures of experts: each expert gives up channels of its own, by the tokens that reach it, weighted as the router weights them;
+recipe `best` also refits each with these. All experts of a layer keep the same number, so that they stay packed, a multiple of
+8, as grouped matmuls want it. Routers stay, bit by bit, and so do shared experts, which all tokens read. Layers that have one
+FFN in place of experts, as the first of GLM-4.5, dots.llm1, ERNIE and others do, are compressed as in a dense model; `lorap
+plan` does not know models with layers of both kinds yet. An expert that fewer than eight tokens of a part of the calibration
+text reach is judged on all tokens of its layer, and the run says how many there were. Correction steps move attention, and FFNs
+that are no experts. `lorap inspect` draws one line for the experts of a layer, the mean of their spectra. There is no int8,
+int4, `--size`, `--target stock`, `recover` or export for them yet: each is refused. All of this is seen on tiny random models,
+and on no trained one from outside.
 
 Weights that another program has quantized are read as the floating-point numbers that they stand for, a layer at a time: fp8
 (DeepSeek's and Qwen's blocks, or one scale), compressed-tensors (`float-quantized`, `int-quantized`, `naive-quantized`, and
@@ -302,8 +313,8 @@ Weights that another program has quantized are read as the floating-point number
 eight models that compressed-tensors 0.20.1 had quantized with what it reads back itself: the same numbers. What comes out is in
 floating point. bitsandbytes, mxfp4, nvfp4, 3 bits, and weights that are sparse or rotated besides are refused.
 
-Not among them, and refused by name: FFNs without a gate or with a norm inside (GPT-NeoX, Phi-2, Nemotron, BitNet), other mixtures
-of experts, most of which begin with layers that have none, multi-head latent attention (DeepSeek), state spaces, OLMo Hybrid,
+Not among them, and refused by name: FFNs without a gate or with a norm inside (GPT-NeoX, Phi-2, Nemotron, BitNet), other
+mixtures of experts (GPT-OSS, whose experts have biases), multi-head latent attention (DeepSeek), state spaces, OLMo Hybrid,
 whose files hold parts of what transformers keeps as one matrix. Other families are a row in `lorap/architectures/` away.
 """
 

@@ -119,14 +119,10 @@ def _quant_method(config: object) -> str:
 
 
 def _check_mixtures(architecture: Architecture, model: Any) -> None:
-    """Every layer has experts, packed as lorap knows them."""
+    """Experts, in layers that have them, are packed as lorap knows them."""
     for index, layer in enumerate(architecture.decoder_layers(model)):
-        if (experts := architecture.experts(layer)) is None:
-            raise ArchitectureError(
-                f"layer {index} of this {model.config.model_type} model has one FFN in place of experts; lorap compresses "
-                "models of this type where every layer has experts"
-            )
-        check_packed(experts.module, architecture.ffn_name(index))
+        if (experts := architecture.experts(layer)) is not None:
+            check_packed(experts.module, architecture.ffn_name(index, layer))
 
 
 def _check_linear(layer: nn.Module, path: str, name: str) -> None:

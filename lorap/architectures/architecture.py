@@ -30,9 +30,9 @@ SHARED_INPUTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 
 
-def llama_projections(mlp: str = "mlp") -> Mapping[str, str]:
+def llama_projections() -> Mapping[str, str]:
     attention = {name: f"self_attn.{name}" for name in ATTENTION}
-    return MappingProxyType(attention | {name: f"{mlp}.{name}" for name in MLP})
+    return MappingProxyType(attention | {name: f"mlp.{name}" for name in MLP})
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,11 @@ class Architecture:
         attention: path from a decoder layer to its attention.
         mlp: path from a decoder layer to its FFN.
         activation: path from the FFN to the function between gate and up; configs name it in several fields, or none.
-        projections: path from a decoder layer to each of the seven linear layers.
+        projections: path from a decoder layer to each of the seven linear layers, where it has them.
         other_attention: path to what some layers have in place of attention, and which stays as it is; empty where none has.
         fused: what the family stores as one matrix, and lorap splits (:mod:`lorap.architectures.splitting`).
-        packed: where the experts are, in a family whose FFNs are mixtures (:mod:`lorap.architectures.experts`).
+        packed: where the experts are, in a family whose FFNs, or some of them, are mixtures
+            (:mod:`lorap.architectures.experts`).
     """
 
     families: str
@@ -96,6 +97,8 @@ class Architecture:
 
     def activation_of(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:
         """The function between gate and up of one decoder layer."""
+        if (experts := self.experts(layer)) is not None:
+            return experts.activation
         found: Any = layer.get_submodule(self.mlp)
         for part in self.activation.split("."):
             found = getattr(found, part)
@@ -103,12 +106,13 @@ class Architecture:
 
     @property
     def width_field(self) -> str:
-        """What configs call the width of an FFN, or of an expert."""
+        """What configs call the width of an FFN, or of an expert in a family of mixtures."""
         return self.packed.width_field if self.packed else "intermediate_size"
 
-    def ffn_name(self, index: int) -> str:
+    def ffn_name(self, index: int, layer: nn.Module) -> str:
         """Full name of what has the width of a layer's FFN: the FFN, or its experts."""
-        return f"{self.layers}.{index}.{self.packed.path if self.packed else self.mlp}"
+        path = self.packed.path if self.packed and self.experts(layer) else self.mlp
+        return f"{self.layers}.{index}.{path}"
 
     def ffn_widths(self, model: nn.Module) -> list[int]:
         """Channels of each layer's FFN."""

@@ -31,12 +31,14 @@ class PackedExperts:
         stored: what files call that module, in which each expert has three matrices of its own.
         parts: what files call gate, up and down.
         width_field: of the config, the width of an expert.
+        shares_width: the field says the width of other FFNs as well, which stay as they are.
     """
 
     path: str = "mlp.experts"
     stored: str = "mlp.experts"
     parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     width_field: str = "moe_intermediate_size"
+    shares_width: bool = False
 
 
 @dataclass(frozen=True)

@@ -6,21 +6,14 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from lorap.architectures.architecture import Architecture, llama_projections
+from lorap.architectures.architecture import Architecture
 from lorap.architectures.experts import PackedExperts
 from lorap.architectures.splitting import GATE_UP, QKV
 
 
 def _mixture(families: str, *, other_attention: str = "", **packed: Any) -> Architecture:
-    """A family with Llama's attention and experts in place of its FFN; an expert that all tokens read stays as it is."""
-    found = PackedExperts(**packed)
-    return Architecture(
-        families,
-        activation="experts.act_fn",
-        projections=llama_projections(found.path),
-        other_attention=other_attention,
-        packed=found,
-    )
+    """A family with Llama's attention and experts in place of FFNs; an expert that all tokens read stays as it is."""
+    return Architecture(families, other_attention=other_attention, packed=PackedExperts(**packed))
 
 
 # How files of some mixtures name experts and their matrices.
@@ -67,14 +60,23 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "seed_oss": Architecture("Seed-OSS"),
         "stablelm": Architecture("StableLM"),
         "vaultgemma": Architecture("VaultGemma"),
+        "afmoe": _mixture("AFMoE, Trinity", shares_width=True),
+        "cohere2_moe": _mixture("Command A, mixtures of experts", width_field="intermediate_size", shares_width=True),
+        "dots1": _mixture("dots.llm1", shares_width=True),
+        "ernie4_5_moe": _mixture("ERNIE 4.5, mixtures of experts", shares_width=True),
+        "exaone_moe": _mixture("EXAONE, mixtures of experts", shares_width=True),
         "flex_olmo": _mixture("FlexOlmo", width_field="intermediate_size"),
+        "glm4_moe": _mixture("GLM-4.5 and later, mixtures of experts", shares_width=True),
+        "hunyuan_v1_moe": _mixture("Hunyuan, mixtures of experts", width_field="intermediate_size", shares_width=True),
         "mellum": _mixture("Mellum, mixtures of experts"),
+        "minimax_m2": _mixture("MiniMax-M2", **_BLOCK_SPARSE),
         "mixtral": _mixture("Mixtral", **_BLOCK_SPARSE),
         "olmoe": _mixture("OLMoE", width_field="intermediate_size"),
         "phimoe": _mixture("Phi-3.5, mixtures of experts", **_BLOCK_SPARSE),
         "qwen2_moe": _mixture("Qwen1.5, Qwen2, mixtures of experts"),
         "qwen3_moe": _mixture("Qwen3, mixtures of experts"),
         "qwen3_next": _mixture("Qwen3-Next", other_attention="linear_attn"),
+        "solar_open": _mixture("Solar Open", shares_width=True),
         "qwen3_5_moe_text": _mixture(
             "Qwen3.5, Qwen3.6, mixtures of experts, text alone", other_attention="linear_attn"
         ),

@@ -118,7 +118,7 @@ class _Layer:
         self._same(calls["mlp"].gave, calls["down_proj"].gave, "what the FFN gives is not what down_proj gives")
 
     def _verify_experts(self, experts: Experts, calls: _Calls) -> None:
-        name = self.architecture.ffn_name(self.index)
+        name = self.architecture.ffn_name(self.index, self.layer)
         if calls.count != 1 or len(calls.args) != 3:
             raise self._refusal(
                 f"{name} is called {calls.count} times with {len(calls.args)} arguments in one forward pass, not once with "

@@ -65,16 +65,11 @@ def put_layers(model: PreTrainedModel, config: LoRAPConfig) -> dict[str, tuple[i
 def _put_width(model: PreTrainedModel, name: str, width: int) -> list[str]:
     """An FFN, or the experts of a layer, of another width; returns the names of their tensors in ``model``."""
     architecture = ARCHITECTURES.get(model.config.model_type)
-    if architecture is None or architecture.packed is None:
-        resize_mlp(model, name, width)
-        return [f"{name}.{role}.weight" for role in MLP]
-    module = _module(model, name)
-    if not name.endswith(f".{architecture.packed.path}"):
-        raise CheckpointError(
-            f"quantization_config names {named(name)}, which is a {type(module).__name__}, not the experts of a layer"
-        )
-    Experts(module).resize(width)
-    return [f"{name}.{leaf}" for leaf in (GATE_UP, DOWN)]
+    if architecture is not None and architecture.packed and name.endswith(f".{architecture.packed.path}"):
+        Experts(_module(model, name)).resize(width)
+        return [f"{name}.{leaf}" for leaf in (GATE_UP, DOWN)]
+    resize_mlp(model, name, width)
+    return [f"{name}.{role}.weight" for role in MLP]
 
 
 def join_model(model: PreTrainedModel) -> None:

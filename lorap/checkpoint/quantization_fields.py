@@ -55,7 +55,8 @@ class QuantizationFields(_Fields):
         ranks: rank of each low-rank projection, by full module name.
         intermediate_sizes: width of each FFN, by full module name, where it differs from ``config.intermediate_size``.
         biases: full names of linear layers that have a bias although the model's own config gives them none.
-        dense_intermediate_size: FFN width before compression, so that the kept share can be told from the checkpoint alone.
+        dense_intermediate_size: FFN width before compression, so that the kept share can be told from the checkpoint alone; None
+            where layers had different ones, which the model's own config still says.
         sparsity: what was asked for.
         recipe: what was run.
         lorap_version: what ran it.

@@ -121,6 +121,7 @@ class CheckedFolder:
         config: the same as transformers reads it, but for what the tensors say better: whether the head is the embedding.
         tensors: all that the weight files hold, by name.
         compression: what lorap has done to the model; None for others.
+        widths: of each layer's FFN as config.json alone has it; empty where lorap does not know the family.
     """
 
     folder: Path
@@ -128,6 +129,7 @@ class CheckedFolder:
     config: Any
     tensors: Mapping[str, StoredTensor]
     compression: LoRAPConfig | None = None
+    widths: Sequence[int] = ()
 
     @property
     def headers(self) -> dict[str, TensorInfo]:
@@ -171,6 +173,7 @@ def check_folder(folder: Path) -> CheckedFolder:
             stacklevel=2,
         )
     model = empty_model(config)
+    widths = ARCHITECTURES[config.model_type].ffn_widths(model) if known else []
     wanted = put_layers(model, compression) if compression else {}
     tensors = pack_experts(model, renamed(model, tensors))
     if known and not compression:
@@ -190,7 +193,7 @@ def check_folder(folder: Path) -> CheckedFolder:
         check_unused(model, tensors, unused)
     _check_total(model, headers, 1 if known and not read else MAX_PACKED)
     untie_stored_head(model, config, tensors)
-    return CheckedFolder(folder, settings, config, tensors, compression)
+    return CheckedFolder(folder, settings, config, tensors, compression, widths)
 
 
 def _check_neighbours(folder: Path) -> None:

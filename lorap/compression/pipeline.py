@@ -162,7 +162,8 @@ class Run:
             for text, dense_loss, behind in zip(texts, before, judged, strict=True):
                 report.add_evaluation(dense_loss, evaluate_stream(context, behind, text))
         model.tie_weights()
-        describe_in_config(context, plan.layers, config)
+        dense_widths = [one.shape_before[1] for one in report.by_role("down_proj")]
+        describe_in_config(context, plan.layers, config, dense_widths=dense_widths)
         self._measure(report)
         return report
 

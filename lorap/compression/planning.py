@@ -268,7 +268,7 @@ def plan_by_shape(dense: DenseModel, config: CompressionConfig) -> list[LayerPla
         width = stock_width(shapes[0], config, multiple=multiple)
         return [LayerPlan(ranks={}, intermediate_size=width) for _ in shapes]
     if config.allocation in ("paper", "even"):
-        return [plan_layer(shape, config, packed=dense.packed) for shape in shapes]
+        return [plan_layer(shape, config, packed=packed) for shape, packed in zip(shapes, dense.mixtures, strict=True)]
     return None
 
 

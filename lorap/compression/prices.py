@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -38,6 +39,7 @@ from lorap.distributed import Processes
 from lorap.requirements import compressed_roles, priced_roles
 
 Key = tuple[int, str]  # (layer index, role); the FFN of a layer goes by the name of its down projection
+Kind = tuple[str, Shape, int, bool]  # role, shape, how many matrices of a layer, whether they are experts of a mixture
 Noise = dict[int, Tensor]  # what rounding costs, by bits: of a matrix, or of each channel of the FFN
 
 # Second moments of so few tokens are noisy; prices need less accuracy than factors do.
@@ -60,25 +62,29 @@ class Prices:
         self.curves: dict[Key, list[Candidate]] = {}
         self.noise: dict[Key, Noise] = {}
         roles = compressed_roles(config)
-        sizes = [
-            math.prod(shape[role]) * (experts if role in MLP else 1)
-            for shape, experts in zip(self.shapes, dense.experts, strict=True)
+        self.total = sum(
+            math.prod(shape[role]) * self._experts(index, role)
+            for index, shape in enumerate(self.shapes)
             for role in roles
             if role in shape
-        ]
-        self.total = sum(sizes)
-        uniform = config.shapes == "uniform"
-        self.multiples = {}
-        for role in (*ATTENTION, "down_proj"):
-            if having := [shape[role] for shape in self.shapes if role in shape]:
-                together = len(having) if uniform else 1
-                self.multiples[role] = _multiple(role, having[0], config, total=self.total, together=together)
-        if dense.packed:
-            # Over all experts of a layer one channel is many parameters, and rows are whole blocks.
-            shape, experts = self.shapes[0]["down_proj"], dense.experts[0]
-            together = experts * (len(self.shapes) if uniform else 1)
-            multiple = _multiple("down_proj", shape, config, total=self.total, together=together)
-            self.multiples["down_proj"] = math.lcm(multiple, row_multiple(shape[1]))
+        )
+        layers, cut = range(len(self.shapes)), (*ATTENTION, "down_proj")
+        kinds = Counter(self._kind(i, role) for i in layers for role in cut if role in self.shapes[i])
+        self.multiples = {kind: self._multiple(kind, alike) for kind, alike in kinds.items()}
+
+    def _kind(self, index: int, role: str) -> Kind:
+        return role, self.shapes[index][role], self._experts(index, role), role in MLP and self.dense.mixtures[index]
+
+    def _experts(self, index: int, role: str) -> int:
+        return self.dense.experts[index] if role in MLP else 1
+
+    def _multiple(self, kind: Kind, alike: int) -> int:
+        """What sizes of matrices of one kind, of which there are ``alike``, are multiples of."""
+        role, shape, experts, packed = kind
+        # Over all experts of a layer one channel is many parameters, and rows are whole blocks.
+        together = experts * (alike if self.config.shapes == "uniform" else 1)
+        multiple = _multiple(role, shape, self.config, total=self.total, together=together)
+        return math.lcm(multiple, row_multiple(shape[1])) if packed else multiple
 
     def add(self, index: int, role: str, weight: Tensor, sensitivity: Sensitivity, metric: Tensor) -> None:
         """The candidates of one matrix, or of the FFN that ends with it; of gate and up, what their rounding costs.
@@ -169,7 +175,7 @@ class Prices:
 
     def _candidates(self, index: int, role: str, tail: Tensor, order: Tensor | None = None) -> list[Candidate]:
         """By the cost at each size, from 0 on; in the unit of the budget."""
-        shape, multiple = self.shapes[index][role], self.multiples[role]
+        shape, multiple = self.shapes[index][role], self.multiples[self._kind(index, role)]
         if role == "down_proj":
             candidates = width_candidates(shape[0], tail, matrices=3 * self.dense.experts[index], multiple=multiple)
         else:
@@ -237,7 +243,7 @@ class Prices:
 
     def smallest(self) -> dict[Key, Candidate]:
         """The smallest candidates of all matrices, which no weight has a say in."""
-        roles = [role for role in self.multiples if role in priced_roles(self.config)]
+        roles = [role for role in (*ATTENTION, "down_proj") if role in priced_roles(self.config)]
         found = {}
         for index, shapes in enumerate(self.shapes):
             for role in [role for role in roles if role in shapes]:
@@ -259,13 +265,14 @@ class Prices:
             key: gathered[key] for key in sorted(gathered, key=lambda key: (-key[0], PROJECTIONS.index(key[1])))
         }
         if self.config.shapes == "uniform" and self.config.sparsity > 0:
-            roles = dict.fromkeys(role for _, role in self.curves)  # a set would break ties by the hash seed
-            layers = range(len(self.shapes))
-            of_role = {role: [self.curves[i, role] for i in layers if (i, role) in self.curves] for role in roles}
+            # Layers that are alike in the dense model stay alike; a set would break ties by the hash seed.
+            kinds = dict.fromkeys(self._kind(*key) for key in self.curves)
+            alike = {kind: [key for key in sorted(self.curves) if self._kind(*key) == kind] for kind in kinds}
             shared = allocate_budget(
-                {role: shared_across_layers(curves) for role, curves in of_role.items()}, self.budget
+                {kind: shared_across_layers([self.curves[key] for key in keys]) for kind, keys in alike.items()},
+                self.budget,
             )
-            taken = {(index, role): shared[role] for index, role in self.curves}
+            taken = {key: shared[self._kind(*key)] for key in self.curves}
         else:
             taken = allocate_budget(self.curves, self.budget)
         return [self._layer_plan(index, taken) for index in range(len(self.shapes))]

@@ -18,13 +18,16 @@ from lorap.version import __version__
 _logger = logging.getLogger(__name__)
 
 
-def describe_in_config(context: DecoderContext, plans: Sequence[LayerPlan], config: CompressionConfig) -> None:
+def describe_in_config(
+    context: DecoderContext, plans: Sequence[LayerPlan], config: CompressionConfig, *, dense_widths: Sequence[int]
+) -> None:
     """Write the new shapes into the model's config: of a lorap checkpoint, or of a stock one.
 
     Args:
         context: the compressed model.
         plans: one per decoder layer.
         config: what was done.
+        dense_widths: of each layer's FFN, before.
     """
     model, architecture = context.model, context.architecture
     ranks = {
@@ -34,16 +37,15 @@ def describe_in_config(context: DecoderContext, plans: Sequence[LayerPlan], conf
     }
     widths = [plan.intermediate_size for plan in plans]
     text = text_config(model.config)
-    dense_width = getattr(text, architecture.width_field)
     biases = _new_biases(context, config)
     # A host without lorap would leave the added biases out and only warn; at widths unlike the config's it refuses.
-    uniform = len(set(widths)) == 1 and not biases
+    uniform = len(set(widths)) == 1 and not biases and _has_one_width(context, dense_widths)
     if uniform:
         setattr(text, architecture.width_field, widths[0])
-    sizes = {architecture.ffn_name(index): width for index, width in enumerate(widths)}
+    sizes = {architecture.ffn_name(i, context.layers[i]): width for i, width in enumerate(widths)}
     # What a family stores as one matrix is stored in parts now, which no host but lorap looks for.
     split = bool(architecture.fused)
-    changed = split or ranks or widths != [dense_width] * len(widths) or config.bits is not None
+    changed = split or ranks or widths != [*dense_widths] or config.bits is not None
     if split:
         matrices = " and ".join(f"{whole} as {', '.join(parts)}" for whole, parts in architecture.fused.values())
         _logger.info(
@@ -56,7 +58,7 @@ def describe_in_config(context: DecoderContext, plans: Sequence[LayerPlan], conf
         shapes = LoRAPConfig(
             ranks=ranks,
             intermediate_sizes={} if uniform and not split else sizes,
-            dense_intermediate_size=dense_width,
+            dense_intermediate_size=dense_widths[0] if len(set(dense_widths)) == 1 else None,
             storage=config.storage if ranks else "factors",
             biases=biases,
             weights=weights,
@@ -67,6 +69,14 @@ def describe_in_config(context: DecoderContext, plans: Sequence[LayerPlan], conf
             lorap_version=__version__,
         )
         attach_quantization_config(model, shapes)
+
+
+def _has_one_width(context: DecoderContext, dense_widths: Sequence[int]) -> bool:
+    """Whether the field of the config with the width of FFNs, or experts, is that of all layers and of nothing else."""
+    architecture = context.architecture
+    if architecture.packed and (architecture.packed.shares_width or not all(map(architecture.experts, context.layers))):
+        return False
+    return len(set(dense_widths)) == 1
 
 
 def _bits(context: DecoderContext, plans: Sequence[LayerPlan], config: CompressionConfig) -> tuple[str, dict[str, int]]:

@@ -74,7 +74,7 @@ class DenseModel:
         itemsize: bytes of a number.
         other_bytes: of all that is no projection: embeddings, norms, the head.
         experts: of each layer's FFN; 1 where it is one.
-        packed: FFNs are mixtures of experts, be it of one.
+        mixtures: whether each layer's FFN is a mixture of experts, be it of one.
     """
 
     config: PreTrainedConfig
@@ -83,7 +83,7 @@ class DenseModel:
     itemsize: int
     other_bytes: int
     experts: Sequence[int]
-    packed: bool
+    mixtures: Sequence[bool]
 
     @classmethod
     def of(cls, model: PreTrainedModel, architecture: Architecture) -> DenseModel:
@@ -92,19 +92,23 @@ class DenseModel:
         linears = [architecture.linears(layer) for layer in layers]
         names = (architecture.module_name(index, role) for index, layer in enumerate(linears) for role in layer)
         own = {f"{name}.{leaf}" for name in names for leaf in ("weight", "bias")}
-        if architecture.packed:
-            own |= {
-                f"{architecture.ffn_name(index)}.{leaf}" for index in range(len(layers)) for leaf in (GATE_UP, DOWN)
-            }
+        experts = [architecture.experts(layer) for layer in layers]
+        packed = [architecture.ffn_name(index, layers[index]) for index, found in enumerate(experts) if found]
+        own |= {f"{name}.{leaf}" for name in packed for leaf in (GATE_UP, DOWN)}
         return cls(
             config=model.config,
             shapes=[architecture.shapes(layer) for layer in layers],
             biases=[frozenset(role for role, each in layer.items() if each.bias is not None) for layer in linears],
             itemsize=model.dtype.itemsize,
             other_bytes=sum(nbytes(tensor) for name, tensor in model_tensors(model) if name not in own),
-            experts=[found.count if (found := architecture.experts(layer)) else 1 for layer in layers],
-            packed=architecture.packed is not None,
+            experts=[found.count if found else 1 for found in experts],
+            mixtures=[found is not None for found in experts],
         )
+
+    @property
+    def packed(self) -> bool:
+        """Whether some FFN is a mixture of experts."""
+        return any(self.mixtures)
 
     @property
     def weights(self) -> int:

@@ -67,7 +67,7 @@ def describe_model(source: ModelSource) -> dict[str, Any]:
     settings = checked.compression if checked else None
     packed = packed_shapes(read_files(source.folder)) if settings and settings.group_size else {}
     parameters, scale_bytes = _parameters(tensors, packed)
-    origin, after = _origin(source, settings, parameters)
+    origin, after = _origin(source, settings, parameters, getattr(checked, "widths", ()))
     before, width = origin.params, origin.width
     text = config.get("text_config", config)
     family = ARCHITECTURES.get(str(config.get("model_type")))
@@ -128,7 +128,7 @@ class _Origin:
     Args:
         compressed: whether lorap has compressed it.
         params: of the dense model, by kind; None where a report is there and not of this model.
-        width: FFN width of the dense model.
+        width: FFN width of the dense model; None where layers differ.
         recipe: of the compression.
         sparsity: of the compression.
     """
@@ -141,12 +141,19 @@ class _Origin:
 
 
 def _origin(
-    source: ModelSource, settings: QuantizationFields | None, tensors: Mapping[str, TensorInfo]
+    source: ModelSource,
+    settings: QuantizationFields | None,
+    tensors: Mapping[str, TensorInfo],
+    config_widths: Sequence[int],
 ) -> tuple[_Origin, Mapping[str, int]]:
-    """Where a model comes from, by its marks, or where these say nothing of sizes by its report; and parameters by kind now."""
+    """Where a model comes from, by its marks, or where these say nothing of sizes by its report; and parameters by kind now.
+
+    Where the layers of the dense model have FFNs of several widths, its config still says them.
+    """
     width = settings.dense_intermediate_size if settings else None
-    before, after = _count(tensors, width, added_biases=settings.biases if settings else ())
-    if settings is not None and width is not None:
+    own = config_widths if settings and settings.intermediate_sizes and width is None else ()
+    before, after = _count(tensors, own or width, added_biases=settings.biases if settings else ())
+    if settings is not None and (own or width is not None):
         return _Origin(True, before, width, settings.recipe, settings.sparsity), after
     if source.folder is None or not (source.folder / REPORT).is_file():
         return _Origin(settings is not None, before), after
@@ -213,11 +220,12 @@ def format_info(info: Mapping[str, Any]) -> str:
         )
     size = f"{info['bytes'] / 1e6:,.1f} MB ({', '.join(info['dtypes'])})"
     head = f"{info['model']}: {info['model_type']}, {info['params']:,} parameters, {size}"
-    if info["params_before"] and (info["dense_intermediate_size"] or info["ranks"]):
+    if info["params_before"] and (info["dense_intermediate_size"] or info["ranks"] or info["sparsity"]):
         width = "-".join(map(str, info["intermediate_size"]))
+        dense = f" of {info['dense_intermediate_size']}" if info["dense_intermediate_size"] else ""
         head += (
             f"\ncompressed by lorap, recipe {info['recipe']}, sparsity {info['sparsity']}: {info['param_ratio']:.4f} of the "
-            f"attention and FFN parameters kept, FFN width {width} of {info['dense_intermediate_size']}"
+            f"attention and FFN parameters kept, FFN width {width}{dense}"
         )
         if info["storage"] == "pivoted":
             head += f"\nlow-rank layers are pivoted; their row index takes {info['index_bytes'] / 1e3:,.1f} kB"
@@ -263,9 +271,15 @@ def _is_int8(tensors: Mapping[str, TensorInfo], layer: str) -> bool:
 
 
 def _count(
-    tensors: Mapping[str, TensorInfo], dense_width: int | None, *, added_biases: Sequence[str] = ()
+    tensors: Mapping[str, TensorInfo], dense_widths: int | Sequence[int] | None, *, added_biases: Sequence[str] = ()
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Parameters by kind, in the dense model and now. A low-rank layer was as large as its outer shape says."""
+    """Parameters by kind, in the dense model and now. A low-rank layer was as large as its outer shape says.
+
+    Args:
+        tensors: now, by name.
+        dense_widths: of FFNs in the dense model, one for all or one for each layer; None where they are as they were.
+        added_biases: of linear layers that had none.
+    """
     before: dict[str, int] = defaultdict(int)
     after: dict[str, int] = defaultdict(int)
     for name, tensor in tensors.items():
@@ -282,13 +296,20 @@ def _count(
             pass  # counted with its right factor
         elif name.endswith("bias") and name.rpartition(".")[0] in added_biases:
             pass  # it was not there before
-        elif dense_width and kind in ("gate_proj", "up_proj") and tensor.numel:
-            before[kind] += tensor.numel // max(tensor.shape[:1], default=1) * dense_width
-        elif dense_width and kind == "down_proj" and len(tensor.shape) == 2:
-            before[kind] += tensor.shape[0] * dense_width
+        elif dense_widths and kind in ("gate_proj", "up_proj") and tensor.numel:
+            before[kind] += tensor.numel // max(tensor.shape[:1], default=1) * _width_at(name, dense_widths)
+        elif dense_widths and kind == "down_proj" and len(tensor.shape) == 2:
+            before[kind] += tensor.shape[0] * _width_at(name, dense_widths)
         else:
             before[kind] += tensor.numel
     return before, after
+
+
+def _width_at(name: str, widths: int | Sequence[int]) -> int:
+    """That of the layer which a projection is of: the first number in its name."""
+    if isinstance(widths, int):
+        return widths
+    return widths[next(int(part) for part in name.split(".") if part.isdecimal())]
 
 
 def single_projections(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:

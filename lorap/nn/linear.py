@@ -6,6 +6,7 @@ What a checkpoint holds of it is in :mod:`lorap.nn.low_rank_tensors`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -293,6 +294,22 @@ def weight_of(linear: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
 def count_parameters(model: nn.Module) -> int:
     """Elements of all parameters, quantized ones included; tied ones count once, as they are saved once."""
     packed = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-    return sum(parameter.numel() for parameter in model.parameters()) + sum(
+    return sum(tensor.numel() for _, tensor in model_numbers(model)) + sum(
         linear.out_features * linear.in_features for linear in packed
     )
+
+
+def model_numbers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters by name, and buffers of transformers' own modules that a file holds as it holds those; tied ones come once.
+
+    Such a buffer is the bias by which routers choose experts, which training moves without a gradient. One of a single number
+    would count as a guard where it is stored, so it counts as none here.
+    """
+    yield from model.named_parameters()
+    for path, module in model.named_modules():
+        if type(module).__module__.startswith("lorap."):
+            continue
+        for name, buffer in module._buffers.items():
+            stored = buffer is not None and name not in module._non_persistent_buffers_set
+            if stored and buffer.is_floating_point() and buffer.shape != (1,):  # type: ignore[union-attr]
+                yield f"{path}.{name}", buffer  # type: ignore[misc]

@@ -17,6 +17,7 @@ from lorap.compression.allocation import Shape
 from lorap.compression.stored_bytes import DenseModel
 from lorap.errors import ArchitectureError, CheckpointError
 from lorap.evaluation.info import gguf_tensors, kinds_of
+from lorap.nn.linear import model_numbers
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class ModelShape:
                 f"{source.name} has no decoder layers, or layers of different shapes, which plan does not know"
             )
         params, stored = Counter[str](), Counter[str]()
-        for key, parameter in model.named_parameters():
+        for key, parameter in model_numbers(model):
             for kind in kinds_of(key):
                 params[kind] += parameter.numel() // len(kinds_of(key))
         for key, info in tensors.items():

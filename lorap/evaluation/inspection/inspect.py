@@ -153,7 +153,7 @@ def _matrices(
     found = {role: [_Matrix(linear.weight.data, norms.get(role))] for role, linear in linears.items()}
     if (experts := architecture.experts(layer)) is None:
         return found
-    name = architecture.ffn_name(index)
+    name = architecture.ffn_name(index, layer)
     check_finite((f"{name}.{leaf}", getattr(experts.module, leaf).data) for leaf in (GATE_UP, DOWN))
     routed = RoutedTokens.record(stream, index, layer, experts) if stream else None
     each_expert = [_of_expert(routed, index, experts, expert) for expert in range(experts.count)]
