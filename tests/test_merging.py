@@ -26,6 +26,7 @@ Merge = Callable[[Any], Any]
 MERGES: list[Merge] = [merge_shared_inputs, optimize_for_inference]
 KINDS = ["dense", "compressed", "factorized-ffn"]
 QKV = ("q_proj", "k_proj", "v_proj")
+GATE_AND_UP = ("gate_proj", "up_proj")
 
 needs_cpu_kernels = pytest.mark.skipif(not native.HAS_CPU, reason="lorap/_native.so is not built")
 merges = pytest.mark.parametrize("merge", MERGES, ids=lambda merge: merge.__name__)
@@ -500,6 +501,8 @@ def test_an_ffn_of_another_activation_stays_as_it_is(named: str, merge: Merge, m
         merge(model)
         assert not any(isinstance(module, GatedMLP) for module in model.modules())
         torch.testing.assert_close(model(tokens).logits, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    kind = Linear if merge is optimize_for_inference else torch.nn.Linear
+    assert {type(layer.mlp.get_submodule(role)) for layer in model.model.layers for role in GATE_AND_UP} == {kind}
 
 
 @merges

@@ -9,6 +9,7 @@ namespace {
 struct Avx2 {
   using Packed = float;
   using Acc = __m256;
+  static constexpr int kStreams = 4;   // 1.2 times as fast as 2 on Zen 2, and even with 8
   static constexpr int kTileRows = 2;  // 2 rows x 4 tokens = 8 of 16 registers hold sums
   static constexpr int kSums = 8;
   static Acc zero() { return _mm256_setzero_ps(); }

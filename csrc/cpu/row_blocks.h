@@ -14,8 +14,10 @@
 
 namespace lorap::cpu {
 
-// Rows whose outputs are finished together: bias, activation and rounding run over vectors of this length.
-constexpr int64_t kBlock = 16;
+// Rows that are read, and whose outputs are finished, together: bias, activation and rounding run over vectors of this
+// length. At one token 64 are 1.1 times as fast as 16 with 1024 bfloat16 columns and 1.5 times with 288, on Zen 2 (the
+// streams of dot_tile.h are longer), and even with 4096.
+constexpr int64_t kBlock = 64;
 
 // Weights of 16 bits that are worth waking another thread for (about 5 us of reading from memory).
 constexpr int64_t kGrainWeights = 1 << 16;
@@ -82,15 +84,17 @@ struct Rows {
 };
 
 // Calls body(job, row, rows) for blocks of rows of several weights. Threads take a chunk at a time, whoever is free: a
-// thread that wakes up late, or shares its core with another program, does less. Chunks are whole blocks, so the same
-// rows share a tile, and round alike, with any number of threads.
+// thread that wakes up late, or shares its core with another program, does less. Chunks are whole blocks, or one
+// smaller block of whole units where rows are long, so the same rows share a tile, and round alike, with any number of
+// threads.
 template <class Body>
 void for_row_blocks(const Call& call, const std::vector<Rows>& jobs, const Body& body) {
+  constexpr int64_t kUnit = 16;
   int64_t weights = 0, chunks = 0;
   std::vector<int64_t> chunk_rows;  // of each job
   for (const Rows& job : jobs) {
-    const int64_t blocks = kChunkWeights / (kBlock * std::max<int64_t>(job.weights, 1)) + 1;
-    chunk_rows.push_back(blocks * kBlock);
+    const int64_t rows = kChunkWeights / std::max<int64_t>(job.weights, 1) + 1, whole = rows < kBlock ? kUnit : kBlock;
+    chunk_rows.push_back((rows + whole - 1) / whole * whole);
     chunks += (job.count + chunk_rows.back() - 1) / chunk_rows.back();
     weights += job.count * job.weights;
   }

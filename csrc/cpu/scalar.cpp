@@ -43,6 +43,7 @@ struct ScalarLane {
     float value[8];
   };
   static constexpr int64_t kStep = 8;
+  static constexpr int kStreams = 1;
   static constexpr int kTileRows = 1;
   static constexpr int kSums = 1;
   static Acc zero() { return {}; }

@@ -207,7 +207,7 @@ def optimize_for_inference(model: Model, *, dtype: torch.dtype | None = None) ->
     merge_shared_inputs(model)
     architecture = known_architecture(model, to="merge the projections of", experts=True)
     for layer in architecture.decoder_layers(model):
-        for role in {"o_proj", "down_proj"} & {*architecture.roles(layer)}:
+        for role in _alone(layer, architecture):
             _swap_linear(layer, architecture.projections[role])
         fuse_decoder_layer(layer)
     if isinstance(getattr(model, "lm_head", None), nn.Linear):
@@ -237,6 +237,13 @@ def _merge_attention(layer: nn.Module, architecture: Architecture) -> None:
     ours = all(isinstance(member, (LowRankLinear, Linear)) for member in members)
     if ours and any(member.group is None for member in members):
         SharedInput(members)
+
+
+def _alone(layer: nn.Module, architecture: Architecture) -> list[str]:
+    """The projections that no op of several computes: o and down; gate and up where the activation is not SiLU."""
+    fused = isinstance(layer.get_submodule(architecture.mlp), GatedMLP)
+    together = SHARED_INPUTS["attention_input"] + (SHARED_INPUTS["mlp_input"] if fused else ())
+    return [role for role in architecture.roles(layer) if role not in together]
 
 
 def _is_silu(activation: Any) -> bool:
