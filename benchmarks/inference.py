@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,14 @@ CONTENDERS = {
 
 
 class Clock(StoppingCriteria):
-    """Never stops; takes the time after each token."""
+    """Never stops; takes the time after each token, by ``now`` or a clock on the wall."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] | None = None) -> None:
         self.times: list[float] = []
+        self.now = now or time.perf_counter
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_options: Any) -> torch.Tensor:
-        self.times.append(time.perf_counter())
+        self.times.append(self.now())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
@@ -70,13 +72,20 @@ def build(size: Size, contender: str) -> Any:
 
 
 @torch.inference_mode()
-def decode_rate(model: Any, new_tokens: int) -> float:
-    """Tokens per second, from the first generated token to the last."""
-    clock = Clock()
-    ids = torch.arange(PROMPT_TOKENS, device=model.device)[None]
+def decode_rate(
+    model: Any,
+    new_tokens: int,
+    *,
+    sequences: int = 1,
+    prompt: int = PROMPT_TOKENS,
+    now: Callable[[], float] | None = None,
+) -> float:
+    """Tokens per second of all sequences together, from the first generated token to the last."""
+    clock = Clock(now)
+    ids = torch.arange(prompt, device=model.device).expand(sequences, prompt)
     options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
     model.generate(ids, attention_mask=torch.ones_like(ids), stopping_criteria=StoppingCriteriaList([clock]), **options)
-    return (len(clock.times) - 1) / (clock.times[-1] - clock.times[0])
+    return sequences * (len(clock.times) - 1) / (clock.times[-1] - clock.times[0])
 
 
 def measure(size: Size, *, rounds: int, new_tokens: int, label: str) -> list[dict[str, Any]]:

@@ -1,24 +1,29 @@
-"""Decoding of a small model in 8 bits, lorap in transformers beside llama.cpp, in one run.
+"""Decoding in 16, 8 and 4 bits, lorap in transformers beside llama.cpp, in one run.
 
-    python benchmarks/inference_step.py --threads 2       SmolLM2-135M's shapes, a minute on two cores
+    python benchmarks/inference_step.py                   both models, some minutes on a core
+    python benchmarks/inference_step.py --models LLaMA-7B --types int4 --sequences 8
     python benchmarks/inference_step.py --quick           a tiny model, seconds: to see that it works
     python benchmarks/inference_step.py --out FOLDER      where the table and the JSON go
 
-Contenders: the dense model in llama.cpp, Q8_0; at sparsity 0.5 in int8, after ``optimize_for_inference``, with a step of a
-decoder layer in one call, and with the layers' own forward in its place; the dense model in int8. Batch 1, greedy, 16 tokens of
-prompt, bfloat16 between the layers. Weights are random: speed does not depend on the values. All are loaded at the same time,
-and every round asks each once, so that a machine that slows down slows all of them; ratios are medians over rounds of the
-ratio within a round.
+Contenders, for each storage of weights: the dense model in llama.cpp; at sparsity 0.5 after ``optimize_for_inference``, where a
+step of a decoder layer is one call; the dense model likewise; with --op-by-op the layers' own forward as well. One sequence and
+eight at once, greedy, bfloat16 between the layers. Weights are random: speed does not depend on the values. All of one storage
+are loaded at the same time, and every round asks each once, for a moment, so that a machine that slows down slows all of them;
+ratios are medians over rounds of the ratio within a round. With one thread, seconds are those that the process computes, so
+that other programs count as little as they can; with more, those on the wall. What --out holds of other models and storages
+stays.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import contextlib
 import platform
 import statistics
+import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,34 +36,54 @@ from inference_models import MODELS, QUICK, Size
 from random_models import decoder_layers, random_model
 
 import lorap
-from lorap.jsonio import write_json
+from lorap.jsonio import read_json, write_json
 from lorap.nn import native
 from lorap.nn.quantized import QuantizedLinear, packed_linears
 
-BITS, GROUP = 8, 64
-PEER, PROMPT = "llama.cpp, dense, Q8_0", 16
-LORAP = {
-    "lorap, sparsity 0.5, int8": (0.5, True),
-    "the same, op by op": (0.5, False),
-    "lorap, dense, int8": (0.0, True),
-}
+GROUP, PROMPT, CONTEXT = 64, 2, 256
+# With few words: the head has 16 bits in lorap and fewer in llama.cpp, and four layers have as large a one as all 32.
+SIZES = {"SmolLM2-135M": MODELS["SmolLM2-135M"], "LLaMA-7B": Size("llama-7b", 4, 1024, False)}
+# Bits of a weight in lorap, and what llama.cpp calls them.
+TYPES = {"bf16": (16, None), "int8": (8, "Q8_0"), "int4": (4, "Q4_0")}
+PEER = "llama.cpp, dense"
+# Sparsity, and whether a step is one call.
+LORAP = {"lorap, sparsity 0.5": (0.5, True), "lorap, dense": (0.0, True)}
+OP_BY_OP = {"lorap, sparsity 0.5, op by op": (0.5, False)}
 
 
-def rounded(size: Size, sparsity: float, in_one_call: bool) -> Any:
-    """A model with random numbers of 8 bits in its decoder layers."""
+def stored(size: Size, sparsity: float, bits: int) -> Any:
+    """A model with random numbers of so many bits in its decoder layers."""
     options = {"layers": size.layers, "vocab_size": size.vocab_size, "tie": size.tie}
     model = random_model(size.shapes, sparsity, torch.bfloat16, **options)
     random_model.cache_clear()
-    for name, linear in list(packed_linears(model)):
+    for name, linear in list(packed_linears(model)) if bits < 16 else ():
         rows, columns = linear.weight.shape
-        numbers = torch.randint(-127, 128, (rows, columns), dtype=torch.int32)
-        scales = torch.full((rows, -(-columns // GROUP)), columns**-0.5 / 100, dtype=torch.bfloat16)
-        model.set_submodule(name, QuantizedLinear.from_numbers(numbers, scales, bits=BITS, group_size=GROUP))
-    lorap.optimize_for_inference(model)
-    for layer in decoder_layers(model):
-        if not in_one_call:
-            layer.__class__ = type(layer).layer_class
-    return model.eval()
+        half = 2 ** (bits - 1)
+        numbers = torch.randint(-half, half, (rows, columns), dtype=torch.int32)
+        scales = torch.full((rows, -(-columns // GROUP)), columns**-0.5 / half, dtype=torch.bfloat16)
+        model.set_submodule(name, QuantizedLinear.from_numbers(numbers, scales, bits=bits, group_size=GROUP))
+    return lorap.optimize_for_inference(model).eval()
+
+
+@contextlib.contextmanager
+def op_by_op(model: Any) -> Iterator[None]:
+    """The decoder layers' own forward."""
+    layers = decoder_layers(model)
+    kinds = [type(layer) for layer in layers]
+    for layer, kind in zip(layers, kinds, strict=True):
+        layer.__class__ = kind.layer_class
+    yield
+    for layer, kind in zip(layers, kinds, strict=True):
+        layer.__class__ = kind
+
+
+def gguf(size: Size, quantize: str | None, folder: Path) -> Path:
+    """The dense model as a file for llama.cpp."""
+    options = {"layers": size.layers, "vocab_size": size.vocab_size, "tie": size.tie}
+    dense = random_model(size.shapes, 0.0, torch.float16, **options)
+    random_model.cache_clear()
+    dense.config.max_position_embeddings = 2048
+    return next(lorap.export_gguf(dense, folder, tokenizer=byte_tokenizer(), quantize=quantize).glob("*.gguf"))
 
 
 def bytes_of(model: Any) -> int:
@@ -66,72 +91,110 @@ def bytes_of(model: Any) -> int:
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
-def measure(size: Size, rounds: int, new_tokens: int, threads: int, scratch: Path) -> list[dict[str, Any]]:
-    """One row per contender, after one round to warm up."""
-    dense = random_model(size.shapes, 0.0, torch.float16, layers=size.layers, vocab_size=size.vocab_size, tie=size.tie)
-    random_model.cache_clear()
-    dense.config.max_position_embeddings = 2048
-    file = next(lorap.export_gguf(dense, scratch, tokenizer=byte_tokenizer(), quantize="Q8_0").glob("*.gguf"))
-    host = Host(file, threads=threads)
-    models = {name: rounded(size, *how) for name, how in LORAP.items()}
-    sizes = {PEER: file.stat().st_size} | {name: bytes_of(model) for name, model in models.items()}
+def measure(label: str, size: Size, kind: str, options: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
+    """One row per contender and number of sequences, after one round to warm up."""
+    bits, quantize = TYPES[kind]
+    file = gguf(size, quantize, scratch)
+    host = Host(file, threads=options.threads, context=CONTEXT, sequences=max(options.sequences))
+    contenders = LORAP | (OP_BY_OP if options.op_by_op else {})
+    models = {sparsity: stored(size, sparsity, bits) for sparsity, _ in LORAP.values()}
+    sizes = {PEER: file.stat().st_size} | {name: bytes_of(models[how[0]]) for name, how in contenders.items()}
+    now = time.process_time if options.threads == 1 else time.perf_counter
 
-    def ours(model: Any) -> Callable[[], float]:
-        return lambda: decode_rate(model, new_tokens)
+    def seconds(number: int, sequences: int) -> float:
+        start = now()
+        host.generate(PROMPT, number, sequences=sequences)
+        return now() - start
 
-    ask: dict[str, Callable[[], float]] = {PEER: lambda: host.speed(PROMPT, new_tokens)["predicted_per_second"]}
-    ask |= {name: ours(model) for name, model in models.items()}
-    rates: dict[str, list[float]] = {name: [] for name in ask}
-    for turn in range(rounds + 1):
-        for name, rate in ask.items():
-            found = rate()
+    def theirs(sequences: int) -> float:
+        steps = options.new_tokens - 1
+        return sequences * steps / (seconds(options.new_tokens, sequences) - seconds(1, sequences))
+
+    def ours(sparsity: float, in_one_call: bool) -> Callable[[int], float]:
+        def rate(sequences: int) -> float:
+            with contextlib.nullcontext() if in_one_call else op_by_op(models[sparsity]):
+                return decode_rate(models[sparsity], options.new_tokens, sequences=sequences, prompt=PROMPT, now=now)
+
+        return rate
+
+    ask = {PEER: theirs} | {name: ours(*how) for name, how in contenders.items()}
+    rates: dict[tuple[int, str], list[float]] = {(count, name): [] for count in options.sequences for name in ask}
+    for turn in range(options.rounds + 1):
+        print(f"{label}, {kind}: round {turn} of {options.rounds}", file=sys.stderr, flush=True)
+        for (count, name), found in rates.items():
+            rate = ask[name](count)
             if turn:
-                rates[name].append(found)
+                found.append(rate)
     return [
         {
+            "model": label,
+            "type": kind,
+            "sequences": count,
             "contender": name,
             "weight_bytes": sizes[name],
             "tokens_per_second": statistics.median(own),
-            "against_llama_cpp": statistics.median(a / b for a, b in zip(own, rates[PEER], strict=True)),
+            "against_llama_cpp": statistics.median(a / b for a, b in zip(own, rates[count, PEER], strict=True)),
             "rounds": own,
         }
-        for name, own in rates.items()
+        for (count, name), own in rates.items()
     ]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
-    head = ["contender", "weights", "tokens/s", "x llama.cpp"]
-    lines = [
-        [
+    """Markdown; in brackets the quartiles of the ratios."""
+    head = ["model", "sequences", "weights", "contender", "MB", "tokens/s", "x llama.cpp"]
+    peers = {key(row): row["rounds"] for row in rows if row["contender"] == PEER}
+    lines = []
+    for row in rows:
+        ratios = [a / b for a, b in zip(row["rounds"], peers[key(row)], strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+        spread = "" if row["contender"] == PEER else f" ({low:.2f} to {high:.2f})"
+        kind = TYPES[row["type"]][1] or "F16"
+        what = [
+            kind if row["contender"] == PEER else row["type"],
             row["contender"],
-            f"{row['weight_bytes'] / 1e6:,.0f} MB",
-            f"{row['tokens_per_second']:.1f}",
-            f"{row['against_llama_cpp']:.2f}",
+            f"{row['weight_bytes'] / 1e6:,.0f}",
         ]
-        for row in rows
-    ]
+        speed = [f"{row['tokens_per_second']:.1f}", f"{row['against_llama_cpp']:.2f}{spread}"]
+        lines.append([row["model"], str(row["sequences"]), *what, *speed])
     return markdown(head, lines)
+
+
+def key(row: dict[str, Any]) -> tuple[str, str, int]:
+    """What is compared in one table of ratios."""
+    return row["model"], row["type"], row["sequences"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7, help="measured rounds, after one to warm up")
-    parser.add_argument("--new-tokens", type=int, default=32, help="tokens to generate in each")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of both")
+    parser.add_argument("--models", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES), help="storages of weights")
+    parser.add_argument("--sequences", nargs="+", type=int, default=[1, 8], help="at once")
+    parser.add_argument("--rounds", type=int, default=9, help="measured rounds, after one to warm up")
+    parser.add_argument(
+        "--new-tokens", type=int, default=5, help="tokens to generate in each, the first of them untimed"
+    )
+    parser.add_argument("--op-by-op", action="store_true", help="also the decoder layers' own forward")
+    parser.add_argument("--threads", type=int, default=1, help="of both")
     parser.add_argument("--quick", action="store_true", help="a tiny model only")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for inference-step.md and .json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    label, size = next(iter((QUICK if options.quick else MODELS).items()))
-    with tempfile.TemporaryDirectory() as scratch:
-        rows = measure(size, options.rounds, options.new_tokens, options.threads, Path(scratch))
     environment = {name: version(name) for name in ("xllamacpp", "transformers", "torch", "lorap")}
-    environment |= {"python": platform.python_version(), "kernels": native.quantized_cpu_isa(), "model": label}
+    environment |= {"python": platform.python_version(), "kernels": native.quantized_cpu_isa()}
     how = {"threads": options.threads, "rounds": options.rounds, "new_tokens": options.new_tokens}
     options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / "inference-step.json", {"environment": environment | how, "rows": rows})
-    (options.out / "inference-step.md").write_text(table(rows) + "\n", "utf-8")
+    path = options.out / "inference-step.json"
+    rows = read_json(path)["rows"] if path.exists() else []
+    for label, size in (QUICK if options.quick else {name: SIZES[name] for name in options.models}).items():
+        for kind in options.types:
+            with tempfile.TemporaryDirectory() as scratch:
+                made = measure(label, size, kind, options, Path(scratch))
+            rows = [row for row in rows if key(row) not in set(map(key, made))] + made
+            order = [*QUICK, *SIZES], list(TYPES)
+            rows.sort(key=lambda row: (order[0].index(row["model"]), order[1].index(row["type"]), row["sequences"]))
+            write_json(path, {"environment": environment | how, "rows": rows})
+            (options.out / "inference-step.md").write_text(table(rows) + "\n", "utf-8")
     print(table(rows))
 
 

@@ -19,12 +19,15 @@ class Host:
         letter: id of a token that is a whole character, for :meth:`logprobs`: they come with no others.
         context: tokens.
         threads: that compute.
+        sequences: that it can answer at once, each with ``context`` tokens.
     """
 
-    def __init__(self, file: Path, *, letter: int = 0, context: int = 256, threads: int = 1) -> None:
+    def __init__(
+        self, file: Path, *, letter: int = 0, context: int = 256, threads: int = 1, sequences: int = 1
+    ) -> None:
         params = xllamacpp.CommonParams()
         params.model.path = str(file)
-        params.n_ctx, params.n_parallel, params.warmup = context, 1, False
+        params.n_ctx, params.n_parallel, params.warmup = context * sequences, sequences, False
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         params.n_threads_http = 1
         params.fit_params, params.verbosity = False, 0
@@ -71,6 +74,11 @@ class Host:
         ids = [7 + index % 90 for index in range(prompt)]
         request = {"prompt": ids, "n_predict": number, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
         return dict(self.ask("completion", **request)["timings"])
+
+    def generate(self, prompt: int, number: int, *, sequences: int) -> None:
+        """``number`` tokens after each of ``sequences`` prompts, all at once, of so many tokens that it does not know."""
+        ids = [[7 + (start + index) % 90 for index in range(prompt)] for start in range(sequences)]
+        self.ask("completion", prompt=ids, n_predict=number, temperature=0, ignore_eos=True, cache_prompt=False)
 
     def tokens(self, text: str) -> list[int]:
         """Of a text, with the special ones in it, and around it where the file says so."""

@@ -67,6 +67,8 @@ def test_a_rate_counts_tokens_after_the_first(inference, tiny, monkeypatch):
     monkeypatch.setattr(inference.time, "perf_counter", lambda: next(times))
     model = inference.build(tiny, inference.OURS)
     assert inference.decode_rate(model, 5) == 4.0
+    ticks = itertools.count(step=0.5)
+    assert inference.decode_rate(model, 4, sequences=3, prompt=2, now=lambda: next(ticks)) == 6.0
     assert model.dtype == torch.bfloat16
 
 
@@ -82,6 +84,17 @@ def test_table_and_json(rows, inference, monkeypatch, tmp_path, capsys):
     found = json.loads((tmp_path / "out/inference-transformers.json").read_text("utf-8"))
     assert found["rows"] == rows
     assert (found["environment"]["host"], found["environment"]["rounds"]) == ("transformers", 3)
+
+
+def test_a_table_of_steps_compares_within_a_round(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    step = pytest.importorskip("inference_step", reason="llama.cpp is not installed", exc_type=ImportError)
+    of_all = {"model": "tiny", "type": "int4", "sequences": 8, "weight_bytes": 2e6, "against_llama_cpp": 2.0}
+    rates = {step.PEER: [1.0, 2.0, 4.0], "lorap, dense": [1.0, 4.0, 12.0]}
+    rows = [of_all | {"contender": name, "tokens_per_second": 4.0, "rounds": own} for name, own in rates.items()]
+    peer, ours = step.table(rows).splitlines()[2:]
+    assert peer == "| tiny | 8 | Q4_0 | llama.cpp, dense | 2 | 4.0 | 2.00 |"
+    assert ours == "| tiny | 8 | int4 | lorap, dense | 2 | 4.0 | 2.00 (1.50 to 2.50) |"
 
 
 @pytest.mark.slow
