@@ -44,8 +44,9 @@ def supported(needs: dict[str, set[str]] = NEEDS) -> list[str]:
     return [isa for isa, needed in needs.items() if needed <= processor_flags()]
 
 
-def run_with_isa(code: str, isa: str) -> subprocess.CompletedProcess[str]:
+def run_with_isa(code: str, isa: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"LORAP_CPU_ISA": isa, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    environment |= variables
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
 
 
@@ -142,6 +143,65 @@ def test_every_instruction_set_has_weights_of_4_and_8_bits(isa: str) -> None:
         pytest.skip(f"this processor has no {isa}")
     run = run_with_isa(QUANTIZED.replace("sys.argv[1]", repr(isa)), isa)
     assert run.returncode == 0, run.stderr
+
+
+EIGHT_BITS = """
+import itertools, sys, torch
+from torch.nn import functional as F
+from test_quantized_ops import DTYPES, assert_close, quantized
+from lorap.nn import dispatch, implementations, native
+isa = sys.argv[1]
+torch.set_num_threads(1)
+torch.manual_seed(0)
+bytes_too = isa != "scalar"
+assert native.quantized_cpu_isa() == isa + ", int8 activations" * bytes_too
+reasons = [rule.reason for rule in dispatch.RULES if rule.device == "cpu" and "quantized_linear" in rule.ops]
+assert all(("LORAP_ACTIVATIONS" in reason) == bytes_too for reason in reasons) and len(reasons) == 3
+run = {op: implementations.implementation(op, "cpu") for op in implementations.QUANTIZED_OPS}
+
+def rounded(x, group):
+    block = next(size for size in (128, 64, 32) if group > x.shape[1] or group % size == 0)
+    blocks = F.pad(x.float(), (0, -x.shape[1] % block)).unflatten(1, (-1, block))
+    scales = (blocks.abs().amax(-1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    numbers = (blocks * (1 / scales)).round()
+    assert numbers.abs().max() <= 127
+    return (numbers.double() * scales.double()).flatten(1)[:, : x.shape[1]]
+
+for bits, dtype, m, k, group in itertools.product((4, 8), DTYPES, (1, 3, 4, 17), (1, 63, 100, 289), (32, 64, 96, 128)):
+    x = torch.randn(m, k).to(dtype)
+    left, right = quantized(63, 33, bits, group, dtype), quantized(33, k, bits, group, dtype)
+    packed, scales, weight = quantized(63, k, bits, group, dtype)
+    up = quantized(63, k, bits, group, dtype)
+    given = rounded(x, group) if bits == 4 and bytes_too else x.double()
+    size = given.abs() @ weight.abs().T
+    assert_close(run["quantized_linear"](x, packed, scales, None, bits, group), given @ weight.T, size)
+    gated = run["quantized_silu_gated_linear"](x, packed, scales, *up[:2], bits, group)
+    assert_close(gated, F.silu(given @ weight.T) * (given @ up[2].T), (1 + size) * (given.abs() @ up[2].abs().T))
+    # The second factor rounds what the first one has computed, where the last digit decides.
+    inner = given @ right[2].T
+    inner = rounded(inner, group) if bits == 4 and bytes_too else inner
+    y = run["quantized_low_rank_linear"](x, *left[:2], *right[:2], None, bits, group).double()
+    exact = inner @ left[2].T
+    assert (y - exact).norm() <= (5e-3 if bits == 4 or dtype != torch.float32 else 1e-5) * exact.norm()
+"""
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512_vnni"])
+def test_activations_of_8_bits_are_rounded_to_the_nearest_of_their_block(isa: str) -> None:
+    if isa not in supported(QUANTIZED_NEEDS):
+        pytest.skip(f"this processor has no {isa}")
+    run = run_with_isa(EIGHT_BITS.replace("sys.argv[1]", repr(isa)), isa, LORAP_ACTIVATIONS="int8")
+    assert run.returncode == 0, run.stderr
+
+
+@needs_library
+def test_unknown_activations_are_named() -> None:
+    load = f"import torch; torch.ops.load_library({str(native.LIBRARY)!r})"
+    for code in (f"{load}; torch.ops.lorap_cpu.quantized_isa(4)", "import lorap; lorap.LowRankLinear"):
+        run = run_with_isa(code, "", LORAP_ACTIVATIONS="int2")
+        assert run.returncode != 0
+        assert "LORAP_ACTIVATIONS=int2" in run.stderr
 
 
 @needs_library

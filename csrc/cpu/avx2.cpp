@@ -94,6 +94,7 @@ struct Float16 : TwoByte<Float16> {
 };
 
 struct Quantized {
+  using Activation = int16_t;
   static constexpr int64_t kBytes = 32;
   static constexpr int kTileTokens = 4;
   using Words = __m256i;
@@ -135,6 +136,34 @@ struct Quantized {
   }
 };
 
+// For weights of 4 bits: one instruction multiplies bytes, of which one side has no sign, and adds neighbours in 16
+// bits. Four products of 15 and 127 stay below 2^13 there, so that two such sums are widened at once.
+struct QuantizedBytes : Quantized {
+  using Activation = int8_t;
+  template <int Bits>
+  static Part part(Words words, int i) {
+    return _mm256_and_si256(_mm256_srli_epi16(words, i * Bits), _mm256_set1_epi8((1 << Bits) - 1));
+  }
+  static Part constant(int number) { return _mm256_set1_epi8(static_cast<int8_t>(number)); }
+  static Whole multiply_add(Whole whole, Part part, const int8_t* x) {
+    return add_wide(whole, _mm256_maddubs_epi16(part, load_bytes(x)));
+  }
+  static Whole multiply_add_two(Whole whole, Part low, Part high, const int8_t* x, const int8_t* y) {
+    const __m256i first = _mm256_maddubs_epi16(low, load_bytes(x)), second = _mm256_maddubs_epi16(high, load_bytes(y));
+    return add_wide(whole, _mm256_add_epi16(first, second));
+  }
+  static Whole add_wide(Whole whole, __m256i pairs) {
+    return _mm256_add_epi32(whole, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  static void round(const float* x, float factor, int8_t* to) {
+    int16_t rounded[32];
+    Quantized::round(x, factor, rounded);
+    Quantized::round(x + 16, factor, rounded + 16);
+    const __m256i packed = _mm256_packs_epi16(load_bytes(rounded), load_bytes(rounded + 16));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(packed, 0xd8));
+  }
+};
+
 }  // namespace
 
 namespace lorap::cpu {
@@ -151,6 +180,11 @@ const QuantizedKernel* avx2_quantized_kernel(int bits) {
   static constexpr QuantizedKernel four = make_quantized_kernel<Quantized, 4>("avx2");
   static constexpr QuantizedKernel eight = make_quantized_kernel<Quantized, 8>("avx2");
   return bits == 4 ? &four : &eight;
+}
+
+const QuantizedKernel* avx2_bytes_kernel() {
+  static constexpr QuantizedKernel four = make_quantized_kernel<QuantizedBytes, 4>("avx2");
+  return &four;
 }
 
 }  // namespace lorap::cpu

@@ -7,6 +7,7 @@
 namespace {
 
 struct Avx512Quantized {
+  using Activation = int16_t;
   static constexpr int64_t kBytes = 64;
   static constexpr int kTileTokens = 4;
   using Words = __m512i;

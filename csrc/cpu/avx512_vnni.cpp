@@ -11,6 +11,28 @@ struct Quantized : Avx512Quantized {
   }
 };
 
+// For weights of 4 bits: one instruction multiplies four bytes, of which one side has no sign, and adds to the sums.
+struct QuantizedBytes : Avx512Quantized {
+  using Activation = int8_t;
+  template <int Bits>
+  static Part part(Words words, int i) {
+    return _mm512_and_si512(_mm512_srli_epi16(words, i * Bits), _mm512_set1_epi8((1 << Bits) - 1));
+  }
+  static Part constant(int number) { return _mm512_set1_epi8(static_cast<int8_t>(number)); }
+  static Whole multiply_add(Whole whole, Part part, const int8_t* x) {
+    return _mm512_dpbusd_epi32(whole, part, _mm512_loadu_si512(x));
+  }
+  static Whole multiply_add_two(Whole whole, Part low, Part high, const int8_t* x, const int8_t* y) {
+    return multiply_add(multiply_add(whole, low, x), high, y);
+  }
+  static void round(const float* x, float factor, int8_t* to) {
+    for (int i = 0; i < 64; i += 16) {
+      const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(factor)));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm512_cvtsepi32_epi8(rounded));
+    }
+  }
+};
+
 }  // namespace
 
 namespace lorap::cpu {
@@ -19,6 +41,11 @@ const QuantizedKernel* avx512_vnni_quantized_kernel(int bits) {
   static constexpr QuantizedKernel four = make_quantized_kernel<Quantized, 4>("avx512_vnni");
   static constexpr QuantizedKernel eight = make_quantized_kernel<Quantized, 8>("avx512_vnni");
   return bits == 4 ? &four : &eight;
+}
+
+const QuantizedKernel* avx512_vnni_bytes_kernel() {
+  static constexpr QuantizedKernel four = make_quantized_kernel<QuantizedBytes, 4>("avx512_vnni");
+  return &four;
 }
 
 }  // namespace lorap::cpu

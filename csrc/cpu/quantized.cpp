@@ -51,7 +51,9 @@ class PackedNumbers {
   std::unique_ptr<char[], Free> data_;
 };
 
-int digits_of(const QuantizedMachine& machine) { return machine.outer.kernel->element_bytes == sizeof(float) ? 2 : 1; }
+int digits_of(const QuantizedMachine& machine) {
+  return machine.outer.kernel->element_bytes == sizeof(float) && machine.kernel->activation_bits == 16 ? 2 : 1;
+}
 
 Rows rows_of(const QuantizedMachine& machine, const QuantizedMatrix& weight) {
   constexpr int kBitsOfOthers = 16;
@@ -143,12 +145,20 @@ void quantized_silu_gated_linear(QuantizedMachine machine, const void* x, int64_
   });
 }
 
-const QuantizedKernel* find_quantized_kernel(int bits, const char* isa) {
+const QuantizedKernel* find_quantized_kernel(int bits, const char* isa, int activation_bits) {
   if (isa && std::strcmp(isa, "avx512_bf16") == 0) isa = "avx512";  // there is nothing more in it for whole numbers
-  const QuantizedKernel* best_first[4] = {};
+  const QuantizedKernel* best_first[6] = {};
   int found = 0;
 #if defined(__x86_64__)
   const Processor processor = this_processor();
+  const bool bytes = activation_bits == 8 && bits == 4;
+#ifdef LORAP_HAVE_AVX512_VNNI
+  if (bytes && processor.avx512 && __builtin_cpu_supports("avx512vnni"))
+    best_first[found++] = avx512_vnni_bytes_kernel();
+#endif
+#ifdef LORAP_HAVE_AVX2
+  if (bytes && processor.avx2) best_first[found++] = avx2_bytes_kernel();
+#endif
 #ifdef LORAP_HAVE_AVX512_VNNI
   if (processor.avx512 && __builtin_cpu_supports("avx512vnni"))
     best_first[found++] = avx512_vnni_quantized_kernel(bits);

@@ -4,7 +4,8 @@
 // Weights stay whole numbers until a block of 32 to 128 of them has been summed up, and so do the activations: a block
 // of these becomes numbers of 16 bits that share a power of two, which is exact for bfloat16 values down to 1/64 of the
 // largest in their block. One instruction multiplies pairs of 16 bits and adds neighbours, so unpacking 4 bits needs a
-// shift and a mask for 16 weights and no conversion. float32 activations take two such numbers each, 30 bits.
+// shift and a mask for 16 weights and no conversion. float32 activations take two such numbers each, 30 bits. Beside
+// weights of 4 bits, activations of 8 with a scale for each block can be asked for: an instruction takes twice as many.
 #pragma once
 
 #include "decode.h"
@@ -26,6 +27,7 @@ struct QuantizedMatrix {
 struct QuantizedKernel {
   const char* isa;
   int bits;
+  int activation_bits;  // 16 or 8
 
   // Bytes of one packed token of k elements, for weights of that group.
   int64_t (*packed_bytes)(int64_t k, int64_t group);
@@ -43,6 +45,10 @@ const QuantizedKernel* scalar_quantized_kernel(int bits);
 const QuantizedKernel* avx2_quantized_kernel(int bits);
 const QuantizedKernel* avx512_quantized_kernel(int bits);
 const QuantizedKernel* avx512_vnni_quantized_kernel(int bits);
+
+// With activations of 8 bits, for weights of 4.
+const QuantizedKernel* avx2_bytes_kernel();
+const QuantizedKernel* avx512_vnni_bytes_kernel();
 
 // How to compute; `outer` brings x, biases and outputs to float32 and back, and the threads.
 struct QuantizedMachine {
@@ -72,7 +78,7 @@ void quantized_silu_gated_linear(QuantizedMachine machine, const void* x, int64_
                                  const QuantizedMatrix& up, void* y);
 
 // The best kernel for this processor, or the best that `isa` includes ("avx512_vnni", and all names that find_kernel
-// knows); null where the processor or the build lacks it.
-const QuantizedKernel* find_quantized_kernel(int bits, const char* isa);
+// knows); null where the processor or the build lacks it. 8 `activation_bits` are a wish: 16 are there for all.
+const QuantizedKernel* find_quantized_kernel(int bits, const char* isa, int activation_bits = 16);
 
 }  // namespace lorap::cpu

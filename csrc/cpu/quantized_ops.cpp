@@ -41,11 +41,11 @@ Tensor quantized_silu_gated_linear(Tensor x, Tensor gate_packed, Tensor gate_sca
   return y;
 }
 
-// What this processor runs for weights of so many bits, e.g. "avx512_vnni".
+// What this processor runs for weights of so many bits, e.g. "avx512_vnni", and "avx2, int8 activations".
 std::string quantized_isa(int64_t bits) {
-  const lorap::cpu::QuantizedKernel* kernel =
-      bits == 4 || bits == 8 ? lorap::cpu::find_quantized_kernel(static_cast<int>(bits), forced_isa()) : nullptr;
-  return kernel ? kernel->isa : "none";
+  if (bits != 4 && bits != 8) return "none";
+  const auto* kernel = lorap::cpu::find_quantized_kernel(static_cast<int>(bits), forced_isa(), activation_bits());
+  return kernel ? std::string(kernel->isa) + (kernel->activation_bits == 8 ? ", int8 activations" : "") : "none";
 }
 
 }  // namespace

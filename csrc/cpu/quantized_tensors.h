@@ -16,6 +16,14 @@ inline const char* forced_isa() {
   return forced;
 }
 
+// Of activations beside weights of 4 and 8 bits.
+inline int activation_bits() {
+  static const char* wish = std::getenv("LORAP_ACTIVATIONS");
+  if (!wish || !*wish) return 16;
+  STD_TORCH_CHECK(std::strcmp(wish, "int8") == 0, "lorap_cpu: LORAP_ACTIVATIONS=", wish, "; it is int8, or not set");
+  return 8;
+}
+
 // For what brings floats from and to memory, of which the extensions of AVX-512 have nothing more.
 inline const lorap::cpu::RowKernel* float_kernel(Dtype dtype) {
   const char* isa = forced_isa();
@@ -26,7 +34,8 @@ inline const lorap::cpu::RowKernel* float_kernel(Dtype dtype) {
 inline QuantizedMachine machine(const Tensor& x, int64_t bits) {
   STD_TORCH_CHECK(bits == 4 || bits == 8, "lorap_cpu: weights have ", bits, " bits; 4 and 8 are there");
   const lorap::cpu::RowKernel* outer = float_kernel(dtype_of(x));
-  const lorap::cpu::QuantizedKernel* kernel = lorap::cpu::find_quantized_kernel(static_cast<int>(bits), forced_isa());
+  const lorap::cpu::QuantizedKernel* kernel =
+      lorap::cpu::find_quantized_kernel(static_cast<int>(bits), forced_isa(), activation_bits());
   STD_TORCH_CHECK(outer && kernel,
                   "lorap_cpu: this processor or build has no instructions called LORAP_CPU_ISA=", forced_isa(),
                   " for weights of ", bits, " bits");

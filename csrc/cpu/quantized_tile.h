@@ -1,17 +1,20 @@
 // The loop of quantized weights, shared by all instruction sets. Each .cpp of an instruction set includes this file and
 // supplies a `Lane` type:
 //
+//   Lane::Activation              int16_t, or int8_t for weights of 4 bits
 //   Lane::kBytes                  of a vector
 //   Lane::kTileTokens             tokens that share the unpacked weights in registers: 1 or 4
 //   Lane::Words, load(bytes)      a vector of packed weights
-//   Lane::Part, part<Bits>(words, i)   the i-th number of every 16 bits, not yet centered
+//   Lane::Part, part<Bits>(words, i)   the i-th number of each 16 bits, or 8 where activations are; not yet centered
 //   Lane::Whole                   vector of int32 sums; load_whole(from), store_whole(to, sums)
-//   Lane::multiply_add(sums, part, x)  adds part[2 j] * x[2 j] + part[2 j + 1] * x[2 j + 1] to sums[j]
+//   Lane::multiply_add(sums, part, x)  adds part[2 j] * x[2 j] + part[2 j + 1] * x[2 j + 1] to sums[j], or with
+//                                 activations of 8 bits four such products
+//   Lane::multiply_add_two(sums, low, high, x, y)  the same of low and x, and of high and y; for 8 bits only
 //   Lane::constant(number)        a Part of equal numbers
 //   Lane::Sums                    vector of float sums; zero(), sum(sums) adds its elements
 //   Lane::Scale, spread<Count>(scales)   Count scales, each for as many neighbours of a vector
 //   Lane::scale_add(whole, scale, sums)  sums + whole * scale
-//   Lane::round(x, factor, to)    kBytes / 2 products as int16, to nearest even, too large ones as the largest
+//   Lane::round(x, factor, to)    products for a vector of activations, to nearest even, too large ones as the largest
 //
 // Everything sits in an anonymous namespace, see dot_tile.h.
 #pragma once
@@ -37,11 +40,12 @@ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // of several vectors, or one vector of several blocks.
 template <class Lane, int BitsOfNumber, int BlockSize>
 struct Layout {
+  using Activation = typename Lane::Activation;
   static constexpr int kBits = BitsOfNumber;
   static constexpr int64_t kBlockSize = BlockSize;
-  static constexpr int kParts = 16 / kBits;           // numbers in 16 bits
-  static constexpr int64_t kPart = Lane::kBytes / 2;  // numbers in a Part
-  static constexpr int64_t kStep = kParts * kPart;    // numbers in a vector
+  static constexpr int kParts = 8 * sizeof(Activation) / kBits;        // numbers in the bits of an activation
+  static constexpr int64_t kPart = Lane::kBytes / sizeof(Activation);  // numbers in a Part
+  static constexpr int64_t kStep = kParts * kPart;                     // numbers in a vector
   static constexpr int64_t kUnit = kStep > BlockSize ? kStep : BlockSize;
   static constexpr int64_t kSteps = kUnit / kStep;
   static constexpr int kScales = kUnit / BlockSize;    // blocks in a unit
@@ -53,9 +57,9 @@ struct Layout {
   static int64_t scales(int64_t k) { return units(k) * kScales; }
 
   // Of all units the activations in the order of the parts, each followed by what centers its sums; then all scales.
-  static constexpr int64_t token_unit_bytes = kUnit * sizeof(int16_t) + Lane::kBytes;
-  static int16_t* activations(void* token, int64_t unit) {
-    return reinterpret_cast<int16_t*>(static_cast<char*>(token) + unit * token_unit_bytes);
+  static constexpr int64_t token_unit_bytes = kUnit * sizeof(Activation) + Lane::kBytes;
+  static Activation* activations(void* token, int64_t unit) {
+    return reinterpret_cast<Activation*>(static_cast<char*>(token) + unit * token_unit_bytes);
   }
   static int32_t* offsets(void* token, int64_t unit) {
     return reinterpret_cast<int32_t*>(activations(token, unit) + kUnit);
@@ -67,9 +71,10 @@ struct Layout {
   }
 };
 
-// The power of two that a block of numbers is divided by, so that the largest becomes 2^14 to 2^15; NaN where one is
-// not finite.
-inline float block_scale(const float* x, int64_t count) {
+// What a block of numbers is divided by; NaN where one is not finite. For 16 bits a power of two, so that the largest
+// becomes 2^14 to 2^15 and quotients are exact; for 8 bits, which have none to spare, the largest becomes 127.
+template <class Activation>
+float block_scale(const float* x, int64_t count) {
   uint32_t most = 0;
   for (int64_t i = 0; i < count; ++i) {
     uint32_t bits;
@@ -79,6 +84,14 @@ inline float block_scale(const float* x, int64_t count) {
   }
   constexpr uint32_t kMantissa = 23, kLargest = 255, kDigits = 14;
   uint32_t exponent = most >> kMantissa;
+  if constexpr (sizeof(Activation) == 1) {
+    if (exponent < kLargest) {
+      constexpr float kSmallest = 1.17549435e-38f;  // its inverse is a float too
+      float largest;
+      std::memcpy(&largest, &most, sizeof largest);
+      return largest / 127 > kSmallest ? largest / 127 : kSmallest;
+    }
+  }
   // From the smallest normal scale on; its inverse is a float too.
   const uint32_t bits =
       exponent == kLargest ? 0x7fc00000u : (exponent > kDigits ? exponent - kDigits : 1u) << kMantissa;
@@ -88,8 +101,8 @@ inline float block_scale(const float* x, int64_t count) {
 }
 
 template <class Lane, class Shape>
-void pack_unit(const float* x, const float* inverse, int16_t* activations, int32_t* offsets) {
-  int16_t rounded[Shape::kUnit];
+void pack_unit(const float* x, const float* inverse, typename Shape::Activation* activations, int32_t* offsets) {
+  typename Shape::Activation rounded[Shape::kUnit];
   constexpr int64_t kPart = Shape::kPart;
   for (int64_t i = 0; i < Shape::kUnit; i += kPart) Lane::round(x + i, inverse[i / Shape::kBlockSize], rounded + i);
   for (int64_t step = 0; step < Shape::kUnit; step += Shape::kStep) {
@@ -100,10 +113,11 @@ void pack_unit(const float* x, const float* inverse, int16_t* activations, int32
     }
   }
   // Weights are stored as q + 2^(bits-1).
-  const auto minus_center = Lane::constant(-(1 << (Shape::kBits - 1)));
+  const auto center = Lane::constant(1 << (Shape::kBits - 1));
   typename Lane::Whole sums = Lane::zero_whole();
-  for (int64_t i = 0; i < Shape::kUnit; i += kPart) sums = Lane::multiply_add(sums, minus_center, activations + i);
+  for (int64_t i = 0; i < Shape::kUnit; i += kPart) sums = Lane::multiply_add(sums, center, activations + i);
   Lane::store_whole(offsets, sums);
+  for (int64_t i = 0; i < Shape::kWords; ++i) offsets[i] = -offsets[i];
 }
 
 template <class Lane, class Shape>
@@ -114,7 +128,7 @@ void pack_token(const float* x, int64_t k, int digits, char* token, int64_t stri
     const int64_t first = unit * Shape::kUnit, count = k - first < Shape::kUnit ? k - first : Shape::kUnit;
     std::memcpy(values, x + first, count * sizeof(float));
     for (int64_t block = 0; block < Shape::kScales; ++block) {
-      float scale = block_scale(values + block * Shape::kBlockSize, Shape::kBlockSize);
+      float scale = block_scale<typename Shape::Activation>(values + block * Shape::kBlockSize, Shape::kBlockSize);
       inverse[block] = 1.0f / scale;
       const bool finite = scale == scale;
       for (int64_t i = 0; i < Shape::kBlockSize && !finite; ++i) values[block * Shape::kBlockSize + i] = 0;
@@ -125,7 +139,7 @@ void pack_token(const float* x, int64_t k, int digits, char* token, int64_t stri
     }
     for (int digit = 0; digit < digits; ++digit) {
       char* to = token + digit * stride;
-      int16_t* activations = Shape::activations(to, unit);
+      auto* activations = Shape::activations(to, unit);
       pack_unit<Lane, Shape>(values, inverse, activations, Shape::offsets(to, unit));
       if (digit + 1 == digits) break;
       // What is left, times 2^15: products with powers of two and their differences are exact.
@@ -182,12 +196,21 @@ struct Tile {
       const auto address = reinterpret_cast<uintptr_t>(weights + step * Lane::kBytes);
       __builtin_prefetch(reinterpret_cast<const char*>(address + kAheadBytes), 0, 2);
       const typename Lane::Words words = Lane::load(weights + step * Lane::kBytes);
-#pragma GCC unroll 4
-      for (int part = 0; part < Shape::kParts; ++part) {
-        const typename Lane::Part numbers = Lane::template part<Shape::kBits>(words, part);
+      if constexpr (sizeof(typename Shape::Activation) == 1) {
+        const auto low = Lane::template part<Shape::kBits>(words, 0);
+        const auto high = Lane::template part<Shape::kBits>(words, 1);
         for (int m = 0; m < Tokens; ++m) {
-          const int16_t* x = Shape::activations(token(m), first / Shape::kUnit + index);
-          whole[m] = Lane::multiply_add(whole[m], numbers, x + step * Shape::kStep + part * Shape::kPart);
+          const auto* x = Shape::activations(token(m), first / Shape::kUnit + index) + step * Shape::kStep;
+          whole[m] = Lane::multiply_add_two(whole[m], low, high, x, x + Shape::kPart);
+        }
+      } else {
+#pragma GCC unroll 4
+        for (int part = 0; part < Shape::kParts; ++part) {
+          const typename Lane::Part numbers = Lane::template part<Shape::kBits>(words, part);
+          for (int m = 0; m < Tokens; ++m) {
+            const auto* x = Shape::activations(token(m), first / Shape::kUnit + index);
+            whole[m] = Lane::multiply_add(whole[m], numbers, x + step * Shape::kStep + part * Shape::kPart);
+          }
         }
       }
     }
@@ -288,7 +311,12 @@ void quantized_dot(const QuantizedMatrix& weight, int64_t row, int64_t rows, con
 
 template <class Lane, int Bits>
 constexpr QuantizedKernel make_quantized_kernel(const char* isa) {
-  return {isa, Bits, quantized_packed_bytes<Lane, Bits>, quantized_pack<Lane, Bits>, quantized_dot<Lane, Bits>};
+  return {isa,
+          Bits,
+          8 * sizeof(typename Lane::Activation),
+          quantized_packed_bytes<Lane, Bits>,
+          quantized_pack<Lane, Bits>,
+          quantized_dot<Lane, Bits>};
 }
 
 }  // namespace

@@ -76,6 +76,7 @@ struct ScalarLane {
 inline float same(float f) { return f; }
 
 struct Quantized {
+  using Activation = int16_t;
   static constexpr int64_t kBytes = 16;
   static constexpr int kTileTokens = 1;
   struct Words {

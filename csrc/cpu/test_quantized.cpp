@@ -110,6 +110,25 @@ struct Test {
     expect("activations of many sizes", y, product(x.table, one.table), rounded);
   }
 
+  // In 8 bits, whole numbers up to 127 are exact where every block has one as large; others lose half a step at most.
+  void eight_bits(int64_t tokens, int64_t k, int64_t n, int64_t group, bool whole) {
+    Quantized one = weight(group, n, k);
+    Weight x(format, tokens, k);
+    for (int64_t m = 0; m < tokens && whole; ++m) {
+      for (int64_t j = 0; j < k; ++j) {
+        const double value = (random_below(2) ? 1 : -1) * static_cast<double>(j % 32 ? random_below(128) : 127);
+        x.table.at(m, j) = {value, std::abs(value)};
+        x.array.set(m * k + j, value);
+      }
+    }
+    // As above; no activation of the others is larger than 1/2.
+    const double largest = (1 << (kernel.bits - 1)) / 32.0, step = whole ? 0 : 0.5 / 127,
+                 rounded = 6 * step / std::sqrt(12) * std::sqrt(k) * largest / 2;
+    Array y(format, tokens * n);
+    quantized_linear(machine(), x.array.data(), tokens, one.matrix(), nullptr, y.data());
+    expect(whole ? "whole activations" : "activations of 8 bits", y, product(x.table, one.table), rounded);
+  }
+
   // Sizes near the ends of the format, a row of zeros, and what is no number.
   void extremes() {
     const int64_t k = 70, n = 5;
@@ -125,7 +144,8 @@ struct Test {
       }
       quantized_linear(machine(), x.data(), 1, one.matrix(), nullptr, y.data());
       if (std::isfinite(size)) {
-        expect("one activation", y, product(table, one.table));
+        // Activations of 8 bits have no scale below the smallest normal number, and weights are 4 at most.
+        expect("one activation", y, product(table, one.table), kernel.activation_bits == 8 ? 4 * 1.2e-38 : 0);
         if (y.get(n / 2) != 0) fail("a row of zeros");
       }
       for (int64_t i = 0; i < n && !std::isfinite(size); ++i) {
@@ -135,9 +155,27 @@ struct Test {
   }
 };
 
+const Dtype kDtypes[] = {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16};
+
+void run_eight_bits(const QuantizedKernel& kernel, const char* isa) {
+  int64_t cases = 0;
+  for (Dtype dtype : kDtypes) {
+    Test test{kernel, dtype, isa};
+    for (int64_t tokens : {1, 2, 3, 5, 17}) {
+      for (int64_t k : {1, 7, 63, 100, 289, 2100}) {
+        for (int64_t group : {32, 64, 96, 128}) test.eight_bits(tokens, k, 33, group, (k + group) % 3);
+      }
+    }
+    for (int64_t group : {64, 96, 4224}) test.eight_bits(group == 96 ? 5 : 1, 4200, 3, group, true);
+    test.extremes();
+    cases += test.cases;
+  }
+  std::printf("%s %d bits, activations of 8: %ld cases\n", kernel.isa, kernel.bits, static_cast<long>(cases));
+}
+
 void run(const QuantizedKernel& kernel, const char* isa) {
   int64_t cases = 0;
-  for (Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}) {
+  for (Dtype dtype : kDtypes) {
     Test test{kernel, dtype, isa};
     const int64_t token_counts[] = {1, 2, 3, 5, 16, 17}, features[] = {1, 7, 63, 100, 289}, ranks[] = {1, 17, 150},
                   outputs[] = {1, 33, 100}, groups[] = {32, 64, 96, 128};
@@ -166,8 +204,10 @@ int main(int argc, char** argv) {
   for (const char* isa : {"scalar", "avx2", "avx512", "avx512_vnni"}) {
     if (argc > 1 && std::strcmp(isa, argv[1]) != 0) continue;
     for (int bits : {4, 8}) {
-      const QuantizedKernel* kernel = find_quantized_kernel(bits, isa);
-      if (kernel) run(*kernel, std::strcmp(isa, "avx512_vnni") == 0 ? "avx512" : isa);
+      const char* outer = std::strcmp(isa, "avx512_vnni") == 0 ? "avx512" : isa;
+      if (const QuantizedKernel* kernel = find_quantized_kernel(bits, isa)) run(*kernel, outer);
+      const QuantizedKernel* kernel = find_quantized_kernel(bits, isa, 8);
+      if (kernel && kernel->activation_bits == 8) run_eight_bits(*kernel, outer);
     }
   }
   if (find_quantized_kernel(4, "no such thing")) return 1;

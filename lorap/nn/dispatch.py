@@ -2,6 +2,7 @@
 
 ``LORAP_BACKEND`` in the environment, or :func:`use`, forces one: ``reference`` (plain torch), ``cpu`` (C++), ``triton``,
 ``cuda`` (C++), or ``auto``. A forced backend that cannot run the call raises; ``auto`` falls back to the reference.
+``LORAP_ACTIVATIONS=int8`` lets the C++ kernels on weights of 4 bits round what they multiply to 8 bits.
 
 Nothing on a GPU is trusted unseen: the first use of a kernel per device and dtype runs a small example beside the reference,
 and a kernel that fails or differs is never used again in this process, with one warning that shows the numbers.
@@ -51,6 +52,17 @@ class Rule:
     reason: str
 
 
+def _eight_bits() -> bool:
+    asked = os.environ.get("LORAP_ACTIVATIONS") or ""
+    if asked not in ("", "int8"):
+        raise BackendError(f"LORAP_ACTIVATIONS={asked} is not known; it is int8, or not set for 16 bits")
+    return asked == "int8"
+
+
+EIGHT_BITS = _eight_bits()
+_EIGHT_BITS = "activations of 8 bits beside weights of 4, as LORAP_ACTIVATIONS asks: 1.3 x from 4 tokens on with AVX2; "
+
+
 def _cpu_rules() -> tuple[Rule, ...]:
     """4096 x 4096 at rank 1024 beside torch on two Zen 4 cores, and two with AMX, gave the numbers (docs/kernels.md)."""
     bf16_unit = native.cpu_isa(torch.bfloat16) == "avx512_bf16"
@@ -71,8 +83,14 @@ def _cpu_rules() -> tuple[Rule, ...]:
         if fp16_unit
         else (torch.float16, None, no_unit.format("float16")),
     )
-    ops = (*LINEAR_OPS, *QUANTIZED_OPS)
-    return tuple(Rule(ops, "cpu", "cpu", (dtype,), tokens, reason) for dtype, tokens, reason in rows)
+    ops: dict[tuple[str, ...], str] = {(*LINEAR_OPS, *QUANTIZED_OPS): ""}
+    if EIGHT_BITS and native.quantized_cpu_isa().endswith(native.EIGHT_BITS):
+        ops = {LINEAR_OPS: "", QUANTIZED_OPS: _EIGHT_BITS}
+    return tuple(
+        Rule(some, "cpu", "cpu", (dtype,), tokens, more + reason)
+        for some, more in ops.items()
+        for dtype, tokens, reason in rows
+    )
 
 
 _DECODE_GPU = (

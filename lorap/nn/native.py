@@ -48,7 +48,14 @@ def cpu_isa(dtype: torch.dtype) -> str:
     return isa
 
 
+# How the name of a kernel ends that rounds activations to 8 bits.
+EIGHT_BITS = ", int8 activations"
+
+
 def quantized_cpu_isa() -> str:
-    """The same for weights of 4 and 8 bits, e.g. ``avx512_vnni``."""
+    """The same for weights of 4 bits, e.g. ``avx512_vnni``, or ``avx2, int8 activations`` where these are asked for.
+
+    Those of 8 bits have the same instructions, without the addition.
+    """
     isa: str = torch.ops.lorap_cpu.quantized_isa(4) if HAS_CPU else "none"
     return isa
