@@ -43,7 +43,7 @@ def assert_close(y: Tensor, exact: Tensor, size: Tensor) -> None:
 
 
 @pytest.mark.parametrize("bits", packing.BITS)
-@pytest.mark.parametrize("columns", [1, 7, 8, 63, 100])
+@pytest.mark.parametrize("columns", [0, 1, 7, 8, 63, 100])
 def test_packed_words_are_those_of_the_layout(bits: int, columns: int) -> None:
     numbers = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (3, columns))
     packed = packing.pack(numbers, bits)

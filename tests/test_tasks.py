@@ -199,6 +199,7 @@ def test_standard_errors():
     assert found == (pytest.approx(0.6), pytest.approx(math.sqrt(0.6 * 0.4 / 4)))
     assert math.isnan(estimate([1]).error)
     assert average([Estimate(0.5, 0.03), Estimate(0.7, 0.04)]) == (pytest.approx(0.6), pytest.approx(0.025))
+    assert [Estimate(0.5, 0.034).percent(), Estimate(1.0, float("nan")).percent()] == ["50.0 ± 3.4", "100.0"]
 
 
 def a_result(correct: str, **about: Any) -> TaskResult:

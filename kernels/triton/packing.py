@@ -26,7 +26,7 @@ def pack(numbers: Tensor, bits: int) -> Tensor:
     filled[:, :columns] = shifted
     if bits == 4:
         filled = filled[:, ::2] | filled[:, 1::2] << 4
-    return filled.view(torch.int32)
+    return filled.view(torch.int32) if columns else filled.to(torch.int32)  # no bytes have no words
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:

@@ -28,8 +28,9 @@ class Estimate(NamedTuple):
         return self.mean - REACH * self.error, self.mean + REACH * self.error
 
     def percent(self, form: str = ".1f") -> str:
-        """Mean ± standard error, for people."""
-        return f"{100 * self.mean:{form}} ± {100 * self.error:.1f}"
+        """Mean ± standard error, for people; one value alone has no error."""
+        mean = f"{100 * self.mean:{form}}"
+        return mean if math.isnan(self.error) else f"{mean} ± {100 * self.error:.1f}"
 
 
 @dataclass(frozen=True)
