@@ -51,6 +51,17 @@ HYBRID: dict[str, Any] = {
 EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "intermediate_size": 48}
 NARROW: dict[str, Any] = EXPERTS | {"num_experts": 5, "moe_intermediate_size": 48}
 ROUTED: dict[str, Any] = EXPERTS | {"n_routed_experts": 5, "moe_intermediate_size": 48}
+# Four layers: two of each kind of attention, the last two of which have no keys and values of their own and wider FFNs.
+GEMMA4: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 8,
+    "global_head_dim": 32,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 500,
+}
 # What sets a family apart in ways that matter here.
 OPTIONS: dict[str, dict[str, Any]] = {
     "qwen3_5_text": HYBRID,
@@ -74,6 +85,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "phimoe": EXPERTS | {"num_local_experts": 5},
     "gemma2": {"query_pre_attn_scalar": 16, "sliding_window": 8},
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
+    "gemma4_text": GEMMA4,
     "granite": {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22},
     "granite_swa": {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22},
     "glm": {"attention_bias": True},
@@ -82,6 +94,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 # Models that see: what their vision has, and of which family the language model is.
 EYES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", {"hidden_size": 32, "intermediate_size": 40, "image_size": 28, "patch_size": 14}),
+    "gemma4": (
+        "gemma4_text",
+        {"hidden_size": 32, "intermediate_size": 40, "head_dim": 16, "position_embedding_size": 16},
+    ),
     "idefics3": ("llama", {"hidden_size": 32, "intermediate_size": 40, "image_size": 28, "patch_size": 14}),
     "internvl": ("qwen2", {"hidden_size": 32, "intermediate_size": 40, "image_size": [28, 28], "patch_size": [14, 14]}),
     "llava": ("llama", {"hidden_size": 32, "intermediate_size": 40, "image_size": 28, "patch_size": 14}),
@@ -100,6 +116,8 @@ EYES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "smolvlm": ("llama", {"hidden_size": 32, "intermediate_size": 40, "image_size": 28, "patch_size": 14}),
 }
+# Tokens whose embeddings are looked up whether there is an image or not.
+PLACEHOLDERS = {"gemma4": {"image_token_id": 497, "video_token_id": 498, "audio_token_id": 499}}
 SIGHT = {"num_hidden_layers": 1, "num_attention_heads": 2}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
 WINDOWS, SEQ_LEN = 8, 32
@@ -131,6 +149,7 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
         text_config=text,
         vision_config=SIGHT | vision | kind,
         tie_word_embeddings=options["tie_word_embeddings"],
+        **PLACEHOLDERS.get(model_type, {}),
     )
 
 
@@ -219,8 +238,9 @@ def assert_nothing_else_changed(model: Any, model_type: str) -> None:
     """All but the projections is what it was, bit by bit; of models that see also their vision."""
     before, found = tiny(model_type), model.state_dict()
     architecture = known_architecture(before, to="split", experts=True)
-    names = [architecture.module_name(index, role) for index in range(2) for role in PROJECTIONS]
-    names += [architecture.ffn_name(*layer) for layer in enumerate(architecture.decoder_layers(before))]
+    layers = list(enumerate(architecture.decoder_layers(before)))
+    names = [architecture.module_name(index, role) for index, _ in layers for role in PROJECTIONS]
+    names += [architecture.ffn_name(*layer) for layer in layers]
     others = {n: t for n, t in before.state_dict().items() if not n.startswith(tuple(f"{m}." for m in names))}
     assert len(others) >= 2  # OLMo has an embedding and a head: its norms have no weights
     assert all(torch.equal(found[name], tensor) for name, tensor in others.items())
@@ -281,10 +301,10 @@ PAGE_TEXT = """# Models
   (log-probabilities differ by up to 0.15) and Command R, where vLLM has others for a dense model, too (0.29). GLM-4 of 2024, and
   StableLM with norms of heads, do not load.
 
-Before anything is compressed, one layer of each kind is run on eight random tokens and compared with what lorap takes for granted
-of the family ([the contract](../lorap/calibration/contract.py)): which linear layers read the same, that down reads
-act(gate) * up and nothing else, that values reach o through v alone. A version of transformers that computes a family in another
-way is refused, with the layer and the difference.
+Before anything is compressed, one layer of each kind is run on eight random tokens and compared with what lorap takes for
+granted of the family ([the contract](../lorap/calibration/contract.py)): which linear layers read the same, that down reads
+act(gate) * up and nothing else, that values reach o through v alone (k where those are the keys). A version of transformers
+that computes a family in another way is refused, with the layer and the difference.
 
 Of models that see, the language model is compressed, calibrated on text; vision and what joins them stay as they are, bit by
 bit, and the files that tell how images become numbers are copied along. Tensors are written under the names that
@@ -293,6 +313,12 @@ transformers 5 has for them; older names, as most folders on the hub have, are r
 Qwen3.5 and 3.6 have attention in every fourth layer and something else in the others: FFNs are compressed in all layers,
 attention where it is of q, k, v and o, and the rest stays, bit by bit. `--target stock` would take unlike shares from their
 layers and is refused.
+
+Gemma 4: the last layers of its small models have no keys and values of their own; they attend to those of an earlier layer,
+which calibration and the backward pass hand over, and give up parameters of q and o alone. Where values are the keys, k stands
+for both. FFNs may be twice as wide in some layers, and heads in layers of full attention. What each layer reads of its own
+embedding stays as it is, bit by bit. Refused: `--target stock`, `--format stock` of FFNs that were pruned where layers had two
+widths, and models with experts (`enable_moe_block`). `lorap plan` does not know unlike layers yet.
 
 Phi-3, Phi-4 and GLM-4 store gate and up as one matrix, Phi also q, k and v. lorap splits them, row by row, and a compressed
 folder holds them under the names that Llama has for them; `lorap export --format stock` joins them again. `--target stock` is

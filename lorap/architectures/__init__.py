@@ -93,6 +93,12 @@ def find_architecture(model: nn.Module) -> Architecture:
         raise ArchitectureError(
             "this model was compressed by lorap already; start from the dense model and ask for a higher sparsity instead"
         )
+    text = text_config(config)
+    if asked := [name for name in ARCHITECTURES[model_type].refused if getattr(text, name, None)]:
+        raise ArchitectureError(
+            f"cannot compress this {model_type} model: {asked[0]} is {getattr(text, asked[0])}, and "
+            f"{ARCHITECTURES[model_type].refused[asked[0]]}"
+        )
     architecture = split_model(model)
     if architecture.packed:
         _check_mixtures(architecture, model)

@@ -36,6 +36,19 @@ def llama_projections() -> Mapping[str, str]:
 
 
 @dataclass(frozen=True)
+class SharedKeys:
+    """Some layers have no keys and values of their own and attend to those of an earlier layer.
+
+    Args:
+        argument: of a decoder layer, the mapping that keys and values travel in.
+        giver: attribute of an attention, whether it puts its own there.
+    """
+
+    argument: str
+    giver: str
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Names inside one model family.
 
@@ -50,6 +63,13 @@ class Architecture:
         fused: what the family stores as one matrix, and lorap splits (:mod:`lorap.architectures.splitting`).
         packed: where the experts are, in a family whose FFNs, or some of them, are mixtures
             (:mod:`lorap.architectures.experts`).
+        optional: projections that some layers do without: values that are the keys, or both those of an earlier layer.
+        shared_keys: how layers hand keys and values over, where some have none of their own.
+        own_inputs: field of the config, the width of what each layer reads besides hidden states, as its part of
+            ``per_layer_inputs``.
+        embeds_at_head: the model's forward pass looks up tokens even where it is given embeddings.
+        layer_fields: what ``per_layer_config`` may say of single layers.
+        refused: fields of the config that ask for what lorap does not know, and what that is.
     """
 
     families: str
@@ -61,6 +81,12 @@ class Architecture:
     other_attention: str = ""
     fused: Fused = field(default_factory=lambda: MappingProxyType({}))
     packed: PackedExperts | None = None
+    optional: tuple[str, ...] = ()
+    shared_keys: SharedKeys | None = None
+    own_inputs: str = ""
+    embeds_at_head: bool = False
+    layer_fields: tuple[str, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
         """The decoder layers of ``model``, in order."""
@@ -69,10 +95,39 @@ class Architecture:
     def roles(self, layer: nn.Module) -> tuple[str, ...]:
         """The projections of a decoder layer that are linear layers.
 
-        All seven; those of the FFN where its attention is of another kind, those of attention where the FFN is several experts.
+        All seven; those of the FFN where its attention is of another kind, those of attention where the FFN is several experts;
+        without those of ``optional`` that it does not have.
         """
-        attention = () if self.other_attention and self.other_attention in layer._modules else ATTENTION
+        if self.other_attention and self.other_attention in layer._modules:
+            attention: tuple[str, ...] = ()
+        else:
+            attention = tuple(role for role in ATTENTION if role not in self.optional or self._has(layer, role))
         return attention + (MLP if self.experts(layer) is None else ())
+
+    def _has(self, layer: nn.Module, role: str) -> bool:
+        path, _, leaf = self.projections[role].rpartition(".")
+        return layer.get_submodule(path)._modules.get(leaf) is not None
+
+    def gives_keys(self, layer: nn.Module) -> bool:
+        """Whether later layers may attend to keys and values of this one."""
+        giver = self.shared_keys.giver if self.shared_keys else ""
+        return bool(getattr(layer.get_submodule(self.attention), giver)) if giver else False
+
+    def reads_keys(self, layer: nn.Module) -> bool:
+        """Whether it attends to keys and values of an earlier layer."""
+        return self.shared_keys is not None and not self._has(layer, "k_proj")
+
+    def head_inputs(self, text: Any, hidden: Tensor) -> dict[str, Tensor]:
+        """What a model needs beside embeddings (windows, seq_len, hidden_size) to give logits while its layers are bypassed.
+
+        Args:
+            text: the config of the language model.
+            hidden: given as embeddings.
+        """
+        width = getattr(text, self.own_inputs) if self.own_inputs else 0
+        if not width:
+            return {}
+        return {"per_layer_inputs": hidden.new_zeros(()).expand(*hidden.shape[:2], text.num_hidden_layers, width)}
 
     def linears(self, layer: nn.Module) -> dict[str, nn.Linear]:
         """The linear layers of one dense decoder layer that lorap works on, by role."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from lorap.architectures.architecture import Architecture
+from lorap.architectures.architecture import Architecture, SharedKeys
 from lorap.architectures.experts import PackedExperts
 from lorap.architectures.splitting import GATE_UP, QKV
 
@@ -14,6 +14,21 @@ from lorap.architectures.splitting import GATE_UP, QKV
 def _mixture(families: str, *, other_attention: str = "", **packed: Any) -> Architecture:
     """A family with Llama's attention and experts in place of FFNs; an expert that all tokens read stays as it is."""
     return Architecture(families, other_attention=other_attention, packed=PackedExperts(**packed))
+
+
+def _gemma4(families: str, **paths: Any) -> Architecture:
+    """Some layers have no values, which are the keys then, or neither, and attend to those of an earlier layer."""
+    return Architecture(
+        families,
+        optional=("k_proj", "v_proj"),
+        shared_keys=SharedKeys("shared_kv_states", "store_full_length_kv"),
+        layer_fields=("head_dim", "num_key_value_heads"),
+        own_inputs="hidden_size_per_layer_input",
+        refused=MappingProxyType(
+            {"enable_moe_block": "its layers have experts beside their FFN, which lorap does not know"}
+        ),
+        **paths,
+    )
 
 
 # How files of some mixtures name experts and their matrices.
@@ -44,6 +59,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "gemma": Architecture("Gemma"),
         "gemma2": Architecture("Gemma 2"),
         "gemma3_text": Architecture("Gemma 3, text alone"),
+        "gemma4_text": _gemma4("Gemma 4, text alone"),
         "granite": Architecture("Granite 3, dense"),
         "granite_swa": Architecture("Granite with sliding windows"),
         "helium": Architecture("Helium"),
@@ -82,6 +98,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         ),
         # Vision and language: the language model is compressed, the rest stays as it is.
         "gemma3": Architecture("Gemma 3 with vision", layers="model.language_model.layers"),
+        "gemma4": _gemma4("Gemma 4", layers="model.language_model.layers", embeds_at_head=True),
         "idefics3": Architecture("Idefics 3, SmolVLM", layers="model.text_model.layers"),
         "internvl": Architecture("InternVL 3", layers="model.language_model.layers"),
         "llava": Architecture("LLaVA", layers="model.language_model.layers"),
@@ -103,8 +120,6 @@ _NO_GATE = "its FFN has no gate"
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
         "bitnet": "its FFN has a norm between gate * up and down",
-        "gemma4": "its layers share keys and values, or have no values of their own",
-        "gemma4_text": "its layers share keys and values, or have no values of their own",
         "olmo_hybrid": "its files hold parts of what transformers keeps as one matrix",
         **dict.fromkeys(("deepseek_v2", "deepseek_v3", "gpt_oss"), _EXPERTS),
         **dict.fromkeys(("gpt2", "gpt_neox", "nemotron", "phi", "starcoder2"), _NO_GATE),

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lorap.calibration.context import DecoderContext
 from lorap.calibration.offload import OffloadedTensor
+from lorap.calibration.shared_keys import SharedGradients, TracedStates
 from lorap.calibration.stream import Batch, CalibrationStream, logits_of, run_layer, summed_loss
-from lorap.checkpoint.paging import in_memory
 
 # Tokens that run backward at once. Each keeps all activations of one layer, and once the logits.
 BATCH_TOKENS = 512
@@ -66,19 +66,21 @@ def backward_pass(
         inputs.append([batch.held for batch in stream.batches])
         with context.on_device(index):
             stream.advance(index, layer)
-    with in_memory(context.model.get_output_embeddings()):
+    with context.head_in_memory():
         if targets is None:
             gradients = [_loss_gradient(context, batch) for batch in stream.batches]
         else:
             pairs = zip(stream.batches, targets.batches, strict=True)
             gradients = [_distance_gradient(context, batch, target) for batch, target in pairs]
+    shared = [SharedGradients() for _ in stream.batches]
     for index in context.bar(reversed(range(len(context.layers))), desc=desc):
         layer, hidden = context.layers[index], inputs.pop()
         gathered = gatherer()
         with context.on_device(index):
             linears = linears_of(layer)
             for position, (batch, held) in enumerate(zip(stream.batches, hidden, strict=True)):
-                gradient = _backward(index, layer, batch, held.get(), gradients[position].get(), linears, gathered)
+                above = gradients[position].get(), shared[position]
+                gradient = _backward(index, layer, batch, held.get(), above, linears, gathered)
                 gradients[position] = context.store.put(gradient)
             yield index, linears, gathered
 
@@ -120,11 +122,14 @@ def _backward(
     layer: nn.Module,
     batch: Batch,
     hidden: Tensor,
-    gradient: Tensor,
+    above: tuple[Tensor, SharedGradients],
     linears: Mapping[str, nn.Linear],
     gathered: Gatherer,
 ) -> Tensor:
-    """Gradient with respect to the layer's input; adds what passed the linear layers on the way to ``gathered``."""
+    """Gradient with respect to the layer's input; adds what passed the linear layers on the way to ``gathered``.
+
+    ``above`` is the gradient with respect to its output, and with respect to keys and values that later layers read.
+    """
     seen: dict[str, tuple[tuple[Tensor, ...], Tensor]] = {}
 
     def note(role: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
@@ -134,9 +139,19 @@ def _backward(
         for role, linear in linears.items():
             hooks.callback(linear.register_forward_hook(note(role)).remove)
         hidden = hidden.detach().requires_grad_(True)
-        output = run_layer(layer, hidden, batch, index)
-        wanted = [hidden, *(seen[role][1] for role in linears)]
-        below, *at_outputs = torch.autograd.grad(output, wanted, gradient)
+        traced = None if batch.shared is None else TracedStates(batch.shared)
+        outputs, gradients, read = [run_layer(layer, hidden, batch, index, shared=traced)], [above[0]], list[Tensor]()
+        if traced is not None:
+            given, of_given = above[1].of_given(traced)
+            outputs, gradients = outputs + given, gradients + of_given
+            read = [one for states in traced.read.values() for one in states]
+        wanted = [hidden, *(seen[role][1] for role in linears), *read]
+        below, *at_outputs = torch.autograd.grad(outputs, wanted, gradients)
+    if traced is not None:
+        for kind in reversed(traced.read):
+            count = len(traced.read[kind])
+            above[1].add(kind, tuple(at_outputs[-count:]))
+            del at_outputs[-count:]
     for role, g in zip(linears, at_outputs, strict=True):
         x, *routing = (one.detach() for one in seen[role][0])
         gathered.add(role, x, g, batch.mask, batch.fold, *routing)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -88,6 +88,15 @@ class DecoderContext:
     def on_device(self, index: int) -> AbstractContextManager[None]:
         """Layer ``index`` is in memory on :attr:`device` while this is active, and afterwards where it was."""
         return on_device(self.layers[index], self.device)
+
+    @contextmanager
+    def head_in_memory(self) -> Iterator[None]:
+        """What makes logits of hidden states is in memory while this is active."""
+        with ExitStack() as stack:
+            stack.enter_context(in_memory(self.model.get_output_embeddings()))
+            if self.architecture.embeds_at_head:
+                stack.enter_context(in_memory(self.model.get_input_embeddings()))
+            yield
 
     def bar(self, items: Iterable[T], *, desc: str) -> Iterable[T]:
         """A progress bar around the layers, of the process that talks."""

@@ -2,7 +2,7 @@
 
 - Each is called once in a forward pass of its layer.
 - q, k and v read one tensor; gate and up read one tensor.
-- Values reach o through v alone, and what o gives is what attention gives.
+- Values reach o through v alone, or k where they are the keys, or an earlier layer's v; what o gives is what attention gives.
 - down reads act(gate) * up and nothing else, and what down gives is what the FFN gives.
 - Experts, once per layer, give the sum of what those that the router chose for a token give, times its weights; each is an FFN as
   above. Routers, and what FFNs add beside their experts, are nobody's concern.
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from lorap.architectures import SHARED_INPUTS, text_config
 from lorap.architectures.experts import Experts
 from lorap.calibration.context import DecoderContext, on_device
+from lorap.calibration.shared_keys import SilentStates
 from lorap.calibration.stream import CalibrationStream, run_layer
 from lorap.calibration.windows import TokenWindows
 from lorap.distributed import SINGLE_PROCESS
@@ -37,6 +38,8 @@ TOKENS = 8
 # Largest relative difference of what should be equal. The same operations on the same numbers give the same, but kernels may
 # choose another order; another activation differs by 3 % and more.
 TOLERANCE = 1e-4
+# What gives values to a layer that has none of its own.
+SHARED = "the earlier layer's v_proj"
 
 
 @dataclass
@@ -61,9 +64,21 @@ def verify_contract(context: DecoderContext) -> None:
     """
     ids = torch.randint(context.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     stream = CalibrationStream.from_windows(replace(context, processes=SINGLE_PROCESS), TokenWindows(ids, "", ""))
+    handed_over = False
     for index in _one_of_each_kind(context):
+        if context.architecture.reads_keys(context.layers[index]) and not handed_over:
+            _hand_over(context, stream, before=index)
+            handed_over = True
         with on_device(context.layers[index], context.device):
             _Layer(context, stream, index).verify()
+
+
+def _hand_over(context: DecoderContext, stream: CalibrationStream, *, before: int) -> None:
+    """Run the layers whose keys and values later ones attend to."""
+    for index, layer in enumerate(context.layers[:before]):
+        if context.architecture.gives_keys(layer):
+            with on_device(layer, context.device):
+                run_layer(layer, stream.batches[0].hidden.clone(), stream.batches[0], index)
 
 
 def _one_of_each_kind(context: DecoderContext) -> Iterator[int]:
@@ -102,7 +117,7 @@ class _Layer:
             if twins:
                 raise self._refusal(f"{' and '.join(sorted([role, *twins]))} are both {self._name(role)}")
         for first, *others in (readers for readers in SHARED_INPUTS.values() if readers[0] in self.linears):
-            for other in others:
+            for other in (role for role in others if role in self.linears):
                 self._same(calls[other].read, calls[first].read, f"what {other} reads is not what {first} reads")
         if experts:
             self._verify_experts(experts, calls["mlp"])
@@ -136,14 +151,15 @@ class _Layer:
 
     def _verify_attention(self, calls: Mapping[str, _Calls]) -> None:
         self._same(calls["attention"].gave, calls["o_proj"].gave, "what attention gives is not what o_proj gives")
-        silenced = self._run({"o_proj": self.linears["o_proj"]}, silent=self.linears["v_proj"])["o_proj"]
+        source = next((role for role in ("v_proj", "k_proj") if role in self.linears), "")
+        silenced = self._run({"o_proj": self.linears["o_proj"]}, silent=source or SHARED)["o_proj"]
         left, whole = _norm(silenced.read), _norm(calls["o_proj"].read)
         if left > TOLERANCE * whole:
             share = left / whole if whole else math.inf
-            raise self._refusal(f"with v_proj silenced, {share:.3g} of what o_proj reads stays")
+            raise self._refusal(f"with {source or SHARED} silenced, {share:.3g} of what o_proj reads stays")
 
-    def _run(self, modules: Mapping[str, nn.Module], silent: nn.Module | None = None) -> dict[str, _Calls]:
-        """One forward pass of the layer; what ``modules`` read and gave in it, with the output of ``silent`` zero."""
+    def _run(self, modules: Mapping[str, nn.Module], silent: str = "") -> dict[str, _Calls]:
+        """One forward pass of the layer; what ``modules`` read and gave in it, with the output of the role ``silent`` zero."""
         calls = {name: _Calls() for name in modules}
 
         def note(name: str) -> Any:
@@ -158,10 +174,14 @@ class _Layer:
         with ExitStack() as hooks:
             for name, module in modules.items():
                 hooks.callback(module.register_forward_hook(note(name), with_kwargs=True).remove)
-            if silent is not None:
-                hooks.callback(silent.register_forward_hook(lambda _module, _args, output: output * 0).remove)
+            shared = None
+            if silent == SHARED and self.batch.shared is not None:
+                shared = SilentStates(self.batch.shared)
+            elif silent:
+                linear = self.linears[silent]
+                hooks.callback(linear.register_forward_hook(lambda _module, _args, output: output * 0).remove)
             # Layers may change what they are given in place.
-            run_layer(self.layer, self.batch.hidden.clone(), self.batch, self.index)
+            run_layer(self.layer, self.batch.hidden.clone(), self.batch, self.index, shared=shared)
         return calls
 
     def _same(self, found: Tensor | None, expected: Tensor | None, what: str) -> None:

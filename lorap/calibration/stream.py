@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -23,9 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorap.architectures import text_config
 from lorap.calibration.context import DecoderContext
 from lorap.calibration.losses import IGNORED, next_token_loss, next_tokens
 from lorap.calibration.offload import IN_MEMORY, HiddenStateStore
+from lorap.calibration.shared_keys import SharedStates
 from lorap.calibration.statistics import ActivationStats
 from lorap.calibration.windows import TokenWindows
 from lorap.checkpoint.paging import in_memory
@@ -67,6 +69,7 @@ class Batch:
         layer_kwargs: keyword arguments of each decoder layer, as the model passes them.
         fold: which half of the calibration text the windows belong to.
         ids: (windows, seq_len) int64, the tokens.
+        shared: keys and values that layers hand over to later ones, where a family does that.
         store: keeps the hidden states.
     """
 
@@ -78,11 +81,18 @@ class Batch:
         layer_kwargs: Sequence[Mapping[str, Any]],
         fold: int = 0,
         ids: Tensor | None = None,
+        shared: SharedStates | None = None,
         store: HiddenStateStore = IN_MEMORY,
     ) -> None:
         self.mask, self.layer_kwargs, self.fold, self.ids = mask, layer_kwargs, fold, ids
-        self.store = store
+        self.shared, self.store = shared, store
         self.held = store.put(hidden)
+
+    def copy(self) -> Batch:
+        """The same windows at the same place, for another stream."""
+        found = copy.copy(self)
+        found.shared = None if self.shared is None else self.shared.copied()
+        return found
 
     @property
     def hidden(self) -> Tensor:
@@ -131,7 +141,8 @@ class CalibrationStream:
             batch_tokens: that run through a layer at once.
         """
         model, device, processes = context.model, context.device, context.processes
-        embedding = model.get_input_embeddings()
+        embedding, keys = model.get_input_embeddings(), context.architecture.shared_keys
+        handed = keys.argument if keys else None
         size = max(1, batch_tokens // windows.input_ids.shape[1])
         every = list(_batches(len(windows.input_ids), size, fold_of))
         batches = []
@@ -148,9 +159,13 @@ class CalibrationStream:
                     Batch(
                         hidden=calls[0][0].to(device),
                         mask=None if mask is None else mask.to(device),
-                        layer_kwargs=[_to_device(kwargs, device, moved) for _, kwargs in calls],
+                        layer_kwargs=[
+                            _to_device({name: one for name, one in kwargs.items() if name != handed}, device, moved)
+                            for _, kwargs in calls
+                        ],
                         fold=fold,
                         ids=ids,
+                        shared=SharedStates(handed, context.store) if handed else None,
                         store=context.store,
                     )
                 )
@@ -158,7 +173,7 @@ class CalibrationStream:
 
     def copy(self) -> CalibrationStream:
         """Another stream at the same place: one stays there when the other advances. Until then hidden states are shared."""
-        batches = [copy.copy(batch) for batch in self.batches]
+        batches = [batch.copy() for batch in self.batches]
         return CalibrationStream(batches, folds=self.folds, processes=self.processes)
 
     @torch.no_grad()
@@ -231,7 +246,9 @@ class CalibrationStream:
             batch.hidden = run_layer(layer, batch.hidden, batch, index)
 
 
-def run_layer(layer: nn.Module, hidden: Tensor, batch: Batch, index: int) -> Tensor:
+def run_layer(
+    layer: nn.Module, hidden: Tensor, batch: Batch, index: int, *, shared: MutableMapping[str, Any] | None = None
+) -> Tensor:
     """Run one decoder layer on one batch.
 
     Args:
@@ -239,18 +256,21 @@ def run_layer(layer: nn.Module, hidden: Tensor, batch: Batch, index: int) -> Ten
         hidden: (windows, seq_len, hidden_size), its inputs.
         batch: gives what the layer is called with besides.
         index: of the layer.
+        shared: takes the place of the keys and values that layers of the batch hand over.
 
     Returns:
         (windows, seq_len, hidden_size).
     """
-    output = layer(hidden, **batch.layer_kwargs[index])
+    handed = {} if batch.shared is None else {batch.shared.argument: batch.shared if shared is None else shared}
+    output = layer(hidden, **batch.layer_kwargs[index], **handed)
     return output[0] if isinstance(output, tuple) else output
 
 
 def logits_of(context: DecoderContext, hidden: Tensor) -> Tensor:
     """(windows, seq_len, vocab_size), given the outputs of the last layer."""
+    beside = context.architecture.head_inputs(text_config(context.model.config), hidden)
     with bypassed(context.layers, output=hidden):
-        logits: Tensor = context.model(inputs_embeds=hidden, use_cache=False).logits
+        logits: Tensor = context.model(inputs_embeds=hidden, use_cache=False, **beside).logits
     return logits
 
 

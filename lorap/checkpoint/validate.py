@@ -79,8 +79,8 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{path}: model type {named(model_type)} needs code from its own folder, which lorap never runs; "
             "use a version of transformers that knows this model type"
         )
-    if model_type in ARCHITECTURES and (layers := config.get("per_layer_config")):
-        # transformers takes it (5.24), and builds layers of these families without it, or fails on a field that it has.
+    if model_type in ARCHITECTURES and not _follows(layers := config.get("per_layer_config"), str(model_type)):
+        # transformers takes it (5.24), and builds layers of most families without it, or fails on a field that it has.
         raise CheckpointError(
             f"{path}: per_layer_config is {shown(layers)}, and layers of {model_type} models do not follow it in transformers; "
             "remove the field if all layers are alike, or start from the dense model"
@@ -95,6 +95,14 @@ def read_config(path: Path) -> dict[str, Any]:
                     f"{path}: {name} is {shown(unknown[0])}, which may be code from the hub; remove the field"
                 )
     return config
+
+
+def _follows(layers: Any, model_type: str) -> bool:
+    """Whether layers of a family are what ``per_layer_config`` makes of them: all are where there is none."""
+    if not layers:
+        return True
+    known = ARCHITECTURES[model_type].layer_fields
+    return isinstance(layers, dict) and all(isinstance(each, dict) and {*each} <= {*known} for each in layers.values())
 
 
 def lorap_config(config: Mapping[str, Any]) -> LoRAPConfig | None:

@@ -64,7 +64,7 @@ def plan_layer(shapes: Mapping[str, Shape], config: CompressionConfig, *, packed
         # A break-even rank is rarely whole, and rounded down it would cost accuracy although nothing is to be removed.
         return LayerPlan(ranks={}, intermediate_size=width)
     if "self_attn" in config.sublayers and "q_proj" in shapes:
-        attention = {role: shapes[role] for role in ATTENTION}
+        attention = {role: shapes[role] for role in ATTENTION if role in shapes}
         if config.allocation == "even":
             ranks |= {role: int(kept * break_even_rank(shape)) for role, shape in attention.items()}
         else:
@@ -140,15 +140,15 @@ def attention_ranks(shapes: Mapping[str, Shape], kept: float, vo_to_qk_ratio: fl
     For the square matrices of multi-head attention this is the published integer arithmetic, rounding included.
 
     Args:
-        shapes: (out_features, in_features) of q, k, v and o, by role.
+        shapes: (out_features, in_features) of q, k, v and o, by role; k and v may be missing.
         kept: share of their parameters that stays.
         vo_to_qk_ratio: parameters for {v, o} per one for {q, k}.
 
     Returns:
         By role; a projection that is not named stays dense.
     """
-    size = {role: out_features * in_features for role, (out_features, in_features) in shapes.items()}
-    qk, vo = size["q_proj"] + size["k_proj"], size["v_proj"] + size["o_proj"]
+    of_qk, of_vo = ([role for role in group if role in shapes] for group in (ATTENTION[:2], ATTENTION[2:]))
+    qk, vo = (sum(math.prod(shapes[role]) for role in group) for group in (of_qk, of_vo))
     budget = kept * (qk + vo)
     # Each share relative to an even split; 2a / (1 + a) and 2 / (1 + a) in the published program, where qk = vo.
     vo_share = (qk + vo) / vo * vo_to_qk_ratio / (1 + vo_to_qk_ratio)
@@ -161,12 +161,10 @@ def attention_ranks(shapes: Mapping[str, Shape], kept: float, vo_to_qk_ratio: fl
         return int((budget - other_group) / group * break_even_rank(shapes[role]))
 
     if shared("o_proj", vo_share) >= break_even_rank(shapes["o_proj"]):
-        return {role: remaining(role, qk, vo) for role in ("q_proj", "k_proj")}
+        return {role: remaining(role, qk, vo) for role in of_qk}
     if shared("q_proj", qk_share) >= break_even_rank(shapes["q_proj"]):
-        return {role: remaining(role, vo, qk) for role in ("v_proj", "o_proj")}
-    return {role: shared(role, qk_share) for role in ("q_proj", "k_proj")} | {
-        role: shared(role, vo_share) for role in ("v_proj", "o_proj")
-    }
+        return {role: remaining(role, vo, qk) for role in of_vo}
+    return {role: shared(role, qk_share) for role in of_qk} | {role: shared(role, vo_share) for role in of_vo}
 
 
 def pruned_positions(width: int, sparsity: float, least_important_kept: float) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from lorap.calibration.backward import backward_pass
 from lorap.calibration.context import DecoderContext
 from lorap.calibration.offload import IN_MEMORY, HiddenStateStore, OffloadedTensor
 from lorap.calibration.stream import Batch, CalibrationStream, logits_of
-from lorap.checkpoint.paging import in_memory, offloaded_tensors
+from lorap.checkpoint.paging import offloaded_tensors
 from lorap.distributed import Processes
 from lorap.errors import CalibrationError
 
@@ -93,7 +93,7 @@ def divergences(context: DecoderContext, stream: CalibrationStream, target: Cali
         One for each fold.
     """
     found = []
-    with in_memory(context.model.get_output_embeddings()):
+    with context.head_in_memory():
         for ours, dense in zip(stream.batches, target.batches, strict=True):
             each = _divergence(context, ours, dense)
             tokens = each.numel() if ours.mask is None else int(ours.mask.sum())

@@ -252,12 +252,20 @@ def plan_by_shape(dense: DenseModel, config: CompressionConfig) -> list[LayerPla
                 "projections or in none; leave it out for target stock"
             )
         roles = compressed_roles(config)
-        odd = next((index for index, shape in enumerate(shapes) if {*roles} - {*shape}), None)
+        odd = next((i for i, shape in enumerate(shapes) if "q_proj" in {*roles} - {*shape}), None)
         if odd is not None:
             raise ConfigError(
                 f"target stock gives all FFNs one width, and layer {odd} of this {model_config.model_type} model has no "
                 "attention that could be compressed, so that layers would lose different shares: compress the FFNs alone "
                 "(sublayers mlp)"
+            )
+        odd = next(
+            (i for i, shape in enumerate(shapes) if any(shape.get(r) != shapes[0].get(r) for r in PROJECTIONS)), None
+        )
+        if odd is not None:
+            raise ConfigError(
+                f"target stock gives all FFNs one width, and the projections of layer {odd} of this {model_config.model_type} "
+                "model have other shapes than those of layer 0; choose target lorap"
             )
         total = sum(_size(shapes[0][role]) for role in roles)
         hidden, dense_width = shapes[0]["down_proj"]

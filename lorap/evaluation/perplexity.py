@@ -15,7 +15,6 @@ from lorap.calibration.context import DecoderContext
 from lorap.calibration.losses import IGNORED, next_token_loss, next_tokens
 from lorap.calibration.stream import CalibrationStream, summed_loss
 from lorap.calibration.windows import TokenWindows
-from lorap.checkpoint.paging import in_memory
 from lorap.errors import CalibrationError, ConfigError
 from lorap.nn.linear import embedding_weight
 from lorap.reports.records import Evaluation
@@ -221,7 +220,7 @@ def evaluate_stream(context: DecoderContext, stream: CalibrationStream, windows:
     """
     start, model = time.perf_counter(), context.model
     loss, predicted = 0.0, 0
-    with in_memory(model.get_output_embeddings()):
+    with context.head_in_memory():
         home = model.get_output_embeddings().weight.device
         for batch in stream.batches:
             found, count = summed_loss(context, batch, batch.hidden.to(home))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorap.architectures import ATTENTION, MLP, PROJECTIONS, Architecture, known_architecture, text_config
 from lorap.checkpoint import host_keys
-from lorap.checkpoint.folders import read_tensors
+from lorap.checkpoint.folders import stored_parameters
 from lorap.checkpoint.hf_quantizer import detach_quantization_config
 from lorap.checkpoint.reconstruct import check_floating_point, reconstruct
 from lorap.checkpoint.save import SPARE_BYTES
@@ -65,7 +65,7 @@ def export_stock(
     with staged_folder(out, overwrite=overwrite, needed_bytes=model.get_memory_footprint() + SPARE_BYTES) as stage:
         write_model(model, stage, max_shard_size=max_shard_size)
         host_keys.complete(stage, tokenizer)
-        saved = sum(tensor.numel for tensor in read_tensors(stage).values())
+        saved = stored_parameters(stage)
         if saved != params:
             raise CheckpointError(f"{saved:,} parameters reached the disk, but the model has {params:,}")
         what = f"an ordinary {type(model).__name__} with one FFN width, which opens without lorap"
@@ -86,8 +86,13 @@ def make_stock(model: PreTrainedModel, *, pad_widths: bool = False) -> Any:
     """
     architecture = known_architecture(model, to="export")
     check_floating_point(model)
-    widths = architecture.ffn_widths(model)
-    if min(widths) < max(widths) and not pad_widths:
+    widths, own = architecture.ffn_widths(model), architecture.ffn_widths(_split_twin(model))
+    if own != widths and len({*own}) > 1:
+        raise ArchitectureError(
+            f"FFN widths are {', '.join(map(str, widths))}, and a stock {model.config.model_type} model of this config has "
+            f"{', '.join(map(str, own))}: compress attention alone (--sublayers self_attn), or keep the folder for lorap"
+        )
+    if own != widths and min(widths) < max(widths) and not pad_widths:
         raise ArchitectureError(
             f"FFN widths run from {min(widths):,} to {max(widths):,}, and a stock {type(model).__name__} has one for all layers: "
             f"fill up the narrower ones (--pad-widths: {architecture.zeros_to_pad(model):,} more parameters, all zero), choose a "
@@ -95,7 +100,8 @@ def make_stock(model: PreTrainedModel, *, pad_widths: bool = False) -> Any:
             "uniform or --target stock"
         )
     reconstruct(model)
-    fill_up(model)
+    if own != widths:
+        fill_up(model)
     _fit_biases(model, architecture)
     detach_quantization_config(model)
     _check_class(model)

@@ -175,8 +175,7 @@ def merge_shared_inputs(model: Model) -> Model:
     """
     architecture = known_architecture(model, to="merge the projections of", experts=True)
     for layer in architecture.decoder_layers(model):
-        if SHARED_INPUTS["attention_input"][0] in architecture.roles(layer):
-            _merge_attention(layer, architecture)
+        _merge_attention(layer, architecture)
         mlp = layer.get_submodule(architecture.mlp)
         if architecture.experts(layer):
             continue  # transformers runs them in one grouped op each, which is as good
@@ -233,9 +232,10 @@ def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def _merge_attention(layer: nn.Module, architecture: Architecture) -> None:
-    members = [_swap_linear(layer, architecture.projections[role]) for role in SHARED_INPUTS["attention_input"]]
+    roles = [role for role in SHARED_INPUTS["attention_input"] if role in architecture.roles(layer)]
+    members = [_swap_linear(layer, architecture.projections[role]) for role in roles]
     ours = all(isinstance(member, (LowRankLinear, Linear)) for member in members)
-    if ours and any(member.group is None for member in members):
+    if ours and members[1:] and any(member.group is None for member in members):
         SharedInput(members)
 
 

@@ -66,10 +66,10 @@ def spectra(found: Inspection) -> Figure:
 def _spectra_panel(axis: Any, found: Inspection, kind: str, role: str) -> None:
     norm = _depths(found)
     lines = found.find(kind, roles=[role])
-    for layer, line in zip(found.layers, lines, strict=True):
+    for layer, line in zip(found.layers_with(role), lines, strict=True):
         axis.plot(*_curve(line), color=DEPTH(norm(layer)), linewidth=0.8)
-    if kind == "plain":
-        axis.plot(*_curve(random_matrix(lines[0].shape)), **RANDOM)
+    for shape in dict.fromkeys(line.shape for line in lines) if kind == "plain" else ():
+        axis.plot(*_curve(random_matrix(shape)), **RANDOM)
     axis.set_title(f"{role}, {kind}")
 
 
@@ -130,7 +130,7 @@ def effective_ranks(found: Inspection) -> Figure:
     for kind, axis in zip(found.kinds, axes, strict=True):
         for role, look in ROLE_LOOKS.items():
             shares = [one.effective_share for one in found.find(kind, roles=[role])]
-            axis.plot(found.layers, shares, **look, markersize=3.5, linewidth=1, label=role)
+            axis.plot(found.layers_with(role), shares, **look, markersize=3.5, linewidth=1, label=role)
         axis.set_title(KIND_TITLES[kind])
         _layer_axis(axis, found)
     axes[0].set(ylabel="effective rank / full rank", ylim=(0, 1))

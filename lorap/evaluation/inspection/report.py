@@ -33,7 +33,7 @@ class Inspection:
         calibration: the texts, windows and tokens that the inputs came from; None for plain spectra only.
         layers: indices of the decoder layers that were looked at, ascending.
         num_layers: how many the model has.
-        projections: seven for each of ``layers``, those of all experts together where there are several.
+        projections: seven for each of ``layers``, or those that it has; those of all experts together where there are several.
         channels: of the FFN of each of ``layers``, by kind; plain ones are norms of weights alone.
     """
 
@@ -62,6 +62,10 @@ class Inspection:
         return [
             entry.spectra[kind] for entry in self.projections if entry.role in roles and layer in (None, entry.layer)
         ]
+
+    def layers_with(self, role: str) -> list[int]:
+        """Those of ``layers`` that have a projection of this role."""
+        return [entry.layer for entry in self.projections if entry.role == role]
 
     def to_dict(self, *, curves: bool = True) -> dict[str, Any]:
         """Plain values for JSON; without ``curves`` no spectra and no sorted importances."""
@@ -101,8 +105,8 @@ class Inspection:
         )
 
     def random_shares(self, group: str) -> tuple[float, ...]:
-        """The same for random matrices of the shapes of a group."""
-        shapes = [one.shape for one in self.find("plain", layer=self.layers[0], roles=GROUPS[group])]
+        """The same for random matrices of the shapes of a group, in all layers."""
+        shapes = [one.shape for one in self.find("plain", roles=GROUPS[group])]
         return _columns(statistics.fmean, [random_matrix(shape).rank_shares for shape in shapes])
 
     def table(self) -> str:
@@ -134,20 +138,21 @@ class Inspection:
         header = [kind, "shape", "rank", "% of full", "% of parameters", "effective rank", "% of full"]
         beside = ["random, % of full", "random, effective"] if kind == "plain" else []
         rows = []
-        for role in ATTENTION + MLP:
+        for role in filter(self.layers_with, ATTENTION + MLP):
             found = self.find(kind, roles=[role])
-            effective = statistics.median(one.effective_rank for one in found)
+            random = [random_matrix(one.shape) for one in found]
             row = [
                 role,
-                "{} x {}".format(*found[0].shape),
+                ", ".join("{} x {}".format(*shape) for shape in dict.fromkeys(one.shape for one in found)),
                 " / ".join(f"{rank:.0f}" for rank in _columns(statistics.median, [one.ranks for one in found])),
                 _percents(_columns(statistics.median, [one.rank_shares for one in found])),
                 _percents(_columns(statistics.median, [one.parameter_shares for one in found])),
-                f"{effective:.0f}",
-                _percents([effective / found[0].full_rank]),
+                f"{statistics.median(one.effective_rank for one in found):.0f}",
+                _percents([statistics.median(one.effective_share for one in found)]),
             ]
-            random = random_matrix(found[0].shape)
-            rows.append(row + [_percents(random.rank_shares), _percents([random.effective_share])][: len(beside)])
+            shares = _columns(statistics.median, [one.rank_shares for one in random])
+            effective = statistics.median(one.effective_share for one in random)
+            rows.append(row + [_percents(shares), _percents([effective])][: len(beside)])
         return format_table(header + beside, rows)
 
     def _layer_table(self) -> str:
