@@ -318,7 +318,7 @@ Gemma 4: the last layers of its small models have no keys and values of their ow
 which calibration and the backward pass hand over, and give up parameters of q and o alone. Where values are the keys, k stands
 for both. FFNs may be twice as wide in some layers, and heads in layers of full attention. What each layer reads of its own
 embedding stays as it is, bit by bit. Refused: `--target stock`, `--format stock` of FFNs that were pruned where layers had two
-widths, and models with experts (`enable_moe_block`). `lorap plan` does not know unlike layers yet.
+widths, and models with experts (`enable_moe_block`). `lorap plan` tells sizes and memory of unlike layers, and no time.
 
 Phi-3, Phi-4 and GLM-4 store gate and up as one matrix, Phi also q, k and v. lorap splits them, row by row, and a compressed
 folder holds them under the names that Llama has for them; `lorap export --format stock` joins them again. `--target stock` is
@@ -327,12 +327,11 @@ refused.
 Mixtures of experts: each expert gives up channels of its own, by the tokens that reach it, weighted as the router weights them;
 recipe `best` also refits each with these. All experts of a layer keep the same number, so that they stay packed, a multiple of
 8, as grouped matmuls want it. Routers stay, bit by bit, and so do shared experts, which all tokens read. Layers that have one
-FFN in place of experts, as the first of GLM-4.5, dots.llm1, ERNIE and others do, are compressed as in a dense model; `lorap
-plan` does not know models with layers of both kinds yet. An expert that fewer than eight tokens of a part of the calibration
-text reach is judged on all tokens of its layer, and the run says how many there were. Correction steps move attention, and FFNs
-that are no experts. `lorap inspect` draws one line for the experts of a layer, the mean of their spectra. There is no int8,
-int4, `--size`, `--target stock`, `recover` or export for them yet: each is refused. All of this is seen on tiny random models,
-and on no trained one from outside.
+FFN in place of experts, as the first of GLM-4.5, dots.llm1, ERNIE and others do, are compressed as in a dense model. An expert
+that fewer than eight tokens of a part of the calibration text reach is judged on all tokens of its layer, and the run says how
+many there were. Correction steps move attention, and FFNs that are no experts. `lorap inspect` draws one line for the experts
+of a layer, the mean of their spectra. There is no int8, int4, `--size`, `--target stock`, `recover` or export for them yet:
+each is refused. All of this is seen on tiny random models, and on no trained one from outside.
 
 Weights that another program has quantized are read as the floating-point numbers that they stand for, a layer at a time: fp8
 (DeepSeek's and Qwen's blocks, or one scale), compressed-tensors (`float-quantized`, `int-quantized`, `naive-quantized`, and

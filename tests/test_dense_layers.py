@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import last_json, run
 from families import config, logits, tiny, windows
 from torch import nn
 
@@ -15,6 +16,8 @@ import lorap
 from lorap.architectures import ARCHITECTURES, ATTENTION, MLP
 from lorap.checkpoint.folders import CONFIG, read_tensors
 from lorap.checkpoint.load import find_model, load_model
+from lorap.compression.estimate import ModelShape
+from lorap.compression.estimate.sizes import planned_sizes
 from lorap.compression.layer import LayerCompressor
 from lorap.compression.runs.run import RunOptions
 from lorap.errors import ArchitectureError
@@ -81,6 +84,36 @@ def test_what_was_counted_is_what_was_saved(family, recipe, tmp_path) -> None:
         f"model.layers.{index}.mlp{'.experts' if each else ''}": one.shape_after[1]
         for index, (each, one) in enumerate(zip(packed, report.by_role("down_proj"), strict=True))
     }
+
+
+@pytest.mark.parametrize("recipe", ["lorap", "best"])
+@pytest.mark.parametrize("family", ["glm4_moe", "gemma4_text", "qwen3_5_text"])
+def test_planned_sizes_are_those_of_the_checkpoint(family, recipe, tmp_path) -> None:
+    model = model_of(family) if family in KINDS else tiny(family)
+    model.save_pretrained(tmp_path / "dense")
+    chosen = config(
+        recipe=recipe, sparsity=0.4, allocation="paper" if recipe == "lorap" else "even", correction_steps=0
+    )
+    shape = ModelShape.read(find_model(tmp_path / "dense"))
+    assert sum(kind.num_layers for kind in shape.kinds) == shape.num_layers
+    sizes = planned_sizes(shape, chosen)
+    small, report = lorap.compress(model, calibration=windows(), config=chosen, progress=False)
+    lorap.save(small, tmp_path / "small", report=report)
+    found = describe_model(find_model(tmp_path / "small"))
+    assert {kind: counts["params"] for kind, counts in found["kinds"].items()} == dict(sizes.params)
+    assert {kind: counts["params_before"] for kind, counts in found["kinds"].items()} == dict(shape.params)
+    assert found["bytes"] == sum(sizes.nbytes.values())
+    assert found["intermediate_size"] == sorted({layer.intermediate_size for layer in sizes.layers})
+    assert found["ranks"] == {
+        role: sorted({layer.ranks[role] for layer in sizes.layers if role in layer.ranks}) for role in found["ranks"]
+    }
+    options = ["--recipe", recipe, "--allocation", chosen.allocation, "--sparsity", 0.4, "--json"]
+    told = last_json(run("plan", tmp_path / "dense", *options))
+    assert (told["params"], told["bytes"], told["seconds"]) == (sizes.total, found["bytes"], None)
+    assert [one["intermediate_size"] for one in told["layers"]] == [one.intermediate_size for one in sizes.layers]
+    assert told["remarks"] == [
+        f"The layers are of {len(shape.kinds)} kinds, so no time is told: none of them stands for all."
+    ]
 
 
 def test_the_channels_of_a_dense_layer_are_judged_on_all_tokens() -> None:

@@ -94,7 +94,7 @@ def plan_command(
         texts = Texts.of(config, options.calibration, evaluation_texts=len(options.evaluation))
         room = free_memory_bytes(resolve_device(options.device))
         found = estimate(shape, config, texts, room=room, max_memory=options.max_memory_bytes)
-        if time and found.fits:
+        if time and found.fits and not shape.kinds:
             trial = try_layers(source, shape, found.config, options, found.sizes, texts, folder=out)
             found = replace(found, trial=trial)
         typer.echo(found.table())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lorap.algorithms.step_schedule import schedule
@@ -61,17 +61,22 @@ class Estimate:
     @property
     def remarks(self) -> list[str]:
         """Sentences on what no number tells."""
+        told: list[str] = []
         if not self.fits:
             return [f"This does not fit: {quantity(self.room, 'B')} of memory can be had."]
+        if self.shape.kinds:
+            told.append(
+                f"The layers are of {len(self.shape.kinds)} kinds, so no time is told: none of them stands for all."
+            )
         writes = self.shape.paged and self.texts.own_windows
         if writes and 0 < self.room // 2 < self.shape.computed_bytes:
             takes, have = quantity(self.shape.computed_bytes, "B"), quantity(self.room, "B")
-            return [
+            told.append(
                 f"The model takes {takes}, more than half of the {have} that can be had, so each token that it writes for `self` "
                 "reads all weights from the disk, and `sample` takes far longer than planned; texts of your own do without: "
                 "--calibration FILE"
-            ]
-        return []
+            )
+        return told
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -82,8 +87,12 @@ class Estimate:
             "exact": not sizes.decided_by,
             "decided_by": sizes.decided_by or None,
             "budget": sizes.budget,
-            "ranks": dict(sizes.layer.ranks),
-            "intermediate_size": sizes.layer.intermediate_size,
+            "ranks": {} if shape.kinds else dict(sizes.layer.ranks),
+            "intermediate_size": None if shape.kinds else sizes.layer.intermediate_size,
+            "layers": [
+                {"layers": kind.num_layers, "first": kind.first, **asdict(layer)}
+                for kind, layer in zip(shape.of_each_kind, sizes.layers, strict=True)
+            ],
             "params_before": sum(shape.params.values()),
             "params": sizes.total,
             "kinds": {
@@ -159,8 +168,20 @@ def estimate(
     sizes = planned_sizes(shape, config)
     base = resident_bytes()
     room = room and room + base
-    memory = Memory(shape, config, sizes, texts, base=base, room=room, budget=max_memory)
-    return Estimate(shape, config, texts, sizes, memory.by_stage(), room, memory.disk_bytes())
+    rest: dict[str, Any] = {"base": base, "room": room, "budget": max_memory}
+    stages = [_by_stage(kind, shape.num_layers, config, texts, rest) for kind in shape.of_each_kind]
+    names = dict.fromkeys(name for found in stages for name in found)
+    memory = {name: max(found.get(name, 0) for found in stages) for name in names}
+    disk_bytes = Memory(shape, config, sizes, texts, **rest).disk_bytes()
+    return Estimate(shape, config, texts, sizes, memory, room, disk_bytes)
+
+
+def _by_stage(
+    kind: ModelShape, num_layers: int, config: CompressionConfig, texts: Texts, rest: Mapping[str, Any]
+) -> Mapping[str, int]:
+    """What the run would hold if all layers were of one kind."""
+    alone = replace(kind, num_layers=num_layers, kinds=())
+    return Memory(alone, config, planned_sizes(alone, config), texts, **rest).by_stage()
 
 
 def size_table(shape: ModelShape, config: CompressionConfig, sizes: Sizes) -> str:
@@ -174,8 +195,9 @@ def size_table(shape: ModelShape, config: CompressionConfig, sizes: Sizes) -> st
     rows = []
     for kind in (kind for kind in KINDS if shape.params.get(kind)):
         before, after = shape.params[kind], sizes.params[kind]
-        rank = str(sizes.layer.ranks.get(kind, "dense" if kind in PROJECTIONS else ""))
-        width = str(sizes.layer.intermediate_size) if kind in PROJECTIONS[4:] else ""
+        mine = [layer for each, layer in zip(shape.of_each_kind, sizes.layers, strict=True) if kind in each.projections]
+        rank = _distinct(layer.ranks.get(kind, "dense") for layer in mine)
+        width = _distinct(layer.intermediate_size for layer in mine) if kind in PROJECTIONS[4:] else ""
         stored = shape.stored_bytes.get(kind, 0)
         rows.append([kind, f"{before:,}", f"{after:,}", f"{after / before:.4f}", rank, width])
         rows[-1] += [quantity(stored, "B"), quantity(sizes.nbytes[kind], "B")]
@@ -207,6 +229,10 @@ def size_table(shape: ModelShape, config: CompressionConfig, sizes: Sizes) -> st
             "will be spent in any case."
         )
     return "\n".join(lines)
+
+
+def _distinct(values: Iterable[object]) -> str:
+    return ", ".join(dict.fromkeys(map(str, values)))
 
 
 def _kinds(config: CompressionConfig) -> str:

@@ -107,7 +107,8 @@ class Memory:
         layers = sum(self.sizes.params[role] for role in PROJECTIONS) * self.shape.itemsize
         tokens = self.texts.tokens + self.texts.evaluation_tokens + self._followed + self._anchoring
         spilled = tokens * self.shape.hidden_size * self.shape.itemsize - self._states(tokens)
-        metrics = sum(4 * self.shape.projections[role][0] ** 2 for role in roles_with_output_metric(self.config))
+        weighed = roles_with_output_metric(self.config)
+        metrics = sum(4 * self.shape.projections[role][0] ** 2 for role in weighed if role in self.shape.projections)
         again = layers * ((self._followed > 0) + (self.config.bits is not None))
         return 2 * saved + max(spilled, self.shape.num_layers * metrics) + again
 
@@ -152,7 +153,7 @@ class Memory:
         fits = shape.computed_bytes <= self.room // 2
         layers = (shape.num_layers if fits else 1) * shape.layer_params
         model = (layers + 2 * shape.head_params) * shape.itemsize if shape.paged else shape.computed_bytes
-        keys = 2 * shape.num_layers * shape.projections["k_proj"][0] * shape.itemsize
+        keys = 2 * shape.num_layers * shape.projections.get("k_proj", (0, 0))[0] * shape.itemsize
         return model + windows * (self.texts.seq_len * keys + DRAW_COPIES * shape.vocab_size * 4)
 
     def _planning(self) -> int:
@@ -161,18 +162,18 @@ class Memory:
         roles = roles_needing_gradients(self.config)
         hidden, width = shape.projections["down_proj"]
         seen = dict(shape.projections)
-        if shape.dense.packed:  # all experts of a layer together
+        if shape.mixture:  # all experts of a layer together
             seen["down_proj"] = hidden, hidden
-        features = [size for role in roles for size in seen[role][role in DIAGONAL :]]
-        out, inner = shape.projections["q_proj"]
+        features = [size for role in roles if role in seen for size in seen[role][role in DIAGONAL :]]
+        out, inner = shape.projections.get("q_proj", (0, 0))
         pricing = 0
         if allocates_by_loss(self.config):
             ffn = 4 * ((1 if width >= IN_PLACE_FROM else 2) * width**2 + 3 * hidden * width)
             pricing = max(ffn, DOUBLE * (4 * out * inner + 2 * inner**2 + 3 * out**2))
-            pricing += 3 * DOUBLE * width**2 if shape.dense.packed else 0  # the sums of one expert, in float64
+            pricing += 3 * DOUBLE * width**2 if shape.mixture else 0  # the sums of one expert, in float64
         if mixes_by_loss(self.config):
             pricing = max(pricing, 5 * DOUBLE * width**2 + 2 * 4 * hidden * width)  # the moment as it is factored
-        update = max(_update(size, wide=PRICES_WIDE) for size in features)
+        update = max((_update(size, wide=PRICES_WIDE) for size in features), default=0)
         work = sum(_sums(size, wide=PRICES_WIDE) for size in features)
         work += max(update + self._activations(BACKWARD_TOKENS, BACKWARD), pricing)
         states = self._states(texts.planning_tokens * (shape.num_layers + 2)) + self._routed(texts.planning_tokens)
@@ -181,7 +182,7 @@ class Memory:
     def _summed(self) -> list[int]:
         """Channels of the inputs whose outer products are summed up; those of experts are while they are pruned."""
         readers = {name: SHARED_INPUTS[name][0] for name in SHARED_INPUTS if sums_of(self.config, name)[1]}
-        wanted = {*self.sizes.layer.ranks, *(["down_proj"] if self._prunes and not self.shape.dense.packed else [])}
+        wanted = {*self.sizes.layer.ranks, *(["down_proj"] if self._prunes and not self.shape.mixture else [])}
         return [self.shape.projections[role][1] for role in readers.values() if role in wanted]
 
     def _sums_of_inputs(self) -> int:
@@ -220,14 +221,14 @@ class Memory:
 
     def _routed(self, tokens: int) -> int:
         """What the experts of a layer read, whom each token is sent to, and what it counts there."""
-        if not self.shape.dense.packed:
+        if not self.shape.mixture:
             return 0
         return tokens * (self.shape.hidden_size * self.shape.itemsize + self.shape.experts_per_token * (DOUBLE + 4))
 
     def _pruning_experts(self) -> int:
         """What all experts of a layer read; what one reads, in float32; and the pruned ones, by themselves and packed."""
         shape = self.shape
-        if not shape.dense.packed:
+        if not shape.mixture:
             return 0
         hidden, width = shape.projections["down_proj"]
         tokens = min(ROUTED_TOKENS, self.texts.tokens)
@@ -241,7 +242,7 @@ class Memory:
         """Hidden states of a step before every layer, and the dense ones; gradients of one layer by fold; exact weights."""
         shape, (_, step_tokens) = self.shape, self.texts.step_tokens(self.config.correction_steps)
         largest = shape.hidden_size * max(shape.hidden_size, self.sizes.layer.intermediate_size)
-        moved = [role for role in compressed_roles(self.config) if not (shape.dense.packed and role in MLP)]
+        moved = [role for role in compressed_roles(self.config) if not (shape.mixture and role in MLP)]
         params = sum(self.sizes.params[role] for role in moved) // shape.num_layers
         work = self._folds * params * (DOUBLE if largest <= EXACT_NUMBERS else 4) + 2 * 4 * largest
         work += self._activations(BACKWARD_TOKENS, BACKWARD)
@@ -251,7 +252,8 @@ class Memory:
 
     def _rounding(self) -> int:
         """Sums of all four inputs of a layer; the largest moment as it is factored, and copies of its weight."""
-        inputs = [self.shape.projections[readers[0]][1] for readers in SHARED_INPUTS.values()]
+        readers = [each[0] for each in SHARED_INPUTS.values() if each[0] in self.shape.projections]
+        inputs = [self.shape.projections[role][1] for role in readers]
         largest, rows = max(inputs), max(outputs for outputs, _ in self.shape.projections.values())
         return sum(map(_sums, inputs)) + 5 * DOUBLE * largest**2 + 8 * 4 * rows * largest
 

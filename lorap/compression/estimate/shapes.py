@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lorap.architectures import MLP, find_architecture, text_config
@@ -22,7 +22,7 @@ from lorap.nn.linear import model_numbers
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a dense model whose decoder layers are all alike, as those of every supported family are.
+    """Sizes of a dense model, whose decoder layers are mostly alike; where they are not, those of the largest, and :attr:`kinds`.
 
     Args:
         name: what to call the model.
@@ -39,6 +39,9 @@ class ModelShape:
         params: parameters by kind; tied weights count once.
         stored_bytes: by kind, in the files.
         paged: whether weights can be left in the files until they are used, as in safetensors.
+        mixture: whether its FFNs are mixtures of experts, be it of one.
+        first: index of the first layer that is like this.
+        kinds: the same model as if it had no other layers than those of one kind, with their number; empty where all are alike.
     """
 
     name: str
@@ -56,6 +59,9 @@ class ModelShape:
     params: Mapping[str, int]
     stored_bytes: Mapping[str, int]
     paged: bool = True
+    mixture: bool = False
+    first: int = 0
+    kinds: tuple[ModelShape, ...] = ()
 
     @classmethod
     def read(cls, source: ModelSource, *, dtype: str = "auto") -> ModelShape:
@@ -79,11 +85,8 @@ class ModelShape:
         model = empty_model(config, wanted)
         architecture = find_architecture(model)
         dense = DenseModel.of(model, architecture)
-        shapes = dense.shapes
-        if not shapes or any(each != shapes[0] for each in shapes) or len({*dense.experts}) > 1:
-            raise ArchitectureError(
-                f"{source.name} has no decoder layers, or layers of different shapes, which plan does not know"
-            )
+        if not dense.shapes:
+            raise ArchitectureError(f"{source.name} has no decoder layers")
         params, stored = Counter[str](), Counter[str]()
         for key, parameter in model_numbers(model):
             for kind in kinds_of(key):
@@ -92,13 +95,13 @@ class ModelShape:
             for kind in kinds_of(key):
                 stored[kind] += info.nbytes // len(kinds_of(key))
         vocab_size, hidden_size = model.get_input_embeddings().weight.shape
-        return cls(
+        whole = cls(
             name=source.name,
             config=config,
             dense=dense,
             dtype=str(model.dtype).removeprefix("torch."),
-            num_layers=len(shapes),
-            projections=shapes[0],
+            num_layers=len(dense.shapes),
+            projections=dense.shapes[0],
             biases=dense.biases[0],
             experts=dense.experts[0],
             experts_per_token=int(text_config(config).num_experts_per_tok) if dense.packed else 1,
@@ -109,6 +112,14 @@ class ModelShape:
             stored_bytes=stored,
             paged=source.checked is not None,
         )
+        kinds = tuple(_kinds(whole))
+        largest = max(kinds, key=lambda kind: kind.layer_params)
+        return replace(largest, num_layers=whole.num_layers, kinds=kinds if kinds[1:] else ())
+
+    @property
+    def of_each_kind(self) -> tuple[ModelShape, ...]:
+        """:attr:`kinds`, or the model itself."""
+        return self.kinds or (self,)
 
     @property
     def itemsize(self) -> int:
@@ -138,3 +149,21 @@ class ModelShape:
     def computed_bytes(self) -> int:
         """Of the whole model in memory."""
         return sum(self.params.values()) * self.itemsize
+
+
+def _kinds(whole: ModelShape) -> Iterator[ModelShape]:
+    """The model by kinds of layers, in the order of their first ones."""
+    dense = whole.dense
+    layers = list(zip(dense.shapes, dense.biases, dense.experts, dense.mixtures, strict=True))
+    for first in (index for index, layer in enumerate(layers) if layers.index(layer) == index):
+        shapes, biases, experts, mixture = layers[first]
+        yield replace(
+            whole,
+            num_layers=layers.count(layers[first]),
+            projections=shapes,
+            biases=biases,
+            experts=experts,
+            experts_per_token=whole.experts_per_token if mixture else 1,
+            mixture=mixture,
+            first=first,
+        )
