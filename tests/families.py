@@ -66,6 +66,7 @@ GEMMA4: dict[str, Any] = {
 OPTIONS: dict[str, dict[str, Any]] = {
     "qwen3_5_text": HYBRID,
     "mixtral": EXPERTS | {"num_local_experts": 5},
+    "olmo_hybrid": HYBRID,
     "olmoe": EXPERTS | {"num_experts": 5},
     "qwen3_moe": NARROW,
     "mellum": NARROW,
@@ -310,9 +311,9 @@ Of models that see, the language model is compressed, calibrated on text; vision
 bit, and the files that tell how images become numbers are copied along. Tensors are written under the names that
 transformers 5 has for them; older names, as most folders on the hub have, are read as well.
 
-Qwen3.5 and 3.6 have attention in every fourth layer and something else in the others: FFNs are compressed in all layers,
-attention where it is of q, k, v and o, and the rest stays, bit by bit. `--target stock` would take unlike shares from their
-layers and is refused.
+Qwen3.5, Qwen3.6 and OLMo Hybrid have attention in every fourth layer and something else in the others: FFNs are compressed in
+all layers, attention where it is of q, k, v and o, and the rest stays, bit by bit. `--target stock` would take unlike shares
+from their layers and is refused.
 
 Gemma 4: the last layers of its small models have no keys and values of their own; they attend to those of an earlier layer,
 which calibration and the backward pass hand over, and give up parameters of q and o alone. Where values are the keys, k stands
@@ -340,8 +341,8 @@ eight models that compressed-tensors 0.20.1 had quantized with what it reads bac
 floating point. bitsandbytes, mxfp4, nvfp4, 3 bits, and weights that are sparse or rotated besides are refused.
 
 Not among them, and refused by name: FFNs without a gate or with a norm inside (GPT-NeoX, Phi-2, Nemotron, BitNet), other
-mixtures of experts (GPT-OSS, whose experts have biases), multi-head latent attention (DeepSeek), state spaces, OLMo Hybrid,
-whose files hold parts of what transformers keeps as one matrix. Other families are a row in `lorap/architectures/` away.
+mixtures of experts (GPT-OSS, whose experts have biases), multi-head latent attention (DeepSeek), state spaces. Other families
+are a row in `lorap/architectures/` away.
 """
 
 

@@ -7,12 +7,13 @@ import math
 import pytest
 import torch
 from families import HYBRID, config, tiny, windows
+from safetensors.torch import load_file, save_file
 
 import lorap
 from lorap.architectures import ARCHITECTURES, MLP, PROJECTIONS
-from lorap.checkpoint.folders import read_tensors
-from lorap.checkpoint.load import find_model
-from lorap.evaluation.info import describe_model
+from lorap.checkpoint.folders import WEIGHTS, read_tensors
+from lorap.checkpoint.load import find_model, load_model
+from lorap.evaluation.info import describe_model, kind_of
 from lorap.evaluation.inspection.inspect import inspect_model
 
 KINDS = ["linear_attention", "full_attention", "linear_attention"]
@@ -73,3 +74,31 @@ def test_spectra_are_of_layers_that_have_attention() -> None:
     with pytest.raises(lorap.ArchitectureError, match="layer 0 has no attention of q, k, v and o"):
         inspect_model(model, calibration=None, progress=False)
     assert inspect_model(model, layers=[1], calibration=None, progress=False).layers == (1,)
+
+
+def test_what_files_hold_in_parts_is_joined(tmp_path) -> None:
+    """OLMo Hybrid: the convolutions of q, k and v are three tensors in files, and one in the model."""
+    model = tiny("olmo_hybrid")
+    expected = model.model.layers[0].linear_attn.conv1d.weight
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / WEIGHTS)
+    parts = [f"model.layers.0.linear_attn.{part}_conv1d.weight" for part in "qkv"]
+    assert torch.equal(torch.cat([stored[name] for name in parts]), expected)
+    for paged in (False, True):
+        opened = load_model(find_model(tmp_path), paged=paged)
+        layer = opened.model.layers[0]
+        if paged:
+            layer.offloaded.load(layer, torch.device("cpu"))
+        assert torch.equal(layer.linear_attn.conv1d.weight, expected)
+    save_file({name: tensor for name, tensor in stored.items() if name != parts[1]}, tmp_path / WEIGHTS)
+    with pytest.raises(lorap.CheckpointError, match=r"missing, first model\.layers\.0\.linear_attn\.conv1d\.weight"):
+        find_model(tmp_path)
+    save_file(stored | {parts[2]: stored[parts[2]][..., :3].contiguous()}, tmp_path / WEIGHTS)
+    with pytest.raises(lorap.CheckpointError, match=r"v_conv1d\.weight.* of shape \(\d+, 1, 3\).*\(\d+, 1, 4\)"):
+        find_model(tmp_path)
+
+
+def test_projections_of_other_attention_are_not_counted() -> None:
+    """OLMo Hybrid calls them as those of attention are called."""
+    assert kind_of("model.layers.0.linear_attn.q_proj.weight") == "other"
+    assert kind_of("model.layers.1.self_attn.q_proj.weight") == "q_proj"

@@ -64,6 +64,7 @@ class Architecture:
         packed: where the experts are, in a family whose FFNs, or some of them, are mixtures
             (:mod:`lorap.architectures.experts`).
         optional: projections that some layers do without: values that are the keys, or both those of an earlier layer.
+        stored_apart: tensors of a decoder layer that files hold in parts, one below the other, with the names of these.
         shared_keys: how layers hand keys and values over, where some have none of their own.
         own_inputs: field of the config, the width of what each layer reads besides hidden states, as its part of
             ``per_layer_inputs``.
@@ -82,6 +83,7 @@ class Architecture:
     fused: Fused = field(default_factory=lambda: MappingProxyType({}))
     packed: PackedExperts | None = None
     optional: tuple[str, ...] = ()
+    stored_apart: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
     shared_keys: SharedKeys | None = None
     own_inputs: str = ""
     embeds_at_head: bool = False

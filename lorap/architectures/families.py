@@ -72,6 +72,13 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "olmo": Architecture("OLMo"),
         "olmo2": Architecture("OLMo 2"),
         "olmo3": Architecture("OLMo 3"),
+        "olmo_hybrid": Architecture(
+            "OLMo Hybrid",
+            other_attention="linear_attn",
+            stored_apart=MappingProxyType(
+                {"linear_attn.conv1d.weight": tuple(f"linear_attn.{part}_conv1d.weight" for part in "qkv")}
+            ),
+        ),
         "qwen3_5_text": Architecture("Qwen3.5, Qwen3.6, text alone", other_attention="linear_attn"),
         "seed_oss": Architecture("Seed-OSS"),
         "stablelm": Architecture("StableLM"),
@@ -120,7 +127,6 @@ _NO_GATE = "its FFN has no gate"
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
         "bitnet": "its FFN has a norm between gate * up and down",
-        "olmo_hybrid": "its files hold parts of what transformers keeps as one matrix",
         **dict.fromkeys(("deepseek_v2", "deepseek_v3", "gpt_oss"), _EXPERTS),
         **dict.fromkeys(("gpt2", "gpt_neox", "nemotron", "phi", "starcoder2"), _NO_GATE),
     }

@@ -1,4 +1,4 @@
-"""Matrices of single experts, as most files hold them, as the model's packed tensors (:mod:`lorap.architectures.experts`)."""
+"""What files hold in parts, as the model has it: matrices of single experts (:mod:`lorap.architectures.experts`), and others."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class PackedTensor(StoredTensor):
 
 
 def pack_experts(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """``tensors`` with one for all experts of a layer in place of those of each; of other families as they are.
+    """``tensors`` with one for all experts of a layer in place of those of each, or what else a family stores apart.
 
     Args:
         model: with or without weights.
@@ -64,7 +64,7 @@ def pack_experts(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) ->
     """
     architecture = ARCHITECTURES.get(model.config.model_type)
     if architecture is None or architecture.packed is None:
-        return dict(tensors)
+        return _joined(dict(tensors), architecture.stored_apart if architecture else {})
     packed = architecture.packed
     single = re.compile(rf"(.+)\.{re.escape(packed.stored)}\.(\d{{1,9}})\.({'|'.join(packed.parts)})\.weight")
     found: dict[str, StoredTensor] = {}
@@ -88,6 +88,34 @@ def pack_experts(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) ->
             name = f"{layer}.{packed.path}.{leaf}"
             found[name] = _packed(name, [matrices[key] for key in keys], count)
     return found
+
+
+def _joined(tensors: dict[str, StoredTensor], stored_apart: Mapping[str, tuple[str, ...]]) -> dict[str, StoredTensor]:
+    """With each tensor whose parts are all there in place of these; what is missing otherwise is told as of any tensor."""
+    for whole, parts in stored_apart.items():
+        layers = [name.removesuffix(f".{parts[0]}") for name in tensors if name.endswith(f".{parts[0]}")]
+        for layer in layers:
+            names = [f"{layer}.{part}" for part in parts]
+            if all(name in tensors for name in names):
+                tensors[f"{layer}.{whole}"] = _below_each_other(
+                    f"{layer}.{whole}", [tensors.pop(name) for name in names]
+                )
+    return tensors
+
+
+def _below_each_other(name: str, sources: list[StoredTensor]) -> PackedTensor:
+    first = sources[0]
+    for source in sources:
+        if isinstance(source, QuantizedWeight):
+            raise CheckpointError(f"{named(source.name)} is quantized, which lorap does not read of such parts yet")
+        if (source.shape[1:], source.info.dtype) != (first.shape[1:], first.info.dtype) or not source.shape:
+            raise CheckpointError(
+                f"{named(source.name)} is {source.info.dtype} of shape {source.shape}, but {named(first.name)}, which is to be "
+                f"joined with it, {first.info.dtype} of shape {first.shape}; the folder is damaged"
+            )
+    shape = (sum(source.shape[0] for source in sources), *first.shape[1:])
+    info = TensorInfo(first.info.dtype, shape, sum(source.info.nbytes for source in sources), first.info.offset)
+    return PackedTensor(first.path, name, info, first.stamp, sources=tuple(sources))
 
 
 def _packed(name: str, sources: list[StoredTensor], count: int) -> PackedTensor:
