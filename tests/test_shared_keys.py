@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import pytest
 import torch
+from allocations import peak_bytes
 from families import config, logits, tiny, windows, written
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -23,6 +25,8 @@ from lorap.calibration.windows import TokenWindows
 from lorap.checkpoint.folders import read_tensors
 from lorap.checkpoint.load import find_model, load_model
 from lorap.compression.allocation import attention_ranks, break_even_rank
+from lorap.compression.estimate import ModelShape, Texts, estimate
+from lorap.compression.estimate.memory import TOKENIZER
 from lorap.compression.layer import LayerCompressor
 from lorap.compression.runs.run import RunOptions
 from lorap.errors import ArchitectureError, ConfigError
@@ -259,9 +263,22 @@ def test_layers_are_inspected_with_what_they_have(tmp_path) -> None:
     found = inspect_model(tiny(FAMILY), calibration=windows(), progress=False)
     told = [(one.layer, one.role) for one in found.projections]
     assert told == [(i, role) for i, roles in enumerate(ROLES["shared"]) for role in (*roles, *MLP)]
-    (line,) = (line for line in found.table().splitlines() if line.startswith("k_proj") and "32 x 64, 64 x 64" in line)
+    line = next(line for line in found.table().splitlines() if line.startswith("k_proj") and "32 x 64, 64 x 64" in line)
     shares = sorted(one.effective_share for one in found.find("plain", roles=["k_proj"]))
     assert f" {100 * sum(shares) / 2:.0f} " in line
     assert {path.name for path in write_plots(found, tmp_path)} >= {"spectra.svg", "effective_ranks.png"}
     alone = inspect_model(tiny(FAMILY), layers=[2, 3], calibration=None, progress=False)
     assert "k_proj" not in alone.table()
+
+
+@pytest.mark.parametrize("recipe", ["lorap", "best"])
+def test_planned_memory_is_a_bound(recipe, tmp_path, monkeypatch) -> None:
+    sizes = {"hidden_size": 192, "intermediate_size": 320, "hidden_size_per_layer_input": 24}
+    tiny(FAMILY, **sizes).save_pretrained(tmp_path / "dense")
+    chosen, shape = config(recipe=recipe, sparsity=0.5), ModelShape.read(find_model(tmp_path / "dense"))
+    assert (shape.resident_params, shape.own_inputs) == (500 * 4 * 24 + 192 * 4 * 24 + 24 + 192, 4 * 24)
+    monkeypatch.setattr(sys.modules[estimate.__module__], "resident_bytes", lambda: -TOKENIZER)
+    bound = estimate(shape, chosen, Texts.of(chosen, ["a.txt"], evaluation_texts=0), room=10**12).memory_bytes
+    run = RunOptions(calibration=windows(), progress=False)
+    peak = peak_bytes(lambda: lorap.compress_to_folder(tmp_path / "dense", tmp_path / "small", chosen, run))
+    assert peak <= bound <= 3 * peak

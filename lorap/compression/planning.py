@@ -260,7 +260,7 @@ def plan_by_shape(dense: DenseModel, config: CompressionConfig) -> list[LayerPla
                 "(sublayers mlp)"
             )
         odd = next(
-            (i for i, shape in enumerate(shapes) if any(shape.get(r) != shapes[0].get(r) for r in PROJECTIONS)), None
+            (i for i, shape in enumerate(shapes) if any(shape.get(r) != shapes[0].get(r) for r in (*roles, *MLP))), None
         )
         if odd is not None:
             raise ConfigError(

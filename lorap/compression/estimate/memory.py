@@ -80,12 +80,14 @@ class Memory:
     def by_stage(self) -> Mapping[str, int]:
         """The fullest moment of each stage, in bytes, by the names that a report has for them."""
         held = self.base + TOKENIZER
-        model = self.shape.layer_params * self.shape.itemsize if self.shape.paged else self.shape.computed_bytes
-        everything = self._states(self.texts.tokens + self.texts.evaluation_tokens + self._followed + self._anchoring)
+        in_memory = (self.shape.layer_params + self.shape.resident_params) * self.shape.itemsize
+        model = in_memory if self.shape.paged else self.shape.computed_bytes
+        tokens = self.texts.tokens + self.texts.evaluation_tokens + self._followed
+        everything = self._states(tokens + self._anchoring) + self._own_inputs(tokens)
         found = {"sample": held + self._sampling()} if self.texts.own_windows else {}
         held += model
         if tokens := self.texts.evaluation_tokens:
-            found["evaluate"] = held + self._states(tokens) + self._logits(LOSS_COPIES)
+            found["evaluate"] = held + self._states(tokens) + self._own_inputs(tokens) + self._logits(LOSS_COPIES)
         if roles_needing_gradients(self.config):
             found["plan"] = held + self._planning()
         found["calibrate"] = held + everything + self._sums_of_inputs() + self._activations(BATCH_TOKENS, FORWARD)
@@ -136,6 +138,10 @@ class Memory:
         nbytes = tokens * self.shape.hidden_size * self.shape.itemsize
         return nbytes if self.budget is None else min(nbytes, self.budget)
 
+    def _own_inputs(self, tokens: int) -> int:
+        """What layers read besides hidden states, which no budget sends to files."""
+        return tokens * self.shape.own_inputs * self.shape.itemsize
+
     def _logits(self, copies: int) -> int:
         """A batch in the head, which comes from its file."""
         head = self.shape.head_params * self.shape.itemsize if self.shape.paged else 0
@@ -177,6 +183,7 @@ class Memory:
         work = sum(_sums(size, wide=PRICES_WIDE) for size in features)
         work += max(update + self._activations(BACKWARD_TOKENS, BACKWARD), pricing)
         states = self._states(texts.planning_tokens * (shape.num_layers + 2)) + self._routed(texts.planning_tokens)
+        states += self._own_inputs(texts.planning_tokens)
         return states + max(work, self._logits(LOSS_COPIES + GRADIENT_COPIES))
 
     def _summed(self) -> list[int]:
@@ -248,6 +255,7 @@ class Memory:
         work += self._activations(BACKWARD_TOKENS, BACKWARD)
         exact = 0 if shape.paged or shape.itemsize == 4 else 4 * shape.num_layers * params
         states = self._states(step_tokens * (shape.num_layers + 2) + self._followed)
+        states += self._own_inputs(step_tokens + self._followed)
         return states + exact + max(work, self._logits(LOSS_COPIES))
 
     def _rounding(self) -> int:

@@ -16,7 +16,7 @@ from lorap.checkpoint.validate import empty_model
 from lorap.compression.allocation import Shape
 from lorap.compression.stored_bytes import DenseModel
 from lorap.errors import ArchitectureError, CheckpointError
-from lorap.evaluation.info import gguf_tensors, kinds_of
+from lorap.evaluation.info import gguf_tensors, kind_of, kinds_of
 from lorap.nn.linear import model_numbers
 
 
@@ -38,6 +38,8 @@ class ModelShape:
         tied: the head is the embedding.
         params: parameters by kind; tied weights count once.
         stored_bytes: by kind, in the files.
+        resident_params: outside of decoder layers, embedding and head, which stay in memory: vision, embeddings of single layers.
+        own_inputs: numbers that all layers together read for a token besides hidden states.
         paged: whether weights can be left in the files until they are used, as in safetensors.
         mixture: whether its FFNs are mixtures of experts, be it of one.
         first: index of the first layer that is like this.
@@ -58,6 +60,8 @@ class ModelShape:
     tied: bool
     params: Mapping[str, int]
     stored_bytes: Mapping[str, int]
+    resident_params: int = 0
+    own_inputs: int = 0
     paged: bool = True
     mixture: bool = False
     first: int = 0
@@ -88,7 +92,10 @@ class ModelShape:
         if not dense.shapes:
             raise ArchitectureError(f"{source.name} has no decoder layers")
         params, stored = Counter[str](), Counter[str]()
+        resident, text = 0, text_config(config)
         for key, parameter in model_numbers(model):
+            elsewhere = key.startswith(f"{architecture.layers}.") or kind_of(key) in ("embed_tokens", "lm_head")
+            resident += 0 if elsewhere else parameter.numel()
             for kind in kinds_of(key):
                 params[kind] += parameter.numel() // len(kinds_of(key))
         for key, info in tensors.items():
@@ -104,12 +111,14 @@ class ModelShape:
             projections=dense.shapes[0],
             biases=dense.biases[0],
             experts=dense.experts[0],
-            experts_per_token=int(text_config(config).num_experts_per_tok) if dense.packed else 1,
+            experts_per_token=int(text.num_experts_per_tok) if dense.packed else 1,
             hidden_size=hidden_size,
             vocab_size=vocab_size,
             tied=bool(config.tie_word_embeddings),
             params=params,
             stored_bytes=stored,
+            resident_params=resident,
+            own_inputs=len(dense.shapes) * getattr(text, architecture.own_inputs) if architecture.own_inputs else 0,
             paged=source.checked is not None,
         )
         kinds = tuple(_kinds(whole))
