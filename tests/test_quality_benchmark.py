@@ -115,6 +115,18 @@ def test_document_and_picture_are_written(q, cells, tmp_path):
     assert "made by 2 states of the library" in q.table.write(tmp_path).read_text()
 
 
+def test_what_was_not_measured_has_no_number_in_the_picture(q, cells, monkeypatch):
+    written = []
+
+    def keep(figure, _picture):
+        written.extend(text.get_text() for axis in figure.axes for text in axis.texts if text.get_text())
+
+    monkeypatch.setattr(q.plot, "save", keep)
+    more = a_cell("flap", "default", {"wiki": 0.6}, sparsity=0.2)
+    q.plot.draw(q.table.Cells([*cells.records, more]), Path("unused.svg"))
+    assert sorted(written) == sorted(["0.50", "0.80", "0.40", "0.25", "0.40", "0.30", "0.60"])
+
+
 def test_sizes_begin_at_the_dense_model(q, cells):
     """Means of all texts at the parameters of the whole model; a recipe that lacks a text, or has options, has no point."""
     more = a_cell("flap", "default", {"wiki": 0.5, "web": 0.8}, sparsity=0.2)

@@ -31,8 +31,10 @@ def draw(cells: Any, picture: Path) -> None:
         ):
             losses.plot.bar(ax=axis, width=0.8, rot=0, legend=False, title=f"sparsity {sparsity:g}", xlabel="")
             axis.grid(axis="x", visible=False)
-            for bars in axis.containers:
-                axis.bar_label(bars, fmt=lambda loss: f"{loss:.2f}", fontsize=6.5)
+            for bars, name in zip(axis.containers, losses, strict=True):
+                # pandas draws what is missing as a bar of height 0, which would say that nothing is lost.
+                labels = ["" if pd.isna(loss) else f"{loss:.2f}" for loss in losses[name]]
+                axis.bar_label(bars, labels=labels, fontsize=6.5)
             axis.tick_params(axis="x", length=0)
             axis.set_ylabel("nats over dense")
             axis.margins(y=0.12)
