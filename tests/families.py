@@ -309,7 +309,8 @@ that computes a family in another way is refused, with the layer and the differe
 
 Of models that see, the language model is compressed, calibrated on text; vision and what joins them stay as they are, bit by
 bit, and the files that tell how images become numbers are copied along. Tensors are written under the names that
-transformers 5 has for them; older names, as most folders on the hub have, are read as well.
+transformers 5 has for them; older names, as most folders on the hub have, are read as well. Images go through compressed models
+as through dense ones, after a reload and optimized too: `tests/test_images.py`, all of these but Gemma 4 and Mistral 3.
 
 Qwen3.5, Qwen3.6 and OLMo Hybrid have attention in every fourth layer and something else in the others: FFNs are compressed in
 all layers, attention where it is of q, k, v and o, and the rest stays, bit by bit. `--target stock` would take unlike shares

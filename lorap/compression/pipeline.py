@@ -116,6 +116,7 @@ class Run:
     watch: Stopwatch
     store: RunStore = field(default_factory=RunStore)
 
+    @torch.inference_mode(False)  # type: ignore[untyped-decorator]  # a caller's own would leave the gradients out
     def compress(self, calibration: Sources, evaluation: Sequence[Source]) -> CompressionReport:
         """All stages in order; steps that the store has are not done again.
 
