@@ -177,3 +177,42 @@ def test_a_layer_of_either_kind_is_verified(layer) -> None:
         mlp.forward = lambda x: mlp.down_proj(nn.functional.gelu(mlp.gate_proj(x)) * mlp.up_proj(x))
     with pytest.raises(ArchitectureError, match=rf"model\.layers\.{layer} is not what lorap knows of qwen3_moe models"):
         lorap.compress(model, calibration=windows(), config=config(recipe="lorap"), progress=False)
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "hunyuan_v1_moe"])
+def test_routers_keep_their_digits_in_a_model_of_16_bits(family, tmp_path) -> None:
+    """Rounded, the biases by which experts are chosen would choose others; transformers holds them in float32."""
+    model = tiny(family).bfloat16()
+    routers = [name for name in model.state_dict() if ".gate." in name]
+    exact = {name: torch.rand(model.state_dict()[name].shape) for name in routers}
+    for name, value in exact.items():
+        owner, _, leaf = name.rpartition(".")
+        parts = vars(model.get_submodule(owner))
+        kind = "_parameters" if leaf in parts["_parameters"] else "_buffers"
+        parts[kind][leaf] = nn.Parameter(value) if kind == "_parameters" else value
+    model.save_pretrained(tmp_path / "dense")
+    expected = type(model).from_pretrained(tmp_path / "dense").state_dict()
+    assert exact
+    assert all(torch.equal(expected[name], value) for name, value in exact.items())
+    source = find_model(tmp_path / "dense")
+    chosen = config(recipe="lorap", sparsity=0.3)
+    lorap.compress_to_folder(
+        tmp_path / "dense", tmp_path / "small", chosen, RunOptions(calibration=windows(), progress=False)
+    )
+    stored = load_model(find_model(tmp_path / "small")).state_dict()
+    found = {"paged": load_model(source, paged=True).state_dict(), "written": stored}
+    if family == "glm4_moe":  # in the others the class says so where it makes the layer, which a cast does not see
+        whole = type(model).from_pretrained(tmp_path / "dense", dtype=torch.float32)
+        found["cast"] = lorap.optimize_for_inference(whole, dtype=torch.bfloat16).state_dict()
+    for what, state in found.items():
+        assert all(state[name].dtype == torch.float32 for name in exact), what
+        if what != "paged":
+            assert all(torch.equal(state[name], value) for name, value in exact.items()), what
+    assert {tensor.dtype for name, tensor in found["paged"].items() if name not in exact} == {torch.bfloat16}
+    sizes = planned_sizes(ModelShape.read(source), chosen)
+    assert describe_model(find_model(tmp_path / "small"))["bytes"] == sum(sizes.nbytes.values())
+
+
+def test_layers_may_ask_unlike_numbers_of_experts(tmp_path) -> None:
+    tiny("hunyuan_v1_moe", num_experts_per_tok=[1, 2]).save_pretrained(tmp_path)
+    assert ModelShape.read(find_model(tmp_path)).experts_per_token == 2

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from allocations import peak_bytes
-from families import config, logits, tiny, windows, written
+from families import config, logits, tiny, tiny_config, windows, written
+from tiny_models import random_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -24,6 +25,7 @@ from lorap.calibration.stream import CalibrationStream, logits_of
 from lorap.calibration.windows import TokenWindows
 from lorap.checkpoint.folders import read_tensors
 from lorap.checkpoint.load import find_model, load_model
+from lorap.checkpoint.validate import model_class
 from lorap.compression.allocation import attention_ranks, break_even_rank
 from lorap.compression.estimate import ModelShape, Texts, estimate
 from lorap.compression.estimate.memory import TOKENIZER
@@ -282,3 +284,19 @@ def test_planned_memory_is_a_bound(recipe, tmp_path, monkeypatch) -> None:
     run = RunOptions(calibration=windows(), progress=False)
     peak = peak_bytes(lambda: lorap.compress_to_folder(tmp_path / "dense", tmp_path / "small", chosen, run))
     assert peak <= bound <= 3 * peak
+
+
+def test_attention_that_hears_is_none_of_the_decoder(tmp_path) -> None:
+    """Projections of the audio tower have the names of those that are compressed, and stay."""
+    hears = {"model_type": "gemma4_audio", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    hears |= {"subsampling_conv_channels": [8, 4], "output_proj_dims": 24, "use_clipped_linears": False}
+    own = AutoConfig.for_model(**tiny_config("gemma4").to_dict() | {"audio_config": hears})
+    model = random_model(lambda: model_class(own).from_config(own))
+    assert any("audio_tower" in name and ".q_proj." in name for name in model.state_dict())
+    model.save_pretrained(tmp_path)
+    counts = describe_model(find_model(tmp_path))["kinds"]
+    layers = ARCHITECTURES["gemma4"].decoder_layers(model)
+    for role in (*ATTENTION, *MLP):
+        own = [ARCHITECTURES["gemma4"].linears(layer).get(role) for layer in layers]
+        assert counts[role]["params"] == sum(linear.weight.numel() for linear in own if linear)
+    assert ModelShape.read(find_model(tmp_path)).params["q_proj"] == counts["q_proj"]["params"]

@@ -177,8 +177,10 @@ def _load_folder(folder: CheckedFolder, dtype: torch.dtype | None) -> tuple[Any,
 def _load_quantized(folder: CheckedFolder, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
     """The same where weights are read as the floating-point numbers that they stand for."""
     wanted = dtype or getattr(folder.config, "dtype", None) or main_dtype(folder.tensors)
-    state = {name: stored.read().to(wanted) for name, stored in folder.tensors.items()}
-    loaded: Any = type(empty_model(folder.config)).from_pretrained(
+    empty = empty_model(folder.config, wanted)
+    dtypes = {name: tensor.dtype for name, tensor in empty.state_dict().items()}
+    state = {name: stored.read().to(dtypes.get(name, wanted)) for name, stored in folder.tensors.items()}
+    loaded: Any = type(empty).from_pretrained(
         None,
         config=folder.config,
         state_dict=joined(state, folder.config.model_type),

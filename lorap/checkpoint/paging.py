@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,29 +31,27 @@ class OffloadedTensors:
     Args:
         tensors: by the name that the module gives them.
         device: where the module comes into memory, unless it is asked for elsewhere.
-        dtype: of its floating-point parameters there; None for the files' own.
+        dtypes: there, by the same name, of those that may have another one in the files.
         resident: never leave memory once there, as on a GPU that has room for all.
     """
 
     tensors: Mapping[str, StoredTensor]
     device: torch.device
-    dtype: torch.dtype | None = None
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     resident: bool = False
 
     def load(self, module: nn.Module, device: torch.device) -> None:
         """Put all tensors into ``module``, on ``device``."""
         for name, stored in self.tensors.items():
             tensor = stored.read()
-            if self.dtype is not None and tensor.is_floating_point():
-                tensor = tensor.to(self.dtype)
-            put_tensor(module, name, tensor.to(device))
+            put_tensor(module, name, tensor.to(self.dtypes.get(name, tensor.dtype)).to(device))
         for owner, name, buffer in computed_buffers(module):
             owner._buffers[name] = buffer.to(device)
 
     @property
     def nbytes(self) -> int:
         """What they take in memory."""
-        return sum(nbytes_of(stored, self.dtype or stored.dtype) for stored in self.tensors.values())
+        return sum(nbytes_of(stored, self.dtypes.get(name, stored.dtype)) for name, stored in self.tensors.items())
 
     def prefetch(self) -> None:
         """Let the system read ahead what will be wanted next; returns at once."""
@@ -197,32 +195,34 @@ def paged_model(checked: CheckedFolder, *, dtype: torch.dtype | None, device: to
         model.generation_config = GenerationConfig.from_pretrained(str(checked.folder))
     if not renew_buffers(model, device):
         return None
-    return model if _offload_layers(model, architecture, checked.tensors, wanted, device) else None
+    return model if _offload_layers(model, architecture, checked.tensors, device) else None
 
 
 def _offload_layers(
     model: PreTrainedModel,
     architecture: Architecture,
     files: Mapping[str, StoredTensor],
-    dtype: torch.dtype,
     device: torch.device,
 ) -> bool:
     """Offload the layers, the embedding and the head; the rest comes into memory. False where tensors are missing."""
     head = f"{module_name(model, model.get_output_embeddings())}.weight"
     embedding = f"{module_name(model, model.get_input_embeddings())}.weight"
-    wanted = {name: stored for name, stored in files.items() if name in model.state_dict()}
+    state = model.state_dict()
+    wanted = {name: stored for name, stored in files.items() if name in state}
     if model.config.tie_word_embeddings and embedding in wanted:
         wanted[head] = wanted[embedding]
-    if any(name not in wanted for name in model.state_dict()):
+    if any(name not in wanted for name in state):
         return False
-    resident = _fits_as_resident(device, sum(nbytes_of(stored, dtype) for stored in wanted.values()))
+    dtypes = {name: state[name].dtype for name, stored in wanted.items() if stored.dtype.is_floating_point}
+    resident = _fits_as_resident(device, OffloadedTensors(wanted, device, dtypes).nbytes)
     units = [f"{architecture.layers}.{index}" for index in range(len(architecture.decoder_layers(model)))]
     for unit in [*units, embedding.removesuffix(".weight"), head.removesuffix(".weight")]:
         prefix = unit + "."
         tensors = {name.removeprefix(prefix): stored for name, stored in wanted.items() if name.startswith(prefix)}
-        model.get_submodule(unit).offloaded = OffloadedTensors(tensors, device, dtype, resident)  # type: ignore[assignment]
+        own = {name: dtypes[prefix + name] for name in tensors if prefix + name in dtypes}
+        model.get_submodule(unit).offloaded = OffloadedTensors(tensors, device, own, resident)  # type: ignore[assignment]
     rest = {name: s for name, s in wanted.items() if not any(offloaded_tensors(part) for part in _owners(model, name))}
-    OffloadedTensors(rest, device, dtype).load(model, device)
+    OffloadedTensors(rest, device, dtypes).load(model, device)
     return True
 
 

@@ -33,6 +33,7 @@ from lorap.checkpoint.stored_tensors import STORED_DTYPES, Stamp, StoredTensor, 
 from lorap.checkpoint.unused_tensors import check_unused, origin_of, unused_names
 from lorap.errors import CheckpointError
 from lorap.jsonio import INFINITY, named, read_json, shown
+from lorap.nn.dtypes import float32_names
 from lorap.nn.linear import embedding_weight
 from lorap.nn.low_rank_tensors import INTEGERS
 
@@ -285,9 +286,15 @@ def check_counts(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
 
 
 def empty_model(config: Any, dtype: torch.dtype | None = None) -> Any:
-    """The model that a config describes, on the meta device, in ``dtype`` or what the config says, split as lorap has it."""
+    """The model that a config describes, on the meta device, in ``dtype`` or what the config says, split as lorap has it.
+
+    As with ``from_pretrained`` what its class wants in float32 has that dtype.
+    """
     with torch.device("meta"):
         model = model_class(config).from_config(config, trust_remote_code=False, **({"dtype": dtype} if dtype else {}))
+    state = model.state_dict(keep_vars=True)
+    for name in float32_names(model, model.dtype):
+        state[name].data = state[name].data.float()
     if config.model_type in ARCHITECTURES:
         split_model(model)
     return model

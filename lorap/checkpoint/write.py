@@ -14,7 +14,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from lorap.checkpoint.folders import INDEX
-from lorap.checkpoint.paging import OffloadedTensors, offloaded_tensors
+from lorap.checkpoint.paging import offloaded_tensors
 from lorap.checkpoint.stored_tensors import STORED_DTYPES, StoredTensor
 from lorap.jsonio import write_json
 from lorap.system import parse_bytes
@@ -91,7 +91,7 @@ def model_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Writable]]:
     tied = model.config.tie_word_embeddings
     head = model.get_output_embeddings()
     paged = {
-        f"{path}.{name}": _as_loaded(stored, offloaded)
+        f"{path}.{name}": _as_loaded(stored, offloaded.dtypes.get(name, stored.dtype))
         for path, module in model.named_modules()
         if (offloaded := offloaded_tensors(module)) is not None
         for name, stored in offloaded.tensors.items()
@@ -143,11 +143,9 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return flat
 
 
-def _as_loaded(stored: StoredTensor, offloaded: OffloadedTensors) -> Writable:
+def _as_loaded(stored: StoredTensor, dtype: torch.dtype) -> Writable:
     """A stored tensor in the dtype that it has in the model."""
-    if offloaded.dtype is None or stored.dtype == offloaded.dtype or not stored.dtype.is_floating_point:
-        return stored
-    return Cast(stored, offloaded.dtype)
+    return stored if stored.dtype == dtype else Cast(stored, dtype)
 
 
 def _pieces(tensor: Writable) -> Iterator[memoryview]:

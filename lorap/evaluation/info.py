@@ -41,8 +41,8 @@ GGUF_KINDS = {
     "token_embd": "embed_tokens",
     "output": "lm_head",
 }
-# Parts of models that see, whose layers may be named as those of the language model are.
-SIGHT = ("visual", "vision_tower", "vision_model", "multi_modal_projector", "connector")
+# Parts of models that see or hear, whose layers may be named as those of the language model are.
+SIGHT = ("visual", "vision_tower", "vision_model", "audio_tower", "multi_modal_projector", "connector")
 # FFNs that all tokens read beside experts, and what some layers have in place of attention, which lorap leaves as they are.
 SHARED = ("shared_expert", "shared_experts", "shared_mlp", "linear_attn")
 # How int8 checkpoints call the scales of a weight's rows, ours and those of others.

@@ -19,6 +19,7 @@ from lorap.architectures import MLP, SHARED_INPUTS, Architecture, known_architec
 from lorap.errors import ConfigError
 from lorap.nn import ops
 from lorap.nn.decoder_layer import fuse_decoder_layer
+from lorap.nn.dtypes import float32_names
 from lorap.nn.linear import Linear, LowRankLinear, has_plain_factors, is_autocast, is_plain, is_untouched
 from lorap.nn.padding import pad_ranks
 from lorap.nn.quantized import QuantizedLinear
@@ -220,14 +221,19 @@ def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Weights and stored buffers to ``dtype``; buffers that are computed and not stored, and quantized weights, stay."""
     if dtype not in DTYPES:
         raise ConfigError(f"cannot cast a model to {dtype}; choose from {', '.join(map(str, DTYPES))}, or quantize it")
-    for module in model.modules():
-        for parameter in module._parameters.values():
+    float32 = float32_names(model, dtype)
+
+    def of(path: str, name: str) -> torch.dtype:
+        return torch.float32 if f"{path}.{name}" in float32 else dtype
+
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
             if type(parameter) is nn.Parameter and parameter.is_floating_point():
-                parameter.data = parameter.data.to(dtype)
+                parameter.data = parameter.data.to(of(path, name))
         for name, buffer in module._buffers.items():
             stored = buffer is not None and name not in module._non_persistent_buffers_set
             if stored and buffer.is_floating_point():  # type: ignore[union-attr]
-                module._buffers[name] = buffer.to(dtype)  # type: ignore[union-attr]
+                module._buffers[name] = buffer.to(of(path, name))  # type: ignore[union-attr]
     model.config.dtype = dtype
 
 

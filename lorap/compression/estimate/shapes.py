@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +33,7 @@ class ModelShape:
         projections: (out_features, in_features) by role, of each expert where there are several.
         biases: roles that have one.
         experts: of each layer's FFN; 1 where it is one.
-        experts_per_token: that one token is sent to.
+        experts_per_token: that one token is sent to at most.
         hidden_size, vocab_size: of the embedding.
         tied: the head is the embedding.
         params: parameters by kind; tied weights count once.
@@ -111,7 +111,7 @@ class ModelShape:
             projections=dense.shapes[0],
             biases=dense.biases[0],
             experts=dense.experts[0],
-            experts_per_token=int(text.num_experts_per_tok) if dense.packed else 1,
+            experts_per_token=_most(text.num_experts_per_tok) if dense.packed else 1,
             hidden_size=hidden_size,
             vocab_size=vocab_size,
             tied=bool(config.tie_word_embeddings),
@@ -158,6 +158,11 @@ class ModelShape:
     def computed_bytes(self) -> int:
         """Of the whole model in memory."""
         return sum(self.params.values()) * self.itemsize
+
+
+def _most(asked: int | Sequence[int]) -> int:
+    """A number of experts; some families have one for each layer."""
+    return int(asked) if isinstance(asked, int) else max(asked)
 
 
 def _kinds(whole: ModelShape) -> Iterator[ModelShape]:

@@ -126,10 +126,9 @@ def check_weights(journal: Journal, source: ModelSource, model: PreTrainedModel,
 
 def _paged_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:
     """By name, the dtype in which each weight comes from the files when it is used; nothing for a model that is in memory."""
-    offloaded = offloaded_tensors(model.get_input_embeddings())
-    if offloaded is None:
+    if offloaded_tensors(model.get_input_embeddings()) is None:
         return {}
-    return {name: offloaded.dtype or weight.dtype for name, weight in model.named_parameters(remove_duplicate=False)}
+    return {name: weight.dtype for name, weight in model.named_parameters(remove_duplicate=False)}
 
 
 def _look_through(path: Path, dtypes: Mapping[str, torch.dtype], bar: Any) -> str:

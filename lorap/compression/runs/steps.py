@@ -212,7 +212,7 @@ class JournalStore(RunStore):
     def _offload_from(self, name: str, layer: nn.Module) -> None:
         """From now on an offloaded layer comes from what the journal has of it."""
         if (offloaded := offloaded_tensors(layer)) is not None:
-            layer.offloaded = replace(offloaded, tensors=self.journal.tensors(name), dtype=None)  # type: ignore[assignment]
+            layer.offloaded = replace(offloaded, tensors=self.journal.tensors(name), dtypes={})  # type: ignore[assignment]
 
 
 def _layer(index: int) -> str:
