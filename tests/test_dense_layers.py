@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from commands import last_json, run
-from families import config, logits, tiny, windows
+from families import config, logits, tiny, tiny_config, windows
 from torch import nn
 
 import lorap
 from lorap.architectures import ARCHITECTURES, ATTENTION, MLP
 from lorap.checkpoint.folders import CONFIG, read_tensors
 from lorap.checkpoint.load import find_model, load_model
+from lorap.checkpoint.validate import empty_model
 from lorap.compression.estimate import ModelShape
 from lorap.compression.estimate.sizes import planned_sizes
 from lorap.compression.layer import LayerCompressor
 from lorap.compression.runs.run import RunOptions
 from lorap.errors import ArchitectureError
-from lorap.evaluation.info import describe_model, format_info
+from lorap.evaluation.info import describe_model, format_info, kinds_of
 from lorap.reports.run import REPORT
 
 # What says which layers are dense, and how many of four are.
@@ -216,3 +218,18 @@ def test_routers_keep_their_digits_in_a_model_of_16_bits(family, tmp_path) -> No
 def test_layers_may_ask_unlike_numbers_of_experts(tmp_path) -> None:
     tiny("hunyuan_v1_moe", num_experts_per_tok=[1, 2]).save_pretrained(tmp_path)
     assert ModelShape.read(find_model(tmp_path)).experts_per_token == 2
+
+
+@pytest.mark.parametrize("family", [name for name, row in ARCHITECTURES.items() if row.packed])
+def test_nothing_else_counts_as_a_projection(family) -> None:
+    """Attention of AFMoE has a gate, and experts that all tokens read have the names of others."""
+    model, row = empty_model(tiny_config(family)), ARCHITECTURES[family]
+    found, expected = Counter[str](), Counter[str]()
+    for name, weight in model.named_parameters():
+        for kind in kinds_of(name):
+            found[kind] += 0 if name.endswith(".bias") else weight.numel() // len(kinds_of(name))
+    for layer in row.decoder_layers(model):
+        experts = row.experts(layer)
+        for role, shape in row.shapes(layer).items():
+            expected[role] += math.prod(shape) * (experts.count if experts and role in MLP else 1)
+    assert {role: found[role] for role in (*ATTENTION, *MLP)} == dict(expected)

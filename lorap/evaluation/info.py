@@ -333,7 +333,10 @@ def single_projections(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInf
 def kind_of(name: str) -> str:
     """The kind of a tensor, one of ``KINDS``, by its name."""
     parts = name.split(".")
-    return "other" if {*parts} & {*SIGHT, *SHARED} else next((part for part in parts if part in KINDS), "other")
+    found = next((part for part in parts if part in KINDS), "other")
+    # The attention of some families has a gate of its own, which is called as that of an FFN is.
+    elsewhere = {*parts} & {*SIGHT, *SHARED} or (found in MLP and "self_attn" in parts)
+    return "other" if elsewhere else found
 
 
 def kinds_of(name: str) -> tuple[str, ...]:
