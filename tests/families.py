@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from tiny_models import random_model
@@ -18,9 +19,10 @@ from torch import Tensor
 from transformers import AutoConfig
 
 import lorap
-from lorap.architectures import ARCHITECTURES, PROJECTIONS, known_architecture
+from lorap.architectures import ARCHITECTURES, PROJECTIONS, known_architecture, text_config
 from lorap.checkpoint.load import find_model, load_model
 from lorap.checkpoint.validate import model_class
+from lorap.compression.layer import LayerCompressor
 from lorap.compression.runs.run import RunOptions
 from lorap.errors import LoRAPError
 
@@ -181,6 +183,28 @@ def compressed(model_type: str, **options: Any) -> tuple[Any, lorap.CompressionR
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+def assert_goes_on(model: Any, place: Path, monkeypatch: pytest.MonkeyPatch, *, before: int) -> None:
+    """A run that is interrupted before a layer begins again there, and gives the bytes of one that was not."""
+    model.save_pretrained(place / "dense")
+    run, options = RunOptions(calibration=windows(), progress=False), config(recipe="lorap", sparsity=0.3)
+    lorap.compress_to_folder(place / "dense", place / "whole", options, run)
+    own, done = LayerCompressor.compress, []
+
+    def stops(self: Any, index: int, *args: Any, **kwargs: Any) -> Any:
+        done.append(index)
+        if done == list(range(before + 1)):
+            raise KeyboardInterrupt
+        return own(self, index, *args, **kwargs)
+
+    monkeypatch.setattr(LayerCompressor, "compress", stops)
+    with pytest.raises(KeyboardInterrupt):
+        lorap.compress_to_folder(place / "dense", place / "small", options, run)
+    lorap.compress_to_folder(place / "dense", place / "small", options, run)
+    assert done == [*range(before + 1), *range(before, text_config(model.config).num_hidden_layers)]
+    whole, small = ((place / name / "model.safetensors").read_bytes() for name in ("whole", "small"))
+    assert whole == small
 
 
 def check(model_type: str, place: Path, tokenizer: Any) -> dict[str, str]:

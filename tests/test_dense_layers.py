@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from commands import last_json, run
-from families import config, logits, tiny, tiny_config, windows
+from families import assert_goes_on, config, logits, tiny, tiny_config, windows
 from torch import nn
 
 import lorap
@@ -20,7 +20,6 @@ from lorap.checkpoint.load import find_model, load_model
 from lorap.checkpoint.validate import empty_model
 from lorap.compression.estimate import ModelShape
 from lorap.compression.estimate.sizes import planned_sizes
-from lorap.compression.layer import LayerCompressor
 from lorap.compression.runs.run import RunOptions
 from lorap.errors import ArchitectureError
 from lorap.evaluation.info import describe_model, format_info, kinds_of
@@ -148,24 +147,7 @@ def test_layers_that_were_alike_stay_alike() -> None:
 
 
 def test_a_run_goes_on_behind_a_finished_layer_of_either_kind(tmp_path, monkeypatch) -> None:
-    model_of("qwen2_moe").save_pretrained(tmp_path / "dense")
-    run, options = RunOptions(calibration=windows(), progress=False), config(recipe="lorap", sparsity=0.3)
-    lorap.compress_to_folder(tmp_path / "dense", tmp_path / "whole", options, run)
-    own, done = LayerCompressor.compress, []
-
-    def stops(self: Any, index: int, *args: Any, **kwargs: Any) -> Any:
-        done.append(index)
-        if done == [0, 1, 2]:
-            raise KeyboardInterrupt
-        return own(self, index, *args, **kwargs)
-
-    monkeypatch.setattr(LayerCompressor, "compress", stops)
-    with pytest.raises(KeyboardInterrupt):
-        lorap.compress_to_folder(tmp_path / "dense", tmp_path / "small", options, run)
-    lorap.compress_to_folder(tmp_path / "dense", tmp_path / "small", options, run)
-    assert done == [0, 1, 2, 2, 3]
-    found = [load_model(find_model(tmp_path / name)).state_dict() for name in ("whole", "small")]
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert_goes_on(model_of("qwen2_moe"), tmp_path, monkeypatch, before=2)
 
 
 @pytest.mark.parametrize("layer", [0, 1])

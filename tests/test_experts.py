@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import config, logits, tiny, windows
+from families import assert_goes_on, config, logits, tiny, windows
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -24,7 +24,6 @@ from lorap.calibration.sensitivity import layer_sensitivities
 from lorap.calibration.windows import TokenWindows
 from lorap.checkpoint.folders import CONFIG, WEIGHTS, read_tensors
 from lorap.checkpoint.load import find_model, load_model
-from lorap.compression.layer import LayerCompressor
 from lorap.compression.prices import PRICE_RIDGE, PRICE_SHRINKAGE, Prices
 from lorap.compression.runs.run import RunOptions
 from lorap.compression.shrinkage import output_metric, shrunk
@@ -257,23 +256,7 @@ def test_what_was_counted_is_what_was_saved(options, tmp_path) -> None:
 
 
 def test_a_run_goes_on_behind_finished_experts(tmp_path, monkeypatch) -> None:
-    tiny(FAMILY).save_pretrained(tmp_path / "dense")
-    run, options = RunOptions(calibration=windows(), progress=False), config(recipe="lorap", sparsity=0.3)
-    lorap.compress_to_folder(tmp_path / "dense", tmp_path / "whole", options, run)
-    own, done = LayerCompressor.compress, []
-
-    def stops(self: Any, index: int, *args: Any, **kwargs: Any) -> Any:
-        done.append(index)
-        if done == [0, 1]:
-            raise KeyboardInterrupt
-        return own(self, index, *args, **kwargs)
-
-    monkeypatch.setattr(LayerCompressor, "compress", stops)
-    with pytest.raises(KeyboardInterrupt):
-        lorap.compress_to_folder(tmp_path / "dense", tmp_path / "small", options, run)
-    lorap.compress_to_folder(tmp_path / "dense", tmp_path / "small", options, run)
-    assert done == [0, 1, 1]
-    assert (tmp_path / "small" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    assert_goes_on(tiny(FAMILY), tmp_path, monkeypatch, before=1)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from allocations import peak_bytes
-from families import config, logits, tiny, tiny_config, windows, written
+from families import assert_goes_on, config, logits, tiny, tiny_config, windows, written
 from tiny_models import random_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -24,12 +24,11 @@ from lorap.calibration.sensitivity import layer_sensitivities
 from lorap.calibration.stream import CalibrationStream, logits_of
 from lorap.calibration.windows import TokenWindows
 from lorap.checkpoint.folders import read_tensors
-from lorap.checkpoint.load import find_model, load_model
+from lorap.checkpoint.load import find_model
 from lorap.checkpoint.validate import model_class
 from lorap.compression.allocation import attention_ranks, break_even_rank
 from lorap.compression.estimate import ModelShape, Texts, estimate
 from lorap.compression.estimate.memory import TOKENIZER
-from lorap.compression.layer import LayerCompressor
 from lorap.compression.runs.run import RunOptions
 from lorap.errors import ArchitectureError, ConfigError
 from lorap.evaluation.info import describe_model
@@ -170,24 +169,7 @@ def test_what_was_counted_is_what_was_saved(kind, recipe, tmp_path) -> None:
 
 
 def test_a_run_goes_on_behind_the_layer_that_gave_keys(tmp_path, monkeypatch) -> None:
-    tiny(FAMILY).save_pretrained(tmp_path / "dense")
-    run, options = RunOptions(calibration=windows(), progress=False), config(recipe="lorap", sparsity=0.3)
-    lorap.compress_to_folder(tmp_path / "dense", tmp_path / "whole", options, run)
-    own, done = LayerCompressor.compress, []
-
-    def stops(self: Any, index: int, *args: Any, **kwargs: Any) -> Any:
-        done.append(index)
-        if done == [0, 1, 2]:
-            raise KeyboardInterrupt
-        return own(self, index, *args, **kwargs)
-
-    monkeypatch.setattr(LayerCompressor, "compress", stops)
-    with pytest.raises(KeyboardInterrupt):
-        lorap.compress_to_folder(tmp_path / "dense", tmp_path / "small", options, run)
-    lorap.compress_to_folder(tmp_path / "dense", tmp_path / "small", options, run)
-    assert done == [0, 1, 2, 2, 3]
-    found = [load_model(find_model(tmp_path / name)).state_dict() for name in ("whole", "small")]
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert_goes_on(tiny(FAMILY), tmp_path, monkeypatch, before=2)
 
 
 @pytest.mark.parametrize("missing", [("v_proj",), ("k_proj", "v_proj"), ()])
