@@ -542,6 +542,13 @@ def test_a_dtype_may_be_spelled_in_many_ways(given: str, name: str, dense: Path)
         assert ModelShape.read(find_model(dense), dtype=given).dtype == name
 
 
+@pytest.mark.parametrize("paged", [False, True])
+def test_a_dtype_is_of_one_opening_alone(paged: bool, dense: Path) -> None:
+    found = find_model(dense)
+    dtypes = [load_model(found, dtype=dtype, paged=paged).dtype for dtype in ("bfloat16", "auto")]
+    assert dtypes == [torch.bfloat16, torch.float32]
+
+
 def test_a_dtype_that_is_none_is_refused() -> None:
     with pytest.raises(ConfigError, match="unknown dtype 'int8'; choose from auto, float32, bfloat16, float16"):
         dtype_name("int8")

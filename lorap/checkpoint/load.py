@@ -7,7 +7,6 @@ are used. No other file asks transformers for a model.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -178,7 +177,7 @@ def _load_folder(folder: CheckedFolder, dtype: torch.dtype | None) -> tuple[Any,
 def _load_quantized(folder: CheckedFolder, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
     """The same where weights are read as the floating-point numbers that they stand for."""
     wanted = dtype or getattr(folder.config, "dtype", None) or main_dtype(folder.tensors)
-    empty = empty_model(copy.deepcopy(folder.config), wanted)  # it sets the config's dtype, which others open it by
+    empty = empty_model(folder.config, wanted)
     dtypes = {name: tensor.dtype for name, tensor in empty.state_dict().items()}
     state = {name: stored.read().to(dtypes.get(name, wanted)) for name, stored in folder.tensors.items()}
     loaded: Any = type(empty).from_pretrained(

@@ -60,7 +60,7 @@ def _eight_bits() -> bool:
 
 
 EIGHT_BITS = _eight_bits()
-_EIGHT_BITS = "activations of 8 bits beside weights of 4, as LORAP_ACTIVATIONS asks: 1.3 x from 4 tokens on with AVX2; "
+_ROUNDED = "activations of 8 bits beside weights of 4, as LORAP_ACTIVATIONS asks: 1.3 x from 4 tokens on with AVX2; "
 
 
 def _cpu_rules() -> tuple[Rule, ...]:
@@ -85,7 +85,7 @@ def _cpu_rules() -> tuple[Rule, ...]:
     )
     ops: dict[tuple[str, ...], str] = {(*LINEAR_OPS, *QUANTIZED_OPS): ""}
     if EIGHT_BITS and native.quantized_cpu_isa().endswith(native.EIGHT_BITS):
-        ops = {LINEAR_OPS: "", QUANTIZED_OPS: _EIGHT_BITS}
+        ops = {LINEAR_OPS: "", QUANTIZED_OPS: _ROUNDED}
     return tuple(
         Rule(some, "cpu", "cpu", (dtype,), tokens, more + reason)
         for some, more in ops.items()
