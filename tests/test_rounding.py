@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -56,9 +58,9 @@ def test_each_column_takes_back_what_those_before_it_did_wrong() -> None:
     columns = 7
     weight, moment = torch.randn(2, columns, dtype=F64), correlated(columns)
     scale = torch.full_like(weight, 0.4)
-    factor = rounding._upper_factor(moment)
+    factor = rounding.upper_factor(moment)
     metric = factor @ factor.T
-    numbers = rounding._compensate(weight, scale, factor, 4)
+    numbers = rounding.compensate(weight, scale, factor, lambda *of: rounding._numbers(*of, 4))
     for row in range(2):
         errors = torch.zeros(columns, dtype=F64)
         for k in range(columns):
@@ -123,7 +125,7 @@ def test_factors_keep_their_product_and_are_better_than_each_rounded_alone(
     inputs = correlated(columns)
     options = {"bits": 4, "group": 32, "scale_dtype": torch.float32}
     given = inputs if moment else None
-    found_left, found_right = round_factors(left, right, given, **options)
+    found_left, found_right = round_factors(left, right, given, partial(round_weight, **options))
     alone = [round_weight(factor, None, **options).weight(F64) for factor in (left, right)]
     exact = left @ right
     ours = float(error(exact, found_left.weight(F64) @ found_right.weight(F64), inputs).sum())
@@ -132,14 +134,15 @@ def test_factors_keep_their_product_and_are_better_than_each_rounded_alone(
     assert ours < theirs or rank == 1
     assert ours < 0.05 * size
     # With enough bits nothing is left but the rounding of float64.
-    fine = round_factors(left, right, given, bits=8, group=32, scale_dtype=torch.float32)
+    fine = round_factors(left, right, given, partial(round_weight, **(options | {"bits": 8})))
     assert float(error(exact, fine[0].weight(F64) @ fine[1].weight(F64), inputs).sum()) < 3e-4 * size
 
 
 def test_the_same_factors_give_the_same_numbers() -> None:
     torch.manual_seed(0)
     left, right = torch.randn(20, 5), torch.randn(5, 40)
-    first, second = (round_factors(left, right, None, bits=4, group=32, scale_dtype=torch.bfloat16) for _ in range(2))
+    to_nearest = partial(round_weight, bits=4, group=32, scale_dtype=torch.bfloat16)
+    first, second = (round_factors(left, right, None, to_nearest) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one.numbers, other.numbers)
         assert torch.equal(one.scales, other.scales)

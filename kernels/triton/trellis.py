@@ -3,9 +3,9 @@
 The 64 weights of a column that are in one tile of rows have ``64 * bits`` stored bits in a ring. The window of row r is the
 ``WINDOW`` bits from bit ``bits * r`` on, lowest first; so each row brings ``bits`` new ones, and shares the others with the rows
 after it. A window stands for the number :func:`number`, which is spread like a Gaussian, and the weight is that number times the
-scale of its group of columns. Any path around the ring may be stored, and :func:`lorap.algorithms.trellis.search` finds the one
-that is nearest to the weights: that loses less than rounding each weight by itself could. Trellis-coded quantization (Marcellin
-and Fischer, 1990), with windows of a stream of bits as states and values that are computed from them as in QTIP (arXiv 2406.11235).
+scale of its group of columns. Any path around the ring may be stored, and a search finds the one that is nearest to the weights:
+that loses less than rounding each weight by itself could. This is trellis-coded quantization (Marcellin and Fischer, 1990), with
+windows of a stream of bits as states and values that are computed from them, as in QTIP (arXiv 2406.11235).
 
 Layout: ``packed`` is (ceil(N / 64), K * 2 * bits) int32. Column k of a tile has the words from ``2 * bits * k`` on; rows that are
 missing in the last tile are searched for with weight zero, and stand for nothing.

@@ -9,7 +9,9 @@ rounded not from w_k but from w_k + e_{<k} U_{<k,k}, which takes back what the c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +22,16 @@ DAMPING = 0.01
 BLOCK = 128
 # Steps of the search for scales, as multiples of the one at which the largest weight just fits: more clip it.
 CLIPPING = tuple(1 + 0.06 * step for step in range(9))
+
+
+class HasWeight(Protocol):
+    """A rounded weight of any kind."""
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """(N, K): what it stands for."""
+
+
+AWeight = TypeVar("AWeight", bound=HasWeight)
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,7 @@ class Rounded:
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """(N, K): what they stand for."""
-        return self.numbers.to(dtype) * _by_column(self.scales, self.group, self.numbers.shape[1]).to(dtype)
+        return self.numbers.to(dtype) * by_column(self.scales, self.group, self.numbers.shape[1]).to(dtype)
 
 
 def round_weight(weight: Tensor, moment: Tensor | None, *, bits: int, group: int, scale_dtype: torch.dtype) -> Rounded:
@@ -54,23 +66,25 @@ def round_weight(weight: Tensor, moment: Tensor | None, *, bits: int, group: int
     columns = weight.shape[1]
     importance = None if moment is None else moment.diagonal().to(weight.dtype)
     scales = search_scales(weight, importance, bits=bits, group=group, dtype=scale_dtype)
-    by_column = _by_column(scales, group, columns).to(weight.dtype)
-    nearest = _numbers(weight, by_column, bits)
+    each = by_column(scales, group, columns).to(weight.dtype)
+    nearest = _numbers(weight, each, bits)
     if moment is None:
         return Rounded(nearest.to(torch.int8), scales, group)
     # Columns of much energy first, while all others can still make up for their errors.
     order = moment.diagonal().argsort(descending=True, stable=True)
-    factor = _upper_factor(moment[order[:, None], order]).to(weight.dtype)
+    factor = upper_factor(moment[order[:, None], order]).to(weight.dtype)
     compensated = torch.empty_like(nearest)
-    compensated[:, order] = _compensate(weight[:, order], by_column[:, order], factor, bits)
-    ways = [(weight - numbers * by_column)[:, order] for numbers in (compensated, nearest)]
-    better = _row_errors(ways[0], factor) < _row_errors(ways[1], factor)
+    compensated[:, order] = compensate(
+        weight[:, order], each[:, order], factor, lambda target, scale: _numbers(target, scale, bits)
+    )
+    ways = [(weight - numbers * each)[:, order] for numbers in (compensated, nearest)]
+    better = row_errors(ways[0], factor) < row_errors(ways[1], factor)
     return Rounded(compensated.where(better[:, None], nearest).to(torch.int8), scales, group)
 
 
 def round_factors(
-    left: Tensor, right: Tensor, moment: Tensor | None, *, bits: int, group: int, scale_dtype: torch.dtype
-) -> tuple[Rounded, Rounded]:
+    left: Tensor, right: Tensor, moment: Tensor | None, round_one: Callable[[Tensor, Tensor | None], AWeight]
+) -> tuple[AWeight, AWeight]:
     """Both factors of left @ right, which may change to any other pair with that product before.
 
     The basis of the rank is rotated at random, the same way every time, with left orthonormal: errors of right then count in the
@@ -81,25 +95,21 @@ def round_factors(
         left: (N, R).
         right: (R, K).
         moment: (K, K) second moment of the inputs; None rounds each number to the nearest.
-        bits: as in :func:`round_weight`, as are the others.
-        group: of both.
-        scale_dtype: of both.
+        round_one: of a weight and the second moment of its inputs, or None, the rounded weight.
 
     Returns:
         Left and right.
     """
-    options = {"bits": bits, "group": group, "scale_dtype": scale_dtype}
     basis, triangle = torch.linalg.qr(left)
     rotation = _rotation(left.shape[1], left)
     basis, right = basis @ rotation, rotation.T @ (triangle @ right)
-    rounded_right = round_weight(right, moment, **options)  # type: ignore[arg-type]
+    rounded_right = round_one(right, moment)
     stored = rounded_right.weight(right.dtype)
     metric = torch.eye(right.shape[1], dtype=right.dtype, device=right.device) if moment is None else moment
-    inner = _damped(stored.double() @ metric.double() @ stored.double().T)
+    inner = damped(stored.double() @ metric.double() @ stored.double().T)
     lost = basis.double() @ ((right - stored).double() @ metric.double() @ stored.double().T)
     fitted = basis + torch.cholesky_solve(lost.T, torch.linalg.cholesky(inner)).T.to(basis.dtype)
-    rounded_left = round_weight(fitted, None if moment is None else inner, **options)  # type: ignore[arg-type]
-    return rounded_left, rounded_right
+    return round_one(fitted, None if moment is None else inner), rounded_right
 
 
 def expected_errors(weight: Tensor, *, bits: int, group: int) -> Tensor:
@@ -107,7 +117,7 @@ def expected_errors(weight: Tensor, *, bits: int, group: int) -> Tensor:
     rows, columns = weight.shape
     padded = torch.nn.functional.pad(weight.abs(), (0, -columns % group)).reshape(rows, -1, group)
     scales = padded.amax(-1) / (2.0 ** (bits - 1) - 0.5)
-    return _by_column(scales.square() / 12, group, columns)
+    return by_column(scales.square() / 12, group, columns)
 
 
 def column_energies(moment: Tensor) -> Tensor:
@@ -117,7 +127,7 @@ def column_energies(moment: Tensor) -> Tensor:
     """
     order = moment.diagonal().argsort(descending=True, stable=True)
     energies = torch.empty(len(moment), dtype=torch.float64, device=moment.device)
-    energies[order] = _upper_factor(moment[order[:, None], order]).diagonal().square()
+    energies[order] = upper_factor(moment[order[:, None], order]).diagonal().square()
     return energies
 
 
@@ -135,9 +145,9 @@ def search_scales(weight: Tensor, importance: Tensor | None, *, bits: int, group
     extreme = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True))
     half = 2.0 ** (bits - 1)
     best = grouped.new_full((rows, groups, 1), torch.inf)
-    scales = _stored(torch.zeros_like(extreme), dtype)
+    scales = stored_scales(torch.zeros_like(extreme), dtype)
     for reach in (half - 1, *(half * clipped for clipped in CLIPPING)):
-        for scale in _candidates(grouped, counts, _stored(-extreme / reach, dtype), bits, dtype):
+        for scale in _candidates(grouped, counts, stored_scales(-extreme / reach, dtype), bits, dtype):
             error = (counts * (grouped - _numbers(grouped, scale, bits) * scale).square()).sum(-1, keepdim=True)
             scales = scale.where(error < best, scales)
             best = error.minimum(best)
@@ -149,11 +159,11 @@ def _candidates(grouped: Tensor, counts: Tensor, scale: Tensor, bits: int, dtype
     numbers = _numbers(grouped, scale, bits)
     energy = (counts * numbers.square()).sum(-1, keepdim=True)
     fitted = (counts * grouped * numbers).sum(-1, keepdim=True) / energy
-    return scale, _stored(fitted.where(energy > 0, scale), dtype)
+    return scale, stored_scales(fitted.where(energy > 0, scale), dtype)
 
 
-def _stored(scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales as they are after storage in ``dtype``, and none so small that it is zero: a group of zeros has one, too."""
+def stored_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """``scales`` as they are after storage in ``dtype``, and none so small that it is zero: a group of zeros has one, too."""
     info = torch.finfo(dtype)
     tiny = max(info.tiny * info.eps, torch.finfo(torch.float32).tiny)
     kept = scales.to(dtype).to(scales.dtype)
@@ -166,8 +176,15 @@ def _numbers(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
     return (weight / scales).round_().clamp_(-half, half - 1)
 
 
-def _compensate(weight: Tensor, by_column: Tensor, factor: Tensor, bits: int) -> Tensor:
-    """Numbers (N, K), column after column, each behind the errors of those before it."""
+def compensate(weight: Tensor, scales: Tensor, factor: Tensor, nearest: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """AWeights (N, K), column after column, each behind the errors of those before it.
+
+    Args:
+        weight: (N, K).
+        scales: (N, K).
+        factor: (K, K), upper triangular, of the second moment.
+        nearest: of what is wanted of a column (N,) and its scales (N,), the numbers to take.
+    """
     columns = weight.shape[1]
     unit = factor / factor.diagonal()
     numbers, errors = torch.empty_like(weight), torch.zeros_like(weight)
@@ -177,25 +194,27 @@ def _compensate(weight: Tensor, by_column: Tensor, factor: Tensor, bits: int) ->
         within = unit[start:end, start:end]
         made = errors[:, start:end]
         for k in range(end - start):
-            scale = by_column[:, start + k]
+            scale = scales[:, start + k]
             target = wanted[:, k] + made[:, :k] @ within[:k, k]
-            number = _numbers(target, scale, bits)
+            number = nearest(target, scale)
             numbers[:, start + k] = number
             made[:, k] = weight[:, start + k] - number * scale
     return numbers
 
 
-def _upper_factor(moment: Tensor) -> Tensor:
+def upper_factor(moment: Tensor) -> Tensor:
     """R, upper triangular, with R R^T the damped moment, in float64."""
-    return torch.linalg.cholesky(_damped(moment.double()).flip(0, 1)).flip(0, 1)
+    return torch.linalg.cholesky(damped(moment.double()).flip(0, 1)).flip(0, 1)
 
 
-def _damped(moment: Tensor) -> Tensor:
+def damped(moment: Tensor) -> Tensor:
+    """The second moment (K, K) with some energy for every input."""
     added = DAMPING * float(moment.diagonal().mean()) or 1.0
     return moment + added * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
 
 
-def _row_errors(errors: Tensor, factor: Tensor) -> Tensor:
+def row_errors(errors: Tensor, factor: Tensor) -> Tensor:
+    """(N,): what errors (N, K) do to the outputs, with the factor of the second moment."""
     return (errors @ factor).square().sum(1)
 
 
@@ -207,5 +226,6 @@ def _rotation(size: int, like: Tensor) -> Tensor:
     return (basis * triangle.diagonal().sign()).to(like)
 
 
-def _by_column(scales: Tensor, group: int, columns: int) -> Tensor:
+def by_column(scales: Tensor, group: int, columns: int) -> Tensor:
+    """(N, columns): of each number the scale of its group."""
     return scales.repeat_interleave(group, dim=1)[:, :columns]

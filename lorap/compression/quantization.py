@@ -144,7 +144,7 @@ class _Rounding:
         return round_weight(weight, moment, bits=self.bits, group=self.group_size, scale_dtype=self.dtype)
 
     def factors(self, left: Tensor, right: Tensor, moment: Tensor | None) -> tuple[Rounded, Rounded]:
-        return round_factors(left, right, moment, bits=self.bits, group=self.group_size, scale_dtype=self.dtype)
+        return round_factors(left, right, moment, self.weight)
 
     def packed(self, found: Rounded, bias: nn.Parameter | None) -> QuantizedLinear:
         return QuantizedLinear.from_numbers(
