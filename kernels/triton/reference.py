@@ -13,7 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorap.kernels import trellis
 from lorap.kernels.packing import dequantize
+from lorap.kernels.trellis_search import search as trellis_search
+
+__all__ = ["trellis_search"]
 
 # float32 sums run over at most this many tokens before they are added up in float64: over 2^21 tokens one float32
 # accumulator is off by 7e-4, this way by 2e-6.
@@ -186,6 +190,23 @@ def quantized_silu_gated_linear(
     """:func:`silu_gated_linear` without biases, gate and up as in :func:`quantized_linear`; x (..., K) to (..., N)."""
     gate = quantized_linear(x, gate_packed, gate_scales, None, bits, group)
     return F.silu(gate) * quantized_linear(x, up_packed, up_scales, None, bits, group)
+
+
+def trellis_linear(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, bits: int, group: int) -> Tensor:
+    """:func:`linear` with a weight of numbers on a trellis and scales, see :mod:`lorap.kernels.trellis`.
+
+    Args:
+        x: (..., K).
+        packed: (ceil(N / 64), K * 2 * bits) int32.
+        scales: (N, ceil(K / group)), floating point; taken in the dtype of x.
+        bias: (N,) or None.
+        bits: of a weight: 2, 3 or 4.
+        group: how many weights of a row share a scale, a multiple of 32; the last group may have fewer.
+
+    Returns:
+        (..., N).
+    """
+    return F.linear(x, trellis.dequantize(packed, scales, bits, group, x.dtype), bias)
 
 
 def channel_sq_norm(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -2,10 +2,11 @@
 
 The 64 weights of a column that are in one tile of rows have ``64 * bits`` stored bits in a ring. The window of row r is the
 ``WINDOW`` bits from bit ``bits * r`` on, lowest first; so each row brings ``bits`` new ones, and shares the others with the rows
-after it. A window stands for the number :func:`number`, which is spread like a Gaussian, and the weight is that number times the
-scale of its group of columns. Any path around the ring may be stored, and a search finds the one that is nearest to the weights:
-that loses less than rounding each weight by itself could. This is trellis-coded quantization (Marcellin and Fischer, 1990), with
-windows of a stream of bits as states and values that are computed from them, as in QTIP (arXiv 2406.11235).
+after it. A window stands for one of :func:`numbers`, which are spread like a Gaussian, and the weight is that number times the
+scale of its group of columns. Any path around the ring may be stored, and :func:`lorap.kernels.trellis_search.search` finds the
+one that is nearest to the weights: that loses less than rounding each weight by itself could. Trellis-coded quantization
+(Marcellin and Fischer, 1990), with windows of a stream of bits as states and values that are computed from them as in QTIP (arXiv
+2406.11235).
 
 Layout: ``packed`` is (ceil(N / 64), K * 2 * bits) int32. Column k of a tile has the words from ``2 * bits * k`` on; rows that are
 missing in the last tile are searched for with weight zero, and stand for nothing.
@@ -54,7 +55,7 @@ def pack(windows: Tensor, bits: int) -> Tensor:
     """Windows (N, K) of any integer type, N a multiple of 64, that lie on rings, as int32 ``packed_shape(N, K, bits)``."""
     rows, columns = windows.shape
     # The lowest bits of a window are those that no later row has: rings of them, one after the other.
-    own = (windows.to(torch.int32) & (2**bits - 1)).view(-1, TILE, columns)
+    own = (windows.to(torch.int32) & (2**bits - 1)).view(rows // TILE, TILE, columns)
     each = torch.stack([own >> bit & 1 for bit in range(bits)], dim=2)  # (tiles, 64, bits, K)
     stream = each.flatten(1, 2).transpose(1, 2).reshape(rows // TILE, columns * words(bits), 32).to(torch.int64)
     found = (stream << torch.arange(32, device=stream.device)).sum(-1)

@@ -10,14 +10,15 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lorap.algorithms.symmetric import add_outer_products
-from lorap.kernels import cost, packing, reference
+from lorap.kernels import cost, packing, reference, trellis
 from lorap.nn import cuda_limits, native, shape_checks
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
 LINEAR_OPS = ("linear", "low_rank_linear", "low_rank_linear_group", "silu_gated_linear", "low_rank_silu_gated_linear")
 QUANTIZED_OPS = ("quantized_linear", "quantized_low_rank_linear", "quantized_silu_gated_linear")
-OPS = (*LINEAR_OPS, *QUANTIZED_OPS, "channel_sq_norm", "second_moment")
+TRELLIS_OPS = ("trellis_linear", "trellis_search")
+OPS = (*LINEAR_OPS, *QUANTIZED_OPS, *TRELLIS_OPS, "channel_sq_norm", "second_moment")
 # Adding K^2 sums up in float64 takes a GPU longer than multiplying 1,024 tokens in 16 bits: modelled 78 us beside 45 at K = 4096.
 TENSOR_CORE_TOKENS = 8192
 
@@ -237,6 +238,8 @@ QUANTIZED_EXAMPLES = (
     *((5, 176, False), (20, 192, False), (20, 4128, True), (40, 192, False), (40, 192, True)),
     *((cost.FUSED_TOKENS + 2, 192, False), (cost.FUSED_TOKENS + 2, 176, True)),
 )
+# Of weights on a trellis: with as many bits as K says, see `example`. Of a search one token is a row.
+TRELLIS_EXAMPLES = tuple((tokens, k, False) for tokens in (1, 5, 20, 40) for k in (192, 176, 193))
 PIVOTED_OPS = ("low_rank_linear", "low_rank_linear_group")
 
 
@@ -244,6 +247,8 @@ def examples_of(op: str) -> tuple[tuple[int, int, bool], ...]:
     """(tokens, k, pivoted) for :func:`example` that together run each form of an op's kernels."""
     if op in QUANTIZED_OPS:
         return QUANTIZED_EXAMPLES
+    if op in TRELLIS_OPS:
+        return TRELLIS_EXAMPLES
     if op not in LINEAR_OPS:
         return EXAMPLES[:1]
     return tuple(one for one in EXAMPLES if op in PIVOTED_OPS or not one[-1])
@@ -251,7 +256,7 @@ def examples_of(op: str) -> tuple[tuple[int, int, bool], ...]:
 
 def form_of(op: str, tokens: int) -> int:
     """Kernels for one token, for at most 16 and for more have nothing in common: the largest number that shares theirs."""
-    if op not in (*LINEAR_OPS, *QUANTIZED_OPS):
+    if op not in (*LINEAR_OPS, *QUANTIZED_OPS, "trellis_linear"):
         return 0
     if op in QUANTIZED_OPS and tokens > cost.FUSED_TOKENS:
         return cost.FUSED_TOKENS + 1
@@ -271,6 +276,8 @@ def example(
         k: size of the last axis of x.
         pivoted: with pivot rows, for an op of ``PIVOTED_OPS``; a group then has a pivoted layer, a dense one and a plain one.
             For an op of ``QUANTIZED_OPS``: in 8 bits, with pivot rows where it has them.
+
+    Weights on a trellis have 2 bits with 192 features, 3 with 193, 4 with 176.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -286,7 +293,13 @@ def example(
         scales = torch.rand(rows, -(-columns // size), generator=generator).add(0.5).mul(0.2 * columns**-0.5)
         return packing.pack(numbers, bits).to(device), scales.mul(2.0 ** (4 - bits)).to(device, dtype)
 
-    x = random(tokens, k)
+    def on_trellis(rows: int, columns: int, bits: int) -> tuple[Tensor, Tensor]:
+        shape = trellis.packed_shape(rows, columns, bits)
+        words = torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int64)
+        scales = torch.rand(rows, -(-columns // 32), generator=generator).add(0.5).mul(columns**-0.5)
+        return words.to(device, torch.int32), scales.to(device, dtype)
+
+    x, few = random(tokens, k), trellis.BITS[k % 3]
     right, left = [random(rank, k), random(rank + 16, k)], [random(n, rank), random(n, rank + 16)]
     third, rows = (random(rank + 32, k), random(80, rank + 32)), torch.arange(rank, device=device) * 2 + 3
     if pivoted and op in PIVOTED_OPS:
@@ -305,6 +318,8 @@ def example(
         "quantized_low_rank_linear": (x, *quantized(n, rank), *quantized(rank, k))
         + ((random(n + rank), bits, size, rows) if pivoted else (random(n), bits, size)),
         "quantized_silu_gated_linear": (x, *quantized(n, k), *quantized(n, k), bits, size),
+        "trellis_linear": (x, *on_trellis(n, k, few), random(n), few, 32),
+        "trellis_search": (x.mul(k**0.5), x.abs(), few),
         "channel_sq_norm": (random(100, k), torch.arange(100, device=device) % 3 > 0),
         "second_moment": (random(100, k), torch.arange(100, device=device) % 3 > 0),
     }

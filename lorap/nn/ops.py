@@ -11,6 +11,8 @@ op                                computes                                      
 ``quantized_linear``              x weight^T + bias, weight in 4 or 8 bits             (..., N)
 ``quantized_low_rank_linear``     x right^T left^T + bias, both in 4 or 8 bits        (..., N)
 ``quantized_silu_gated_linear``   silu(x gate^T) * (x up^T), both in 4 or 8 bits      (..., N)
+``trellis_linear``                x weight^T + bias, weight in 2 to 4 bits on a trellis (..., N)
+``trellis_search``                the windows of a trellis nearest to given numbers   (N in whole tiles, C)
 ``channel_sq_norm``               sum over tokens of x_j^2, token count               (K,) float64, () int64
 ``second_moment``                 sum over tokens of x x^T, token count               (K, K) float64, () int64
 ================================  ==================================================  ==========================
@@ -35,7 +37,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lorap.errors import ShapeError
-from lorap.kernels import reference
+from lorap.kernels import reference, trellis
 from lorap.nn import dispatch, graphs, implementations, shape_checks
 from lorap.nn.implementations import tokens_of
 
@@ -60,6 +62,8 @@ SCHEMAS = {
     "quantized_silu_gated_linear": (
         f"(Tensor x, {_quantized('gate_')}, {_quantized('up_')}, int bits, int group) -> Tensor"
     ),
+    "trellis_linear": "(Tensor x, Tensor packed, Tensor scales, Tensor? bias, int bits, int group) -> Tensor",
+    "trellis_search": "(Tensor wanted, Tensor importance, int bits) -> Tensor",
     "channel_sq_norm": "(Tensor x, Tensor? mask=None) -> (Tensor, Tensor)",
     "second_moment": "(Tensor x, Tensor? mask=None) -> (Tensor, Tensor)",
 }
@@ -234,6 +238,43 @@ def quantized_silu_gated_linear(
     return _call("quantized_silu_gated_linear", x, gate_packed, gate_scales, up_packed, up_scales, bits, group)
 
 
+def trellis_linear(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, bits: int, group: int) -> Tensor:
+    """x weight^T + bias, with a weight of numbers on a trellis and scales, see :mod:`lorap.kernels.trellis`.
+
+    Args:
+        x: (..., K).
+        packed: (ceil(N / 64), K * 2 * bits) int32.
+        scales: (N, ceil(K / group)), floating point.
+        bias: (N,) or None.
+        bits: 2, 3 or 4.
+        group: how many weights of a row share a scale, a multiple of 32; the last group may have fewer.
+
+    Returns:
+        (..., N), in the dtype of x.
+
+    Raises:
+        ShapeError: the tensors do not fit together.
+    """
+    return _call("trellis_linear", x, packed, scales, bias, bits, group)
+
+
+def trellis_search(wanted: Tensor, importance: Tensor, bits: int) -> Tensor:
+    """The windows on a trellis with (nearly) the least sum of importance * (wanted - number)^2 in each column of a tile.
+
+    Args:
+        wanted: (N, C), floating point, in units of the numbers: already divided by the scales. Taken in float32.
+        importance: (N, C), at least 0. A row of importance 0 costs nothing, whatever is wanted there.
+        bits: 2, 3 or 4.
+
+    Returns:
+        (ceil(N / 64) * 64, C) int32, which :func:`lorap.kernels.trellis.pack` takes; rows beyond N are importance 0.
+
+    Raises:
+        ShapeError: the tensors do not fit together.
+    """
+    return _call("trellis_search", wanted, importance, bits)
+
+
 def channel_sq_norm(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(sum over tokens of x_j^2, token count) of x (..., K): (K,) float64 and () int64; mask (...) marks what counts."""
     return _call("channel_sq_norm", x, mask)
@@ -284,6 +325,7 @@ def _run(op: str, x: Tensor, *rest: Any, backend: str | None = None) -> Any:
         raise
 
 
+WITHOUT_GRADIENTS = ("trellis_search", "channel_sq_norm", "second_moment")
 _library = torch.library.Library("lorap", "DEF")
 
 
@@ -291,7 +333,7 @@ def _register(op: str) -> None:
     _library.define(op + SCHEMAS[op])
     _library.impl(op, lambda x, *rest: _run(op, x, *rest), "CompositeExplicitAutograd")
     torch.library.register_fake(f"lorap::{op}", lambda x, *rest: _fake(op, x, *rest), lib=_library)
-    if op not in ("channel_sq_norm", "second_moment"):
+    if op not in WITHOUT_GRADIENTS:
         torch.library.register_autograd(f"lorap::{op}", _Backward(op), setup_context=_save_inputs, lib=_library)
 
 
@@ -303,6 +345,8 @@ def _fake(op: str, x: Tensor, *rest: Any) -> Any:
     if op in ("channel_sq_norm", "second_moment"):
         shape = (size,) if op == "channel_sq_norm" else (size, size)
         return x.new_empty(shape, dtype=torch.float64), x.new_empty((), dtype=torch.int64)
+    if op == "trellis_search":
+        return x.new_empty((trellis.tiles(x.shape[0]) * trellis.TILE, size), dtype=torch.int32)
     return x.new_empty((*x.shape[:-1], size))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorap.errors import ShapeError
-from lorap.kernels import packing
+from lorap.kernels import packing, trellis
 
 
 def _require(condition: bool, message: str) -> None:
@@ -156,6 +156,36 @@ def quantized_silu_gated_linear(
     return max(width, quantized_linear(x, up_packed, up_scales, None, bits, group))
 
 
+def trellis_linear(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, bits: int, group: int) -> int:
+    """Arguments of :func:`lorap.nn.ops.trellis_linear`; returns N."""
+    _require(x.dim() >= 1, "x is a scalar; its last axis must hold the features")
+    _require(bits in trellis.BITS, f"packed has weights of {bits} bits; it must be 2, 3 or 4")
+    _require(group > 0 and group % 32 == 0, f"packed has groups of {group} weights; it must be a multiple of 32")
+    _require(packed.dtype == torch.int32, f"packed is {packed.dtype}, not int32")
+    _require(scales.is_floating_point(), f"the scales of packed are {scales.dtype}, not floating point")
+    rows, columns = scales.shape[0] if scales.dim() else 0, x.shape[-1]
+    wanted = trellis.packed_shape(rows, columns, bits), (rows, -(-columns // group))
+    for what, tensor, shape in (("packed", packed, wanted[0]), ("the scales of packed", scales, wanted[1])):
+        _require(
+            tuple(tensor.shape) == shape,
+            f"{what}: shape {tuple(tensor.shape)}, but {rows} rows and {columns} columns of {bits} bits in groups of "
+            f"{group} make {shape}",
+        )
+    _check_bias(bias, rows)
+    return rows
+
+
+def trellis_search(wanted: Tensor, importance: Tensor, bits: int) -> int:
+    """Arguments of :func:`lorap.nn.ops.trellis_search`; returns the number of columns."""
+    _require(wanted.dim() == 2, f"wanted has shape {tuple(wanted.shape)}; it must have 2 dimensions")
+    shapes = f"wanted has shape {tuple(wanted.shape)}, importance {tuple(importance.shape)}"
+    _require(wanted.shape == importance.shape, f"{shapes}; they must be the same")
+    for name, tensor in (("wanted", wanted), ("importance", importance)):
+        _require(tensor.is_floating_point(), f"{name} is {tensor.dtype}, not floating point")
+    _require(bits in trellis.BITS, f"windows on a trellis of {bits} bits are asked for; it must be 2, 3 or 4")
+    return wanted.shape[1]
+
+
 def statistics(x: Tensor, mask: Tensor | None = None) -> int:
     """Arguments of :func:`lorap.nn.ops.channel_sq_norm` and ``second_moment``; returns K."""
     _require(x.dim() >= 1, "x is a scalar; its last axis must hold the channels")
@@ -174,6 +204,8 @@ CHECKS: dict[str, Callable[..., int]] = {
     "quantized_linear": quantized_linear,
     "quantized_low_rank_linear": quantized_low_rank_linear,
     "quantized_silu_gated_linear": quantized_silu_gated_linear,
+    "trellis_linear": trellis_linear,
+    "trellis_search": trellis_search,
     "channel_sq_norm": statistics,
     "second_moment": statistics,
 }

@@ -121,6 +121,8 @@ class Case:
         if op in STATISTICS:
             return x, pick((None, self.mask(batch), self.mask((*batch, 2))))
         bias = bool(pick((0, 1)))
+        if op.startswith("trellis_"):
+            return self.trellis_arguments(op, x, k, n, bias)
         if op.startswith("quantized_"):
             return self.quantized_arguments(op, x, k, r, n, bias)
         if op == "linear":
@@ -159,6 +161,26 @@ class Case:
             )
         biases = () if op == "quantized_silu_gated_linear" else (self.tensor(n) if bias else None,)
         return x, *weights, *biases, bits, group
+
+    def trellis_arguments(self, op: str, x: Any, k: int, n: int, bias: bool) -> tuple[Any, ...]:
+        torch, pick, bits, group = (
+            self.torch,
+            self.random.choice,
+            self.random.choice((2, 3, 4)),
+            self.random.choice((32, 64, 96, 128)),
+        )
+        if op == "trellis_search":
+            wanted, importance = (self.tensor(n, min(k, 5)) for _ in range(2))
+            return wanted, importance.abs(), bits
+        words = torch.randint(-(2**31), 2**31, (-(-n // 64), k * 2 * bits), dtype=torch.int64).int()
+        scales = torch.rand(n, -(-k // group)).add(0.5).mul(max(k, 1) ** -0.5)
+        scales = self.laid_out(scales.to(pick((self.dtype, torch.float32))))
+        words = self.laid_out(words)
+        if self.faults and not self.random.randrange(6):
+            words, scales = pick(((self.wrong(words.shape), scales), (words, self.wrong(scales.shape))))
+        if self.faults and not self.random.randrange(8):
+            bits, group = pick(((5, group), (bits % 3 + 2, group), (bits, 0), (bits, -32), (bits, 2**63 - 1)))
+        return x, words, scales, self.tensor(n) if bias else None, bits, group
 
     def quantized(self, rows: int, columns: int, bits: int, group: int) -> tuple[Any, Any]:
         """Any words are a weight; its scales may have a dtype of their own."""
@@ -274,7 +296,7 @@ def run_cases(seed: int, first: int, seconds: float, most: int) -> None:
         sys.stderr.write(f"case {number} {op}\n")
         faulthandler.dump_traceback_later(60, exit=True)
         arguments = case.arguments(op)
-        matmul = op in (*implementations.LINEAR_OPS, *implementations.QUANTIZED_OPS)
+        matmul = op in (*implementations.LINEAR_OPS, *implementations.QUANTIZED_OPS, "trellis_linear")
         direct = matmul and number % 2
         call = implementations.implementation(op, "cpu") if direct else getattr(torch.ops.lorap, op)
         try:
@@ -306,11 +328,13 @@ def with_floats(op: str, y: Any, arguments: tuple[Any, ...]) -> tuple[str, Any, 
     """The same op on the weights that packed words and scales stand for, in float64."""
     import torch
 
-    from lorap.kernels import packing
+    from lorap.kernels import packing, trellis
 
-    if not op.startswith("quantized_"):
+    if not op.startswith(("quantized_", "trellis_")):
         return op, y, arguments
     (x, *rest), (bits, group) = arguments[:-2], arguments[-2:]
+    if op == "trellis_linear":
+        return "linear", y, (x, trellis.dequantize(rest[0], rest[1], bits, group, torch.float64), rest[2])
 
     def weight(at: int, columns: int) -> Any:
         return packing.dequantize(rest[at], rest[at + 1], bits, group, columns, torch.float64)
