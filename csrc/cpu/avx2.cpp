@@ -1,6 +1,7 @@
 // AVX2 + FMA + F16C: Intel since 2013, AMD since 2015. Built with -mavx2 -mfma -mf16c.
 #include <immintrin.h>
 
+#include "avx2_trellis.h"
 #include "dot_tile.h"
 #include "quantized_tile.h"
 
@@ -186,5 +187,7 @@ const QuantizedKernel* avx2_bytes_kernel() {
   static constexpr QuantizedKernel four = make_quantized_kernel<QuantizedBytes, 4>("avx2");
   return &four;
 }
+
+const TrellisKernel* avx2_trellis_kernel(int bits) { return trellis_kernel<Avx2Trellis>("avx2", bits); }
 
 }  // namespace lorap::cpu

@@ -1,6 +1,7 @@
 // AVX-512 F + BW: Intel servers since 2017, AMD since 2022. Built with -mavx512f -mavx512bw -mavx512vl -mf16c.
 #include "avx512_quantized.h"
 #include "avx512_sums.h"
+#include "avx512_trellis.h"
 #include "dot_tile.h"
 
 namespace {
@@ -86,5 +87,7 @@ const QuantizedKernel* avx512_quantized_kernel(int bits) {
   static constexpr QuantizedKernel eight = make_quantized_kernel<Avx512Quantized, 8>("avx512");
   return bits == 4 ? &four : &eight;
 }
+
+const TrellisKernel* avx512_trellis_kernel(int bits) { return trellis_kernel<Avx512Trellis>("avx512", bits); }
 
 }  // namespace lorap::cpu

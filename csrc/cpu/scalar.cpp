@@ -4,6 +4,7 @@
 
 #include "dot_tile.h"
 #include "quantized_tile.h"
+#include "scalar_trellis.h"
 
 namespace {
 
@@ -155,5 +156,7 @@ const QuantizedKernel* scalar_quantized_kernel(int bits) {
   static constexpr QuantizedKernel eight = make_quantized_kernel<Quantized, 8>("scalar");
   return bits == 4 ? &four : &eight;
 }
+
+const TrellisKernel* scalar_trellis_kernel(int bits) { return trellis_kernel<ScalarTrellis>("scalar", bits); }
 
 }  // namespace lorap::cpu

@@ -2,8 +2,8 @@
 
 A dynamic programme (Viterbi, 1967) over the windows of a column, from its last row to its first: of all windows of the row below
 that may stand before a window, the one with the least error so far is kept. On a ring the first and the last row share bits, so
-there are two passes: one with free ends on the ring turned by half, in which the shared bits are in the middle, far from both
-ends, and one in which both ends have the bits that the first has found there. Ties go to the lower bits.
+there are two passes: one with free ends that goes around the ring one and a half times, in which the shared bits are in the
+middle, far from both ends, and one in which both ends have the bits that the first has found there. Ties go to the lower bits.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from torch import Tensor
 
 from . import trellis
 
+# Rows on each side of a ring's seam in the first pass. With 32 the squared error of Gaussian numbers is 0.6 to 1.1 % larger, with
+# 64 it is 0.1 to 0.4 % smaller and the search 22 % longer.
+SEAM = 48
 # Columns of tiles that are searched together: errors of all windows of one row stay in a CPU's cache, and fill a GPU.
 CPU_CHUNK, GPU_CHUNK = 64, 4096
 
@@ -47,9 +50,10 @@ def search(wanted: Tensor, importance: Tensor, bits: int) -> Tensor:
 
 def _rings(wanted: Tensor, importance: Tensor, bits: int) -> Tensor:
     """Windows (64, B) int32 of B columns."""
-    half, kept = trellis.TILE // 2, trellis.WINDOW - bits
-    turned = _path(wanted.roll(-half, 0), importance.roll(-half, 0), bits, None)
-    own = _path(wanted, importance, bits, turned[half] & 2**kept - 1) & 2**bits - 1
+    around = torch.arange(-SEAM, SEAM, device=wanted.device) % trellis.TILE
+    turned = _path(wanted[around], importance[around], bits, None)
+    ends = turned[SEAM] & 2 ** (trellis.WINDOW - bits) - 1
+    own = _path(wanted, importance, bits, ends) & 2**bits - 1
     return sum(own.roll(-i, 0) << bits * i for i in range(trellis.WINDOW // bits)).int()
 
 
@@ -57,21 +61,21 @@ def _path(wanted: Tensor, importance: Tensor, bits: int, ends: Tensor | None) ->
     """The best path through the windows of B columns.
 
     Args:
-        wanted: (64, B) float32.
-        importance: (64, B) float32.
+        wanted: (rows, B) float32.
+        importance: (rows, B) float32.
         bits: of a row.
         ends: (B,) the upper bits of the last row's windows, which are the lower bits of the first row's; None for any.
 
     Returns:
-        Windows (64, B) int64.
+        Windows (rows, B) int64.
     """
-    batch, high, kept = wanted.shape[1], 2**bits, 2 ** (trellis.WINDOW - bits)
+    (rows, batch), high, kept = wanted.shape, 2**bits, 2 ** (trellis.WINDOW - bits)
     numbers = trellis.numbers(wanted.device)
     least = wanted.new_zeros(batch, kept)  # over the windows of the rows below, by the bits that they leave to this row
     if ends is not None:
         least = least.fill_(torch.inf).scatter_(1, ends[:, None], 0.0)
-    before = torch.empty(trellis.TILE, batch, kept, dtype=torch.uint8, device=wanted.device)
-    for row in reversed(range(trellis.TILE)):
+    before = torch.empty(rows, batch, kept, dtype=torch.uint8, device=wanted.device)
+    for row in reversed(range(rows)):
         error = (wanted[row, :, None] - numbers).square_().mul_(importance[row, :, None])
         cost = error.view(batch, kept, high).add_(least[:, :, None]).view(batch, high, kept)
         if row:
@@ -81,7 +85,7 @@ def _path(wanted: Tensor, importance: Tensor, bits: int, ends: Tensor | None) ->
     else:
         window = cost.gather(2, ends[:, None, None].expand(-1, high, -1)).flatten(1).argmin(1) * kept + ends
     windows = [window]
-    for row in range(1, trellis.TILE):
+    for row in range(1, rows):
         shared = windows[-1] >> bits
         windows.append(before[row].gather(1, shared[:, None])[:, 0].long() * kept + shared)
     return torch.stack(windows)

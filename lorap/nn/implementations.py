@@ -196,7 +196,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
     | {"low_rank_linear": _low_rank_linear, "low_rank_linear_group": _low_rank_linear_group}
     | {"second_moment": _second_moment},
     "cpu": {op: _cpu(op) for op in (*LINEAR_OPS, *QUANTIZED_OPS)}
-    | {"quantized_low_rank_linear": _cpu_quantized_low_rank},
+    | {"quantized_low_rank_linear": _cpu_quantized_low_rank, "trellis_search": _cpu("trellis_search")},
     "triton": {
         "linear": _triton("linear", "linear"),
         "low_rank_linear": _triton_low_rank,

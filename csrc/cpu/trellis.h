@@ -1,0 +1,59 @@
+// The ops on weights on a trellis (kernels/triton/trellis.py has the definition) without torch: pointers and sizes in,
+// outputs written. trellis_ops.cpp brings tensors here; the tests bring arrays.
+#pragma once
+
+#include "decode.h"
+
+namespace lorap::cpu {
+
+constexpr int kTrellisRows = 64;    // of a tile
+constexpr int kTrellisWindow = 12;  // bits
+constexpr int kTrellisWindows = 1 << kTrellisWindow;
+constexpr uint32_t kTrellisFactor = 1007213647;
+constexpr float kTrellisUnit = 1.0f / 128;
+
+// Rows on each side of a ring's seam by which the bits at the seam are chosen, see kernels/triton/trellis_search.py.
+constexpr int kTrellisSeam = 48;
+
+// What a window stands for, in units of kTrellisUnit.
+static inline int trellis_number(uint32_t window) {
+  const uint32_t product = window * kTrellisFactor;
+  int sum = 0;
+  for (int shift = 0; shift < 32; shift += 8) sum += static_cast<int8_t>(product >> shift & 0xff);
+  return sum;
+}
+
+// One instruction set's way with one number of bits.
+struct TrellisKernel {
+  const char* isa;
+  int bits;
+
+  // The windows of one ring that are nearest to `wanted`; `scratch` has trellis_scratch(bits) floats. `numbers` are
+  // those of all windows. No importance is negative, and where it is 0 `wanted` is 0.
+  void (*search)(const float* numbers, const float* wanted, const float* importance, float* scratch, int32_t* windows);
+};
+
+// Floats: the least errors of all rows, by the bits that a row shares with the one below.
+constexpr int64_t trellis_scratch(int bits) { return (2 * kTrellisSeam + 1) * (kTrellisWindows >> bits); }
+static_assert(2 * kTrellisSeam >= kTrellisRows);
+
+// Null where the compiler could not build that file.
+const TrellisKernel* scalar_trellis_kernel(int bits);
+const TrellisKernel* avx2_trellis_kernel(int bits);
+const TrellisKernel* avx512_trellis_kernel(int bits);
+
+// Float32 matrices with any strides, in elements.
+struct TrellisTargets {
+  const float *wanted, *importance;
+  int64_t rows, cols;
+  int64_t wanted_strides[2], importance_strides[2];
+};
+
+// windows (rows in whole tiles, cols), without gaps.
+void trellis_search(const TrellisKernel& kernel, ParallelFor parallel_for, int64_t threads,
+                    const TrellisTargets& targets, int32_t* windows);
+
+// The best kernel for this processor, or the best that `isa` includes, as find_quantized_kernel does.
+const TrellisKernel* find_trellis_kernel(int bits, const char* isa);
+
+}  // namespace lorap::cpu

@@ -1,0 +1,54 @@
+// The ops on weights on a trellis as torch operators, see ops.cpp.
+#include "quantized_tensors.h"
+#include "trellis.h"
+
+namespace {
+
+using lorap::cpu::TrellisKernel;
+
+const TrellisKernel& trellis_kernel(int64_t bits) {
+  STD_TORCH_CHECK(bits >= 2 && bits <= 4, "lorap_cpu: a trellis of ", bits, " bits; 2, 3 and 4 are there");
+  const TrellisKernel* kernel = lorap::cpu::find_trellis_kernel(static_cast<int>(bits), forced_isa());
+  STD_TORCH_CHECK(kernel, "lorap_cpu: this processor or build has no instructions called LORAP_CPU_ISA=", forced_isa());
+  return *kernel;
+}
+
+const float* floats(const char* name, Tensor& tensor, int64_t rows, int64_t cols) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float, "lorap_cpu: ", name,
+                  " must be float32 on the CPU");
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == cols, "lorap_cpu: ", name,
+                  " must be ", rows, " x ", cols, ", but has ", tensor.numel(), " elements in ", tensor.dim(),
+                  " dimensions");
+  return static_cast<const float*>(aligned_data(tensor));
+}
+
+Tensor empty_int32(int64_t rows, int64_t cols) {
+  const int64_t sizes[] = {rows, cols}, strides[] = {std::max<int64_t>(cols, 1), 1};
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(2, sizes, strides, aoti_torch_dtype_int32(), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor trellis_search(Tensor wanted, Tensor importance, int64_t bits) {
+  STD_TORCH_CHECK(wanted.dim() == 2, "lorap_cpu: wanted must have 2 dimensions, has ", wanted.dim());
+  const int64_t rows = wanted.size(0), cols = wanted.size(1);
+  const TrellisKernel& kernel = trellis_kernel(bits);
+  lorap::cpu::TrellisTargets targets{
+      floats("wanted", wanted, rows, cols), floats("importance", importance, rows, cols), rows, cols,
+      {wanted.stride(0), wanted.stride(1)}, {importance.stride(0), importance.stride(1)}};
+  const int64_t padded = times(divide_up(rows, lorap::cpu::kTrellisRows), lorap::cpu::kTrellisRows);
+  times(times(padded, cols), sizeof(int32_t));
+  Tensor windows = empty_int32(padded, cols);
+  lorap::cpu::trellis_search(kernel, parallel_for, torch::stable::get_num_threads(), targets,
+                             static_cast<int32_t*>(windows.mutable_data_ptr()));
+  return windows;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lorap_cpu, m) {
+  m.def("trellis_search(Tensor wanted, Tensor importance, int bits) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lorap_cpu, CPU, m) { m.impl("trellis_search", TORCH_BOX(&trellis_search)); }
