@@ -228,6 +228,7 @@ STEPS: dict[str, Callable[..., Iterator[Item]]] = {
     "merged": functools.partial(timed(gpu_timings.merged_rows), cuda=False),
     "merged-cuda": functools.partial(timed(gpu_timings.merged_rows), cuda=True),
     "quantized": timed(gpu_timings.quantized_rows),
+    "trellis": timed(gpu_timings.trellis_rows),
     "squares": timed(gpu_timings.squares_rows),
     "launches": timed(gpu_timings.launch_rows),
     "out-dtype": out_dtype_rows,

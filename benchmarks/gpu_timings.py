@@ -38,6 +38,7 @@ CHECKED = {  # way -> the op and backend whose self-check it must have passed
 PIVOTED = ", pivoted"
 KINDS = ("dense", "two GEMMs", "two GEMMs, pivoted", "triton", "triton, no pdl", "triton, pivoted")
 GROUP = 64  # weights of few bits that share a scale
+TRELLIS_GROUP = 256  # and those on a trellis
 Row = dict[str, Any]
 Item = tuple[Row, Callable[[], Row] | None]  # what a row is about, and how to find the rest of it
 verdicts: dict[tuple[str, str], bool] | None = None  # (op, backend) -> passed; None before the self-check
@@ -121,6 +122,18 @@ def quantized(
         -(2**31), 2**31 - 1
     )
     scales = torch.rand(rows, -(-columns // GROUP), device=device).add(0.5) * columns**-0.5 / 2 ** (bits - 1)
+    return words, scales.to(dtype)
+
+
+def on_trellis(
+    rows: int, columns: int, bits: int, *, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, Tensor]:
+    """Codes of any value, and scales that keep the size of an input."""
+    from lorap.kernels import trellis
+
+    shape = trellis.packed_shape(rows, columns, bits)
+    words = torch.empty(shape, dtype=torch.int32, device=device).random_(-(2**31), 2**31 - 1)
+    scales = torch.rand(rows, -(-columns // TRELLIS_GROUP), device=device).add(0.5) * columns**-0.5
     return words, scales.to(dtype)
 
 
@@ -327,6 +340,34 @@ def quantized_rows(device: torch.device, scale: int) -> Iterator[Item]:
                     return {"us": 1e6 * seconds_of(lambda *some: run(x, *some, None, bits, GROUP), weights)}
 
                 yield what, measure
+
+
+def trellis_rows(device: torch.device, scale: int) -> Iterator[Item]:
+    """A dense layer on a trellis, by our kernel and where torch writes the matrix; beside the same layer in 16 bits."""
+    from lorap.kernels import cost
+    from lorap.nn.implementations import implementation
+
+    k, n = 4096 // scale, 4096 // scale
+    for m, bits in ((m, bits) for m in (1, 8, 32, 64, 512) for bits in (2, 3, 4)):
+        x = random(m, k, device=device)
+        dense = rotating(lambda: (random(n, k, device=device),))
+        codes = rotating(lambda bits=bits: on_trellis(n, k, bits, device=device))
+        for kind in ("dense", "torch", "triton"):
+            what = {"op": "trellis_linear", "bits": bits, "tokens": m, "kind": kind}
+            if kind == "triton" and m <= cost.FUSED_TOKENS:
+                what["predicted_us"] = 1e6 * cost.trellis_seconds(m, k, n, bits, TRELLIS_GROUP)
+            reason = "no GPU" if device.type != "cuda" else distrust("trellis_linear", "triton")
+            if kind == "triton" and reason:
+                yield what | {"not_run": reason}, None
+                continue
+
+            def measure(kind=kind, x=x, bits=bits, weights=dense if kind == "dense" else codes) -> Row:
+                if kind == "dense":
+                    return {"us": 1e6 * seconds_of(lambda weight: F.linear(x, weight), weights)}
+                run = implementation("trellis_linear", "triton" if kind == "triton" else "reference")
+                return {"us": 1e6 * seconds_of(lambda *some: run(x, *some, None, bits, TRELLIS_GROUP), weights)}
+
+            yield what, measure
 
 
 def squares_rows(device: torch.device, scale: int) -> Iterator[Item]:

@@ -20,7 +20,7 @@ import torch
 import lorap
 from lorap import BackendError, ShapeError
 from lorap.evaluation.environment import describe_environment
-from lorap.kernels import cost, reference
+from lorap.kernels import cost, reference, trellis
 from lorap.nn import dispatch, graphs, implementations, native, ops
 
 ROOT = Path(__file__).parents[1]
@@ -405,7 +405,7 @@ def test_outside_a_graph_nothing_is_compiled_or_checked(
         assert dispatch.choose("low_rank_linear", x, 1) == "triton"
 
 
-@pytest.mark.parametrize("op", implementations.QUANTIZED_OPS)
+@pytest.mark.parametrize("op", implementations.FEW_BITS_OPS)
 def test_weights_of_few_bits_get_their_gpu_kernel_outside_of_graphs_too(
     op: str, checks: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -579,7 +579,7 @@ def test_a_gpu_rule_for_a_modelled_kernel_asks_the_model() -> None:
     assert unmeasured
     for rule in unmeasured:
         assert rule.backend == "triton"
-        assert set(rule.ops) <= set(graphs.OPS) or rule.ops == implementations.QUANTIZED_OPS
+        assert set(rule.ops) <= set(graphs.OPS) or rule.ops == implementations.FEW_BITS_OPS
         assert "modelled, not measured" in rule.reason
     for name, (k, ranks, rows, pivots) in MODELLED_GROUPS.items():
         outputs = [count + more for count, more in zip(rows, pivots, strict=True)]
@@ -603,6 +603,15 @@ def test_weights_of_few_bits_are_modelled_faster_than_torch_for_any_number_of_to
         written = [cost.dequantized_seconds(m, 4096, 4096, bits) for m in (64, cost.FUSED_TOKENS, 512)]
         assert [one < other for one, other in zip(fused, written, strict=True)] == [True, True, False]
     assert cost.quantized_seconds(1, 4096, 4096, 4, 64) < cost.dense_seconds(1, 4096, [4096]) / 2
+    for k, n in ((4096, 4096), (4096, 1024), (11008, 4096), (576, 576)):  # on a trellis
+        for bits, m in ((bits, m) for bits in trellis.BITS for m in (1, 16, 17, 64, 65, 128, 129, 2048)):
+            fused = m <= cost.FUSED_TOKENS
+            ours = cost.trellis_seconds(m, k, n, bits, 256) if fused else cost.dequantized_seconds(m, k, n, bits)
+            assert 1.05 * ours <= cost.torch_trellis_seconds(m, k, n), (k, n, bits, m)
+    for bits in trellis.BITS:
+        fused = [cost.trellis_seconds(m, 4096, 4096, bits, 256) for m in (1, cost.FUSED_TOKENS)]
+        written = [cost.dequantized_seconds(m, 4096, 4096, bits) for m in (1, cost.FUSED_TOKENS)]
+        assert fused < written
 
 
 MODELLED_GROUPS = {

@@ -70,7 +70,7 @@ def test_reference_passes_every_case(module):
     check = module("gpu_check")
     rows = rows_of(check, "values")
     reference = [row for row in rows if row["backend"] == "reference"]
-    assert len(reference) == (2 * (9 + 2) + 2) * 10 + 3 * 6  # numbers of tokens x kinds of case, and sums of squares
+    assert len(reference) == (2 * (9 + 2) + 2) * 11 + 3 * 6  # numbers of tokens x kinds of case, and sums of squares
     assert all(row["ok"] for row in reference)
     others = {row["backend"] for row in rows} - {"reference"}
     assert others == {"triton", "triton, no pdl", "triton one launch"}
@@ -89,7 +89,7 @@ def test_nothing_is_claimed_without_a_gpu(module, step):
     assert not any("ok" in row for row in rows)
 
 
-@pytest.mark.parametrize("step", ["timings", "merged", "quantized", "squares", "launches"])
+@pytest.mark.parametrize("step", ["timings", "merged", "quantized", "trellis", "squares", "launches"])
 def test_timings_run_small(module, step):
     for row in rows_of(module("gpu_check"), step):
         needs_gpu = any(word in row["kind"] for word in ("triton", "cuda", "one-launch"))
@@ -284,7 +284,7 @@ def test_ops_load_without_transformers():
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT / "benchmarks", capture_output=True, text=True, check=False
     )
-    assert run.stdout.split() == ["True", "10"], run.stderr
+    assert run.stdout.split() == ["True", "12"], run.stderr
 
 
 def test_table_of_make_bench(module, tmp_path):

@@ -24,6 +24,8 @@ from .hardware import (
 )
 from .low_rank_settings import plan_seconds
 from .quantized_settings import parts, settings
+from .trellis_settings import parts as trellis_parts
+from .trellis_settings import settings as trellis_settings
 
 CUBLAS_RAMP = 0.7e-6
 CUBLAS_DENSE = 0.9  # share of the bandwidth that cuBLAS reaches on a dense weight
@@ -37,6 +39,9 @@ UNPACKING = {4: (5.1, 6.0, 9.1), 8: (5.7, 6.6, 9.8)}
 TILE_FLOPS = 0.4 * 790e12
 # What torch moves for each of them to write the matrix in 16 bits, and in how many launches (packing.py).
 TORCH_UNPACKING = {4: (17, 7), 8: (13, 4)}
+# The same of weights on a trellis (trellis_kernels.py, trellis.py), by tokens of a program.
+DECODING = {2: {16: 8.2, 32: 8.7, 64: 10.1}, 3: {16: 8.3, 32: 9.0, 64: 10.8}, 4: {16: 7.9, 32: 8.5, 64: 9.8}}
+TORCH_DECODING = 154, 45
 CLUSTER = 4  # blocks of one in csrc/cuda/low_rank_decode_mma.cu
 GATED = ("silu_gated_linear", "low_rank_silu_gated_linear")
 
@@ -138,6 +143,24 @@ def dequantized_seconds(m: int, k: int, n: int, bits: int) -> float:
 def torch_quantized_seconds(m: int, k: int, n: int, bits: int) -> float:
     """The same where torch writes the matrix."""
     moved, launches = TORCH_UNPACKING[bits]
+    return launches * LAUNCH + n * k * moved / MEMORY_BANDWIDTH + dense_seconds(m, k, [n])
+
+
+def trellis_seconds(m: int, k: int, n: int, bits: int, group: int) -> float:
+    """Seconds of one product with a weight (n, k) on a trellis, up to ``FUSED_TOKENS`` tokens; as ``quantized_seconds``."""
+    chosen = trellis_settings(m, k, n, group)
+    count, blocks_m = trellis_parts(k, chosen), -(-m // chosen["BLOCK_M"])
+    programs, step = count * -(-n // 64) * blocks_m, 8 * bits * chosen["BLOCK_K"]
+    read = read_seconds(blocks_m * n * (k * bits / 8 + 2 * -(-k // group)), programs, step, per_sm=5)
+    decode = n * k * blocks_m * DECODING[bits][chosen["BLOCK_M"]] / FMA_RATE
+    products = 2 * max(16, m) * n * k / TILE_FLOPS
+    partial = LAUNCH + 8 * m * n * count / L2_BANDWIDTH if count > 1 else 0.0
+    return LAUNCH + RAMP + max(read, decode, products) + partial
+
+
+def torch_trellis_seconds(m: int, k: int, n: int) -> float:
+    """The same where torch writes the matrix."""
+    moved, launches = TORCH_DECODING
     return launches * LAUNCH + n * k * moved / MEMORY_BANDWIDTH + dense_seconds(m, k, [n])
 
 

@@ -1,11 +1,11 @@
 """Device code for weights on a trellis (:mod:`lorap.kernels.trellis`), which become numbers in registers and nowhere else.
 
-A thread takes eight rows of a column from two neighbouring words of its ring, as one word of 64 bits: their windows are that word
-shifted by constants. A window costs a shift, a mask and a multiplication; the four bytes of the product, signed,
-are added up by one instruction (dp4a), which begins with the bits of a float so large that its lowest bits count ones. Subtracting
-that float makes a number of it, without a conversion of integers, which a GPU computes at a quarter of the rate or less.
+A thread takes eight rows of a column from two neighbouring words of its ring, as one word of 64 bits: their windows are that
+word shifted by constants. A window costs a shift, a mask and a multiplication; the four bytes of the product, signed, are added
+up by one instruction (dp4a), which begins with the bits of a float so large that its lowest bits count ones. Subtracting that
+float makes a number of it, without a conversion of integers, which a GPU computes at a quarter of the rate or less.
 
-Numbers are whole here, from -512 to 508, and ``UNIT`` is multiplied by at the end. float16 and float32 hold all of them; bfloat16
+Numbers are whole here, from -476 to 450, and ``UNIT`` is multiplied by at the end. float16 and float32 hold all of them; bfloat16
 rounds odd ones above 256, 4 % of all, by 1.
 """
 

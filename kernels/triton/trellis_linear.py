@@ -1,10 +1,10 @@
 """y = x @ weight.T + bias with a weight on a trellis: x (M, K), packed (ceil(N / 64), K * 2 * bits), y (M, N).
 
-A program takes one tile of 64 rows and some of its columns, 128 at a time: each is made of words as they lie in the file, all of
-them in a row. The numbers meet x in ``tl.dot``, for one token too: on tensor cores 15 absent tokens cost an instruction for four
-weights, which is less than a multiply-add for each weight would. Where N alone gives too few programs they share K, and
-:func:`lorap.kernels.linear.sum_partials_kernel` adds up. Beyond ``FUSED_TOKENS`` tokens each number would be made anew for every 64
-of them: there one launch writes them all (:func:`dequantized`), and torch multiplies.
+A program takes one tile of 64 rows and some of its columns, 128 at a time, whose words lie in a row. The numbers meet x in
+``tl.dot``, for one token too: with 15 absent ones tensor cores take one instruction for four weights, and multiply-adds would
+take four. Where N alone gives too few programs they share K, and :func:`lorap.kernels.linear.sum_partials_kernel` adds up. Beyond
+``FUSED_TOKENS`` tokens each number would be made anew for every 64 of them: there one launch writes them all
+(:func:`dequantized`), and torch multiplies.
 
 Compiled for sm_80, 90 and 100 and interpreted, never run on a GPU: settings are a rule of thumb.
 """
@@ -120,7 +120,9 @@ def shipped_configs() -> Iterator[Variant]:
 
 
 def _shipped_launches() -> Iterator[tuple[str, Sequence[Launch]]]:
-    cases = [(m, *shape, bits, torch.bfloat16) for bits in trellis.BITS for shape in SHIPPED_SHAPES for m in (1, 32, 64)]
+    cases = [
+        (m, *shape, bits, torch.bfloat16) for bits in trellis.BITS for shape in SHIPPED_SHAPES for m in (1, 32, 64)
+    ]
     cases += [(1, 4096, 4096, bits, dtype) for bits in trellis.BITS for dtype in (torch.float16, torch.float32)]
     for m, n, k, bits, dtype in cases:
         weight = meta_weight(n, k, bits, SHIPPED_GROUP, dtype)

@@ -26,6 +26,7 @@ from torch import Tensor
 from lorap.errors import BackendError
 from lorap.nn import graphs, native
 from lorap.nn.implementations import (
+    FEW_BITS_OPS,
     FLOATS,
     HALVES,
     LINEAR_OPS,
@@ -106,7 +107,7 @@ RULES = (
     *_cpu_rules(),
     Rule(("trellis_search",), "cpu", "cpu", (torch.float32,), None, _SEARCH),
     Rule(tuple(op for op in LINEAR_OPS if op != "linear"), "cuda", "triton", HALVES, 32, _DECODE_GPU),
-    Rule(QUANTIZED_OPS, "cuda", "triton", HALVES, None, _IN_REGISTERS),
+    Rule(FEW_BITS_OPS, "cuda", "triton", HALVES, None, _IN_REGISTERS),
     Rule(("channel_sq_norm",), "cuda", "triton", FLOATS, None, _ONE_READ),
 )
 
@@ -115,7 +116,7 @@ RULES = (
 ABLE: dict[str, dict[tuple[str, str], tuple[torch.dtype, ...]]] = {
     "cpu": {(op, "cpu"): FLOATS for op in (*LINEAR_OPS, *QUANTIZED_OPS)}
     | {("trellis_search", "cpu"): (torch.float32,)},
-    "triton": {(op, "cuda"): FLOATS for op in (*LINEAR_OPS, *QUANTIZED_OPS, "channel_sq_norm")},
+    "triton": {(op, "cuda"): FLOATS for op in (*LINEAR_OPS, *FEW_BITS_OPS, "channel_sq_norm")},
     "cuda": {(op, "cuda"): HALVES for op in PIVOTED_OPS},
 }
 

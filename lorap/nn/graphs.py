@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten
 
 from lorap.kernels import cost
 from lorap.nn.cuda_limits import is_aligned
-from lorap.nn.implementations import LINEAR_OPS, PIVOTED_OPS, QUANTIZED_OPS, tokens_of
+from lorap.nn.implementations import FEW_BITS_OPS, LINEAR_OPS, PIVOTED_OPS, tokens_of
 
 # Whose kernels are so short that they pay in a graph only.
 OPS = tuple(op for op in LINEAR_OPS if op != "linear")
@@ -60,7 +60,7 @@ def left_to_torch(op: str, x: Tensor, *rest: Any) -> bool:
         x: its first argument, on a GPU.
         rest: its other arguments.
     """
-    always = op in QUANTIZED_OPS  # torch would unpack the matrix first
+    always = op in FEW_BITS_OPS  # torch would unpack the matrix first
     if op not in OPS and not always:
         return False
     if not always and (not wanted() or not x.is_contiguous()):

@@ -18,6 +18,7 @@ HALVES = (torch.bfloat16, torch.float16)
 LINEAR_OPS = ("linear", "low_rank_linear", "low_rank_linear_group", "silu_gated_linear", "low_rank_silu_gated_linear")
 QUANTIZED_OPS = ("quantized_linear", "quantized_low_rank_linear", "quantized_silu_gated_linear")
 TRELLIS_OPS = ("trellis_linear", "trellis_search")
+FEW_BITS_OPS = (*QUANTIZED_OPS, "trellis_linear")  # those with weights that torch would write in 16 bits first
 OPS = (*LINEAR_OPS, *QUANTIZED_OPS, *TRELLIS_OPS, "channel_sq_norm", "second_moment")
 # Adding K^2 sums up in float64 takes a GPU longer than multiplying 1,024 tokens in 16 bits: modelled 78 us beside 45 at K = 4096.
 TENSOR_CORE_TOKENS = 8192
@@ -206,6 +207,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
         "quantized_linear": _triton("quantized_linear", "quantized_linear"),
         "quantized_low_rank_linear": _triton_quantized_low_rank,
         "quantized_silu_gated_linear": _triton("quantized_silu_gated_linear", "quantized_silu_gated_linear"),
+        "trellis_linear": _triton("trellis_linear", "trellis_linear"),
         "channel_sq_norm": _triton("channel_sq_norm", "channel_sq_norm"),
     },
     "cuda": {"low_rank_linear": _cuda_low_rank, "low_rank_linear_group": _cuda_low_rank_group},
@@ -240,6 +242,11 @@ QUANTIZED_EXAMPLES = (
 )
 # Of weights on a trellis: with as many bits as K says, see `example`. Of a search one token is a row.
 TRELLIS_EXAMPLES = tuple((tokens, k, False) for tokens in (1, 5, 20, 40) for k in (192, 176, 193))
+# Of a product with them, too: groups of 256, more tokens than are multiplied as weights are read, and a K that no programs share.
+TRELLIS_LINEAR_EXAMPLES = (
+    *((tokens, k, False) for tokens in (1, 20, 40, cost.FUSED_TOKENS + 2) for k in (576, 592, 560)),
+    *((1, 48, False), (20, 49, False), (40, 50, False), (cost.FUSED_TOKENS + 2, 193, False)),
+)
 PIVOTED_OPS = ("low_rank_linear", "low_rank_linear_group")
 
 
@@ -248,7 +255,7 @@ def examples_of(op: str) -> tuple[tuple[int, int, bool], ...]:
     if op in QUANTIZED_OPS:
         return QUANTIZED_EXAMPLES
     if op in TRELLIS_OPS:
-        return TRELLIS_EXAMPLES
+        return TRELLIS_EXAMPLES + (TRELLIS_LINEAR_EXAMPLES if op == "trellis_linear" else ())
     if op not in LINEAR_OPS:
         return EXAMPLES[:1]
     return tuple(one for one in EXAMPLES if op in PIVOTED_OPS or not one[-1])
@@ -256,9 +263,9 @@ def examples_of(op: str) -> tuple[tuple[int, int, bool], ...]:
 
 def form_of(op: str, tokens: int) -> int:
     """Kernels for one token, for at most 16 and for more have nothing in common: the largest number that shares theirs."""
-    if op not in (*LINEAR_OPS, *QUANTIZED_OPS, "trellis_linear"):
+    if op not in (*LINEAR_OPS, *FEW_BITS_OPS):
         return 0
-    if op in QUANTIZED_OPS and tokens > cost.FUSED_TOKENS:
+    if op in FEW_BITS_OPS and tokens > cost.FUSED_TOKENS:
         return cost.FUSED_TOKENS + 1
     return 1 if tokens == 1 else 16 if tokens <= 16 else 32
 
@@ -277,7 +284,8 @@ def example(
         pivoted: with pivot rows, for an op of ``PIVOTED_OPS``; a group then has a pivoted layer, a dense one and a plain one.
             For an op of ``QUANTIZED_OPS``: in 8 bits, with pivot rows where it has them.
 
-    Weights on a trellis have 2 bits with 192 features, 3 with 193, 4 with 176.
+    Weights on a trellis have 2 bits with 192 features, 3 with 193, 4 with 176, as K modulo 3 says, in groups of 32; those with
+    more than 512 features in groups of 256.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -296,10 +304,10 @@ def example(
     def on_trellis(rows: int, columns: int, bits: int) -> tuple[Tensor, Tensor]:
         shape = trellis.packed_shape(rows, columns, bits)
         words = torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int64)
-        scales = torch.rand(rows, -(-columns // 32), generator=generator).add(0.5).mul(columns**-0.5)
+        scales = torch.rand(rows, -(-columns // by), generator=generator).add(0.5).mul(columns**-0.5)
         return words.to(device, torch.int32), scales.to(device, dtype)
 
-    x, few = random(tokens, k), trellis.BITS[k % 3]
+    x, few, by = random(tokens, k), trellis.BITS[k % 3], 256 if k > 512 else 32
     right, left = [random(rank, k), random(rank + 16, k)], [random(n, rank), random(n, rank + 16)]
     third, rows = (random(rank + 32, k), random(80, rank + 32)), torch.arange(rank, device=device) * 2 + 3
     if pivoted and op in PIVOTED_OPS:
@@ -318,7 +326,7 @@ def example(
         "quantized_low_rank_linear": (x, *quantized(n, rank), *quantized(rank, k))
         + ((random(n + rank), bits, size, rows) if pivoted else (random(n), bits, size)),
         "quantized_silu_gated_linear": (x, *quantized(n, k), *quantized(n, k), bits, size),
-        "trellis_linear": (x, *on_trellis(n, k, few), random(n), few, 32),
+        "trellis_linear": (x, *on_trellis(n, k, few), random(n), few, by),
         "trellis_search": (x.mul(k**0.5), x.abs(), few),
         "channel_sq_norm": (random(100, k), torch.arange(100, device=device) % 3 > 0),
         "second_moment": (random(100, k), torch.arange(100, device=device) % 3 > 0),

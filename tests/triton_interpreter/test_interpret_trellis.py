@@ -119,7 +119,9 @@ def test_empty(m, n, k):
 def test_what_does_not_fit_is_refused():
     x, (packed, scales, _) = torch.randn(2, 40), on_trellis(70, 40, 3, 32, torch.float32)
     for wrong in ((packed[:, 1:], scales), (packed, scales[:, 1:]), (packed, scales[:60]), (packed.long(), scales)):
-        with pytest.raises(ValueError, match=r"3 bits in groups of 32 do not fit together: \(\(\d, 240\), \(\d\d, 2\)\)"):
+        with pytest.raises(
+            ValueError, match=r"3 bits in groups of 32 do not fit together: \(\(\d, 240\), \(\d\d, 2\)\)"
+        ):
             linear(x, *wrong, None, 3, 32)
     with pytest.raises(ValueError, match=r"bias has shape \(5,\), \(70,\) is needed"):
         linear(x, packed, scales, x[0, :5], 3, 32)
