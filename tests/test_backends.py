@@ -54,6 +54,16 @@ def python(code: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]
 
 
 @needs_cpu_kernels
+def test_the_cpu_kernels_serve_every_number_of_tokens_on_a_trellis() -> None:
+    for dtype in FLOATS:
+        assert [dispatch.choose("trellis_linear", some_x(dtype=dtype), tokens) for tokens in (1, 33, 500)] == [
+            "cpu"
+        ] * 3
+    assert dispatch.choose("trellis_search", some_x(), 1) == "cpu"
+    assert dispatch.choose("trellis_search", some_x(dtype=torch.float64), 1) == "reference"
+
+
+@needs_cpu_kernels
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("op", CPU_OPS)
 def test_the_cpu_kernels_serve_few_tokens_and_every_number_where_torch_lacks_hardware(
@@ -225,7 +235,7 @@ def test_an_unknown_backend_in_the_environment_stops_what_needs_kernels(tmp_path
 
 @needs_cpu_kernels
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("op", CPU_OPS)
+@pytest.mark.parametrize("op", [*CPU_OPS, "trellis_linear"])
 def test_the_cpu_kernels_pass_their_self_check(op: str, dtype: torch.dtype) -> None:
     assert dispatch.self_check(op, "cpu", torch.device("cpu"), dtype) is None
 

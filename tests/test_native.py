@@ -27,6 +27,7 @@ CPU_SOURCES = ROOT / "csrc/cpu"
 AVX2 = {"avx2", "fma", "f16c"}
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl"}
 NEEDS = {"scalar": set(), "avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512 | {"avx512_bf16"}}
+TRELLIS_NEEDS = {"scalar": set(), "avx2": AVX2, "avx512": AVX512}
 QUANTIZED_NEEDS = {"scalar": set(), "avx2": AVX2, "avx512": AVX512, "avx512_vnni": AVX512 | {"avx512_vnni"}}
 
 needs_library = pytest.mark.skipif(not native.HAS_CPU, reason="lorap/_native.so is not built")
@@ -242,7 +243,7 @@ def test_the_kernels_alone_pass_the_sanitizers(tmp_path: Path) -> None:
     # What cannot run here need not be compiled here: the build does, without sanitizers.
     isas = {name: flags for name, flags in isas.items() if name in supported() + supported(QUANTIZED_NEEDS)}
     common = [*COMPILE, *SANITIZE, *(f"-DLORAP_HAVE_{name.upper()}" for name in isas)]
-    kernels = {name: [] for name in ("decode", "quantized", "scalar")} | isas
+    kernels = {name: [] for name in ("decode", "quantized", "trellis", "scalar")} | isas
     for name, flags in kernels.items():
         command = [*common, *flags, "-c", CPU_SOURCES / f"{name}.cpp", "-o", f"{name}.o"]
         built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -250,7 +251,11 @@ def test_the_kernels_alone_pass_the_sanitizers(tmp_path: Path) -> None:
     objects = [f"{name}.o" for name in kernels]
     # Leaks need ptrace, which containers forbid.
     environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
-    for program, needs in (("test_decode", NEEDS), ("test_quantized", QUANTIZED_NEEDS)):
+    for program, needs in (
+        ("test_decode", NEEDS),
+        ("test_quantized", QUANTIZED_NEEDS),
+        ("test_trellis", TRELLIS_NEEDS),
+    ):
         subprocess.run([*common, CPU_SOURCES / f"{program}.cpp", *objects, "-o", program], cwd=tmp_path, check=True)
         run = subprocess.run(
             [f"./{program}"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False

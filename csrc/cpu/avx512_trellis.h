@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "trellis_dot_tile.h"
 #include "trellis_search_tile.h"
 
 namespace {
@@ -12,6 +13,9 @@ struct Avx512Trellis {
   using Floats = __m512;
   static Floats load(const float* from) { return _mm512_load_ps(from); }
   static void store(float* to, Floats floats) { _mm512_store_ps(to, floats); }
+  static Floats load_unaligned(const float* from) { return _mm512_loadu_ps(from); }
+  static void store_unaligned(float* to, Floats floats) { _mm512_storeu_ps(to, floats); }
+  static Floats zero() { return _mm512_setzero_ps(); }
   static Floats broadcast(float f) { return _mm512_set1_ps(f); }
   static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
   static Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
@@ -26,6 +30,30 @@ struct Avx512Trellis {
     const __m512 fours = _mm512_broadcast_f32x4(_mm_loadu_ps(from));
     return _mm512_permutevar_ps(fours, _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3));
   }
+
+  // As in avx2_trellis.h, of 16 rows.
+  template <int Bits>
+  struct Decoder {
+    static __m512i shuffle() {
+      alignas(64) uint8_t from[64];
+      for (int i = 0; i < 64; ++i) from[i] = static_cast<uint8_t>(i / 4 * Bits / 8 + i % 4);
+      return _mm512_load_si512(from);
+    }
+    static __m512i shifts() {
+      alignas(64) int32_t by[16];
+      for (int i = 0; i < 16; ++i) by[i] = i * Bits % 8;
+      return _mm512_load_si512(by);
+    }
+    __m512i bytes_of_row = shuffle(), shift = shifts();
+    Floats operator()(const unsigned char* from) const {
+      const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+      const __m512i rows = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(sixteen), bytes_of_row);
+      const __m512i window = _mm512_and_si512(_mm512_srlv_epi32(rows, shift), _mm512_set1_epi32(kTrellisWindows - 1));
+      const __m512i product = _mm512_mullo_epi32(window, _mm512_set1_epi32(kTrellisFactor));
+      const __m512i pairs = _mm512_maddubs_epi16(_mm512_set1_epi8(1), product);
+      return _mm512_cvtepi32_ps(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+    }
+  };
 };
 
 }  // namespace

@@ -7,6 +7,8 @@
 namespace lorap::cpu {
 namespace {
 
+static_assert(kTrellisRows == kBlock);  // Call::finish takes the dots of a tile
+
 // Numbers of all windows, in the order of the windows.
 const float* trellis_numbers() {
   struct alignas(64) Table {
@@ -22,9 +24,9 @@ const float* trellis_numbers() {
   return table.values;
 }
 
-// Rings on all threads, whoever is free: each takes some 10 to 100 microseconds.
+// Calls body(next) on all threads; who is free takes the next of `count` rings or tiles.
 template <class Body>
-void for_each_ring(ParallelFor parallel_for, int64_t threads, int64_t count, const Body& body) {
+void on_all_threads(ParallelFor parallel_for, int64_t threads, int64_t count, const Body& body) {
   std::atomic<int64_t> next{0};
   auto work = [&] { body(next); };
   if (threads == 1 || count == 1) return work();
@@ -33,13 +35,81 @@ void for_each_ring(ParallelFor parallel_for, int64_t threads, int64_t count, con
       [](int64_t, int64_t, void* context) { (*static_cast<decltype(work)*>(context))(); }, &work);
 }
 
+int64_t tiles_of(int64_t rows) { return (rows + kTrellisRows - 1) / kTrellisRows; }
+
+// x as the kernels want it, see TrellisKernel::dot.
+class TrellisInput {
+ public:
+  TrellisInput(const Call& call, const void* x, int64_t k)
+      : tokens_(call.tokens), group_(call.tokens > 2 ? 4 : call.tokens), k_(k) {
+    const int64_t groups = (tokens_ + group_ - 1) / group_;
+    data_ = scratch<float>(groups * stride());
+    const auto values = scratch<float>(k);
+    for (int64_t m = 0; m < groups * group_; ++m) {
+      float* to = data_.get() + m / group_ * stride() + m % group_;
+      if (m < tokens_) call.kernel.load(static_cast<const char*>(x) + m * k * call.element, k, values.get());
+      for (int64_t i = 0; i < k; ++i) to[i * group_] = m < tokens_ ? values[i] : 0.0f;
+    }
+  }
+  int64_t stride() const { return k_ * group_; }
+  const float* column(int64_t k) const { return data_.get() + k * group_; }
+
+ private:
+  int64_t tokens_, group_, k_;
+  std::unique_ptr<float[], Free> data_;
+};
+
+// Scales of a tile, (groups, 64), times the unit of the numbers.
+void load_scales(const TrellisMatrix& weight, int64_t row, int64_t rows, int64_t groups, float* of_row, float* scales) {
+  const int64_t element = weight.scale_kernel->element_bytes;
+  for (int64_t i = 0; i < rows; ++i) {
+    const char* from = static_cast<const char*>(weight.scales) + (row + i) * weight.scale_stride * element;
+    weight.scale_kernel->load(from, groups, of_row);
+    for (int64_t g = 0; g < groups; ++g) scales[g * kTrellisRows + i] = of_row[g] * kTrellisUnit;
+  }
+}
+
+void tile_dots(const TrellisKernel& kernel, const TrellisMatrix& weight, int64_t tile, const TrellisInput& input,
+               int64_t tokens, const float* scales, float* dots) {
+  const int64_t words = kTrellisRows * kernel.bits / 32;
+  int64_t columns;
+  for (int64_t k = 0; k < weight.cols; k += columns) {
+    const int64_t group = k / weight.group, end = std::min(weight.cols, (group + 1) * weight.group);
+    columns = std::min(kTrellisColumns, end - k);
+    kernel.dot(weight.words + tile * weight.word_stride + k * words, columns, input.column(k), tokens, input.stride(),
+               scales + group * kTrellisRows, dots);
+  }
+}
+
 }  // namespace
+
+void trellis_linear(Machine machine, const TrellisKernel& kernel, const void* x, int64_t tokens,
+                    const TrellisMatrix& weight, const void* bias, void* y) {
+  const int64_t groups = weight.cols ? (weight.cols - 1) / weight.group + 1 : 0, tiles = tiles_of(weight.rows);
+  const auto of_call = [&](const Call& call, const void* some_x) {
+    const TrellisInput input(call, some_x, weight.cols);
+    const bool small = weight.rows * weight.cols <= kGrainWeights;
+    on_all_threads(call.parallel_for, small ? 1 : call.threads, tiles, [&](std::atomic<int64_t>& next) {
+      const auto scales = scratch<float>(groups * kTrellisRows), of_row = scratch<float>(groups),
+                 dots = scratch<float>(kTrellisTokens * kTrellisRows);
+      std::fill_n(scales.get(), groups * kTrellisRows, 0.0f);
+      for (int64_t tile; (tile = next.fetch_add(1, std::memory_order_relaxed)) < tiles;) {
+        const int64_t row = tile * kTrellisRows, rows = std::min<int64_t>(kTrellisRows, weight.rows - row);
+        load_scales(weight, row, rows, groups, of_row.get(), scales.get());
+        std::fill_n(dots.get(), kTrellisTokens * kTrellisRows, 0.0f);
+        tile_dots(kernel, weight, tile, input, call.tokens, scales.get(), dots.get());
+        call.finish(bias, row, row, rows, dots.get());
+      }
+    });
+  };
+  for_token_blocks(machine, x, tokens, weight.cols, y, weight.rows, of_call, kTrellisTokens);
+}
 
 void trellis_search(const TrellisKernel& kernel, ParallelFor parallel_for, int64_t threads,
                     const TrellisTargets& targets, int32_t* windows) {
-  const int64_t tiles = (targets.rows + kTrellisRows - 1) / kTrellisRows, count = tiles * targets.cols;
+  const int64_t count = tiles_of(targets.rows) * targets.cols;
   if (!count) return;
-  for_each_ring(parallel_for, threads, count, [&](std::atomic<int64_t>& next) {
+  on_all_threads(parallel_for, threads, count, [&](std::atomic<int64_t>& next) {
     const auto memory = scratch<float>(trellis_scratch(kernel.bits));
     for (int64_t ring; (ring = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
       const int64_t first = ring / targets.cols * kTrellisRows, col = ring % targets.cols;

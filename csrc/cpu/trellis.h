@@ -12,6 +12,12 @@ constexpr int kTrellisWindows = 1 << kTrellisWindow;
 constexpr uint32_t kTrellisFactor = 1007213647;
 constexpr float kTrellisUnit = 1.0f / 128;
 
+// Columns that are decoded together at most, of one group.
+constexpr int64_t kTrellisColumns = 64;
+
+// Tokens that one pass over the weights serves: those beyond 4 in steps of 4, and dots have room for whole steps.
+constexpr int64_t kTrellisTokens = 64;
+
 // Rows on each side of a ring's seam by which the bits at the seam are chosen, see kernels/triton/trellis_search.py.
 constexpr int kTrellisSeam = 48;
 
@@ -31,6 +37,12 @@ struct TrellisKernel {
   // The windows of one ring that are nearest to `wanted`; `scratch` has trellis_scratch(bits) floats. `numbers` are
   // those of all windows. No importance is negative, and where it is 0 `wanted` is 0.
   void (*search)(const float* numbers, const float* wanted, const float* importance, float* scratch, int32_t* windows);
+
+  // dots[m * 64 + r] += scales[r] * sum over columns k of number[r, k] * x[m, k] for the rows r of a tile, whose words
+  // of these columns are `words`; numbers are in units of kTrellisUnit. x is float32, all columns of 1 or 2 tokens side
+  // by side, or of each 4, `x_stride` floats apart.
+  void (*dot)(const uint32_t* words, int64_t columns, const float* x, int64_t tokens, int64_t x_stride,
+              const float* scales, float* dots);
 };
 
 // Floats: the least errors of all rows, by the bits that a row shares with the one below.
@@ -41,6 +53,20 @@ static_assert(2 * kTrellisSeam >= kTrellisRows);
 const TrellisKernel* scalar_trellis_kernel(int bits);
 const TrellisKernel* avx2_trellis_kernel(int bits);
 const TrellisKernel* avx512_trellis_kernel(int bits);
+
+// Words of tiles, and a scale for each `group` columns of a row; scales are read by the kernel of their dtype.
+struct TrellisMatrix {
+  const uint32_t* words;
+  int64_t rows, cols, word_stride;
+  const void* scales;
+  int64_t scale_stride;
+  const RowKernel* scale_kernel;
+  int64_t group;
+};
+
+// As in decode.h: x is (tokens, K) and y (tokens, N) in the dtype of the machine's kernel, without gaps.
+void trellis_linear(Machine machine, const TrellisKernel& kernel, const void* x, int64_t tokens,
+                    const TrellisMatrix& weight, const void* bias, void* y);
 
 // Float32 matrices with any strides, in elements.
 struct TrellisTargets {

@@ -122,17 +122,4 @@ void search_ring(const float* numbers, const float* wanted, const float* importa
   RingSearch<Lane, Bits>{numbers, wanted, importance, scratch}.path(windows);
 }
 
-template <class Lane, int Bits>
-constexpr TrellisKernel make_trellis_kernel(const char* isa) {
-  return {isa, Bits, search_ring<Lane, Bits>};
-}
-
-// Of 2, 3 and 4 bits.
-template <class Lane>
-const TrellisKernel* trellis_kernel(const char* isa, int bits) {
-  static const TrellisKernel kernels[] = {make_trellis_kernel<Lane, 2>(isa), make_trellis_kernel<Lane, 3>(isa),
-                                          make_trellis_kernel<Lane, 4>(isa)};
-  return &kernels[bits - 2];
-}
-
 }  // namespace

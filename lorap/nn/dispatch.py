@@ -98,6 +98,7 @@ _DECODE_GPU = (
     "modelled, not measured: in a CUDA graph, for sizes where it is 5 % faster than two cuBLAS calls and than dense"
 )
 _IN_REGISTERS = "modelled, not measured: numbers become floats in registers; torch writes the matrix in 16 bits first"
+_DECODED = "5 x at 512 tokens, and more at fewer: numbers are made in registers; torch writes the matrix, by indices of 64 bits"
 _SEARCH = "40 to 70 times as fast as torch on one core, which writes the errors of all windows to memory"
 _ONE_READ = "modelled, not measured: one read of x; torch reads it twice and writes a float32 copy"
 
@@ -105,6 +106,7 @@ _ONE_READ = "modelled, not measured: one read of x; torch reads it twice and wri
 # anything fused.
 RULES = (
     *_cpu_rules(),
+    Rule(("trellis_linear",), "cpu", "cpu", FLOATS, None, _DECODED),
     Rule(("trellis_search",), "cpu", "cpu", (torch.float32,), None, _SEARCH),
     Rule(tuple(op for op in LINEAR_OPS if op != "linear"), "cuda", "triton", HALVES, 32, _DECODE_GPU),
     Rule(FEW_BITS_OPS, "cuda", "triton", HALVES, None, _IN_REGISTERS),
@@ -114,7 +116,7 @@ RULES = (
 # What a forced backend can run at all, whether or not it wins. The one-launch CUDA kernels stay out of RULES until they have
 # been measured faster than the Triton pair.
 ABLE: dict[str, dict[tuple[str, str], tuple[torch.dtype, ...]]] = {
-    "cpu": {(op, "cpu"): FLOATS for op in (*LINEAR_OPS, *QUANTIZED_OPS)}
+    "cpu": {(op, "cpu"): FLOATS for op in (*LINEAR_OPS, *QUANTIZED_OPS, "trellis_linear")}
     | {("trellis_search", "cpu"): (torch.float32,)},
     "triton": {(op, "cuda"): FLOATS for op in (*LINEAR_OPS, *FEW_BITS_OPS, "channel_sq_norm")},
     "cuda": {(op, "cuda"): HALVES for op in PIVOTED_OPS},

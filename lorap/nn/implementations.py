@@ -196,8 +196,8 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
     "reference": {op: getattr(reference, op) for op in OPS}
     | {"low_rank_linear": _low_rank_linear, "low_rank_linear_group": _low_rank_linear_group}
     | {"second_moment": _second_moment},
-    "cpu": {op: _cpu(op) for op in (*LINEAR_OPS, *QUANTIZED_OPS)}
-    | {"quantized_low_rank_linear": _cpu_quantized_low_rank, "trellis_search": _cpu("trellis_search")},
+    "cpu": {op: _cpu(op) for op in (*LINEAR_OPS, *QUANTIZED_OPS, *TRELLIS_OPS)}
+    | {"quantized_low_rank_linear": _cpu_quantized_low_rank},
     "triton": {
         "linear": _triton("linear", "linear"),
         "low_rank_linear": _triton_low_rank,
@@ -240,7 +240,7 @@ QUANTIZED_EXAMPLES = (
     *((5, 176, False), (20, 192, False), (20, 4128, True), (40, 192, False), (40, 192, True)),
     *((cost.FUSED_TOKENS + 2, 192, False), (cost.FUSED_TOKENS + 2, 176, True)),
 )
-# Of weights on a trellis: with as many bits as K says, see `example`. Of a search one token is a row.
+# Of weights on a trellis: with as many bits as K says, see `example`.
 TRELLIS_EXAMPLES = tuple((tokens, k, False) for tokens in (1, 5, 20, 40) for k in (192, 176, 193))
 # Of a product with them, too: groups of 256, more tokens than are multiplied as weights are read, and a K that no programs share.
 TRELLIS_LINEAR_EXAMPLES = (
@@ -255,7 +255,7 @@ def examples_of(op: str) -> tuple[tuple[int, int, bool], ...]:
     if op in QUANTIZED_OPS:
         return QUANTIZED_EXAMPLES
     if op in TRELLIS_OPS:
-        return TRELLIS_EXAMPLES + (TRELLIS_LINEAR_EXAMPLES if op == "trellis_linear" else ())
+        return (*TRELLIS_EXAMPLES, *TRELLIS_LINEAR_EXAMPLES) if op == "trellis_linear" else TRELLIS_EXAMPLES[:3]
     if op not in LINEAR_OPS:
         return EXAMPLES[:1]
     return tuple(one for one in EXAMPLES if op in PIVOTED_OPS or not one[-1])
@@ -327,7 +327,7 @@ def example(
         + ((random(n + rank), bits, size, rows) if pivoted else (random(n), bits, size)),
         "quantized_silu_gated_linear": (x, *quantized(n, k), *quantized(n, k), bits, size),
         "trellis_linear": (x, *on_trellis(n, k, few), random(n), few, by),
-        "trellis_search": (x.mul(k**0.5), x.abs(), few),
+        "trellis_search": (random(100, 3).mul(2), random(100, 3).abs(), few),
         "channel_sq_norm": (random(100, k), torch.arange(100, device=device) % 3 > 0),
         "second_moment": (random(100, k), torch.arange(100, device=device) % 3 > 0),
     }

@@ -170,8 +170,7 @@ class Case:
             self.random.choice((32, 64, 96, 128)),
         )
         if op == "trellis_search":
-            wanted, importance = (self.tensor(n, min(k, 5)) for _ in range(2))
-            return wanted, importance.abs(), bits
+            return self.tensor(n, min(k, 5)), self.tensor(n, min(k, 5)), bits if self.random.randrange(9) else 5
         words = torch.randint(-(2**31), 2**31, (-(-n // 64), k * 2 * bits), dtype=torch.int64).int()
         scales = torch.rand(n, -(-k // group)).add(0.5).mul(max(k, 1) ** -0.5)
         scales = self.laid_out(scales.to(pick((self.dtype, torch.float32))))
