@@ -16,6 +16,7 @@ from annotated_types import Interval, MinLen, MultipleOf
 
 from lorap.errors import ConfigError
 from lorap.jsonio import Count, Size, check_fields, shown
+from lorap.weights import KINDS, MIXES, TRELLIS, bits_of, coding_of
 
 SUBLAYERS = ("self_attn", "mlp")
 DEFAULT_RECIPE = "best"
@@ -156,20 +157,23 @@ class CompressionConfig:
         sequential: ``sublayer`` lets o_proj see the compressed q, k, v and down_proj the compressed attention; ``layer`` takes
             all statistics of a layer before changing it (the paper).
         storage: ``pivoted`` stores a rank-r matrix (m, n) in r (m + n - r) numbers instead of r (m + n), without loss. Not with
-            ``weights="int4"``, which is ``factors`` unless given: 4 bits are too few for the coefficients of pivoted storage.
+            ``weights="int4"`` or less, which is ``factors`` unless given: 4 bits are too few for the coefficients of pivoted
+            storage.
         correction_steps: when all layers are compressed, so many small steps of all weights towards what the dense model predicts
             on the calibration windows, 1,536 tokens a step, none of them twice; fewer and smaller steps where there are fewer
             tokens, and none that further windows, not calibrated on, do not confirm. Sizes do not change.
         weights: how many bits they have in the end, in every linear layer of the decoder: ``float`` as many as the model's dtype,
-            ``int8``, ``int4``; with ``size`` or ``bits_per_weight`` also ``mixed``, 8 for those matrices where they help most for
-            their bytes and 4 for the others, or ``auto``, the most that fit without sparsity, else the fewest. They are rounded
-            last, behind correction steps, layer by layer on the calibration windows. The sparsity counts parameters, not bits;
-            at 0 the result is the quantized dense model.
-        group_size: how many int8 or int4 weights of a row share a scale, a multiple of 32.
+            ``int8``, ``int4``, or ``tcq4``, ``tcq3``, ``tcq2``, codes on a trellis, which lose less in as many bits and take
+            longer; with ``size`` or ``bits_per_weight`` also ``mixed``, 8 for those matrices where they help most for their bytes
+            and 4 for the others, ``tcq``, likewise 2 to 4 on the trellis, or ``auto``, the most that fit without sparsity, else
+            the fewest. They are rounded last, behind correction steps, layer by layer on the calibration windows. The sparsity
+            counts parameters, not bits; at 0 the result is the quantized dense model.
+        group_size: how many weights in few bits of a row share a scale, a multiple of 32. Unless given 64 of int8 and int4, and
+            256 on the trellis; ``auto`` until the weights are known.
         target: who is to open the result. ``lorap``: hosts that have lorap. ``stock``: every host. Attention stays dense and all
             FFNs get one width, narrow enough for the whole sparsity, so ``allocation`` decides nothing and ``shapes`` is
             uniform; the same model costs more quality, and all of the saving is real without any plug-in. Weights in int8 or int4
-            are stored as compressed-tensors has them, whose package the host needs.
+            are stored as compressed-tensors has them, whose package the host needs; it has no codes on a trellis.
         num_calibration_samples: how many token windows the statistics come from.
         calibration_seq_len: tokens in each window.
         seed: which windows are drawn.
@@ -202,8 +206,8 @@ class CompressionConfig:
     sequential: Literal["layer", "sublayer"] = _FROM_RECIPE
     storage: Literal["factors", "pivoted"] = _FROM_RECIPE
     correction_steps: Count = _FROM_RECIPE
-    weights: Literal["float", "int8", "int4", "mixed", "auto"] = _FROM_RECIPE
-    group_size: Annotated[int, Interval(ge=32, le=2**31 - 1), MultipleOf(32)] = _FROM_RECIPE
+    weights: Literal["float", "int8", "int4", "tcq4", "tcq3", "tcq2", "mixed", "tcq", "auto"] = _FROM_RECIPE
+    group_size: Union[Annotated[int, Interval(ge=32, le=2**31 - 1), MultipleOf(32)], Auto] = _FROM_RECIPE
     target: Literal["lorap", "stock"] = _FROM_RECIPE
     num_calibration_samples: Size = 128
     calibration_seq_len: Annotated[int, Interval(ge=2, lt=2**63)] = 128
@@ -213,12 +217,17 @@ class CompressionConfig:
         known = isinstance(self.recipe, str) and self.recipe in RECIPES
         _check(known, f"unknown recipe {shown(self.recipe)}; known: {', '.join(RECIPES)}")
         shapes, width_multiple, storage, weights = self.shapes, self.width_multiple, self.storage, self.weights
+        chosen_group = self.group_size not in (_FROM_RECIPE, "auto")
         for name, value in RECIPES[self.recipe].items():
             if getattr(self, name) is _FROM_RECIPE:
                 object.__setattr__(self, name, value)
         if self.has_byte_budget and weights is _FROM_RECIPE:
             object.__setattr__(self, "weights", "auto")
-        if self.weights in ("int4", "mixed", "auto") and storage is _FROM_RECIPE:
+        if not chosen_group:
+            coding = coding_of(str(self.weights))
+            usual = coding.group_size if coding else RECIPES[self.recipe]["group_size"]
+            object.__setattr__(self, "group_size", "auto" if self.weights == "auto" else usual)
+        if (self.is_coarse or self.weights == "auto") and storage is _FROM_RECIPE:
             object.__setattr__(self, "storage", "factors")
         if self.sparsity is _FROM_BUDGET:
             object.__setattr__(self, "sparsity", 0.0 if self.has_byte_budget else DEFAULT_SPARSITY)
@@ -247,7 +256,7 @@ class CompressionConfig:
             "allocation flap takes everything from the FFN; compress mlp too, or use another allocation",
         )
         _check(
-            self.weights not in ("int4", "mixed") or self.storage == "factors",
+            not self.is_coarse or self.storage == "factors",
             f"{self.weights} weights are too coarse for pivoted storage; use storage factors, or weights int8",
         )
         self._check_anchor()
@@ -276,8 +285,9 @@ class CompressionConfig:
             f"size {self.size} and bits_per_weight {self.bits_per_weight} are two budgets of bytes; give one of them",
         )
         _check(
-            self.has_byte_budget or self.weights not in ("auto", "mixed"),
-            f"weights {self.weights} follow from a budget of bytes; give size or bits_per_weight, or weights float, int8 or int4",
+            self.has_byte_budget or not (self.is_mixed or self.weights == "auto"),
+            f"weights {self.weights} follow from a budget of bytes; give size or bits_per_weight, or weights float, "
+            f"{', '.join(KINDS)}",
         )
         _check(
             not self.has_byte_budget or self.allocation != "flap",
@@ -289,6 +299,11 @@ class CompressionConfig:
         _check(
             self.weights != "mixed",
             "weights mixed make a folder that needs lorap; for target stock choose int4 or int8, one for all matrices",
+        )
+        _check(
+            coding_of(self.weights) is not TRELLIS,
+            f"weights {self.weights} are codes on a trellis, which compressed-tensors does not have, so that only lorap opens "
+            "them; for target stock choose int4 or int8",
         )
         _check(
             "mlp" in self.sublayers, "target stock takes everything from the FFN; compress mlp too, or use target lorap"
@@ -330,7 +345,22 @@ class CompressionConfig:
     @property
     def bits(self) -> int | None:
         """Of rounded weights, the fewest where they are mixed; None where they stay floating point."""
-        return {"int8": 8, "int4": 4, "mixed": 4}.get(self.weights)
+        return bits_of(str(self.weights))
+
+    @property
+    def group(self) -> int:
+        """``group_size``, once the weights are known."""
+        return int(self.group_size)
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether a budget of bytes decides on the bits of each matrix."""
+        return self.weights in MIXES
+
+    @property
+    def is_coarse(self) -> bool:
+        """Whether weights get fewer than 8 bits, which are too few for pivoted storage."""
+        return self.bits is not None and self.bits < 8
 
     @classmethod
     def from_recipe(cls, recipe: str, **overrides: Any) -> CompressionConfig:

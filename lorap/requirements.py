@@ -24,13 +24,13 @@ def allocates_by_loss(config: CompressionConfig) -> bool:
 
 
 def mixes_by_loss(config: CompressionConfig) -> bool:
-    """Whether the loss decides which matrices get 8 bits, and which 4."""
-    return config.weights == "mixed" and config.allocation == "loss"
+    """Whether the loss decides which matrices get more bits, and which fewer."""
+    return config.is_mixed and config.allocation == "loss"
 
 
 def priced_roles(config: CompressionConfig) -> tuple[str, ...]:
     """The projections that share a budget: those that are compressed, and where bits are mixed all."""
-    return PROJECTIONS if config.weights == "mixed" else compressed_roles(config)
+    return PROJECTIONS if config.is_mixed else compressed_roles(config)
 
 
 def roles_needing_gradients(config: CompressionConfig) -> tuple[str, ...]:

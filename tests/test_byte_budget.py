@@ -87,7 +87,8 @@ def test_bits_go_before_sparsity() -> None:
         for other in ({"storage": "pivoted"}, {"sparsity": 0.3}):
             assert resolve_budget(dense, CompressionConfig(size=whole["int8"] - 1, **other)).weights == "int8"
     for recipe, weights in (("lorap", "int4"), ("best", "mixed")):  # there ranks follow from shapes, here from the loss
-        assert resolve_budget(dense, CompressionConfig(recipe=recipe, size=whole["int4"] - 1)).weights == "int4"
+        sized = CompressionConfig(recipe=recipe, size=whole["int4"] - 1, weights="int4")
+        assert resolve_budget(dense, sized).weights == "int4"
         found = resolve_budget(dense, CompressionConfig(recipe=recipe, size=whole["int4"] - 1, weights="mixed"))
         assert found.weights == weights
     assert 0 < found.sparsity < 1e-4
@@ -116,10 +117,10 @@ def test_all_else_is_what_the_files_hold(family, make_model, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("family", "options"),
     [
-        ("llama-biases", {"recipe": "best", "bits_per_weight": 3.7}),
+        ("llama-biases", {"recipe": "best", "bits_per_weight": 3.7, "weights": "int4"}),
         ("qwen2", {"recipe": "best", "bits_per_weight": 17.5, "weights": "float", "bias_compensation": True}),
         ("llama-gqa", {"recipe": "best", "bits_per_weight": 7.0, "weights": "int8", "shapes": "uniform"}),
-        ("llama-wide-heads", {"recipe": "lorap", "bits_per_weight": 3.7, "sparsity": 0.1}),
+        ("llama-wide-heads", {"recipe": "lorap", "bits_per_weight": 3.7, "sparsity": 0.1, "weights": "int4"}),
         ("llama-biases", {"recipe": "best", "target": "stock", "bits_per_weight": 20.0, "width_multiple": 1}),
     ],
     ids=str,
@@ -135,8 +136,7 @@ def test_what_is_saved_meets_the_budget_and_uses_it(family, options, make_model,
     assert f"{found['bits_per_dense_weight']:.2f} bits on disk for each weight" in format_info(found)
     config = report.config
     assert config.sparsity > 0
-    auto = "float" if config.target == "stock" else "int4"
-    assert config.weights == options.get("weights", auto)
+    assert config.weights == options.get("weights", "float")
     size = stored_bytes(tmp_path)
     assert found["bytes"] == size
     assert lorap.CompressionReport.from_dict(report.to_dict()).config == config
@@ -168,7 +168,7 @@ def test_both_commands_tell_the_same_and_refuse_the_same(model_folder, small_tex
     options = ["--recipe", "lorap", *SMALL, "--calibration", small_text, "--eval-text", "none", "--dtype", "bfloat16"]
     dense = last_json(run("plan", model_folder, *options, "--sparsity", 0, "--no-time", "--json"))["bytes"]
     size = dense // 2 // 1000 * 1000
-    sized = [*options, "--size", f"{size / 1000:g}kB"]
+    sized = [*options, "--size", f"{size / 1000:g}kB", "--weights", "int4"]
     planned = last_json(run("plan", model_folder, *sized, "--no-time", "--json"))
     done = last_json(run("compress", model_folder, tmp_path / "out", *sized, "--quiet", "--json"))
     assert planned["config"] == done["config"]
@@ -179,7 +179,7 @@ def test_both_commands_tell_the_same_and_refuse_the_same(model_folder, small_tex
     assert f"that follows from a size of {size:,} bytes" in (tmp_path / "out" / "README.md").read_text()
     for command in (["plan", model_folder], ["compress", model_folder, tmp_path / "no"]):
         for asked, words in (
-            (["--size", "1kB"], "1,000 cannot be reached: with int4 weights and the smallest ranks and widths"),
+            (["--size", "1kB"], "1,000 cannot be reached: with tcq3 weights and the smallest ranks and widths"),
             (["--bits-per-weight", 0.01, "--weights", "int8"], "0.01 cannot be reached: with int8"),
         ):
             refused = run(*command, *options, *asked)

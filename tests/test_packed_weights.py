@@ -195,7 +195,11 @@ def test_damaged_tensors_are_refused_by_name(folder) -> None:
 def test_a_wrong_group_size_is_refused(folder) -> None:
     path = folder / "config.json"
     settings = json.loads(path.read_text())
-    for group_size, said in [(64, "weight_scale has the shape"), (48, "group_size"), (None, "int4 weights have one")]:
+    for group_size, said in [
+        (64, "weight_scale has the shape"),
+        (48, "group_size"),
+        (None, "int4 and tcq weights have one"),
+    ]:
         settings["quantization_config"]["group_size"] = group_size
         path.write_text(json.dumps(settings))
         with pytest.raises(lorap.CheckpointError, match=said):
@@ -230,7 +234,7 @@ def test_doors_that_need_floating_point_say_so(folder, tmp_path, make_model, com
         with pytest.raises(lorap.LoRAPError, match=r"int4|compressed by lorap already") as caught:
             door()
         assert "\n" not in str(caught.value)
-    with pytest.raises(lorap.ConfigError, match="choose int8 or int4"):
+    with pytest.raises(lorap.ConfigError, match="choose one of int4, int8, tcq2, tcq3, tcq4"):
         lorap.quantize(make_model("llama-gqa"), "float")
     with pytest.raises(lorap.ConfigError, match="group_size"):
         lorap.quantize(make_model("llama-gqa"), "int4", group_size=48)

@@ -128,6 +128,15 @@ def spread_scales(weight: Tensor, energies: Tensor, *, bits: int, group: int, dt
     return scales.to(dtype)
 
 
+def expected_errors(weight: Tensor, *, bits: int, group: int) -> Tensor:
+    """(N, K): mean squared error of each number of ``weight`` on a path: a share of the mean square of its group."""
+    rows, columns = weight.shape
+    padding = (0, -columns % group)
+    energies = torch.nn.functional.pad(weight.square(), padding).reshape(rows, -1, group).sum(-1)
+    counts = torch.nn.functional.pad(weight.new_ones(columns), padding).reshape(-1, group).sum(-1)
+    return by_column(DISTORTION[bits] * energies / counts, group, columns)
+
+
 def fitted_scales(weight: Tensor, codes: Codes, moment: Tensor) -> Tensor:
     """The scales (N, ceil(K / group)), in their dtype, with the least error in the outputs for the numbers of ``codes``.
 

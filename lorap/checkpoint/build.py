@@ -24,6 +24,7 @@ from lorap.nn import int8
 from lorap.nn.linear import LowRankLinear
 from lorap.nn.low_rank_tensors import LOW_RANK_ONLY, WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_SHAPE, LowRankTensors
 from lorap.nn.quantized import QuantizedLinear, packed_linears, put_empty
+from lorap.nn.trellis import layer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,12 +86,12 @@ def join_model(model: PreTrainedModel) -> None:
 
 def _put_quantized(model: PreTrainedModel, config: LoRAPConfig) -> list[str]:
     """Room for quantized weights; returns the names of their tensors in ``model``."""
-    if config.group_size is None:
+    if config.group_size is None or config.coding is None:
         return int8.put_slots(model)
     check_other_bits(model, config)
     bare = bare_prefix(model)
     bits = {name: config.bits_of(bare + name) for name, _ in packed_linears(model)}
-    return put_empty(model, bits, group_size=config.group_size)
+    return put_empty(model, bits, kind=layer_of(config.coding), group_size=config.group_size)
 
 
 def check_other_bits(model: PreTrainedModel, config: LoRAPConfig) -> None:

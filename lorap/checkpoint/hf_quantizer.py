@@ -101,10 +101,11 @@ def get_quantization_config(model: PreTrainedModel) -> LoRAPConfig | None:
 
 
 def weights_of(model: PreTrainedModel) -> str:
-    """How the weights of the decoder's linear layers are stored: ``float``, ``int8``, ``int4``, or two of these in words."""
+    """How the weights of the decoder's linear layers are stored: ``float``, ``int8``, ``int4``, ..., or several in words."""
     if (compression := get_quantization_config(model)) is not None:
         return compression.weights_text
-    return next((f"int{module.bits}" for module in model.modules() if isinstance(module, QuantizedLinear)), "float")
+    packed = (module for module in model.modules() if isinstance(module, QuantizedLinear))
+    return next((module.coding.kind(module.bits) for module in packed), "float")
 
 
 def detach_quantization_config(model: PreTrainedModel) -> None:

@@ -114,7 +114,9 @@ def compressed_shapes(dense: Shapes, fields: QuantizationFields) -> Shapes | Non
 
 
 def quantized_shapes(shapes: Shapes, fields: QuantizationFields) -> Shapes:
-    """The same with every matrix in the decoder layers as lorap/nn/quantized.py, or without groups lorap/nn/int8.py, has it."""
+    """The same with every matrix in the decoder layers as lorap/nn/quantized.py, lorap/nn/trellis.py, or without groups
+    lorap/nn/int8.py has it.
+    """
     stored: Shapes = {}
     for name, shape in shapes.items():
         stored[name] = shape
@@ -122,11 +124,11 @@ def quantized_shapes(shapes: Shapes, fields: QuantizationFields) -> Shapes:
             continue
         layer, (rows, columns) = name.removesuffix("weight"), shape
         stored[name] = (1,)
-        bits = fields.bits_of(layer.removesuffix("."))
-        if bits is None or fields.group_size is None:
+        bits, coding, group_size = fields.bits_of(layer.removesuffix(".")), fields.coding, fields.group_size
+        if bits is None or coding is None or group_size is None:
             stored |= {f"{layer}{INT8_DATA}": shape, f"{layer}{INT8_SCALE}": (rows, 1)}
         else:
-            stored[f"{layer}{WEIGHT_PACKED}"] = (rows, -(-columns * bits // 32))
-            stored[f"{layer}{WEIGHT_SCALE}"] = (rows, -(-columns // fields.group_size))
+            stored[f"{layer}{WEIGHT_PACKED}"] = coding.packed_shape(rows, columns, bits)
+            stored[f"{layer}{WEIGHT_SCALE}"] = (rows, -(-columns // group_size))
             stored[f"{layer}{WEIGHT_SHAPE}"] = (2,)
     return stored

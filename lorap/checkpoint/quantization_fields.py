@@ -9,6 +9,7 @@ from annotated_types import Interval, MultipleOf
 
 from lorap.errors import CheckpointError
 from lorap.jsonio import named, read_as, shown
+from lorap.weights import TRELLIS, Coding, bits_of, coding_of
 
 QUANT_METHOD: Final = "lorap"
 # How low-rank layers are stored, and the first format version that has it.
@@ -16,10 +17,12 @@ STORAGES = {"factors": 1, "pivoted": 2}
 # The same for how weights are stored: in the model's dtype, as int8 with a scale for each row (lorap/nn/int8.py), or packed, with
 # a scale for each group of a row (lorap/nn/quantized.py).
 WEIGHTS = {"float": 1, "int8": 3}
-PACKED, PACKED_BITS = 5, {"int4": 4, "int8": 8}
-# Both in one folder. Who does not know the field would take all of them for the one width.
+PACKED = 5
+# Several bits in one folder. Who does not know the field would take all of them for the one width.
 MIXED = 6
-FORMAT_VERSIONS = (1, 2, 3, 4, 5, 6)
+# Codes on a trellis (lorap/nn/trellis.py), in one kind of bits or several.
+ON_TRELLIS = 7
+FORMAT_VERSIONS = (1, 2, 3, 4, 5, 6, 7)
 # From here on checkpoints that need lorap carry all guards (docs/checkpoint-format.md); older ones only those in shapes.
 GUARDED = 4
 # Ranks and widths beyond this are damage: the largest matrices have some 100,000 rows.
@@ -36,12 +39,12 @@ class _Fields:
     recipe: str | None = None
     lorap_version: str | None = None
     storage: Literal["factors", "pivoted"] = "factors"
-    weights: Literal["float", "int8", "int4"] = "float"
+    weights: Literal["float", "int8", "int4", "tcq2", "tcq3", "tcq4"] = "float"
     group_size: GroupSize | None = None
     biases: list[str] = field(default_factory=list)
     ranks: dict[str, Width] = field(default_factory=dict)
     intermediate_sizes: dict[str, Width] = field(default_factory=dict)
-    other_bits: dict[str, Literal[4, 8]] = field(default_factory=dict)
+    other_bits: dict[str, Literal[2, 3, 4, 8]] = field(default_factory=dict)
     format_version: int | None = None
     dense_intermediate_size: Width | None = None
     sparsity: float | None = None
@@ -61,11 +64,11 @@ class QuantizationFields(_Fields):
         recipe: what was run.
         lorap_version: what ran it.
         storage: of every low-rank layer: ``factors``, or ``pivoted`` (:mod:`lorap.algorithms.pivoting`).
-        weights: of every linear layer in the decoder: ``float``; ``int4`` or ``int8`` in groups (:func:`lorap.quantize`); or
-            ``int8`` without a ``group_size`` (:func:`lorap.quantize_int8`).
+        weights: of every linear layer in the decoder: ``float``; ``int4`` or ``int8``, or on the trellis ``tcq2``, ``tcq3`` or
+            ``tcq4``, in groups (:func:`lorap.quantize`); or ``int8`` without a ``group_size`` (:func:`lorap.quantize_int8`).
         group_size: weights of a row that share a scale, a multiple of 32; None where they are not packed.
-        other_bits: 4 or 8 for each projection that is packed in other bits than ``weights`` says, by full module name; both
-            factors of a low-rank one are.
+        other_bits: for each projection that is packed in other bits than ``weights`` says, by full module name, 4 or 8, on the
+            trellis 2, 3 or 4; both factors of a low-rank one are.
 
     Raises:
         CheckpointError: a version, storage or field is unknown or of the wrong type, version and storage contradict each
@@ -81,8 +84,8 @@ class QuantizationFields(_Fields):
             self.format_version = GUARDED
         if (self.group_size is None) != (self.weights == "float") and self.weights != "int8":
             raise CheckpointError(
-                f"quantization_config says {self.weights} weights and group_size {self.group_size}; int4 weights have one, float "
-                "weights have none"
+                f"quantization_config says {self.weights} weights and group_size {self.group_size}; int4 and tcq "
+                "weights have one, float weights have none"
             )
         self._check_other_bits()
         self.format_version = _format_version(self)
@@ -95,7 +98,12 @@ class QuantizationFields(_Fields):
     @property
     def bits(self) -> int | None:
         """Of packed weights; None where the weights are not packed."""
-        return None if self.group_size is None else PACKED_BITS[self.weights]
+        return None if self.group_size is None else bits_of(self.weights)
+
+    @property
+    def coding(self) -> Coding | None:
+        """Of packed weights; None where the weights are not packed."""
+        return None if self.group_size is None else coding_of(self.weights)
 
     def bits_of(self, name: str) -> int | None:
         """Of a packed projection, or of a factor of one, by full module name; None where the weights are not packed."""
@@ -109,15 +117,27 @@ class QuantizationFields(_Fields):
     @property
     def weights_text(self) -> str:
         """How weights are stored, in words."""
-        kinds = dict.fromkeys((self.weights, *(f"int{bits}" for bits in self.other_bits.values())))
-        return " and ".join(kinds)
+        *others, last = dict.fromkeys((self.weights, *self.other_kinds.values()))
+        return f"{', '.join(others)} and {last}" if others else last
+
+    @property
+    def other_kinds(self) -> dict[str, str]:
+        """The kind of weights of each projection in ``other_bits``, such as ``int8``."""
+        coding = coding_of(self.weights)
+        return {name: coding.kind(bits) for name, bits in self.other_bits.items()} if coding else {}
 
     def _check_other_bits(self) -> None:
         for name, bits in self.other_bits.items():
-            if self.bits is None or bits == self.bits:
-                packed = "not packed" if self.bits is None else f"in {self.bits} bits already"
+            if self.coding is None or bits == self.bits or bits not in self.coding.bits:
+                packed = (
+                    "are not packed"
+                    if self.coding is None
+                    else f"are in {bits} bits already"
+                    if bits == self.bits
+                    else f"go with {self.coding.kinds} alone"
+                )
                 raise CheckpointError(
-                    f"quantization_config.other_bits says {bits} for {named(name)}, but {self.weights} weights are {packed}; "
+                    f"quantization_config.other_bits says {bits} for {named(name)}, but {self.weights} weights {packed}; "
                     "only packed projections with other bits are named there"
                 )
 
@@ -144,7 +164,9 @@ def _check_version(version: Any, written_by: Any) -> None:
 def _format_version(fields: QuantizationFields) -> int:
     """The version, or the lowest that fits where there is none."""
     lowest = (
-        MIXED
+        ON_TRELLIS
+        if fields.coding is TRELLIS
+        else MIXED
         if fields.other_bits
         else PACKED
         if fields.group_size

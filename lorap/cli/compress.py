@@ -199,14 +199,17 @@ def compress_command(
         Optional[str],
         _option(
             "weights",
-            "Bits of the weights in OUT: float, as --dtype says; int8 or int4, rounded on the calibration text at the end. With "
-            "--sparsity 0 nothing else is done. auto: the most that fit --size or --bits-per-weight, which choose it by "
-            "themselves; mixed, which it may come to: int8 for the matrices where that helps most for its bytes, int4 for the "
-            "others.",
+            "Bits of the weights in OUT: float, as --dtype says; int8 or int4, rounded on the calibration text at the end; tcq4, "
+            "tcq3 or tcq2, codes on a trellis, which lose less in as many bits and take longer. With --sparsity 0 nothing else "
+            "is done. auto: the most that fit --size or --bits-per-weight, which choose it by themselves; mixed, which it may "
+            "come to: int8 for the matrices where that helps most for its bytes, int4 for the others; tcq, likewise tcq2 to 4.",
         ),
     ] = None,
     group_size: Annotated[
-        Optional[int], _option("group_size", "int8 or int4 weights of a row that share a scale, a multiple of 32.")
+        Optional[int],
+        _option(
+            "group_size", "Weights in few bits of a row that share a scale, a multiple of 32; of tcq 256 unless given."
+        ),
     ] = None,
     target: Annotated[
         Optional[str],

@@ -3,28 +3,31 @@
 Bits go first. On SmolLM2-135M 4 bits add 0.10 nats to the dense model, and a sparsity of 0.2 adds 0.32 in 16 bits, which is three
 times the size (docs/results.md). So weights have the most bits with which the model fits whole; where not even the fewest do,
 sparsity gives the rest. Between 4 and 8 bits whole both are mixed: what 4 bits leave over goes to those matrices where 8 help
-most for their bytes (:mod:`lorap.compression.prices`). Below 4 bits whole all have 4; the
-loss decides on bits with ranks and widths only where ``mixed`` is asked for (3.5 bits: 0.476 nats, with 4 for all 0.401).
-Nothing lies between 8 bits and floating point. The result is never larger than asked for, and without sparsity it is
-quantization and nothing else.
+most for their bytes (:mod:`lorap.compression.prices`). Below int4 whole weights are codes on a trellis where lorap opens the
+folder, mixed alike; sparsity comes below the fewest bits of these, which all weights have then: the loss decides on bits with
+ranks and widths only where a mix is asked for (``mixed`` at 3.5 bits: 0.476 nats, with 4 for all 0.401). Nothing lies between 8
+bits and floating point. The result is never larger than asked for, and without sparsity it is quantization and nothing else.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
-from typing import Literal
+from typing import Any
 
 from lorap.architectures import MLP
-from lorap.checkpoint.quantization_fields import PACKED_BITS
 from lorap.compression.planning import broken_groups, check_experts, plan_by_shape
 from lorap.compression.prices import Prices
 from lorap.compression.stored_bytes import DenseModel, Storage
 from lorap.config import CompressionConfig
 from lorap.errors import ConfigError
 from lorap.requirements import allocates_by_loss, compressed_roles, priced_roles
+from lorap.weights import MIXES, coding_of
 
 # Sparsity is searched for in steps of one in so many.
 STEPS = 2**20
+# What weights may come to below int4 whole, before sparsity.
+ON_TRELLIS = ("tcq4", "tcq3")
 
 
 def resolve_budget(dense: DenseModel, config: CompressionConfig) -> CompressionConfig:
@@ -46,36 +49,47 @@ def resolve_budget(dense: DenseModel, config: CompressionConfig) -> CompressionC
         left = budget - _bytes_at(dense, chosen, chosen.sparsity)
         if left >= 0 and (len(choices) == 1 or broken_groups(dense, chosen) is None):
             useful = _by_loss(config) if chosen.sparsity else left >= _smallest_step(dense, chosen)
-            return replace(chosen, weights="mixed") if useful and _mixes(config, chosen) else chosen
+            mix = _mix(config, chosen) if useful else None
+            return replace(chosen, weights=mix) if mix else chosen
     pruned = [chosen for chosen in choices if broken_groups(dense, replace(chosen, sparsity=0.5)) is None]
-    chosen = (pruned or choices)[-1]
-    if config.weights == "mixed" and _by_loss(config):
-        chosen = replace(chosen, weights="mixed")
+    choices = pruned or choices
+    # Tiles of rows are too large for some small models, where whole numbers still fit.
+    chosen = next((each for each in reversed(choices) if _smallest_bytes(dense, each) <= budget), choices[-1])
+    if config.is_mixed and _by_loss(config):
+        chosen = replace(chosen, weights=config.weights)
     return _with_sparsity(dense, chosen, budget)
 
 
 def weights_to_try(config: CompressionConfig) -> list[CompressionConfig]:
     """``config`` with each kind of weights that it may get, the most bits first."""
-    if config.weights == "mixed":
-        return [replace(config, weights="int4")]
-    if config.weights != "auto":
-        return [config]
-    kinds: tuple[Literal["float", "int8", "int4"], ...] = ("float", "int8", "int4")
-    if config.storage == "pivoted":  # 4 bits are too few for its coefficients
-        kinds = kinds[:2]
+    kinds: Any = [config.weights]
+    if config.is_mixed:
+        coding = MIXES[config.weights]
+        kinds = [coding.kind(min(coding.bits))]
+    elif config.weights == "auto":
+        kinds = ["float", "int8"]
+        if config.storage == "factors":  # fewer bits are too few for the coefficients of pivoted storage
+            kinds += ["int4", *(ON_TRELLIS if config.target == "lorap" else ())]
     return [replace(config, weights=kind) for kind in kinds]
 
 
-def _mixes(config: CompressionConfig, chosen: CompressionConfig) -> bool:
-    """Whether some of what would be 4 bits whole may be 8: where asked for, or no sparsity is, and lorap opens the folder."""
-    if chosen.weights != "int4" or config.target == "stock" or config.storage != "factors":
-        return False
-    return config.weights == "mixed" or (config.weights == "auto" and config.sparsity == 0)
+def _mix(config: CompressionConfig, chosen: CompressionConfig) -> Any:
+    """The kind of weights that has some matrices in more bits than ``chosen``, which fits whole; None where there is none.
+
+    Bits are mixed where that is asked for, or no sparsity is, and lorap opens the folder.
+    """
+    coding = coding_of(chosen.weights)
+    if coding is None or chosen.bits == max(coding.bits) or config.target == "stock" or config.storage != "factors":
+        return None
+    return coding.mix if config.weights == coding.mix or (config.weights == "auto" and config.sparsity == 0) else None
 
 
-def _smallest_step(dense: DenseModel, config: CompressionConfig) -> int:
-    """Bytes that 8 bits take more than 4 in the matrix, or gate and up together, where these are fewest."""
-    few, more = (Storage(dense.itemsize, bits, config.group_size, False, True) for bits in PACKED_BITS.values())
+def _smallest_step(dense: DenseModel, config: CompressionConfig) -> float:
+    """Bytes that the next more bits take in the matrix, or gate and up together, where these are fewest."""
+    few = Storage.of(config, dense.itemsize)
+    if few.coding is None or few.bits is None or few.bits == max(few.coding.bits):
+        return math.inf
+    more = replace(few, bits=min(bits for bits in few.coding.bits if bits > few.bits))
     return min(
         (1 + (role in MLP[:2])) * (more.matrix(shape) - few.matrix(shape))
         for shapes in dense.shapes

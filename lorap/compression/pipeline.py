@@ -46,6 +46,7 @@ from lorap.reports.records import Evaluation
 from lorap.reports.run import CompressionReport, CorrectionReport
 from lorap.requirements import has_anchor, needs_folds
 from lorap.system import Stopwatch, describe_environment, peak_memory_bytes
+from lorap.weights import coding_of
 
 T = TypeVar("T")
 
@@ -258,12 +259,14 @@ class Run:
             judged: what goes through the rounded layers to be judged.
         """
         context, config, watch = self.context, self.config, self.watch
+        coding = coding_of(config.weights)
+        assert coding is not None
         assert config.bits is not None
         with watch("round"):
             stream = CalibrationStream.from_windows(context, windows)
         for index, layer in enumerate(context.bar(context.layers, desc="Rounding")):
             bits = {role: plan.layers[index].bits.get(role, config.bits) for role in context.architecture.roles(layer)}
-            options: dict[str, Any] = {"bits": bits, "group_size": config.group_size}
+            options: dict[str, Any] = {"bits": bits, "coding": coding, "group_size": config.group}
             with context.on_device(index):
                 if (seconds := self.store.load_rounded(index, layer, **options)) is not None:
                     watch.add(seconds)

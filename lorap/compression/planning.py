@@ -101,7 +101,7 @@ def make_plan(
     by_shape, roles = plan_by_shape(dense, config), roles_needing_gradients(config)
     weighed = roles_with_output_metric(config)
     prices = Prices(config, dense)
-    if config.weights == "mixed" and not mixes_by_loss(config):
+    if config.is_mixed and not mixes_by_loss(config):
         return Plan(_mixed_unseen(context, prices))
     if not roles:
         return Plan(by_shape or dense.unchanged())
@@ -205,7 +205,7 @@ def broken_groups(dense: DenseModel, config: CompressionConfig) -> tuple[str, in
     """
     if config.target != "stock" or config.bits is None:
         return None
-    return next(((role, count) for role, count in _inputs(dense, config) if count % config.group_size), None)
+    return next(((role, count) for role, count in _inputs(dense, config) if count % config.group), None)
 
 
 def _inputs(dense: DenseModel, config: CompressionConfig) -> list[tuple[str, int]]:
@@ -221,7 +221,7 @@ def _check_groups(dense: DenseModel, config: CompressionConfig) -> None:
     way_out = f"choose group_size {fitting[-1]}" if fitting else "use weights float"
     raise ConfigError(
         f"target stock stores {config.weights} weights in rows of whole groups, as compressed-tensors wants them, and the "
-        f"{broken[1]:,} inputs of {broken[0]} are no multiple of group_size {config.group_size}; {way_out}, or target lorap"
+        f"{broken[1]:,} inputs of {broken[0]} are no multiple of group_size {config.group}; {way_out}, or target lorap"
     )
 
 
@@ -272,7 +272,7 @@ def plan_by_shape(dense: DenseModel, config: CompressionConfig) -> list[LayerPla
         asked = config.width_multiple
         multiple = stock_multiple(dense_width, 3 * hidden, total) if asked == "auto" else int(asked)
         if config.bits is not None:
-            multiple = math.lcm(multiple, config.group_size)
+            multiple = math.lcm(multiple, config.group)
         width = stock_width(shapes[0], config, multiple=multiple)
         return [LayerPlan(ranks={}, intermediate_size=width) for _ in shapes]
     if config.allocation in ("paper", "even"):

@@ -14,14 +14,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lorap.algorithms import rounding, trellis
 from lorap.algorithms.factorization import spectrum, suffix_sums
 from lorap.algorithms.moments import Moment
 from lorap.algorithms.refit import output_scores, repaired_tail
-from lorap.algorithms.rounding import column_energies, expected_errors
 from lorap.architectures import ATTENTION, MLP, PROJECTIONS
 from lorap.architectures.experts import row_multiple
 from lorap.calibration.sensitivity import Sensitivity
-from lorap.checkpoint.quantization_fields import PACKED_BITS
 from lorap.compression.allocation import LayerPlan, Shape
 from lorap.compression.budget import (
     SMALLEST_RANK_MULTIPLE,
@@ -37,6 +36,7 @@ from lorap.compression.stored_bytes import DenseModel, Storage, gains_bias
 from lorap.config import CompressionConfig
 from lorap.distributed import Processes
 from lorap.requirements import compressed_roles, priced_roles
+from lorap.weights import TRELLIS
 
 Key = tuple[int, str]  # (layer index, role); the FFN of a layer goes by the name of its down projection
 Kind = tuple[str, Shape, int, bool]  # role, shape, how many matrices of a layer, whether they are experts of a mixture
@@ -58,7 +58,9 @@ class Prices:
     def __init__(self, config: CompressionConfig, dense: DenseModel) -> None:
         self.config, self.dense, self.shapes = config, dense, dense.shapes
         self.storage = Storage.of(config, dense.itemsize)
-        self.bits: tuple[int, ...] = tuple(PACKED_BITS.values()) if config.weights == "mixed" else ()
+        coding = self.storage.coding
+        self.bits = coding.bits if coding and config.is_mixed else ()
+        self.expected_errors = trellis.expected_errors if coding is TRELLIS else rounding.expected_errors
         self.curves: dict[Key, list[Candidate]] = {}
         self.noise: dict[Key, Noise] = {}
         roles = compressed_roles(config)
@@ -100,7 +102,7 @@ class Prices:
         if self.bits:
             outputs = metric if metric.dim() == 1 else metric.diagonal()
             # Half of it is the loss, as below.
-            energies = column_energies(shrunk(inputs, PRICE_SHRINKAGE)) / 2
+            energies = rounding.column_energies(shrunk(inputs, PRICE_SHRINKAGE)) / 2
             self.noise[index, role] = self._noise(role, weight, outputs, energies)
         if role in MLP[:2]:
             return
@@ -165,7 +167,7 @@ class Prices:
         """
         found = {}
         for bits in self.bits:
-            errors = expected_errors(weight.float(), bits=bits, group=self.config.group_size)
+            errors = self.expected_errors(weight.float(), bits=bits, group=self.config.group)
             if role in MLP[:2]:
                 found[bits] = (errors @ energies.to(errors)).double() * outputs.double()
             else:

@@ -10,10 +10,10 @@ from lorap.calibration.context import DecoderContext
 from lorap.checkpoint.compressed_tensors import attach_compressed_tensors
 from lorap.checkpoint.format import LoRAPConfig
 from lorap.checkpoint.hf_quantizer import attach_quantization_config
-from lorap.checkpoint.quantization_fields import PACKED_BITS
 from lorap.compression.allocation import LayerPlan
 from lorap.config import CompressionConfig
 from lorap.version import __version__
+from lorap.weights import coding_of
 
 _logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def describe_in_config(
             "%s: so they are stored, for lorap to open; `lorap export --format stock` joins them again", matrices
         )
     if config.target == "stock" and config.bits is not None:
-        attach_compressed_tensors(model, bits=config.bits, group_size=config.group_size)
+        attach_compressed_tensors(model, bits=config.bits, group_size=config.group)
     elif config.target != "stock" and changed:
         weights, other_bits = _bits(context, plans, config)
         shapes = LoRAPConfig(
@@ -63,7 +63,7 @@ def describe_in_config(
             biases=biases,
             weights=weights,
             other_bits=other_bits,
-            group_size=None if config.bits is None else config.group_size,
+            group_size=None if config.bits is None else config.group,
             sparsity=config.sparsity,
             recipe=config.recipe,
             lorap_version=__version__,
@@ -81,16 +81,18 @@ def _has_one_width(context: DecoderContext, dense_widths: Sequence[int]) -> bool
 
 def _bits(context: DecoderContext, plans: Sequence[LayerPlan], config: CompressionConfig) -> tuple[str, dict[str, int]]:
     """How weights are stored, and the bits of each projection that is stored otherwise."""
-    if config.weights != "mixed":
+    coding = coding_of(config.weights)
+    if not config.is_mixed or coding is None:
         return config.weights, {}
+    assert config.bits is not None
     architecture = context.architecture
     bits = {
-        architecture.module_name(index, role): plan.bits.get(role, PACKED_BITS["int4"])
+        architecture.module_name(index, role): plan.bits.get(role, config.bits)
         for index, (layer, plan) in enumerate(zip(context.layers, plans, strict=True))
         for role in architecture.roles(layer)
     }
-    weights = "int8" if set(bits.values()) == {PACKED_BITS["int8"]} else "int4"
-    return weights, {name: each for name, each in bits.items() if each != PACKED_BITS[weights]}
+    fewest = min(bits.values())
+    return coding.kind(fewest), {name: each for name, each in bits.items() if each != fewest}
 
 
 def _new_biases(context: DecoderContext, config: CompressionConfig) -> list[str]:

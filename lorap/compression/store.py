@@ -11,6 +11,7 @@ from lorap.compression.planning import Key, Plan
 from lorap.compression.windows import RunWindows
 from lorap.reports.records import Evaluation
 from lorap.reports.run import CorrectionReport, ProjectionReport
+from lorap.weights import Coding
 
 T = TypeVar("T")
 
@@ -91,7 +92,7 @@ class RunStore:
         """
 
     def load_rounded(
-        self, index: int, layer: nn.Module, *, bits: Mapping[str, int], group_size: int
+        self, index: int, layer: nn.Module, *, bits: Mapping[str, int], coding: Coding, group_size: int
     ) -> Mapping[str, float] | None:
         """Give a compressed layer its rounded weights; returns the seconds that rounding took, by stage.
 
@@ -99,6 +100,7 @@ class RunStore:
             index: of the decoder layer.
             layer: with floating-point weights.
             bits: of the rounded ones, by role.
+            coding: what their numbers stand for.
             group_size: numbers of a row that share a scale.
         """
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from lorap.compression.allocation import LayerPlan, Shape
 from lorap.config import CompressionConfig
 from lorap.nn.low_rank_tensors import INDEX_ITEMSIZE, LEFT, RIGHT, LowRankTensors
 from lorap.requirements import compressed_roles
+from lorap.weights import Coding, coding_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -24,13 +26,15 @@ class Storage:
 
     Args:
         itemsize: bytes of a number in the dtype of the model.
-        bits: of a packed weight; None where weights have the dtype of the model.
+        coding: of packed weights; None where weights have the dtype of the model.
+        bits: of a packed weight.
         group_size: packed weights of a row that share a scale.
         pivoted: whether low-rank layers are rows and coefficients.
         guarded: whether packed weights have a guard.
     """
 
     itemsize: int
+    coding: Coding | None
     bits: int | None
     group_size: int
     pivoted: bool
@@ -39,16 +43,19 @@ class Storage:
     @classmethod
     def of(cls, config: CompressionConfig, itemsize: int) -> Storage:
         """What ``config`` asks for; its ``weights`` are known."""
-        guarded = config.target != "stock"
-        return cls(itemsize, config.bits, config.group_size, config.storage == "pivoted", guarded)
+        coding = coding_of(config.weights)
+        group_size = config.group if coding else 0
+        return cls(itemsize, coding, config.bits, group_size, config.storage == "pivoted", config.target != "stock")
 
     def matrix(self, shape: Shape) -> int:
         """Bytes of a dense weight (out_features, in_features)."""
         rows, columns = shape
-        if self.bits is None:
+        if self.coding is None or self.bits is None:
             return rows * columns * self.itemsize
-        row = 4 * -(-columns * self.bits // 32) + self.itemsize * -(-columns // self.group_size)
-        return rows * row + 2 * INDEX_ITEMSIZE + self.guarded * self.itemsize  # weight_shape, and a guard
+        words = math.prod(self.coding.packed_shape(rows, columns, self.bits))
+        scales = rows * -(-columns // self.group_size)
+        # With weight_shape, and a guard.
+        return 4 * words + self.itemsize * (scales + self.guarded) + 2 * INDEX_ITEMSIZE
 
     def pair(self, shape: Shape, rank: int) -> int:
         """Bytes of a low-rank one, with row numbers and guards."""
@@ -216,5 +223,5 @@ def without_budget(config: CompressionConfig, dense: DenseModel) -> CompressionC
         config: its weights and sparsity are known.
         dense: the model that they follow from: mixed bits need a budget, and keep its bits per weight.
     """
-    bits = 8 * dense.projection_budget(config) / dense.weights if config.weights == "mixed" else None
+    bits = 8 * dense.projection_budget(config) / dense.weights if config.is_mixed else None
     return replace(config, size=None, bits_per_weight=bits)

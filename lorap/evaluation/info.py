@@ -90,7 +90,7 @@ def describe_model(source: ModelSource) -> dict[str, Any]:
         "index_bytes": index_bytes,
         "scale_bytes": scale_bytes,
         "weights": settings.weights if settings else None,
-        "other_bits": Counter(f"int{bits}" for bits in settings.other_bits.values()) if settings else {},
+        "other_bits": Counter(settings.other_kinds.values()) if settings else {},
         "group_size": settings.group_size if settings else None,
         "bits_per_weight": _bits_per_weight(tensors, after),
         "bits_per_dense_weight": None if before is None else _bits_per_weight(tensors, before),
@@ -235,7 +235,8 @@ def format_info(info: Mapping[str, Any]) -> str:
         head += f"\ntuned after compression, see {RECOVERY_REPORT}"
     if info["scale_bytes"]:
         stored = info["weights"] or "int8"
-        stored += "".join(f", those of {count:,} projections {kind}," for kind, count in info["other_bits"].items())
+        others = [f"those of {count:,} projections {kind}" for kind, count in info["other_bits"].items()]
+        stored += f", {' and '.join(others)}," if others else ""
         stored += f" in groups of {info['group_size']}" if info["group_size"] else ""
         head += (
             f"\nweights are {stored}, {info['bits_per_weight']:.2f} bits for each in the decoder layers; their scales take "

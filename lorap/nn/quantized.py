@@ -12,18 +12,20 @@ Its tensors are named and packed as compressed-tensors' ``pack-quantized`` forma
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lorap.architectures import ARCHITECTURES, Architecture
-from lorap.kernels.packing import dequantize, pack, words
+from lorap.kernels.packing import dequantize, pack
 from lorap.nn import ops
 from lorap.nn.low_rank_tensors import GUARD_VALUE, WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_SHAPE
+from lorap.weights import INTEGERS, Coding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from typing_extensions import Self
 
 
 class QuantizedLinear(nn.Module):
@@ -32,12 +34,14 @@ class QuantizedLinear(nn.Module):
     Args:
         in_features: size of the last axis of the input.
         out_features: size of the last axis of the output.
-        bits: of a number, 4 or 8.
+        bits: of a number, one of those of ``coding``.
         group_size: numbers of a row that share a scale; the last group may have fewer.
         bias: (out_features,), used and not copied; None for none.
         device: where the tensors are created, empty.
         dtype: of the scales.
     """
+
+    coding: ClassVar[Coding] = INTEGERS
 
     def __init__(
         self,
@@ -53,7 +57,8 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.group_size = bits, group_size
-        packed = torch.empty(out_features, words(in_features, bits), dtype=torch.int32, device=device)
+        shape = self.coding.packed_shape(out_features, in_features, bits)
+        packed = torch.empty(shape, dtype=torch.int32, device=device)
         scale = torch.empty(out_features, -(-in_features // group_size), dtype=dtype, device=device)
         self.weight_packed: Tensor
         self.weight_scale: Tensor
@@ -67,31 +72,35 @@ class QuantizedLinear(nn.Module):
     @classmethod
     def from_numbers(
         cls, numbers: Tensor, scales: Tensor, *, bits: int, group_size: int, bias: nn.Parameter | None = None
-    ) -> QuantizedLinear:
+    ) -> Self:
         """The layer of a rounded weight.
 
         Args:
-            numbers: (out_features, in_features), whole numbers in the range of ``bits``.
+            numbers: (out_features, in_features), whole numbers in the range of ``bits``; of a subclass what it packs.
             scales: (out_features, ceil(in_features / group_size)), used and not copied.
-            bits: 4 or 8.
+            bits: of a number.
             group_size: numbers of a row that share a scale.
             bias: (out_features,) or None.
         """
-        out_features, in_features = numbers.shape
         layer = cls(
-            in_features,
-            out_features,
+            numbers.shape[1],
+            len(scales),
             bits=bits,
             group_size=group_size,
             bias=bias,
             device=numbers.device,
             dtype=scales.dtype,
         )
-        layer.weight_packed, layer.weight_scale = pack(numbers, bits), scales
+        layer.weight_packed, layer.weight_scale = cls.pack(numbers, bits), scales
         return layer
 
+    @staticmethod
+    def pack(numbers: Tensor, bits: int) -> Tensor:
+        """What ``weight_packed`` holds of the numbers of :meth:`from_numbers`."""
+        return pack(numbers, bits)
+
     @classmethod
-    def empty_like(cls, linear: nn.Linear, *, bits: int, group_size: int) -> QuantizedLinear:
+    def empty_like(cls, linear: nn.Linear, *, bits: int, group_size: int) -> Self:
         """A layer in the place of ``linear``, whose values are still to come; the bias is taken over."""
         weight = linear.weight
         return cls(
@@ -159,12 +168,15 @@ def projection_linears(layer: nn.Module, architecture: Architecture) -> Iterator
                 yield role, name, part
 
 
-def put_empty(module: nn.Module, bits: Mapping[str, int | None], *, group_size: int) -> list[str]:
+def put_empty(
+    module: nn.Module, bits: Mapping[str, int | None], *, kind: type[QuantizedLinear], group_size: int
+) -> list[str]:
     """Make room for quantized weights in the linear layers of ``module``.
 
     Args:
         module: that they are in.
         bits: of each, by its name.
+        kind: of layer that they become.
         group_size: numbers of a row that share a scale.
 
     Returns:
@@ -175,6 +187,6 @@ def put_empty(module: nn.Module, bits: Mapping[str, int | None], *, group_size: 
         linear = module.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         assert each is not None
-        module.set_submodule(name, QuantizedLinear.empty_like(linear, bits=each, group_size=group_size))
+        module.set_submodule(name, kind.empty_like(linear, bits=each, group_size=group_size))
         tensors += [f"{name}.{key}" for key in (WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_SHAPE)]
     return tensors

@@ -20,6 +20,7 @@ from lorap.reports.run import (
     markdown_table,
 )
 from lorap.requirements import has_anchor, roles_with_output_metric
+from lorap.weights import TRELLIS, coding_of
 
 CARD = "README.md"
 # What the choices of a config do to a model, as parts of sentences for the model card.
@@ -117,8 +118,13 @@ def said_as_tuned(text: str) -> str:
 def _rounding(config: CompressionConfig) -> str:
     if config.bits is None:
         return ""
-    kinds = "int8 where that helps most for its bytes and else int4," if config.weights == "mixed" else config.weights
+    coding, kinds = coding_of(config.weights), str(config.weights)
+    if config.is_mixed and coding is not None:
+        *fewer, most = map(coding.kind, coding.bits)
+        kinds = f"{most} where that helps most for its bytes and else {' or '.join(reversed(fewer))},"
     stored = f"{kinds} with a scale for each {config.group_size}"
+    if coding is TRELLIS:
+        stored += ", codes on a trellis ({2406.11235})"
     return (
         f"Weights of the decoder layers are {stored}, rounded such that the outputs change least on the calibration text "
         "({2210.17323})."

@@ -39,6 +39,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "pivoted": ("llama", SIZES, {"ranks": {Q: 3, UP: 2}, "storage": "pivoted", "biases": [DOWN]}),
     "int8": ("qwen2", SIZES, {"ranks": {Q: 3}, "weights": "int8"}),
     "mixed": ("llama", SIZES, {"ranks": {Q: 3}, "weights": "int4", "group_size": 32, "other_bits": {Q: 8, DOWN: 8}}),
+    "trellis": ("llama", SIZES, {"ranks": {Q: 3}, "weights": "tcq3", "group_size": 32, "other_bits": {Q: 2, DOWN: 4}}),
 }
 
 
@@ -71,8 +72,8 @@ def make_checkpoint(kind: str, folder: Path) -> Checkpoint:
         attach_quantization_config(model, config)
     if fields.get("weights") == "int8":
         quantize_int8(model)
-    if fields.get("weights") == "int4":
-        quantize(model, "int4", group_size=fields["group_size"], other_bits=fields["other_bits"])
+    if "other_bits" in fields:
+        quantize(model, fields["weights"], group_size=fields["group_size"], other_bits=fields["other_bits"])
     model.save_pretrained(folder)
     weights = (folder / "model.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", weights[:8])

@@ -280,7 +280,7 @@ class Folders:
         return texts
 
     def _compressed(self) -> list[Checkpoint]:
-        return [self.checkpoints[kind] for kind in ("factors", "pivoted", "int8", "mixed")]
+        return [self.checkpoints[kind] for kind in ("factors", "pivoted", "int8", "mixed", "trellis")]
 
     def _damaged(self) -> st.SearchStrategy[tuple[str, bytes | None, bytes | None]]:
         """A kind, and other bytes for config.json, for the weights, or for both."""

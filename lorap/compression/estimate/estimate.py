@@ -17,6 +17,7 @@ from lorap.compression.estimate.trial import Trial
 from lorap.config import CompressionConfig
 from lorap.evaluation.info import KINDS
 from lorap.reports.run import CorrectionReport, correction_lines, format_table, shortage
+from lorap.weights import MIXES
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ def size_table(shape: ModelShape, config: CompressionConfig, sizes: Sizes) -> st
             "" if config.has_byte_budget else f", {sizes.budget:,} parameters for the compressed sub-layers' matrices"
         )
         what = "Ranks and widths" if config.sparsity else ""
-        what += (" and bits" if what else "Bits") if config.weights == "mixed" else ""
+        what += (" and bits" if what else "Bits") if config.is_mixed else ""
         lines.append(
             f"{what} will be decided by {sizes.decided_by}; those above are an even split of the budget{spent}, which "
             "will be spent in any case."
@@ -236,7 +237,7 @@ def _distinct(values: Iterable[object]) -> str:
 
 
 def _kinds(config: CompressionConfig) -> str:
-    return "int4 or int8, matrix by matrix," if config.weights == "mixed" else config.weights
+    return f"{MIXES[config.weights].kinds}, matrix by matrix," if config.is_mixed else config.weights
 
 
 def quantity(value: float, unit: str) -> str:

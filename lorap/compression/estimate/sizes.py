@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 from lorap.architectures import PROJECTIONS
 from lorap.compression.allocation import LayerPlan, plan_layer
@@ -14,6 +15,7 @@ from lorap.compression.stored_bytes import Storage, gains_bias, role_bytes, shap
 from lorap.config import CompressionConfig
 from lorap.nn.low_rank_tensors import LowRankTensors
 from lorap.requirements import compressed_roles, mixes_by_loss
+from lorap.weights import MIXES
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def planned_sizes(shape: ModelShape, config: CompressionConfig) -> Sizes:
             index_bytes += kind.num_layers * one.index_bytes
             if role in compressed_roles(config):
                 budget += kind.num_layers * kind.per_layer(role) * prod(kind.projections[role])
-    if config.weights == "mixed" and config.sparsity == 0:
+    if config.is_mixed and config.sparsity == 0:
         nbytes |= _filled(shape, config, {role: nbytes[role] for role in PROJECTIONS if role in nbytes})
     return Sizes(layers, decided_by, int((1 - config.sparsity) * budget), params, index_bytes, nbytes)
 
@@ -101,14 +103,16 @@ def _matrix(kind: ModelShape, role: str, layer: LayerPlan, config: CompressionCo
 
 
 def _filled(shape: ModelShape, config: CompressionConfig, few: Mapping[str, int]) -> dict[str, int]:
-    """Bytes by role once what 4 bits leave of the budget is spent evenly.
+    """Bytes by role once what the fewest bits leave of the budget is spent evenly.
 
     Args:
         shape: of the dense model.
         config: with mixed bits and without sparsity.
-        few: bytes by role with 4 bits.
+        few: bytes by role with the fewest bits.
     """
-    whole = replace(config, weights="int8")
+    coding = MIXES[config.weights]
+    most: Any = coding.kind(max(coding.bits))
+    whole = replace(config, weights=most)
     room = shape.dense.projection_budget(config) - sum(few.values())
     share = min(1.0, room / (shape.dense.planned(shape.dense.unchanged(), whole) - sum(few.values())))
     more = {
@@ -129,7 +133,7 @@ def _planned_layer(shape: ModelShape, config: CompressionConfig) -> tuple[LayerP
             if mixes_by_loss(config)
             else "how large rounding errors are beside the weights"
         )
-        return LayerPlan(ranks={}, intermediate_size=shape.width), mixed if config.weights == "mixed" else ""
+        return LayerPlan(ranks={}, intermediate_size=shape.width), mixed if config.is_mixed else ""
     if config.allocation == "flap":
         width = shape.width - round(channels_to_drop(config, shape.dense.shapes) / len(shape.dense.shapes))
         return LayerPlan(ranks={}, intermediate_size=width), "one threshold on the channel scores of all layers"

@@ -22,8 +22,10 @@ from lorap.compression.windows import RunWindows
 from lorap.nn.linear import LowRankLinear
 from lorap.nn.low_rank_tensors import RIGHT, LowRankTensors
 from lorap.nn.quantized import projection_linears, put_empty
+from lorap.nn.trellis import layer_of
 from lorap.reports.records import Evaluation, Share
 from lorap.reports.run import CorrectionReport, ProjectionReport
+from lorap.weights import Coding
 
 WINDOWS, LOSSES, PLAN, CORRECTED = "windows", "before", "plan", "corrected"
 
@@ -170,7 +172,7 @@ class JournalStore(RunStore):
             self._offload_from(_corrected(index), layer)
 
     def load_rounded(
-        self, index: int, layer: nn.Module, *, bits: Mapping[str, int], group_size: int
+        self, index: int, layer: nn.Module, *, bits: Mapping[str, int], coding: Coding, group_size: int
     ) -> Mapping[str, float] | None:
         """Give a compressed layer its rounded weights; None where it is not rounded yet."""
         found = self.journal.finished(None, _rounded(index))
@@ -178,7 +180,7 @@ class JournalStore(RunStore):
             return None
         device = next(layer.parameters()).device
         linears = projection_linears(layer, self.architecture)
-        put_empty(layer, {name: bits[role] for role, name, _ in linears}, group_size=group_size)
+        put_empty(layer, {name: bits[role] for role, name, _ in linears}, kind=layer_of(coding), group_size=group_size)
         self._reload(_rounded(index), layer, device)
         return found[1]  # type: ignore[no-any-return]
 
