@@ -129,11 +129,13 @@ struct Quantized {
   }
   static void round(const float* x, float factor, int16_t* to) {
     const __m256 by = _mm256_set1_ps(factor);
-    const __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x), by));
-    const __m256i high = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8), by));
-    // Packing takes turns between the halves of the two.
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), packed);
+    for (int i = 0; i < kSmallestBlock; i += 16) {
+      const __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), by));
+      const __m256i high = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i + 8), by));
+      // Packing takes turns between the halves of the two.
+      const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), packed);
+    }
   }
 };
 
@@ -157,9 +159,8 @@ struct QuantizedBytes : Quantized {
     return _mm256_add_epi32(whole, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
   static void round(const float* x, float factor, int8_t* to) {
-    int16_t rounded[32];
+    int16_t rounded[kSmallestBlock];
     Quantized::round(x, factor, rounded);
-    Quantized::round(x + 16, factor, rounded + 16);
     const __m256i packed = _mm256_packs_epi16(load_bytes(rounded), load_bytes(rounded + 16));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(packed, 0xd8));
   }

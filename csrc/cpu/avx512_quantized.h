@@ -47,7 +47,7 @@ struct Avx512Quantized {
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), scale, sums);
   }
   static void round(const float* x, float factor, int16_t* to) {
-    for (int i = 0; i < 32; i += 16) {
+    for (int i = 0; i < kSmallestBlock; i += 16) {
       const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(factor)));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm512_cvtsepi32_epi16(rounded));
     }

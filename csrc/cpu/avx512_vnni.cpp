@@ -26,7 +26,7 @@ struct QuantizedBytes : Avx512Quantized {
     return multiply_add(multiply_add(whole, low, x), high, y);
   }
   static void round(const float* x, float factor, int8_t* to) {
-    for (int i = 0; i < 64; i += 16) {
+    for (int i = 0; i < kSmallestBlock; i += 16) {
       const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(factor)));
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm512_cvtsepi32_epi8(rounded));
     }

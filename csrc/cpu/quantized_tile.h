@@ -14,7 +14,7 @@
 //   Lane::Sums                    vector of float sums; zero(), sum(sums) adds its elements
 //   Lane::Scale, spread<Count>(scales)   Count scales, each for as many neighbours of a vector
 //   Lane::scale_add(whole, scale, sums)  sums + whole * scale
-//   Lane::round(x, factor, to)    products for a vector of activations, to nearest even, too large ones as the largest
+//   Lane::round(x, factor, to)    products for kSmallestBlock activations, to nearest even, the largest where too large
 //
 // Everything sits in an anonymous namespace, see dot_tile.h.
 #pragma once
@@ -33,6 +33,9 @@ constexpr int64_t kSegment = 2048;
 
 // The same distance as in dot_tile.h.
 constexpr int64_t kAheadBytes = 4096;
+
+// Numbers that share a scale, at least. A vector of activations of 8 bits may hold several such blocks.
+constexpr int64_t kSmallestBlock = 32;
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -104,7 +107,9 @@ template <class Lane, class Shape>
 void pack_unit(const float* x, const float* inverse, typename Shape::Activation* activations, int32_t* offsets) {
   typename Shape::Activation rounded[Shape::kUnit];
   constexpr int64_t kPart = Shape::kPart;
-  for (int64_t i = 0; i < Shape::kUnit; i += kPart) Lane::round(x + i, inverse[i / Shape::kBlockSize], rounded + i);
+  for (int64_t i = 0; i < Shape::kUnit; i += kSmallestBlock) {
+    Lane::round(x + i, inverse[i / Shape::kBlockSize], rounded + i);
+  }
   for (int64_t step = 0; step < Shape::kUnit; step += Shape::kStep) {
     for (int part = 0; part < Shape::kParts; ++part) {
       for (int64_t j = 0; j < kPart; ++j) {
@@ -286,7 +291,7 @@ template <class Lane, int Bits, class Body>
 auto with_shape(int64_t group, const Body& body) {
   if (group % 128 == 0) return body(Layout<Lane, Bits, 128>());
   if (group % 64 == 0) return body(Layout<Lane, Bits, 64>());
-  return body(Layout<Lane, Bits, 32>());
+  return body(Layout<Lane, Bits, kSmallestBlock>());
 }
 
 template <class Lane, int Bits>

@@ -132,7 +132,7 @@ struct Quantized {
     return sums;
   }
   static void round(const float* x, float factor, int16_t* to) {
-    for (int j = 0; j < 8; ++j) {
+    for (int j = 0; j < kSmallestBlock; ++j) {
       const float rounded = std::nearbyint(x[j] * factor);
       to[j] = static_cast<int16_t>(rounded < 32767.0f ? rounded : 32767.0f);
     }
