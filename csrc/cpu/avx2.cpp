@@ -98,6 +98,11 @@ struct Quantized {
   using Activation = int16_t;
   static constexpr int64_t kBytes = 32;
   static constexpr int kTileTokens = 4;
+  // Of 4 bits, two rows and two tokens are what registers hold.
+  template <int Bits, int Tokens>
+  static constexpr int kRows = Bits == 8    ? 4
+                               : Tokens < 4 ? 2
+                                            : 1;
   using Words = __m256i;
   using Part = __m256i;
   using Whole = __m256i;

@@ -10,6 +10,8 @@ struct Avx512Quantized {
   using Activation = int16_t;
   static constexpr int64_t kBytes = 64;
   static constexpr int kTileTokens = 4;
+  template <int Bits, int Tokens>
+  static constexpr int kRows = Bits == 8 ? 4 : 2;
   using Words = __m512i;
   using Part = __m512i;
   using Whole = __m512i;

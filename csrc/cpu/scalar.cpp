@@ -80,6 +80,8 @@ struct Quantized {
   using Activation = int16_t;
   static constexpr int64_t kBytes = 16;
   static constexpr int kTileTokens = 1;
+  template <int Bits, int Tokens>
+  static constexpr int kRows = 1;
   struct Words {
     uint16_t value[8];
   };
