@@ -46,7 +46,7 @@ def save_int4(folder: Path, *, hidden: int, width: int) -> Path:
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=width, num_hidden_layers=1, num_attention_heads=4, vocab_size=100
     )
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = LlamaForCausalLM(config).bfloat16()
     lorap.quantize(model, "int4")
     model.save_pretrained(folder)
     return folder
@@ -66,7 +66,7 @@ def test_opening_int4_and_one_token_take_the_bytes_of_the_folder_once(
         save_int4(tmp_path / "tiny", hidden=64, width=100),
         save_int4(tmp_path / "large", hidden=1024, width=16_000),
     )
-    command = [sys.executable, "-c", OPEN, tiny, large]
+    command = [sys.executable, "-c", OPEN, str(tiny), str(large)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     stored = sum(file.stat().st_size for file in large.glob("*.safetensors"))
