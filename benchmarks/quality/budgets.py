@@ -54,9 +54,10 @@ TOKENS = 4096
 # The most telling first.
 CELLS = (
     *("dense", "gptq-3", "gptq-4", "lorap-3.5", "ggml-IQ4_NL", "lorap-4.5", "shuffled-Q3_K_M", "shuffled-Q4_K_M"),
-    *("lorap-4", "across-IQ3_S", "across-Q3_K_M", "lorap-3", "lorap-5", "lorap-6", "shuffled-Q5_K_M", "ggml-Q6_K"),
+    *("lorap-4", "lorap-3", "codes-4.5", "lorap-5", "lorap-6", "int4-3.5", "lorap-2.5", "lorap-8"),
+    *("across-IQ3_S", "across-Q3_K_M", "shuffled-Q5_K_M", "ggml-Q6_K"),
     *("ggml-Q4_K_M", "ggml-Q3_K_M", "ggml-Q4_0", "ggml-IQ4_XS", "ggml-Q3_K_S", "across-Q3_K_S", "across-Q4_K_M"),
-    *("ggml-Q5_K_M", "ggml-Q8_0", "lorap-8", "across-Q2_K"),
+    *("ggml-Q5_K_M", "ggml-Q8_0", "across-Q2_K"),
 )
 OUT = assets.CACHE.parent / "benchmarks" / "results" / "quality" / "budgets"
 
@@ -104,7 +105,9 @@ class Maker:
             "ggml": self._ggml,
             "shuffled": lambda mixture: self._ggml(mixture, shuffled=True),
             "across": lambda mixture: self._ggml(mixture, shuffled=True, across=True),
-            "lorap": lambda bits: self._lorap(float(bits)),
+            "lorap": lambda bits: self._lorap(float(bits), weights="auto"),
+            "codes": lambda bits: self._lorap(float(bits), weights="tcq"),
+            "int4": lambda bits: self._lorap(float(bits), weights="int4", group_size=GROUP),
         }
         return makers[kind](which) if which else Made(self.dense, 2 * self._weights(), {})
 
@@ -139,11 +142,11 @@ class Maker:
         total = sum(kinds.values())
         return Made(model, stored, {"types": {k: n / total for k, n in kinds.items()}} | self._moved(model))
 
-    def _lorap(self, bits: float) -> Made:
+    def _lorap(self, bits: float, **options: Any) -> Made:
         model = copy.deepcopy(self.dense)
         with as_bfloat16():
             context = self._context(model)
-            config = lorap.CompressionConfig(bits_per_weight=bits, group_size=GROUP, num_calibration_samples=self.count)
+            config = lorap.CompressionConfig(bits_per_weight=bits, num_calibration_samples=self.count, **options)
             config = resolve_budget(DenseModel.of(model, context.architecture), config)
             run = Run(context, "model", self.tokenizer, config, Stopwatch(), Given(self.windows))
             report = run.compress(DEFAULT, ())

@@ -25,11 +25,15 @@ TITLES = {
     "shuffled": "llama.cpp {}, channels shuffled",
     "across": "llama.cpp {}, channels shuffled, blocks across rows",
     "lorap": "**lorap, budget of {} bits**",
+    "codes": "lorap, budget of {} bits, codes alone",
+    "int4": "lorap, budget of {} bits, int4 alone",
     "sparsity": "lorap, sparsity {}, all int4",
 }
 # Who is who in the picture.
 SERIES_NAMES = {
     "lorap": "lorap, under a budget",
+    "codes": "lorap, codes on a trellis",
+    "int4": "lorap, int4 and sparsity",
     "sparsity": "lorap, at a sparsity, int4",
     "ggml": "llama.cpp",
     "shuffled": "llama.cpp, channels shuffled",
@@ -110,7 +114,8 @@ def made(record: Record) -> str:
         return ", ".join(f"{share:.0%} {kind}" for kind, share in sorted(kinds.items(), key=lambda one: -one[1]))
     if "weights" not in record:
         return ""
-    bits = "int4 and int8" if record["weights"] == "mixed" else record["weights"]
+    kinds = {"mixed": "int4 and int8", "tcq": "codes of 2 to 4 bits"}
+    bits = kinds.get(record["weights"], record["weights"])
     return (
         f"{record['sparsity']:.0%} of the bytes removed, {bits}" if record["sparsity"] else f"nothing removed, {bits}"
     )
