@@ -133,11 +133,14 @@ def targets(cells: Mapping[str, Record], rounded: Mapping[str, Record]) -> str:
     }
     opened, all_of_them = points(fair, *OPENED), points(fair, *OPENED, "across")
     rows = []
-    for size, mean, name in points(cells, "lorap", "sparsity"):
+    for size, mean, name in points(cells, "lorap", "codes", "sparsity"):
         kind, _, which = name.partition("-")
+        size = float(which) if kind == "codes" else size  # they may leave some of a budget
         rivals = [best_at(opened, size), best_at(all_of_them, size)]
         shown = ["none so small" if rival is None else f"{rival:+.3f}" for rival in rivals]
-        title = f"{float(which):g} bits" if kind == "lorap" else f"{size:.1f} bits by sparsity {which}"
+        title = f"{size:.1f} bits by sparsity {which}"
+        if kind != "sparsity":
+            title = f"{float(which):g} bits" + (", codes alone" if kind == "codes" else "")
         rows.append([title, f"{mean:+.3f}", *shown, *verdict(size, mean, rivals)])
     changes = [
         found["nats"] - before["nats"]
