@@ -156,6 +156,25 @@ def test_non_contiguous_x_and_weights(op: str, backend: str) -> None:
         assert_close_to_float64(op, run(x, *arguments[1:]), (x, *arguments[1:]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("op", MATMULS)
+def test_what_lies_between_the_rows_of_x_has_no_influence(op: str, grad: bool, dtype: torch.dtype) -> None:
+    """With AMX, torch multiplies it by 0, which leaves NaN; more than 16 tokens, and K that is no multiple of 32."""
+    torch.manual_seed(0)
+    for m, k in ((17, 33), (33, 100), (64, 63)):
+        for arguments in arguments_of(op, m, k, 17, 63, dtype, bias=True):
+            for change in (_wide_rows, _every_second_row):
+                x = change(arguments[0])
+                assert x.stride(0) > k
+                y = getattr(ops, op)(x.requires_grad_(grad), *arguments[1:])
+                assert_close_to_float64(op, y.detach(), arguments)
+
+
+def _every_second_row(matrix: Tensor) -> Tensor:
+    return torch.stack((matrix, torch.full_like(matrix, torch.inf)), dim=1)[:, 0]
+
+
 def _is_matrix(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() == 2
 

@@ -35,7 +35,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., N).
     """
-    return F.linear(x, weight, bias)
+    return F.linear(_without_gaps(x), weight, bias)
+
+
+def _without_gaps(x: Tensor) -> Tensor:
+    """x, copied where torch could multiply what lies between its rows: with AMX, torch 2.13 reads K up to a multiple of 32.
+
+    What is read too much is multiplied by 0, which is NaN where it is NaN or infinite (findings/torch-amx-gaps.sh). bfloat16 was
+    seen; processors with AMX for float16 are given the same code.
+    """
+    halves = x.dtype == torch.bfloat16 or x.dtype == torch.float16
+    if halves and x.shape[-1] % 32 and x.is_cpu and x.layout == torch.strided:
+        return x.contiguous()
+    return x
 
 
 def low_rank_linear(
@@ -55,11 +67,11 @@ def low_rank_linear(
         (..., N).
     """
     if pivot_rows is not None and not len(left):
-        return F.linear(x, right, bias)
-    shrunk = F.linear(x, right)
+        return linear(x, right, bias)
+    shrunk = linear(x, right)
     if pivot_rows is None:
-        return F.linear(shrunk, left, bias)
-    y = torch.cat((shrunk, F.linear(shrunk, left)), dim=-1)
+        return linear(shrunk, left, bias)
+    y = torch.cat((shrunk, linear(shrunk, left)), dim=-1)
     y = y.index_select(-1, output_order(pivot_rows, y.shape[-1]))
     return y if bias is None else y + bias
 
@@ -114,7 +126,7 @@ def silu_gated_linear(
     Returns:
         (..., N).
     """
-    return F.silu(F.linear(x, gate, gate_bias)) * F.linear(x, up, up_bias)
+    return F.silu(linear(x, gate, gate_bias)) * linear(x, up, up_bias)
 
 
 def low_rank_silu_gated_linear(
@@ -149,7 +161,7 @@ def quantized_linear(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | N
     Returns:
         (..., N).
     """
-    return F.linear(x, dequantize(packed, scales, bits, group, x.shape[-1], x.dtype), bias)
+    return linear(x, dequantize(packed, scales, bits, group, x.shape[-1], x.dtype), bias)
 
 
 def quantized_low_rank_linear(
@@ -206,7 +218,7 @@ def trellis_linear(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | Non
     Returns:
         (..., N).
     """
-    return F.linear(x, trellis.dequantize(packed, scales, bits, group, x.dtype), bias)
+    return linear(x, trellis.dequantize(packed, scales, bits, group, x.dtype), bias)
 
 
 def channel_sq_norm(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
