@@ -179,7 +179,8 @@ def test_versions_of_int8() -> None:
     with pytest.raises(lorap.CheckpointError, match="int8 weights and format version 2, which has none; it must be 3"):
         LoRAPConfig(weights="int8", format_version=2)
     with pytest.raises(
-        lorap.CheckpointError, match=r"quantization_config\.weights should be 'float', 'int8' or 'int4' and is 'int2'"
+        lorap.CheckpointError,
+        match=r"quantization_config\.weights should be 'float', 'int8', 'int4', 'tcq2', 'tcq3' or 'tcq4' and is 'int2'",
     ):
         LoRAPConfig(weights="int2")
 

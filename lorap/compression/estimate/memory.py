@@ -39,6 +39,7 @@ from lorap.requirements import (
     roles_with_output_metric,
     sums_of,
 )
+from lorap.weights import TRELLIS, coding_of
 
 DOUBLE = 8
 # Tokenizer, texts and the model without weights, beside what a process holds with everything imported: measured with a vocabulary
@@ -259,11 +260,18 @@ class Memory:
         return states + exact + max(work, self._logits(LOSS_COPIES))
 
     def _rounding(self) -> int:
-        """Sums of all four inputs of a layer; the largest moment as it is factored, and copies of its weight."""
+        """Sums of all four inputs of a layer; the largest moment as it is factored, and copies of its weight.
+
+        On a trellis there are windows, float64 copies and a system for the scales of each row besides.
+        """
         readers = [each[0] for each in SHARED_INPUTS.values() if each[0] in self.shape.projections]
         inputs = [self.shape.projections[role][1] for role in readers]
         largest, rows = max(inputs), max(outputs for outputs, _ in self.shape.projections.values())
-        return sum(map(_sums, inputs)) + 5 * DOUBLE * largest**2 + 8 * 4 * rows * largest
+        copies, fitting = 8 * 4 * rows * largest, 0
+        if coding_of(self.config.weights) is TRELLIS:
+            groups = -(-largest // self.config.group)
+            copies, fitting = 2 * copies, 3 * DOUBLE * rows * groups**2
+        return sum(map(_sums, inputs)) + 5 * DOUBLE * largest**2 + copies + fitting
 
 
 def _sums(features: int, *, wide: int = WIDE) -> int:
