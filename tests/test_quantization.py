@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ import lorap
 from lorap.checkpoint.folders import read_tensors
 from lorap.checkpoint.format import LoRAPConfig
 from lorap.checkpoint.load import find_model
+from lorap.cli.compress import next_steps
 from lorap.evaluation.info import describe_model, format_info
 
 pytest.importorskip("torchao")
@@ -187,3 +189,11 @@ def test_versions_of_int8() -> None:
 
 def _decoder_bytes(folder: Any) -> int:
     return sum(info.nbytes for name, info in read_tensors(folder).items() if ".layers." in name and not info.is_index)
+
+
+@pytest.mark.parametrize("weights", ["float", "int4"])
+def test_no_command_is_suggested_that_refuses_the_folder(weights: str, make_model, compress_small) -> None:
+    _, report = compress_small(make_model("llama-gqa"), recipe="lorap", weights=weights)
+    commands = {command.split()[1] for command, _ in next_steps("dense", Path("out"), report)}
+    assert {"eval", "generate"} <= commands
+    assert ({"recover", "export"} <= commands) == (weights == "float")

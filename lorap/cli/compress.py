@@ -317,9 +317,14 @@ def next_steps(model: str, out: Path, report: CompressionReport) -> list[tuple[s
                 "open it in transformers, with compressed-tensors installed",
             ),
         ]
-    return [
+    steps = [
         (f"lorap eval {folder} --baseline {dense}", "how much worse it predicts"),
         (f'lorap generate {folder} --prompt "..."', "what it says"),
+    ]
+    if report.config.bits is not None:  # neither tuned nor exported
+        return steps
+    return [
+        *steps,
         (f"lorap recover {folder} TUNED", "tune it for some minutes: better, and no larger"),
         (
             f"lorap export {folder} DEST{' --format gguf' * gguf}",
