@@ -46,7 +46,7 @@ class Coding:
 INTEGERS = Coding("int", (4, 8), "mixed", 64)
 TRELLIS = Coding("tcq", (2, 3, 4), "tcq", 256, tile=64)
 CODINGS = (INTEGERS, TRELLIS)
-# By the name of each kind: its coding, and its bits, of mixed ones the fewest.
+# By the name of each kind: its coding, and its bits.
 KINDS: Mapping[str, tuple[Coding, int]] = MappingProxyType(
     {coding.kind(bits): (coding, bits) for coding in CODINGS for bits in coding.bits}
 )

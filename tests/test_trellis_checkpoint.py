@@ -75,6 +75,8 @@ def test_sizes_without_torch_are_those_of_the_packing() -> None:
         for bits in INTEGERS.bits:
             assert INTEGERS.packed_shape(rows, columns, bits) == (rows, packing.words(columns, bits))
     assert (TRELLIS.bits, TRELLIS.tile, INTEGERS.bits) == (trellis.BITS, trellis.TILE, packing.BITS)
+    assert (TRELLIS.bits, TRELLIS.tile, INTEGERS.bits) == ((2, 3, 4), 64, (4, 8))
+    assert (TRELLIS.packed_shape(65, 100, 3), INTEGERS.packed_shape(65, 100, 4)) == ((2, 600), (65, 13))
     assert (layer_of(TRELLIS), layer_of(INTEGERS)) == (TrellisLinear, QuantizedLinear)
     assert {kind: bits for kind, (_, bits) in KINDS.items()} == {"int4": 4, "int8": 8, "tcq2": 2, "tcq3": 3, "tcq4": 4}
 

@@ -16,7 +16,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from lorap.kernels import cost, trellis, trellis_linear
 from lorap.kernels.aot import ARCHITECTURES, SHARED_LIMIT
 from lorap.kernels.hardware import NUM_SMS
-from lorap.kernels.trellis_settings import parts, settings, steps_per_part
+from lorap.kernels.quantized_settings import parts, steps_per_part
+from lorap.kernels.trellis_settings import settings
 from lorap.nn import implementations
 
 VARIANTS = {variant.name: variant for variant in trellis_linear.shipped_configs()}

@@ -58,6 +58,19 @@ inline int64_t stride_of(const Tensor& tensor) {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
+// Words and scales that are where the kernels want them.
+inline QuantizedMatrix matrix_of(const Tensor& packed, const Tensor& scales, int64_t rows, int64_t cols,
+                                 int64_t group) {
+  return {static_cast<const uint32_t*>(packed.const_data_ptr()),
+          rows,
+          cols,
+          stride_of(packed),
+          scales.const_data_ptr(),
+          stride_of(scales),
+          float_kernel(dtype_of(scales)),
+          group};
+}
+
 inline QuantizedMatrix quantized_matrix(const char* name, Tensor& packed, Tensor& scales, int64_t cols, int64_t bits,
                                         int64_t group) {
   STD_TORCH_CHECK(group > 0 && group % 32 == 0, "lorap_cpu: ", name, " has groups of ", group,
@@ -69,14 +82,7 @@ inline QuantizedMatrix quantized_matrix(const char* name, Tensor& packed, Tensor
   bring_rows("scales", name, scales, rows, divide_up(cols, group));
   constexpr int64_t kLargestBlock = 128;
   if (group > cols) group = (cols / kLargestBlock + 1) * kLargestBlock;  // all the same, and sums of it fit
-  return {static_cast<const uint32_t*>(packed.const_data_ptr()),
-          rows,
-          cols,
-          stride_of(packed),
-          scales.const_data_ptr(),
-          stride_of(scales),
-          float_kernel(dtype_of(scales)),
-          group};
+  return matrix_of(packed, scales, rows, cols, group);
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 // outputs written. trellis_ops.cpp brings tensors here; the tests bring arrays.
 #pragma once
 
-#include "decode.h"
+#include "quantized.h"
 
 namespace lorap::cpu {
 
@@ -54,15 +54,8 @@ const TrellisKernel* scalar_trellis_kernel(int bits);
 const TrellisKernel* avx2_trellis_kernel(int bits);
 const TrellisKernel* avx512_trellis_kernel(int bits);
 
-// Words of tiles, and a scale for each `group` columns of a row; scales are read by the kernel of their dtype.
-struct TrellisMatrix {
-  const uint32_t* words;
-  int64_t rows, cols, word_stride;
-  const void* scales;
-  int64_t scale_stride;
-  const RowKernel* scale_kernel;
-  int64_t group;
-};
+// The same with words, and a stride between them, of tiles in place of rows.
+using TrellisMatrix = QuantizedMatrix;
 
 // As in decode.h: x is (tokens, K) and y (tokens, N) in the dtype of the machine's kernel, without gaps.
 void trellis_linear(Machine machine, const TrellisKernel& kernel, const void* x, int64_t tokens,

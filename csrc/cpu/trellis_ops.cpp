@@ -55,14 +55,7 @@ TrellisMatrix trellis_matrix(Tensor& packed, Tensor& scales, int64_t cols, int64
   const int64_t rows = scales.size(0);
   bring_rows("words", "packed", packed, divide_up(rows, lorap::cpu::kTrellisRows), times(cols, 2 * bits));
   bring_rows("scales", "packed", scales, rows, divide_up(cols, group));
-  return {static_cast<const uint32_t*>(packed.const_data_ptr()),
-          rows,
-          cols,
-          stride_of(packed),
-          scales.const_data_ptr(),
-          stride_of(scales),
-          float_kernel(dtype_of(scales)),
-          std::min(group, std::max<int64_t>(cols, 1))};
+  return matrix_of(packed, scales, rows, cols, std::min(group, std::max<int64_t>(cols, 1)));
 }
 
 Tensor trellis_linear(Tensor x, Tensor packed, Tensor scales, OptionalTensor bias, int64_t bits, int64_t group) {

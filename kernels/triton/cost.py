@@ -24,7 +24,6 @@ from .hardware import (
 )
 from .low_rank_settings import plan_seconds
 from .quantized_settings import parts, settings
-from .trellis_settings import parts as trellis_parts
 from .trellis_settings import settings as trellis_settings
 
 CUBLAS_RAMP = 0.7e-6
@@ -149,7 +148,7 @@ def torch_quantized_seconds(m: int, k: int, n: int, bits: int) -> float:
 def trellis_seconds(m: int, k: int, n: int, bits: int, group: int) -> float:
     """Seconds of one product with a weight (n, k) on a trellis, up to ``FUSED_TOKENS`` tokens; as ``quantized_seconds``."""
     chosen = trellis_settings(m, k, n, group)
-    count, blocks_m = trellis_parts(k, chosen), -(-m // chosen["BLOCK_M"])
+    count, blocks_m = parts(k, chosen), -(-m // chosen["BLOCK_M"])
     programs, step = count * -(-n // 64) * blocks_m, 8 * bits * chosen["BLOCK_K"]
     read = read_seconds(blocks_m * n * (k * bits / 8 + 2 * -(-k // group)), programs, step, per_sm=5)
     decode = n * k * blocks_m * DECODING[bits][chosen["BLOCK_M"]] / FMA_RATE

@@ -46,5 +46,9 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
 
 def dequantize(packed: Tensor, scales: Tensor, bits: int, group: int, columns: int, dtype: torch.dtype) -> Tensor:
     """The weight (N, columns) that packed numbers and scales (N, ceil(columns / group)) stand for, in ``dtype``."""
-    by_column = scales.to(dtype).repeat_interleave(min(group, columns), dim=1)[:, :columns]
-    return unpack(packed, bits, columns).to(dtype) * by_column
+    return unpack(packed, bits, columns).to(dtype) * by_column(scales.to(dtype), group, columns)
+
+
+def by_column(scales: Tensor, group: int, columns: int) -> Tensor:
+    """(N, columns): of each number of a row the scale of its group."""
+    return scales.repeat_interleave(min(group, columns), dim=1)[:, :columns]

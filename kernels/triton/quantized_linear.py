@@ -34,7 +34,7 @@ ELEMENTS = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
 
 
 class Weight(NamedTuple):
-    """A weight as :mod:`lorap.kernels.packing` has it; the scales have the dtype of x."""
+    """A weight as :mod:`lorap.kernels.packing` or :mod:`lorap.kernels.trellis` has it; the scales have the dtype of x."""
 
     packed: Tensor
     scales: Tensor
@@ -65,9 +65,14 @@ def linear_launches(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -
     if count == 1:
         return [product_launch(x[None], weight, y[None], chosen, bias=bias)]
     partial = torch.empty(count, m, n, dtype=torch.float32, device=x.device)
+    return [product_launch(x[None], weight, partial, chosen), sum_launch(partial, bias, y)]
+
+
+def sum_launch(partial: Tensor, bias: Tensor | None, y: Tensor) -> Launch:
+    """What adds up ``partial`` (parts, M, N) and a bias in y (M, N)."""
+    count, m, n = partial.shape
     options = {"SPLIT_K": count, "BLOCK": BLOCK_SUM, "num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
-    last = Launch(sum_partials_kernel, (m, triton.cdiv(n, BLOCK_SUM)), (partial, bias, y, m, n), options)
-    return [product_launch(x[None], weight, partial, chosen), last]
+    return Launch(sum_partials_kernel, (m, triton.cdiv(n, BLOCK_SUM)), (partial, bias, y, m, n), options)
 
 
 def product_launch(

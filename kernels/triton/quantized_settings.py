@@ -29,7 +29,7 @@ def settings(m: int, k: int, n: int, bits: int, group: int, *, weights: int = 1)
 
 @lru_cache(4096)
 def _settings(m: int, k: int, n: int, bits: int, group: int, weights: int) -> Settings:
-    group = min(group, max(128, power_of_2(k)))  # all larger ones are one scale a row
+    group = clipped(group, k)
     if m == 1:
         found = _row_settings(k, bits, weights)
     else:
@@ -55,12 +55,20 @@ def block_m(m: int) -> int:
     return 1 if m == 1 else min(MAX_BLOCK_M, max(16, power_of_2(m)))
 
 
+def clipped(group: int, k: int) -> int:
+    """The group, or one that is no smaller than k: all such are one scale a row."""
+    return min(group, max(128, power_of_2(k)))
+
+
 def steps_per_part(k: int, chosen: Settings) -> int:
     """Turns of the loop over K in each of its parts."""
-    steps = cdiv(k, chosen["BLOCK_K"] * chosen["TILES"])
-    return max(1, cdiv(steps, chosen["SPLIT_K"]))
+    return max(1, cdiv(_steps(k, chosen), chosen["SPLIT_K"]))
 
 
 def parts(k: int, chosen: Settings) -> int:
     """Into how many parts K is really split."""
-    return max(1, cdiv(cdiv(k, chosen["BLOCK_K"] * chosen["TILES"]), steps_per_part(k, chosen)))
+    return max(1, cdiv(_steps(k, chosen), steps_per_part(k, chosen)))
+
+
+def _steps(k: int, chosen: Settings) -> int:
+    return cdiv(k, chosen["BLOCK_K"] * chosen.get("TILES", 1))

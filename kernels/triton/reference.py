@@ -15,9 +15,7 @@ from torch import Tensor
 
 from lorap.kernels import trellis
 from lorap.kernels.packing import dequantize
-from lorap.kernels.trellis_search import search as trellis_search
-
-__all__ = ["trellis_search"]
+from lorap.kernels.trellis_search import search
 
 # float32 sums run over at most this many tokens before they are added up in float64: over 2^21 tokens one float32
 # accumulator is off by 7e-4, this way by 2e-6.
@@ -219,6 +217,9 @@ def trellis_linear(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | Non
         (..., N).
     """
     return linear(x, trellis.dequantize(packed, scales, bits, group, x.dtype), bias)
+
+
+trellis_search = search
 
 
 def channel_sq_norm(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

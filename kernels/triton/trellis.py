@@ -17,6 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .packing import by_column
+
 BITS = (2, 3, 4)
 # Rows of a tile. With 32 the squared error of Gaussian numbers is 7 % larger, since a ring is closed twice as often.
 TILE = 64
@@ -77,5 +79,4 @@ def unpack(packed: Tensor, bits: int, rows: int) -> Tensor:
 def dequantize(packed: Tensor, scales: Tensor, bits: int, group: int, dtype: torch.dtype) -> Tensor:
     """The weight (N, K) that codes and scales (N, ceil(K / group)) stand for, in ``dtype``."""
     found = numbers(packed.device)[unpack(packed, bits, len(scales)).long()].to(dtype)
-    by_column = scales.to(dtype).repeat_interleave(min(group, found.shape[1]), dim=1)[:, : found.shape[1]]
-    return found * by_column
+    return found * by_column(scales.to(dtype), group, found.shape[1])

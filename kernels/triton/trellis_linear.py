@@ -12,7 +12,6 @@ Compiled for sm_80, 90 and 100 and interpreted, never run on a GPU: settings are
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,20 +21,12 @@ from torch import Tensor
 from . import trellis
 from .aot import Variant
 from .cost import FUSED_TOKENS
-from .linear import BLOCK_SUM, INTERPRETED, TYPES, sum_partials_kernel
+from .linear import INTERPRETED, TYPES
 from .low_rank_linear import Launch, run
-from .quantized_linear import DTYPES, as_rows, check_vector, unique
+from .quantized_linear import DTYPES, Weight, as_rows, check_vector, sum_launch, unique
+from .quantized_settings import clipped, parts, steps_per_part
 from .trellis_kernels import dequantize_trellis_kernel, trellis_linear_kernel
-from .trellis_settings import block_k, clipped, parts, settings, steps_per_part
-
-
-class Weight(NamedTuple):
-    """A weight as :mod:`lorap.kernels.trellis` has it; the scales have the dtype of x."""
-
-    packed: Tensor
-    scales: Tensor
-    bits: int
-    group: int
+from .trellis_settings import block_k, settings
 
 
 def trellis_linear(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, bits: int, group: int) -> Tensor:
@@ -61,9 +52,7 @@ def linear_launches(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -
     if count == 1:
         return [_product_launch(x, weight, y[None], bias, chosen)]
     partial = torch.empty(count, m, n, dtype=torch.float32, device=x.device)
-    options = {"SPLIT_K": count, "BLOCK": BLOCK_SUM, "num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
-    last = Launch(sum_partials_kernel, (m, triton.cdiv(n, BLOCK_SUM)), (partial, bias, y, m, n), options)
-    return [_product_launch(x, weight, partial, None, chosen), last]
+    return [_product_launch(x, weight, partial, None, chosen), sum_launch(partial, bias, y)]
 
 
 def _product_launch(x: Tensor, weight: Weight, y: Tensor, bias: Tensor | None, chosen: dict[str, int]) -> Launch:

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from .hardware import NUM_SMS
 from .low_rank_settings import Settings, cdiv, power_of_2
-from .quantized_settings import MAX_BLOCK_M
+from .quantized_settings import MAX_BLOCK_M, clipped
 from .trellis import TILE
 
 COLUMNS = 128  # of one step: 64 weights for each of 128 threads
@@ -38,18 +38,3 @@ def _settings(m: int, k: int, n: int, group: int) -> Settings:
 def block_k(group: int) -> int:
     """Columns of one step, which have one scale for a row: a power of two that divides the group."""
     return min(COLUMNS, group & -group)
-
-
-def clipped(group: int, k: int) -> int:
-    """The group, or one that is no smaller than k: all such are one scale a row."""
-    return min(group, max(COLUMNS, power_of_2(k)))
-
-
-def steps_per_part(k: int, chosen: Settings) -> int:
-    """Turns of the loop over K in each of its parts."""
-    return max(1, cdiv(cdiv(k, chosen["BLOCK_K"]), chosen["SPLIT_K"]))
-
-
-def parts(k: int, chosen: Settings) -> int:
-    """Into how many parts K is really split."""
-    return max(1, cdiv(cdiv(k, chosen["BLOCK_K"]), steps_per_part(k, chosen)))

@@ -228,4 +228,4 @@ def _rotation(size: int, like: Tensor) -> Tensor:
 
 def by_column(scales: Tensor, group: int, columns: int) -> Tensor:
     """(N, columns): of each number the scale of its group."""
-    return scales.repeat_interleave(group, dim=1)[:, :columns]
+    return scales.repeat_interleave(min(group, columns), dim=1)[:, :columns]

@@ -292,9 +292,8 @@ def empty_model(config: Any, dtype: torch.dtype | None = None) -> Any:
     As with ``from_pretrained`` what its class wants in float32 has that dtype.
     """
     if dtype is not None:
-        config = copy.deepcopy(
-            config
-        )  # transformers writes the dtype into it, and who opens the folder next would get that one
+        # transformers writes the dtype into it, and who opens the folder next would get that one.
+        config = copy.deepcopy(config)
     with torch.device("meta"):
         model = model_class(config).from_config(config, trust_remote_code=False, **({"dtype": dtype} if dtype else {}))
     state = model.state_dict(keep_vars=True)

@@ -110,18 +110,34 @@ def _check_quantized(
 ) -> int:
     """One weight of ``columns`` columns; returns its rows."""
     _require(bits in packing.BITS, f"{name} has numbers of {bits} bits; it must be 4 or 8")
+    rows = packed.shape[0] if packed.dim() else 0
+    _check_stored(
+        name,
+        packed,
+        scales,
+        (rows, packing.words(columns, bits)),
+        rows,
+        columns,
+        group,
+        f"{columns} columns of {bits} bits",
+    )
+    _check_bias(bias, rows)
+    return rows
+
+
+def _check_stored(
+    name: str, packed: Tensor, scales: Tensor, shape: tuple[int, int], rows: int, columns: int, group: int, what: str
+) -> None:
+    """The words of a weight, which have ``shape``, and its scales; both follow from ``what`` there is, and the groups."""
     _require(group > 0 and group % 32 == 0, f"{name} has groups of {group} numbers; it must be a multiple of 32")
     _require(packed.dtype == torch.int32, f"{name} is {packed.dtype}, not int32")
     _require(scales.is_floating_point(), f"the scales of {name} are {scales.dtype}, not floating point")
-    rows = packed.shape[0] if packed.dim() else 0
-    wanted = (rows, packing.words(columns, bits)), (rows, -(-columns // group))
-    for what, tensor, shape in ((name, packed, wanted[0]), (f"the scales of {name}", scales, wanted[1])):
+    wanted = (name, packed, shape), (f"the scales of {name}", scales, (rows, -(-columns // group)))
+    for which, tensor, made in wanted:
         _require(
-            tuple(tensor.shape) == shape,
-            f"{what}: shape {tuple(tensor.shape)}, but {columns} columns of {bits} bits in groups of {group} make {shape}",
+            tuple(tensor.shape) == made,
+            f"{which}: shape {tuple(tensor.shape)}, but {what} in groups of {group} make {made}",
         )
-    _check_bias(bias, rows)
-    return rows
 
 
 def quantized_low_rank_linear(
@@ -160,17 +176,9 @@ def trellis_linear(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | Non
     """Arguments of :func:`lorap.nn.ops.trellis_linear`; returns N."""
     _require(x.dim() >= 1, "x is a scalar; its last axis must hold the features")
     _require(bits in trellis.BITS, f"packed has weights of {bits} bits; it must be 2, 3 or 4")
-    _require(group > 0 and group % 32 == 0, f"packed has groups of {group} weights; it must be a multiple of 32")
-    _require(packed.dtype == torch.int32, f"packed is {packed.dtype}, not int32")
-    _require(scales.is_floating_point(), f"the scales of packed are {scales.dtype}, not floating point")
     rows, columns = scales.shape[0] if scales.dim() else 0, x.shape[-1]
-    wanted = trellis.packed_shape(rows, columns, bits), (rows, -(-columns // group))
-    for what, tensor, shape in (("packed", packed, wanted[0]), ("the scales of packed", scales, wanted[1])):
-        _require(
-            tuple(tensor.shape) == shape,
-            f"{what}: shape {tuple(tensor.shape)}, but {rows} rows and {columns} columns of {bits} bits in groups of "
-            f"{group} make {shape}",
-        )
+    what = f"{rows} rows and {columns} columns of {bits} bits"
+    _check_stored("packed", packed, scales, trellis.packed_shape(rows, columns, bits), rows, columns, group, what)
     _check_bias(bias, rows)
     return rows
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorap.kernels import cost, trellis, trellis_settings
+from lorap.kernels import cost, quantized_settings, trellis, trellis_settings
 from lorap.kernels import trellis_linear as module
 from lorap.kernels.trellis_linear import trellis_linear as linear
 
@@ -68,7 +68,7 @@ def test_programs_that_share_k(m, bits, monkeypatch):
     torch.manual_seed(0)
     found = module.settings(m, 1000, 20, 256) | {"SPLIT_K": 3}
     monkeypatch.setattr(module, "settings", lambda *_: found)
-    assert trellis_settings.parts(1000, found) == 3
+    assert quantized_settings.parts(1000, found) == 3
     x, bias = torch.randn(m, 1000), torch.randn(20)
     packed, scales, exact = on_trellis(20, 1000, bits, 256, torch.float32)
     size = x.double().abs() @ exact.abs().T
