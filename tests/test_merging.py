@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import FAMILIES
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, CompileConfig, GPT2Config, GPT2LMHeadModel
 
 import lorap
 from lorap import ArchitectureError, LowRankLinear, merge_shared_inputs, optimize_for_inference
@@ -559,6 +559,31 @@ def test_warming_up_never_stops_a_model(build: Any, monkeypatch: pytest.MonkeyPa
         lorap.warm_up(model, tokens=2)
     with pytest.raises(lorap.ConfigError, match="cannot warm up for 0 tokens"):
         lorap.warm_up(model, tokens=[1, 0])
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("weights", ["float", "int4", "tcq3"])
+def test_compile_lets_generate_capture_its_steps(weights: str, build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a static cache a step compiles into one graph, which is what a GPU captures; on a CPU nothing changes."""
+    model = build("llama-gqa", "dense" if weights != "float" else "compressed")
+    if weights != "float":
+        lorap.quantize(model, weights)
+    options = {"max_new_tokens": 7, "min_new_tokens": 7, "do_sample": False, "pad_token_id": 0}
+    prompts = torch.tensor([[5, 9, 2], [11, 3, 8]])
+    expected = model.generate(prompts, **options)
+
+    optimize_for_inference(model, compile=True)
+    assert model.generation_config.cache_implementation is None
+
+    monkeypatch.setattr(warming, "_compiles_on", lambda device: True)
+    optimize_for_inference(model, compile=True)
+    config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    config._compile_all_devices = True
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert torch.equal(model.generate(prompts, compile_config=config, **options), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    torch._dynamo.reset()
 
 
 def test_optimizing_warms_up(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:

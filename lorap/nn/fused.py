@@ -23,7 +23,7 @@ from lorap.nn.dtypes import float32_names
 from lorap.nn.linear import Linear, LowRankLinear, has_plain_factors, is_autocast, is_plain, is_untouched
 from lorap.nn.padding import pad_ranks
 from lorap.nn.quantized import QuantizedLinear
-from lorap.nn.warming import warm_up
+from lorap.nn.warming import capture_steps, warm_up
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -186,7 +186,7 @@ def merge_shared_inputs(model: Model) -> Model:
     return model
 
 
-def optimize_for_inference(model: Model, *, dtype: torch.dtype | None = None) -> Model:
+def optimize_for_inference(model: Model, *, dtype: torch.dtype | None = None, compile: bool = False) -> Model:
     """:func:`merge_shared_inputs`, and every other dense projection and the output head through ``torch.ops.lorap.linear``.
 
     For generation, most of all on a CPU, where torch reaches half of the memory's bandwidth or less. Dense and compressed
@@ -197,6 +197,9 @@ def optimize_for_inference(model: Model, *, dtype: torch.dtype | None = None) ->
         model: in transformers.
         dtype: cast the weights first: float32, bfloat16 or float16; None leaves them. What the model computes in float32
             whatever its weights are, such as rotary frequencies, stays as ``from_pretrained(dtype=...)`` would leave it.
+        compile: on a GPU, give the model a static cache, with which transformers' ``generate`` compiles a step and captures it
+            in a CUDA graph (torch.compile, ``reduce-overhead``); kept in ``model.generation_config`` as if set there by hand.
+            On a CPU nothing is compiled: the step in one C++ call is faster than a compiled one.
 
     Raises:
         ArchitectureError: as merge_shared_inputs.
@@ -214,6 +217,8 @@ def optimize_for_inference(model: Model, *, dtype: torch.dtype | None = None) ->
         _swap_linear(model, "lm_head")
     pad_ranks(model)
     warm_up(model)
+    if compile:
+        capture_steps(model)
     return model
 
 

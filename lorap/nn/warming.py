@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lorap.errors import ConfigError
 from lorap.nn import graphs
@@ -41,6 +42,12 @@ def warm_up(model: nn.Module, *, tokens: int | Sequence[int] = 1) -> None:
             if key not in inputs:  # merged projections know each other by their input
                 inputs[key] = weight.new_zeros(number, layer.in_features)
             warm(getattr(layer, "gated", layer.forward), inputs[key])
+
+
+def capture_steps(model: PreTrainedModel) -> None:
+    """Let ``model.generate`` capture its steps in a CUDA graph, which transformers does with a static cache on a GPU."""
+    if _compiles_on(model.device):
+        model.generation_config.cache_implementation = "static"
 
 
 def warm(run: Callable[[Tensor], Any], x: Tensor) -> None:
