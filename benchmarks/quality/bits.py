@@ -6,7 +6,7 @@
 
 A cell is a JSON file in benchmarks/results/quality/bits; what is there is not made again. SmolLM2-135M comes as 4-bit numbers in
 groups of 32, so groups are of 64 here, or 4 bits would cost the dense model nothing. Everything is calibrated on 16 windows of
-128 tokens of web pages; int8 is rounded to the nearest. A number of bits is that for each weight, mixed of int4 and int8 as a
+128 tokens of web pages; int8 and float8 are rounded to the nearest. A number of bits is that for each weight, mixed of int4 and int8 as a
 budget of `best` does it. Computed in float32 with scales as bfloat16 has them; bytes are those of
 a bfloat16 checkpoint.
 """
@@ -46,6 +46,8 @@ KINDS = {"": "plain factors, bfloat16", "-int8": "plain factors, int8", "-int4":
 CELLS = {
     "dense": "dense, bfloat16",
     "dense-int8": "dense, int8",
+    "dense-float8": "dense, float8 (e4m3), scales for groups",
+    "dense-float8-rows": "dense, float8 (e4m3), a scale a row",
     "dense-int4": "dense, int4",
     **{f"dense-{bits}": f"dense, int4 and int8, {bits} bits" for bits in ("4.5", "5", "6")},
     "dense-int4-nearest": "dense, int4, rounded to the nearest",
@@ -70,12 +72,12 @@ class Watched(Run):
         super()._round_layers(*args)
 
 
-def decoder_bytes(model: Any, bits: int | None = None) -> int:
-    """Of the decoder layers in a bfloat16 checkpoint; ``bits`` where weights only have the values of so few."""
+def decoder_bytes(model: Any, bits: int | None = None, group: int = GROUP) -> int:
+    """Of the decoder layers in a bfloat16 checkpoint; ``bits`` where weights only have the values of so few, in groups."""
     total = 0
     for name, tensor in model.model.layers.state_dict().items():
         if bits and tensor.dim() == 2:
-            total += tensor.numel() * bits // 8 + 2 * len(tensor) * -(-tensor.shape[1] // GROUP)
+            total += tensor.numel() * bits // 8 + 2 * len(tensor) * -(-tensor.shape[1] // group)
         elif not name.endswith("_shape"):
             total += tensor.numel() * (2 if tensor.is_floating_point() else tensor.itemsize)
     return total
@@ -94,6 +96,18 @@ def by_gptq(model: Any, windows: TokenWindows, bits: int) -> None:
         stream.advance(index, layer)
 
 
+@torch.no_grad()
+def as_float8(model: Any, group: int) -> None:
+    """Every matrix with the values of float8 (e4m3), rounded to the nearest, the largest of a group of a row on the largest of them."""
+    kind = torch.float8_e4m3fn
+    for layer in model.model.layers:
+        for name, weight in layer.named_parameters():
+            if name.endswith("proj.weight"):
+                for part in weight.split(group, dim=1):
+                    scale = (part.abs().amax(1, keepdim=True) / torch.finfo(kind).max).bfloat16().float()
+                    part.copy_((part / scale).to(kind).float() * scale)
+
+
 def store_scales(model: Any) -> None:
     """Scales as a bfloat16 checkpoint holds them."""
     for module in model.modules():
@@ -107,9 +121,9 @@ def make(name: str, dense: Any, tokenizer: Any, out: Path, test_count: int) -> N
     ids = tokens_of("web", CALIBRATION, tokenizer)
     windows = TokenWindows(ids[: WINDOWS * SEQ_LEN].view(WINDOWS, SEQ_LEN), "web", "")
 
-    def keep(cell: str, model: Any, bits: int | None = None, **more: Any) -> None:
+    def keep(cell: str, model: Any, bits: int | None = None, group: int = GROUP, **more: Any) -> None:
         store_scales(model)
-        found = {"losses": losses(model, tests), "decoder_bytes": decoder_bytes(model, bits)}
+        found = {"losses": losses(model, tests), "decoder_bytes": decoder_bytes(model, bits, group)}
         write_json(out / f"{cell}.json", {"cell": cell, **found, **more, "code_sha256": code_sha256()})
         print(cell, [round(entry["nats"], 4) for entry in found["losses"]], flush=True)
 
@@ -118,6 +132,11 @@ def make(name: str, dense: Any, tokenizer: Any, out: Path, test_count: int) -> N
         model = copy.deepcopy(dense)
         if name == "dense-int3":
             by_gptq(model, windows, 3)
+        elif rest[:1] == ["float8"]:
+            group = model.config.intermediate_size if rest[1:] else GROUP  # a group as long as the longest row is a row
+            as_float8(model, group)
+            keep(name, model, 8, group)
+            return
         elif rest and rest[0][0].isdigit():
             keep(name, mixed(float(rest[0]), model, tokenizer, ids))
             return
