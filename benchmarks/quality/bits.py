@@ -6,9 +6,8 @@
 
 A cell is a JSON file in benchmarks/results/quality/bits; what is there is not made again. SmolLM2-135M comes as 4-bit numbers in
 groups of 32, so groups are of 64 here, or 4 bits would cost the dense model nothing. Everything is calibrated on 16 windows of
-128 tokens of web pages; int8 and float8 are rounded to the nearest. A number of bits is that for each weight, mixed of int4 and int8 as a
-budget of `best` does it. Computed in float32 with scales as bfloat16 has them; bytes are those of
-a bfloat16 checkpoint.
+128 tokens of web pages; int8 and float8 are rounded to the nearest. A number of bits is that for each weight, mixed of int4 and
+int8 as a budget of `best` does it. Computed in float32 with scales as bfloat16 has them; bytes are of a bfloat16 checkpoint.
 """
 
 from __future__ import annotations
@@ -98,7 +97,7 @@ def by_gptq(model: Any, windows: TokenWindows, bits: int) -> None:
 
 @torch.no_grad()
 def as_float8(model: Any, group: int) -> None:
-    """Every matrix with the values of float8 (e4m3), rounded to the nearest, the largest of a group of a row on the largest of them."""
+    """Every matrix with the nearest values of float8 (e4m3), the largest weight of each group on the largest of them."""
     kind = torch.float8_e4m3fn
     for layer in model.model.layers:
         for name, weight in layer.named_parameters():
