@@ -20,6 +20,8 @@ import lorap
 from lorap import LowRankLinear
 from lorap.architectures import ATTENTION, MLP
 from lorap.nn import decoder_layer, native
+from lorap.nn.trellis import layer_of
+from lorap.weights import INTEGERS, TRELLIS, Coding
 
 pytestmark = pytest.mark.skipif(not native.HAS_CPU, reason="lorap/_native.so is not built")
 STEPS, LAYERS = 14, 2
@@ -118,12 +120,38 @@ def low_rank(model: Any, roles: tuple[str, ...], *, pivoted: bool = False) -> An
     return model
 
 
+def in_few_bits(layer: Any, role: str, coding: Coding, bits: int) -> None:
+    """Random numbers, or codes, in groups of 32 in the place of a projection, or of both factors of a pair."""
+    path = ("self_attn." if role in ATTENTION else "mlp.") + role
+    projection = layer.get_submodule(path)
+    pair = isinstance(projection, LowRankLinear)
+    for name in (f"{path}.left", f"{path}.right") if pair else (path,):
+        old = layer.get_submodule(name)
+        new = layer_of(coding).empty_like(old, bits=bits, group_size=32)
+        new.weight_packed.random_(-(2**31), 2**31)
+        torch.nn.init.uniform_(new.weight_scale, 0.1, 0.3).div_(2 ** (bits - 2) if coding is INTEGERS else 1)
+        layer.set_submodule(name, new)
+
+
+def mixed(model: Any) -> Any:
+    """Codes of several bits beside whole numbers and 16 bits, in pairs and dense, in another order in each layer."""
+    low_rank(model, ("k_proj", "o_proj", "gate_proj", "up_proj"))
+    kinds = [(TRELLIS, 3), (INTEGERS, 4), (TRELLIS, 2), None, (TRELLIS, 4), (TRELLIS, 3), (INTEGERS, 8)]
+    for index, layer in enumerate(model.model.layers):
+        for place, role in enumerate((*ATTENTION, *MLP)):
+            if kind := kinds[(place + 4 * index) % len(kinds)]:
+                in_few_bits(layer, role, *kind)
+    return model
+
+
 FORMS = {
     "factors": lambda model: low_rank(model, (*ATTENTION, *MLP)),
     "pivoted": lambda model: low_rank(model, (*ATTENTION, "up_proj"), pivoted=True),
     "some": lambda model: low_rank(low_rank(model, ("k_proj",), pivoted=True), ("q_proj", "down_proj")),
     "int8": lambda model: lorap.quantize(low_rank(model, ("q_proj", "v_proj", "o_proj")), "int8", group_size=32),
     "int4": lambda model: lorap.quantize(low_rank(model, (*ATTENTION, "gate_proj")), "int4", group_size=32),
+    "tcq3": lambda model: lorap.quantize(low_rank(model, ("q_proj", "o_proj", "up_proj")), "tcq3", group_size=32),
+    "mixed": mixed,
 }
 
 
@@ -147,6 +175,23 @@ def test_every_form_of_a_projection(form: str, dtype: torch.dtype, ran: list[int
                 error = (found.logits - expected.logits).float().norm() / expected.logits.float().norm()
                 assert error <= (1e-5 if dtype == torch.float32 else 0.03 if dtype == torch.bfloat16 else 4e-3)
     assert len(ran) == 4 * LAYERS
+
+
+@pytest.mark.parametrize(
+    ("dtype", "steps", "tolerance"), [(torch.float32, 5, 1e-5), (torch.bfloat16, 1, 0.03)], ids=str
+)
+def test_tokens_with_codes_are_those_of_the_layers_by_themselves(
+    dtype: torch.dtype, steps: int, tolerance: float, ran: list[int]
+) -> None:
+    """Of sixteen sequences at once; in 16 bits tokens would part at some time, for rounding."""
+    ours = lorap.optimize_for_inference(mixed(make("qwen2", dtype)))
+    plain = copy.deepcopy(ours)
+    for layer in plain.model.layers:
+        layer.__class__ = type(layer).layer_class
+    prompts = torch.arange(16 * 5).view(16, 5) * 11 % 61
+    length = {"max_new_tokens": steps + 1, "min_new_tokens": steps + 1}
+    assert_same(continued(ours, prompts, **length), continued(plain, prompts, **length), tolerance)
+    assert len(ran) == steps * LAYERS
 
 
 def test_other_ways_to_generate(ran: list[int]) -> None:

@@ -87,7 +87,30 @@ void add(const RowKernel& kernel, const void* x, int64_t count, void* y) {
   kernel.store(values.get() + count, count, y);
 }
 
+// Projections with codes, of all tokens into rows of `width`. What a right factor makes is rounded, as where the
+// factors are called one after the other.
+void project_codes(Machine machine, const Projection* parts, int64_t count, const void* x, int64_t tokens, void* y,
+                   int64_t width) {
+  const int64_t element = machine.kernel->element_bytes;
+  std::vector<TrellisProduct> first, second;
+  std::vector<Bytes> shrunk;
+  for (int64_t i = 0, at_output = 0; i < count; at_output += parts[i++].out_features()) {
+    const TrellisLayer& codes = parts[i].codes;
+    char* own = at(y, at_output, element);
+    if (parts[i].form == Projection::Form::kTrellis) {
+      first.push_back({codes.kernel, codes.left, parts[i].bias, x, own, width});
+      continue;
+    }
+    shrunk.push_back(scratch<char>(tokens * codes.right.rows * element));
+    first.push_back({codes.kernel, codes.right, nullptr, x, shrunk.back().get(), codes.right.rows});
+    second.push_back({codes.kernel, codes.left, parts[i].bias, shrunk.back().get(), own, width});
+  }
+  trellis_products(machine, tokens, first.data(), first.size());
+  if (!second.empty()) trellis_products(machine, tokens, second.data(), second.size());
+}
+
 void project(Machine machine, const Projection& how, const void* x, int64_t tokens, void* y) {
+  if (how.is_trellis()) return project_codes(machine, &how, 1, x, tokens, y, how.out_features());
   if (how.is_quantized()) return quantized_layers(how.machine, x, tokens, &how.numbers, 1, y);
   if (how.form == Projection::Form::kLowRank) return low_rank_linear(machine, x, tokens, &how.factors, 1, y);
   linear(machine, x, tokens, how.weight, how.bias, y);
@@ -95,12 +118,13 @@ void project(Machine machine, const Projection& how, const void* x, int64_t toke
 
 const QuantizedMatrix& reads_input(const QuantizedLayer& layer) { return layer.low_rank ? layer.right : layer.left; }
 
-// q, k and v of all tokens into rows of (q, k, v): in one group where they can share the packed x.
+// Projections of the same x, of all tokens into rows of all outputs: in one group where they can share the packed x.
 void project_together(Machine machine, const Projection* parts, int64_t count, const void* x, int64_t tokens, void* y,
                       int64_t width) {
-  bool floats = true, numbers = true;
+  bool floats = true, numbers = true, codes = true;
   for (int64_t i = 0; i < count; ++i) {
-    floats = floats && !parts[i].is_quantized();
+    floats = floats && !parts[i].is_quantized() && !parts[i].is_trellis();
+    codes = codes && parts[i].is_trellis();
     numbers = numbers && parts[i].is_quantized() && parts[i].machine.kernel == parts[0].machine.kernel &&
               reads_input(parts[i].numbers).group == reads_input(parts[0].numbers).group;
   }
@@ -109,6 +133,7 @@ void project_together(Machine machine, const Projection* parts, int64_t count, c
     for (int64_t i = 0; i < count; ++i) group.push_back(parts[i].numbers);
     return quantized_layers(parts[0].machine, x, tokens, group.data(), count, y);
   }
+  if (codes) return project_codes(machine, parts, count, x, tokens, y, width);
   if (floats) {  // a dense layer is a pivoted one whose every row is a pivot
     std::vector<LowRankLayer> group;
     std::vector<std::vector<int64_t>> all_rows(count);
@@ -135,10 +160,10 @@ void project_together(Machine machine, const Projection* parts, int64_t count, c
   }
 }
 
-// silu(gate(x)) * up(x), (tokens, width).
-void project_gated(Machine machine, const Projection& gate, const Projection& up, const void* x, int64_t tokens,
-                   void* y) {
+// silu(gate(x)) * up(x), (tokens, width), of gate and up.
+void project_gated(Machine machine, const Projection* pair, const void* x, int64_t tokens, void* y) {
   using Form = Projection::Form;
+  const Projection &gate = pair[0], &up = pair[1];
   const bool alike = gate.form == up.form;
   if (alike && gate.form == Form::kDense) {
     return silu_gated_linear(machine, x, tokens, gate.weight, up.weight, gate.bias, up.bias, y);
@@ -151,18 +176,19 @@ void project_gated(Machine machine, const Projection& gate, const Projection& up
     return quantized_silu_gated_linear(gate.machine, x, tokens, gate.numbers.left, up.numbers.left, y);
   }
   const RowKernel& kernel = *machine.kernel;
-  const int64_t count = tokens * gate.out_features();
-  const Bytes bytes = scratch<char>(count * kernel.element_bytes);
-  const Floats values = scratch<float>(2 * count);
-  float *left = values.get(), *right = left + count;
-  project(machine, gate, x, tokens, bytes.get());
-  kernel.load(bytes.get(), count, left);
-  project(machine, up, x, tokens, bytes.get());
-  kernel.load(bytes.get(), count, right);
-  for (int64_t i = 0; i < count; ++i) left[i] = silu(left[i]);
-  round(kernel, left, count, bytes.get());
-  for (int64_t i = 0; i < count; ++i) right[i] *= left[i];
-  kernel.store(right, count, y);
+  const int64_t width = gate.out_features(), element = kernel.element_bytes;
+  const Bytes rows = scratch<char>(2 * tokens * width * element);
+  const Floats values = scratch<float>(2 * width);
+  float *left = values.get(), *right = left + width;
+  project_together(machine, pair, 2, x, tokens, rows.get(), 2 * width);
+  for (int64_t m = 0; m < tokens; ++m) {
+    char* row = at(rows.get(), 2 * m * width, element);
+    kernel.load(row, 2 * width, left);
+    for (int64_t i = 0; i < width; ++i) left[i] = silu(left[i]);
+    round(kernel, left, width, row);
+    for (int64_t i = 0; i < width; ++i) right[i] *= left[i];
+    kernel.store(right, width, at(y, m * width, element));
+  }
 }
 
 // The heads of one token, one after the other: their norm, where there is one, and their rotation.
@@ -298,11 +324,13 @@ void attend_all(Machine machine, const DecoderLayer& layer, const KeyValues& cac
 }  // namespace
 
 int64_t Projection::out_features() const {
+  if (is_trellis()) return codes.left.rows;
   if (is_quantized()) return numbers.left.rows;
   return form == Form::kLowRank ? factors.out_features() : weight.rows;
 }
 
 int64_t Projection::in_features() const {
+  if (is_trellis()) return form == Form::kTrellis ? codes.left.cols : codes.right.cols;
   if (is_quantized()) return reads_input(numbers).cols;
   return form == Form::kLowRank ? factors.right.cols : weight.cols;
 }
@@ -325,7 +353,7 @@ void decoder_layer(Machine machine, const DecoderLayer& layer, const void* x, in
   add(kernel, x, all, y);
 
   normalize_rows(kernel, y, sequences, layer.hidden, layer.post_norm, layer.epsilon, normed.get());
-  project_gated(machine, layer.projections[kGate], layer.projections[kUp], normed.get(), sequences, mixed.get());
+  project_gated(machine, layer.projections + kGate, normed.get(), sequences, mixed.get());
   project(machine, layer.projections[kDown], mixed.get(), sequences, update.get());
   add(kernel, update.get(), all, y);
 }

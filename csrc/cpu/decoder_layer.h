@@ -10,19 +10,28 @@
 
 #include "decode.h"
 #include "quantized.h"
+#include "trellis.h"
 
 namespace lorap::cpu {
 
-// A projection in one of four forms. `bias` and, of `factors`, what LowRankLayer lets be null, may be null.
+// Codes on a trellis: of a dense layer `left` alone.
+struct TrellisLayer {
+  const TrellisKernel* kernel;
+  TrellisMatrix right, left;
+};
+
+// A projection in one of six forms. `bias` and, of `factors`, what LowRankLayer lets be null, may be null.
 struct Projection {
-  enum class Form { kDense = 0, kLowRank = 1, kQuantized = 2, kQuantizedLowRank = 3 } form;
+  enum class Form { kDense, kLowRank, kQuantized, kQuantizedLowRank, kTrellis, kTrellisLowRank } form;
   Matrix weight;           // kDense
   LowRankLayer factors;    // kLowRank
-  QuantizedLayer numbers;  // the others
+  QuantizedLayer numbers;  // kQuantized, kQuantizedLowRank
   QuantizedMachine machine;
+  TrellisLayer codes;  // kTrellis, kTrellisLowRank
   const void* bias;
 
-  bool is_quantized() const { return form >= Form::kQuantized; }
+  bool is_quantized() const { return form == Form::kQuantized || form == Form::kQuantizedLowRank; }
+  bool is_trellis() const { return form == Form::kTrellis || form == Form::kTrellisLowRank; }
   int64_t out_features() const;
   int64_t in_features() const;
 };

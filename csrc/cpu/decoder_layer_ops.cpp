@@ -5,12 +5,13 @@
 //
 //   0  weight, bias                                                  forms: 0
 //   1  right, left, bias, pivot_rows                                        1
-//   2  packed, scales, bias                                                 2 + 4 * bits + 64 * group
-//   3  left_packed, left_scales, right_packed, right_scales, bias           3 + 4 * bits + 64 * group
+//   2  packed, scales, bias                                                 2 + 8 * bits + 128 * group
+//   3  left_packed, left_scales, right_packed, right_scales, bias           3 + 8 * bits + 128 * group
+//   4, 5  as 2 and 3, with codes on a trellis                               4 or 5, likewise
 //
 // A bias or pivot_rows without elements is none.
 #include "decoder_layer.h"
-#include "quantized_tensors.h"
+#include "trellis_tensors.h"
 
 namespace {
 
@@ -40,9 +41,9 @@ class Weights {
   }
 
   Projection projection(const char* name, int64_t form, int64_t in_features) {
-    const int64_t kind = form % 4, bits = form / 4 % 16, group = form / 64;
-    STD_TORCH_CHECK(form >= 0, "lorap_cpu: ", name, " has form ", form);
-    Projection result{static_cast<Projection::Form>(kind), {}, {}, {}, {}, nullptr};
+    const int64_t kind = form % 8, bits = form / 8 % 16, group = form / 128;
+    STD_TORCH_CHECK(form >= 0 && kind <= 5, "lorap_cpu: ", name, " has form ", form);
+    Projection result{static_cast<Projection::Form>(kind), {}, {}, {}, {}, {}, nullptr};
     if (kind == 0) {
       result.weight = matrix(name, next(), x_, in_features);
       result.bias = vector("bias", result.weight.rows);
@@ -55,8 +56,21 @@ class Weights {
       result.bias = result.factors.bias;
       if (some_bias) bias = *some_bias;
       if (pivots) rows = *pivots;
+    } else if (kind <= 3) {
+      result.machine = machine(x_, bits);
+      result.numbers.low_rank = kind == 3;
+      const auto read = [&](Tensor& packed, Tensor& scales, int64_t cols) {
+        return quantized_matrix(name, packed, scales, cols, bits, group);
+      };
+      read_stored(kind == 3, in_features, result.numbers.right, result.numbers.left, read);
+      result.bias = result.numbers.bias = vector("bias", result.numbers.left.rows);
     } else {
-      read_quantized(name, kind == 3, in_features, bits, group, result);
+      result.codes.kernel = &trellis_kernel(bits);
+      const auto read = [&](Tensor& packed, Tensor& scales, int64_t cols) {
+        return trellis_matrix(name, packed, scales, cols, bits, group);
+      };
+      read_stored(kind == 5, in_features, result.codes.right, result.codes.left, read);
+      result.bias = vector("bias", result.codes.left.rows);
     }
     return result;
   }
@@ -66,18 +80,17 @@ class Weights {
   }
 
  private:
-  void read_quantized(const char* name, bool low_rank, int64_t in_features, int64_t bits, int64_t group,
-                      Projection& result) {
-    result.machine = machine(x_, bits);
-    result.numbers.low_rank = low_rank;
-    Tensor &left = next(), &left_scales = next();
+  // Weights in few bits, of which `read` makes a matrix.
+  template <class Read>
+  void read_stored(bool low_rank, int64_t in_features, QuantizedMatrix& right, QuantizedMatrix& left,
+                   const Read& read) {
+    Tensor &left_packed = next(), &left_scales = next();
     if (low_rank) {
-      Tensor &right = next(), &right_scales = next();
-      result.numbers.right = quantized_matrix(name, right, right_scales, in_features, bits, group);
-      in_features = result.numbers.right.rows;
+      Tensor &right_packed = next(), &right_scales = next();
+      right = read(right_packed, right_scales, in_features);
+      in_features = right.rows;
     }
-    result.numbers.left = quantized_matrix(name, left, left_scales, in_features, bits, group);
-    result.bias = result.numbers.bias = vector("bias", result.numbers.left.rows);
+    left = read(left_packed, left_scales, in_features);
   }
 
   std::vector<Tensor>& tensors_;

@@ -111,22 +111,67 @@ void search(const TrellisKernel& kernel, int64_t rows, int64_t cols) {
   }
 }
 
-void linear(const TrellisKernel& kernel, Dtype dtype, int64_t tokens, int64_t k, int64_t n, int64_t group) {
-  const Format& format = format_of(dtype);
-  Weight x(format, tokens, k);
-  OnTrellis weight(random_below(2) ? Dtype::kFloat32 : dtype, kernel.isa, kernel.bits, group, n, k);
-  Bias bias = some_bias(format, n);
-  Array y(format, tokens * n);
-  trellis_linear({find_kernel(dtype, kernel.isa), parallel_for, 3}, kernel, x.array.data(), tokens, weight.matrix(),
-                 data_of(bias), y.data());
-  const Table expected = product(x.table, weight.table, bias);
-  for (int64_t i = 0; i < tokens * n; ++i) {
-    const Number want = expected.numbers[i];
-    if (std::abs(y.get(i) - want.exact) <= 8 * format.eps() * want.size + format.smallest()) continue;
-    std::printf("%s, %ld tokens, row %ld: %g, expected %g\n", format.name, static_cast<long>(tokens),
-                static_cast<long>(i % n), y.get(i), want.exact);
-    fail(kernel, "linear");
+// A product, and its place among outputs that lie side by side.
+struct Case {
+  Case(const TrellisKernel& kernel, Dtype dtype, int64_t tokens, int64_t k, int64_t n, int64_t group)
+      : kernel(kernel),
+        x(format_of(dtype), tokens, k),
+        weight(random_below(2) ? Dtype::kFloat32 : dtype, kernel.isa, kernel.bits, group, n, k),
+        bias(some_bias(format_of(dtype), n)) {}
+  TrellisProduct to(void* y, int64_t stride) {
+    return {&kernel, weight.matrix(), data_of(bias), x.array.data(), y, stride};
   }
+  void check(const Array& y, int64_t first, int64_t stride, const Format& format) const {
+    const Table expected = product(x.table, weight.table, bias);
+    const int64_t n = weight.table.rows;
+    for (int64_t i = 0; i < x.table.rows * n; ++i) {
+      const double found = y.get(i / n * stride + first + i % n);
+      const Number want = expected.numbers[i];
+      if (std::abs(found - want.exact) <= 8 * format.eps() * want.size + format.smallest()) continue;
+      std::printf("%s, %ld tokens, row %ld: %g, expected %g\n", format.name, static_cast<long>(x.table.rows),
+                  static_cast<long>(i % n), found, want.exact);
+      fail(kernel, "linear");
+    }
+  }
+  const TrellisKernel& kernel;
+  Weight x;
+  OnTrellis weight;
+  Bias bias;
+};
+
+void products(std::vector<Case>& cases, Dtype dtype) {
+  int64_t stride = 0, first = 0;
+  const int64_t tokens = cases[0].x.table.rows;
+  for (const Case& one : cases) stride += one.weight.table.rows;
+  Array y(format_of(dtype), tokens * stride);
+  std::vector<TrellisProduct> all;
+  for (Case& one : cases) {
+    char* own = static_cast<char*>(y.data()) + first * format_of(dtype).bytes;
+    all.push_back(one.to(own, stride));
+    first += one.weight.table.rows;
+  }
+  trellis_products({find_kernel(dtype, cases[0].kernel.isa), parallel_for, 3}, tokens, all.data(), all.size());
+  first = 0;
+  for (const Case& one : cases) {
+    one.check(y, first, stride, format_of(dtype));
+    first += one.weight.table.rows;
+  }
+}
+
+void linear(const TrellisKernel& kernel, Dtype dtype, int64_t tokens, int64_t k, int64_t n, int64_t group) {
+  std::vector<Case> cases;
+  cases.emplace_back(kernel, dtype, tokens, k, n, group);
+  products(cases, dtype);
+}
+
+// With other bits, groups and inputs each.
+void side_by_side(const TrellisKernel& kernel, Dtype dtype, int64_t tokens) {
+  const TrellisKernel& other = *find_trellis_kernel(kernel.bits == 2 ? 3 : 2, kernel.isa);
+  std::vector<Case> cases;
+  cases.emplace_back(kernel, dtype, tokens, 100, 65, 32);
+  cases.emplace_back(other, dtype, tokens, 31, 1, 64);
+  cases.emplace_back(kernel, dtype, tokens, 289, 150, 96);
+  products(cases, dtype);
 }
 
 void run(const TrellisKernel& kernel) {
@@ -141,12 +186,13 @@ void run(const TrellisKernel& kernel) {
       }
     }
   }
+  for (int64_t tokens : {1, 3, 65}) side_by_side(kernel, Dtype::kBFloat16, tokens);
   const int64_t before = threads_started;
   linear(kernel, Dtype::kFloat32, 1, 577, 500, 64);
   if (threads_started == before) fail(kernel, "linear ran in one thread");
   for (int64_t rows : {1, 64, 100}) search(kernel, rows, 2);
   if (threads_started == before + 3) fail(kernel, "search ran in one thread");
-  std::printf("%s %d bits: %ld cases\n", kernel.isa, kernel.bits, static_cast<long>(cases + 4));
+  std::printf("%s %d bits: %ld cases\n", kernel.isa, kernel.bits, static_cast<long>(cases + 7));
 }
 
 }  // namespace

@@ -81,28 +81,63 @@ void tile_dots(const TrellisKernel& kernel, const TrellisMatrix& weight, int64_t
   }
 }
 
+int64_t groups_of(const TrellisMatrix& weight) { return weight.cols ? (weight.cols - 1) / weight.group + 1 : 0; }
+
+// A product for tokens of one pass over its weight.
+struct Part {
+  const TrellisProduct& product;
+  Call call;
+  TrellisInput input;
+
+  void finish(int64_t tile, float* scales, float* of_row, float* dots) const {
+    const TrellisMatrix& weight = product.weight;
+    const int64_t row = tile * kTrellisRows, rows = std::min<int64_t>(kTrellisRows, weight.rows - row);
+    std::fill_n(scales, groups_of(weight) * kTrellisRows, 0.0f);
+    load_scales(weight, row, rows, groups_of(weight), of_row, scales);
+    std::fill_n(dots, kTrellisTokens * kTrellisRows, 0.0f);
+    tile_dots(*product.kernel, weight, tile, input, call.tokens, scales, dots);
+    call.finish(product.bias, row, row, rows, dots);
+  }
+};
+
+void run_parts(Machine machine, const std::vector<Part>& parts) {
+  int64_t tiles = 0, weights = 0, groups = 0;
+  for (const Part& part : parts) {
+    const TrellisMatrix& weight = part.product.weight;
+    tiles += tiles_of(weight.rows);
+    weights += weight.rows * weight.cols;
+    groups = std::max(groups, groups_of(weight));
+  }
+  const int64_t threads = weights <= kGrainWeights ? 1 : machine.threads;
+  on_all_threads(machine.parallel_for, threads, tiles, [&](std::atomic<int64_t>& next) {
+    const auto scales = scratch<float>(groups * kTrellisRows), of_row = scratch<float>(groups),
+               dots = scratch<float>(kTrellisTokens * kTrellisRows);
+    for (int64_t tile; (tile = next.fetch_add(1, std::memory_order_relaxed)) < tiles;) {
+      const Part* part = parts.data();
+      for (int64_t own; tile >= (own = tiles_of(part->product.weight.rows)); ++part) tile -= own;
+      part->finish(tile, scales.get(), of_row.get(), dots.get());
+    }
+  });
+}
+
 }  // namespace
 
-void trellis_linear(Machine machine, const TrellisKernel& kernel, const void* x, int64_t tokens,
-                    const TrellisMatrix& weight, const void* bias, void* y) {
-  const int64_t groups = weight.cols ? (weight.cols - 1) / weight.group + 1 : 0, tiles = tiles_of(weight.rows);
-  const auto of_call = [&](const Call& call, const void* some_x) {
-    const TrellisInput input(call, some_x, weight.cols);
-    const bool small = weight.rows * weight.cols <= kGrainWeights;
-    on_all_threads(call.parallel_for, small ? 1 : call.threads, tiles, [&](std::atomic<int64_t>& next) {
-      const auto scales = scratch<float>(groups * kTrellisRows), of_row = scratch<float>(groups),
-                 dots = scratch<float>(kTrellisTokens * kTrellisRows);
-      std::fill_n(scales.get(), groups * kTrellisRows, 0.0f);
-      for (int64_t tile; (tile = next.fetch_add(1, std::memory_order_relaxed)) < tiles;) {
-        const int64_t row = tile * kTrellisRows, rows = std::min<int64_t>(kTrellisRows, weight.rows - row);
-        load_scales(weight, row, rows, groups, of_row.get(), scales.get());
-        std::fill_n(dots.get(), kTrellisTokens * kTrellisRows, 0.0f);
-        tile_dots(kernel, weight, tile, input, call.tokens, scales.get(), dots.get());
-        call.finish(bias, row, row, rows, dots.get());
-      }
-    });
-  };
-  for_token_blocks(machine, x, tokens, weight.cols, y, weight.rows, of_call, kTrellisTokens);
+void trellis_products(Machine machine, int64_t tokens, const TrellisProduct* products, int64_t count) {
+  const int64_t element = machine.kernel->element_bytes;
+  for (int64_t first = 0; first < tokens; first += kTrellisTokens) {
+    std::vector<Part> parts;
+    parts.reserve(count);
+    for (int64_t i = 0; i < count; ++i) {
+      const TrellisProduct& one = products[i];
+      const Call call{*machine.kernel, machine.parallel_for,
+                      machine.threads, std::min(kTrellisTokens, tokens - first),
+                      element,         static_cast<char*>(one.y) + first * one.y_stride * element,
+                      one.y_stride};
+      const char* x = static_cast<const char*>(one.x) + first * one.weight.cols * element;
+      parts.push_back({one, call, TrellisInput(call, x, one.weight.cols)});
+    }
+    run_parts(machine, parts);
+  }
 }
 
 void trellis_search(const TrellisKernel& kernel, ParallelFor parallel_for, int64_t threads,

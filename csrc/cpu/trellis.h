@@ -57,9 +57,19 @@ const TrellisKernel* avx512_trellis_kernel(int bits);
 // The same with words, and a stride between them, of tiles in place of rows.
 using TrellisMatrix = QuantizedMatrix;
 
-// As in decode.h: x is (tokens, K) and y (tokens, N) in the dtype of the machine's kernel, without gaps.
-void trellis_linear(Machine machine, const TrellisKernel& kernel, const void* x, int64_t tokens,
-                    const TrellisMatrix& weight, const void* bias, void* y);
+// y = x weight^T + bias: x (tokens, K) without gaps, y with `y_stride` elements from one token to the next, both in the
+// dtype of the machine's kernel; `bias` may be null.
+struct TrellisProduct {
+  const TrellisKernel* kernel;
+  TrellisMatrix weight;
+  const void* bias;
+  const void* x;
+  void* y;
+  int64_t y_stride;
+};
+
+// Any number of tokens is right, few are fast. Threads share the tiles of all products, which may differ in all else.
+void trellis_products(Machine machine, int64_t tokens, const TrellisProduct* products, int64_t count);
 
 // Float32 matrices with any strides, in elements.
 struct TrellisTargets {

@@ -1,18 +1,7 @@
 // The ops on weights on a trellis as torch operators, see ops.cpp.
-#include "quantized_tensors.h"
-#include "trellis.h"
+#include "trellis_tensors.h"
 
 namespace {
-
-using lorap::cpu::TrellisKernel;
-using lorap::cpu::TrellisMatrix;
-
-const TrellisKernel& trellis_kernel(int64_t bits) {
-  STD_TORCH_CHECK(bits >= 2 && bits <= 4, "lorap_cpu: a trellis of ", bits, " bits; 2, 3 and 4 are there");
-  const TrellisKernel* kernel = lorap::cpu::find_trellis_kernel(static_cast<int>(bits), forced_isa());
-  STD_TORCH_CHECK(kernel, "lorap_cpu: this processor or build has no instructions called LORAP_CPU_ISA=", forced_isa());
-  return *kernel;
-}
 
 const float* floats(const char* name, Tensor& tensor, int64_t rows, int64_t cols) {
   STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float, "lorap_cpu: ", name,
@@ -46,28 +35,16 @@ Tensor trellis_search(Tensor wanted, Tensor importance, int64_t bits) {
   return windows;
 }
 
-TrellisMatrix trellis_matrix(Tensor& packed, Tensor& scales, int64_t cols, int64_t bits, int64_t group) {
-  STD_TORCH_CHECK(group > 0 && group % 32 == 0, "lorap_cpu: packed has groups of ", group,
-                  " weights; it must be a multiple of 32");
-  STD_TORCH_CHECK(packed.dim() == 2 && packed.scalar_type() == ScalarType::Int && scales.dim() == 2,
-                  "lorap_cpu: packed must be int32 and scales floats, both with 2 dimensions, not ", packed.dim(),
-                  " and ", scales.dim());
-  const int64_t rows = scales.size(0);
-  bring_rows("words", "packed", packed, divide_up(rows, lorap::cpu::kTrellisRows), times(cols, 2 * bits));
-  bring_rows("scales", "packed", scales, rows, divide_up(cols, group));
-  return matrix_of(packed, scales, rows, cols, std::min(group, std::max<int64_t>(cols, 1)));
-}
-
 Tensor trellis_linear(Tensor x, Tensor packed, Tensor scales, OptionalTensor bias, int64_t bits, int64_t group) {
   const int64_t tokens = tokens_of(x);
   const TrellisKernel& kernel = trellis_kernel(bits);
   const lorap::cpu::RowKernel* outer = float_kernel(dtype_of(x));
   STD_TORCH_CHECK(x.is_cpu() && outer, "lorap_cpu: x must be on the CPU");
-  const TrellisMatrix weight = trellis_matrix(packed, scales, x.size(x.dim() - 1), bits, group);
+  const TrellisMatrix weight = trellis_matrix("packed", packed, scales, x.size(x.dim() - 1), bits, group);
   const void* b = vector_data("bias", bias, x, weight.rows);
   Tensor y = output_like(x, weight.rows);
-  const Machine machine{outer, parallel_for, torch::stable::get_num_threads()};
-  lorap::cpu::trellis_linear(machine, kernel, x.const_data_ptr(), tokens, weight, b, y.mutable_data_ptr());
+  const lorap::cpu::TrellisProduct product{&kernel, weight, b, x.const_data_ptr(), y.mutable_data_ptr(), weight.rows};
+  lorap::cpu::trellis_products({outer, parallel_for, torch::stable::get_num_threads()}, tokens, &product, 1);
   return y;
 }
 

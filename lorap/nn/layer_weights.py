@@ -12,11 +12,14 @@ from lorap.architectures import ATTENTION, MLP
 from lorap.nn.linear import Linear, LowRankLinear, has_global_hooks
 from lorap.nn.low_rank_tensors import WEIGHT_PACKED, WEIGHT_SCALE
 from lorap.nn.quantized import QuantizedLinear
+from lorap.nn.trellis import TrellisLinear
 
 NONE = torch.empty(0)
 _GONE = object()
 # Tensors with dtypes of their own.
 NUMBERS = {WEIGHT_PACKED, WEIGHT_SCALE, "pivot_rows"}
+# Forms of a dense projection with weights in few bits; those of a pair are the next ones.
+STORED: dict[type, int] = {QuantizedLinear: 2, TrellisLinear: 4}
 
 
 @dataclass
@@ -102,9 +105,9 @@ def _projection(found: Weights, module: Any) -> int | None:
     if kind is Linear or kind is nn.Linear:
         found.tensors += _taken(found, module, "weight", "bias")
         return 0
-    if kind is QuantizedLinear:
+    if kind in STORED:
         found.tensors += _taken(found, module, WEIGHT_PACKED, WEIGHT_SCALE, "bias")
-        return 2 + 4 * module.bits + 64 * module.group_size
+        return STORED[kind] + 8 * module.bits + 128 * module.group_size
     if kind is not LowRankLinear:
         return None
     right, left = module._modules["right"], module._modules["left"]
@@ -120,16 +123,14 @@ def _projection(found: Weights, module: Any) -> int | None:
     if type(right) is type(left) is nn.Linear:
         found.tensors += _taken(found, right, "weight") + _taken(found, left, "weight") + bias + own[1:]
         return 1
-    alike = type(right) is type(left) is QuantizedLinear and (right.bits, right.group_size) == (
-        left.bits,
-        left.group_size,
-    )
+    kind = type(left)
+    alike = type(right) is kind in STORED and (right.bits, right.group_size) == (left.bits, left.group_size)
     if not alike or own[1] is not NONE:
         return None
     for part in (left, right):
         found.tensors += _taken(found, part, WEIGHT_PACKED, WEIGHT_SCALE)
     found.tensors += bias
-    return 3 + 4 * left.bits + 64 * left.group_size
+    return 1 + STORED[kind] + 8 * left.bits + 128 * left.group_size
 
 
 def _taken(found: Weights, module: Any, *names: str) -> list[Tensor]:
