@@ -1,23 +1,24 @@
-"""Decoding in 16, 8 and 4 bits, lorap in transformers beside llama.cpp, in one run.
+"""Decoding in 16 to 3 bits, lorap in transformers beside llama.cpp, in one run.
 
     python benchmarks/inference_step.py                   both models, some minutes on a core
-    python benchmarks/inference_step.py --models LLaMA-7B --types int4 --sequences 8
+    python benchmarks/inference_step.py --models LLaMA-7B --types int4 tcq3 --sequences 8
     python benchmarks/inference_step.py --quick           a tiny model, seconds: to see that it works
     python benchmarks/inference_step.py --out FOLDER      where the table and the JSON go
 
 Contenders, for each storage of weights: the dense model in llama.cpp; at sparsity 0.5 after ``optimize_for_inference``, where a
-step of a decoder layer is one call; the dense model likewise; with --op-by-op the layers' own forward as well. One sequence and
-eight at once, greedy, bfloat16 between the layers. Weights are random: speed does not depend on the values. All of one storage
-are loaded at the same time, and every round asks each once, for a moment, so that a machine that slows down slows all of them;
-ratios are medians over rounds of the ratio within a round. With one thread, seconds are those that the process computes, so
-that other programs count as little as they can; with more, those on the wall. What --out holds of other models and storages
-stays.
+step of a decoder layer is one call; the dense model likewise; with --op-by-op both by the layers' own forward as well. One
+sequence and eight at once, greedy, bfloat16 between the layers. Weights are random: speed does not depend on the values. All of
+one model are loaded at the same time, and every round asks each once, for a moment, so that a machine that slows down slows all
+of them; ratios are medians over rounds of the ratio within a round. llama.cpp has no codes on a trellis: these stand beside its
+Q4_0. With one thread, seconds are those that the process computes, so that other programs count as little as they can; with
+more, those on the wall. What --out holds of other models and storages stays.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import platform
 import statistics
 import sys
@@ -38,30 +39,32 @@ from random_models import decoder_layers, random_model
 import lorap
 from lorap.jsonio import read_json, write_json
 from lorap.nn import native
-from lorap.nn.quantized import QuantizedLinear, packed_linears
+from lorap.nn.quantized import packed_linears
+from lorap.nn.trellis import layer_of
+from lorap.weights import INTEGERS, KINDS
 
-GROUP, PROMPT, CONTEXT = 64, 2, 256
+PROMPT, CONTEXT = 2, 256
 # With few words: the head has 16 bits in lorap and fewer in llama.cpp, and four layers have as large a one as all 32.
 SIZES = {"SmolLM2-135M": MODELS["SmolLM2-135M"], "LLaMA-7B": Size("llama-7b", 4, 1024, False)}
-# Bits of a weight in lorap, and what llama.cpp calls them.
-TYPES = {"bf16": (16, None), "int8": (8, "Q8_0"), "int4": (4, "Q4_0")}
+# Storages of weights in lorap, and what llama.cpp calls those beside which they are measured.
+TYPES = {"bf16": None, "int8": "Q8_0", "int4": "Q4_0", "tcq4": "Q4_0", "tcq3": "Q4_0"}
 PEER = "llama.cpp, dense"
 # Sparsity, and whether a step is one call.
 LORAP = {"lorap, sparsity 0.5": (0.5, True), "lorap, dense": (0.0, True)}
-OP_BY_OP = {"lorap, sparsity 0.5, op by op": (0.5, False)}
+OP_BY_OP = {f"{name}, op by op": (sparsity, False) for name, (sparsity, _) in LORAP.items()}
 
 
-def stored(size: Size, sparsity: float, bits: int) -> Any:
-    """A model with random numbers of so many bits in its decoder layers."""
+def stored(size: Size, sparsity: float, kind: str) -> Any:
+    """A model with random numbers or codes in its decoder layers."""
     options = {"layers": size.layers, "vocab_size": size.vocab_size, "tie": size.tie}
     model = random_model(size.shapes, sparsity, torch.bfloat16, **options)
     random_model.cache_clear()
-    for name, linear in list(packed_linears(model)) if bits < 16 else ():
-        rows, columns = linear.weight.shape
-        half = 2 ** (bits - 1)
-        numbers = torch.randint(-half, half, (rows, columns), dtype=torch.int32)
-        scales = torch.full((rows, -(-columns // GROUP)), columns**-0.5 / half, dtype=torch.bfloat16)
-        model.set_submodule(name, QuantizedLinear.from_numbers(numbers, scales, bits=bits, group_size=GROUP))
+    for name, linear in list(packed_linears(model)) if kind in KINDS else ():
+        coding, bits = KINDS[kind]
+        layer = layer_of(coding).empty_like(linear, bits=bits, group_size=coding.group_size)
+        layer.weight_packed.random_(-(2**31), 2**31)
+        layer.weight_scale.fill_(linear.in_features**-0.5 / (2 ** (bits - 1) if coding is INTEGERS else 1))
+        model.set_submodule(name, layer)
     return lorap.optimize_for_inference(model).eval()
 
 
@@ -91,53 +94,68 @@ def bytes_of(model: Any) -> int:
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
-def measure(label: str, size: Size, kind: str, options: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
-    """One row per contender and number of sequences, after one round to warm up."""
-    bits, quantize = TYPES[kind]
-    file = gguf(size, quantize, scratch)
-    host = Host(file, threads=options.threads, context=CONTEXT, sequences=max(options.sequences))
+def measure(
+    label: str, size: Size, kinds: list[str], options: argparse.Namespace, scratch: Path
+) -> list[dict[str, Any]]:
+    """One row per storage, contender and number of sequences, after one round to warm up."""
+    distinct = dict.fromkeys(TYPES[kind] for kind in kinds)
+    peers = {name: gguf(size, name, scratch / f"{name}") for name in distinct}
+    sequences = max(options.sequences)
+    hosts = {
+        name: Host(file, threads=options.threads, context=CONTEXT, sequences=sequences) for name, file in peers.items()
+    }
     contenders = LORAP | (OP_BY_OP if options.op_by_op else {})
-    models = {sparsity: stored(size, sparsity, bits) for sparsity, _ in LORAP.values()}
-    sizes = {PEER: file.stat().st_size} | {name: bytes_of(models[how[0]]) for name, how in contenders.items()}
+    models = {(kind, sparsity): stored(size, sparsity, kind) for kind in kinds for sparsity, _ in LORAP.values()}
     now = time.process_time if options.threads == 1 else time.perf_counter
 
-    def seconds(number: int, sequences: int) -> float:
+    def seconds(host: Host, number: int, sequences: int) -> float:
         start = now()
         host.generate(PROMPT, number, sequences=sequences)
         return now() - start
 
-    def theirs(sequences: int) -> float:
+    def theirs(host: Host) -> Callable[[int], float]:
         steps = options.new_tokens - 1
-        return sequences * steps / (seconds(options.new_tokens, sequences) - seconds(1, sequences))
+        return lambda count: count * steps / (seconds(host, options.new_tokens, count) - seconds(host, 1, count))
 
-    def ours(sparsity: float, in_one_call: bool) -> Callable[[int], float]:
+    def ours(model: Any, in_one_call: bool) -> Callable[[int], float]:
         def rate(sequences: int) -> float:
-            with contextlib.nullcontext() if in_one_call else op_by_op(models[sparsity]):
-                return decode_rate(models[sparsity], options.new_tokens, sequences=sequences, prompt=PROMPT, now=now)
+            with contextlib.nullcontext() if in_one_call else op_by_op(model):
+                return decode_rate(model, options.new_tokens, sequences=sequences, prompt=PROMPT, now=now)
 
         return rate
 
-    ask = {PEER: theirs} | {name: ours(*how) for name, how in contenders.items()}
-    rates: dict[tuple[int, str], list[float]] = {(count, name): [] for count in options.sequences for name in ask}
+    # By storage in llama.cpp, or storage and contender.
+    ask: dict[Any, Callable[[int], float]] = {name: theirs(host) for name, host in hosts.items()}
+    for kind in kinds:
+        ask |= {(kind, name): ours(models[kind, how[0]], how[1]) for name, how in contenders.items()}
+    rates: dict[Any, list[float]] = {(count, who): [] for count in options.sequences for who in ask}
     for turn in range(options.rounds + 1):
-        print(f"{label}, {kind}: round {turn} of {options.rounds}", file=sys.stderr, flush=True)
-        for (count, name), found in rates.items():
-            rate = ask[name](count)
+        print(f"{label}: round {turn} of {options.rounds}", file=sys.stderr, flush=True)
+        for (count, who), found in rates.items():
+            rate = ask[who](count)
             if turn:
                 found.append(rate)
-    return [
-        {
-            "model": label,
-            "type": kind,
-            "sequences": count,
-            "contender": name,
-            "weight_bytes": sizes[name],
-            "tokens_per_second": statistics.median(own),
-            "against_llama_cpp": statistics.median(a / b for a, b in zip(own, rates[count, PEER], strict=True)),
-            "rounds": own,
-        }
-        for (count, name), own in rates.items()
-    ]
+    rows = []
+    for kind, count in itertools.product(kinds, options.sequences):
+        peer = rates[count, TYPES[kind]]
+        for name in (PEER, *contenders):
+            own = peer if name == PEER else rates[count, (kind, name)]
+            stored_in = (
+                peers[TYPES[kind]].stat().st_size if name == PEER else bytes_of(models[kind, contenders[name][0]])
+            )
+            rows.append(
+                {
+                    "model": label,
+                    "type": kind,
+                    "sequences": count,
+                    "contender": name,
+                    "weight_bytes": stored_in,
+                    "tokens_per_second": statistics.median(own),
+                    "against_llama_cpp": statistics.median(a / b for a, b in zip(own, peer, strict=True)),
+                    "rounds": own,
+                }
+            )
+    return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -149,7 +167,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         ratios = [a / b for a, b in zip(row["rounds"], peers[key(row)], strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
         spread = "" if row["contender"] == PEER else f" ({low:.2f} to {high:.2f})"
-        kind = TYPES[row["type"]][1] or "F16"
+        kind = TYPES[row["type"]] or "F16"
         what = [
             kind if row["contender"] == PEER else row["type"],
             row["contender"],
@@ -187,14 +205,13 @@ def main() -> None:
     path = options.out / "inference-step.json"
     rows = read_json(path)["rows"] if path.exists() else []
     for label, size in (QUICK if options.quick else {name: SIZES[name] for name in options.models}).items():
-        for kind in options.types:
-            with tempfile.TemporaryDirectory() as scratch:
-                made = measure(label, size, kind, options, Path(scratch))
-            rows = [row for row in rows if key(row) not in set(map(key, made))] + made
-            order = [*QUICK, *SIZES], list(TYPES)
-            rows.sort(key=lambda row: (order[0].index(row["model"]), order[1].index(row["type"]), row["sequences"]))
-            write_json(path, {"environment": environment | how, "rows": rows})
-            (options.out / "inference-step.md").write_text(table(rows) + "\n", "utf-8")
+        with tempfile.TemporaryDirectory() as scratch:
+            made = measure(label, size, options.types, options, Path(scratch))
+        rows = [row for row in rows if key(row) not in set(map(key, made))] + made
+        order = [*QUICK, *SIZES], list(TYPES)
+        rows.sort(key=lambda row: (order[0].index(row["model"]), order[1].index(row["type"]), row["sequences"]))
+        write_json(path, {"environment": environment | how, "rows": rows})
+        (options.out / "inference-step.md").write_text(table(rows) + "\n", "utf-8")
     print(table(rows))
 
 

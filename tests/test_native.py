@@ -27,7 +27,7 @@ CPU_SOURCES = ROOT / "csrc/cpu"
 AVX2 = {"avx2", "fma", "f16c"}
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl"}
 NEEDS = {"scalar": set(), "avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512 | {"avx512_bf16"}}
-TRELLIS_NEEDS = {"scalar": set(), "avx2": AVX2, "avx512": AVX512}
+TRELLIS_NEEDS = {"scalar": set(), "avx2": AVX2, "avx512": AVX512, "avx512_vbmi": AVX512 | {"avx512_vnni", "avx512vbmi"}}
 QUANTIZED_NEEDS = {"scalar": set(), "avx2": AVX2, "avx512": AVX512, "avx512_vnni": AVX512 | {"avx512_vnni"}}
 
 needs_library = pytest.mark.skipif(not native.HAS_CPU, reason="lorap/_native.so is not built")
@@ -239,9 +239,10 @@ def test_the_kernels_alone_pass_the_sanitizers(tmp_path: Path) -> None:
     if not can_sanitize(tmp_path):
         pytest.skip("g++ has no sanitizers here")
     isas = instruction_set_flags() if platform.machine() in ("x86_64", "AMD64") else {}
-    assert set(isas) in ({"avx2", "avx512", "avx512_bf16", "avx512_vnni"}, set())
+    assert set(isas) in ({"avx2", "avx512", "avx512_bf16", "avx512_vnni", "avx512_vbmi"}, set())
     # What cannot run here need not be compiled here: the build does, without sanitizers.
-    isas = {name: flags for name, flags in isas.items() if name in supported() + supported(QUANTIZED_NEEDS)}
+    here = {*supported(), *supported(QUANTIZED_NEEDS), *supported(TRELLIS_NEEDS)}
+    isas = {name: flags for name, flags in isas.items() if name in here}
     common = [*COMPILE, *SANITIZE, *(f"-DLORAP_HAVE_{name.upper()}" for name in isas)]
     kernels = {name: [] for name in ("decode", "quantized", "trellis", "scalar")} | isas
     for name, flags in kernels.items():

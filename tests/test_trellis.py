@@ -246,6 +246,40 @@ def test_any_strides_and_scales_of_another_dtype(backend: str) -> None:
     assert_close(plain, exact, size)
 
 
+@pytest.mark.skipif(not native.HAS_CPU, reason="lorap/_native.so is not built")
+@pytest.mark.parametrize(("dtype", "digits"), [(torch.float32, 29), (torch.bfloat16, 15), (torch.float16, 15)], ids=str)
+def test_small_activations_beside_large_ones_lose_what_lies_below_the_last_digit(
+    dtype: torch.dtype, digits: int
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 100).mul(torch.logspace(-6, 2, 100)[torch.randperm(100)]).to(dtype)
+    packed, scales = random_packed(65, 100, 3), torch.rand(65, 4)
+    weight = trellis.dequantize(packed, scales, 3, 32, torch.float64)
+    y = implementations.implementation("trellis_linear", "cpu")(x, packed, scales, None, 3, 32).double()
+    lost = sum(
+        x.double()[:, k].abs().amax(1, keepdim=True) * weight[:, k].abs().sum(1) * 2.0**-digits
+        for k in torch.arange(100).split(32)
+    )
+    exact, size = x.double() @ weight.T, x.double().abs() @ weight.abs().T
+    limit = lost + 8 * torch.finfo(torch.float32).eps * size + torch.finfo(dtype).eps * exact.abs()
+    assert bool(((y - exact).abs() <= limit).all())
+
+
+@pytest.mark.skipif(not native.HAS_CPU, reason="lorap/_native.so is not built")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_activation_that_is_not_finite_spoils_its_token_and_no_other(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    packed, scales = random_packed(65, 100, 3), torch.rand(65, 4)
+    run = implementations.implementation("trellis_linear", "cpu")
+    for tokens in (1, 2, 4, 9):
+        x = torch.randn(tokens, 100).to(dtype)
+        clean = run(x, packed, scales, None, 3, 32)
+        x[-1, 70] = torch.inf
+        y = run(x, packed, scales, None, 3, 32)
+        assert torch.equal(y[:-1], clean[:-1])
+        assert bool(y[-1].isnan().all())
+
+
 @pytest.mark.parametrize("shape", [(), (2, 3), (0,)], ids=str)
 def test_any_leading_shape(shape: tuple[int, ...]) -> None:
     x, *weights = implementations.example("trellis_linear", torch.device("cpu"), torch.float32)

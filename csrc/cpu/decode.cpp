@@ -185,7 +185,8 @@ void low_rank_silu_gated_linear(Machine machine, const void* x, int64_t tokens, 
 }
 
 const RowKernel* find_kernel(Dtype dtype, const char* isa) {
-  if (isa && std::strcmp(isa, "avx512_vnni") == 0) isa = "avx512";  // there is nothing more in it for floats
+  // There is nothing more in these for floats.
+  if (isa && (std::strcmp(isa, "avx512_vnni") == 0 || std::strcmp(isa, "avx512_vbmi") == 0)) isa = "avx512";
   const RowKernel* best_first[4] = {};
   int found = 0;
 #if defined(__x86_64__)

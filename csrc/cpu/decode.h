@@ -54,7 +54,7 @@ void low_rank_silu_gated_linear(Machine machine, const void* x, int64_t tokens, 
                                 const LowRankLayer& up, void* y);
 
 // The best kernel for this processor, or the one named by `isa` ("scalar", "avx2", "avx512", "avx512_bf16",
-// "avx512_vnni"); null where the processor or the build lacks it.
+// "avx512_vnni", "avx512_vbmi"); null where the processor or the build lacks it.
 const RowKernel* find_kernel(Dtype dtype, const char* isa);
 
 }  // namespace lorap::cpu

@@ -146,7 +146,9 @@ void quantized_silu_gated_linear(QuantizedMachine machine, const void* x, int64_
 }
 
 const QuantizedKernel* find_quantized_kernel(int bits, const char* isa, int activation_bits) {
-  if (isa && std::strcmp(isa, "avx512_bf16") == 0) isa = "avx512";  // there is nothing more in it for whole numbers
+  // There is nothing more in these for whole numbers.
+  if (isa && std::strcmp(isa, "avx512_bf16") == 0) isa = "avx512";
+  if (isa && std::strcmp(isa, "avx512_vbmi") == 0) isa = "avx512_vnni";
   const QuantizedKernel* best_first[6] = {};
   int found = 0;
 #if defined(__x86_64__)

@@ -41,16 +41,41 @@ struct ScalarTrellis {
     for (int i = 0; i < kFloats; ++i) floats.value[i] = from[i / Each];
     return floats;
   }
+
+  static constexpr int kColumns = 1;
+  struct Numbers {
+    int32_t value[kFloats];
+  };
+  using Whole = Numbers;
+  static Numbers load_numbers(const int32_t* from) {
+    Numbers numbers;
+    std::memcpy(&numbers, from, sizeof numbers);
+    return numbers;
+  }
+  static void store_numbers(int32_t* to, const Numbers& numbers) { std::memcpy(to, &numbers, sizeof numbers); }
+  static Whole zero_whole() { return {}; }
+  static Floats to_floats(const Whole& whole) {
+    Floats floats;
+    for (int i = 0; i < kFloats; ++i) floats.value[i] = static_cast<float>(whole.value[i]);
+    return floats;
+  }
+  static Whole multiply_add(Whole whole, const Numbers& numbers, const int16_t* x) {
+    for (int i = 0; i < kFloats; ++i) whole.value[i] += numbers.value[i] * *x;
+    return whole;
+  }
   template <int Bits>
   struct Decoder {
-    Floats operator()(const unsigned char* from) const {
+    OpenRings<Bits> rings;
+    Decoder(const uint32_t* words, int64_t columns) : rings(words, columns) {}
+    const unsigned char* load(int64_t step) const { return rings.column(step); }
+    Numbers decode(const unsigned char* column, int slice) const {
       uint64_t bits = 0;
-      std::memcpy(&bits, from, sizeof bits);
-      Floats floats;
+      std::memcpy(&bits, column + slice * kFloats * Bits / 8, sizeof bits);
+      Numbers numbers;
       for (int i = 0; i < kFloats; ++i) {
-        floats.value[i] = static_cast<float>(trellis_number(bits >> i * Bits & (kTrellisWindows - 1)));
+        numbers.value[i] = trellis_number(bits >> i * Bits & (kTrellisWindows - 1));
       }
-      return floats;
+      return numbers;
     }
   };
 };

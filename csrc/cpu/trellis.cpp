@@ -1,7 +1,9 @@
 #include "trellis.h"
 
+#include <bit>
 #include <cstring>
 
+#include "quantized_packing.h"
 #include "row_blocks.h"
 
 namespace lorap::cpu {
@@ -37,26 +39,76 @@ void on_all_threads(ParallelFor parallel_for, int64_t threads, int64_t count, co
 
 int64_t tiles_of(int64_t rows) { return (rows + kTrellisRows - 1) / kTrellisRows; }
 
-// x as the kernels want it, see TrellisKernel::dot.
+// Calls body(first column, columns, group, block) for what is multiplied together: columns of one group.
+template <class Body>
+void for_blocks(const TrellisMatrix& weight, const Body& body) {
+  int64_t columns;
+  for (int64_t k = 0, block = 0; k < weight.cols; k += columns, ++block) {
+    const int64_t group = k / weight.group, end = std::min(weight.cols, (group + 1) * weight.group);
+    columns = std::min(kTrellisColumns, end - k);
+    body(k, columns, group, block);
+  }
+}
+
+// The nearest whole number, of 16 bits: adding 1.5 * 2^23 leaves it in the low bits, as exp_negative has it.
+int16_t nearest(float x) {
+  const int32_t whole = std::bit_cast<int32_t>(x + 12582912.0f) - std::bit_cast<int32_t>(12582912.0f);
+  return static_cast<int16_t>(std::min(whole, 32767));
+}
+
+// x as the kernels want it, see TrellisKernel::dot: a block of columns becomes numbers of 16 bits that share a power of
+// two, which quantized.h has more about; of float32 what they leave becomes a second token of such numbers.
 class TrellisInput {
  public:
-  TrellisInput(const Call& call, const void* x, int64_t k)
-      : tokens_(call.tokens), group_(call.tokens > 2 ? 4 : call.tokens), k_(k) {
-    const int64_t groups = (tokens_ + group_ - 1) / group_;
-    data_ = scratch<float>(groups * stride());
-    const auto values = scratch<float>(k);
-    for (int64_t m = 0; m < groups * group_; ++m) {
-      float* to = data_.get() + m / group_ * stride() + m % group_;
-      if (m < tokens_) call.kernel.load(static_cast<const char*>(x) + m * k * call.element, k, values.get());
-      for (int64_t i = 0; i < k; ++i) to[i * group_] = m < tokens_ ? values[i] : 0.0f;
+  TrellisInput(const Call& call, const void* x, const TrellisMatrix& weight, int step)
+      : digits_(call.element == sizeof(float) ? 2 : 1),
+        tokens_(call.tokens * digits_),
+        together_(tokens_ > 2 ? 4 : tokens_),
+        padded_((tokens_ + together_ - 1) / together_ * together_),
+        step_(step),
+        stride_((weight.cols + step - 1) / step * together_ * 2),
+        numbers_(scratch<int16_t>(padded_ / together_ * stride_)) {
+    int64_t blocks = 0;
+    for_blocks(weight, [&](auto...) { ++blocks; });
+    scales_ = scratch<float>(blocks * padded_);
+    std::fill_n(numbers_.get(), padded_ / together_ * stride_, int16_t{0});
+    std::fill_n(scales_.get(), blocks * padded_, 0.0f);
+    const auto values = scratch<float>(weight.cols);
+    for (int64_t m = 0; m < call.tokens; ++m) {
+      call.kernel.load(static_cast<const char*>(x) + m * weight.cols * call.element, weight.cols, values.get());
+      for_blocks(weight, [&](int64_t k, int64_t columns, int64_t, int64_t block) {
+        pack(values.get() + k, k, columns, m, scales_.get() + block * padded_);
+      });
     }
   }
-  int64_t stride() const { return k_ * group_; }
-  const float* column(int64_t k) const { return data_.get() + k * group_; }
+  int64_t digits() const { return digits_; }
+  int64_t tokens() const { return tokens_; }
+  int64_t stride() const { return stride_; }
+  const int16_t* column(int64_t k) const { return numbers_.get() + k / step_ * together_ * 2; }
+  const float* scales(int64_t block) const { return scales_.get() + block * padded_; }
 
  private:
-  int64_t tokens_, group_, k_;
-  std::unique_ptr<float[], Free> data_;
+  void pack(float* values, int64_t k, int64_t columns, int64_t token, float* scales) {
+    constexpr float kDigit = 32768.0f;
+    float scale = block_scale<int16_t>(values, columns), inverse = scale == scale ? 1.0f / scale : 0.0f;
+    for (int64_t m = token * digits_; m < (token + 1) * digits_; ++m) {
+      scales[m] = scale;
+      int16_t rounded[kTrellisColumns];
+      for (int64_t i = 0; i < columns; ++i) rounded[i] = nearest(values[i] * inverse);
+      int16_t* to = numbers_.get() + m / together_ * stride_ + m % together_ * 2;
+      for (int64_t i = 0; i < columns; ++i) {
+        int16_t* both = to + (k + i) / step_ * together_ * 2;
+        if (step_ == 1) both[0] = both[1] = rounded[i];
+        if (step_ == 2) both[(k + i) % 2] = rounded[i];
+        values[i] = (values[i] * inverse - rounded[i]) * kDigit;  // exact, as in quantized_packing.h
+      }
+      scale /= kDigit, inverse = 1.0f;
+    }
+  }
+
+  int64_t digits_, tokens_, together_, padded_, step_, stride_;
+  std::unique_ptr<int16_t[], Free> numbers_;
+  std::unique_ptr<float[], Free> scales_;
 };
 
 // Scales of a tile, (groups, 64), times the unit of the numbers.
@@ -69,15 +121,19 @@ void load_scales(const TrellisMatrix& weight, int64_t row, int64_t rows, int64_t
   }
 }
 
+// dots[token * kBlock + i] of all rows of a tile, whose scales are there.
 void tile_dots(const TrellisKernel& kernel, const TrellisMatrix& weight, int64_t tile, const TrellisInput& input,
-               int64_t tokens, const float* scales, float* dots) {
-  const int64_t words = kTrellisRows * kernel.bits / 32;
-  int64_t columns;
-  for (int64_t k = 0; k < weight.cols; k += columns) {
-    const int64_t group = k / weight.group, end = std::min(weight.cols, (group + 1) * weight.group);
-    columns = std::min(kTrellisColumns, end - k);
-    kernel.dot(weight.words + tile * weight.word_stride + k * words, columns, input.column(k), tokens, input.stride(),
-               scales + group * kTrellisRows, dots);
+               const float* scales, float* dots) {
+  constexpr int64_t kMore = 3;  // what may be written behind the last token
+  const int64_t words = kTrellisRows * kernel.bits / 32, digits = input.digits();
+  std::fill_n(dots, (input.tokens() + kMore) * kTrellisRows, 0.0f);
+  for_blocks(weight, [&](int64_t k, int64_t columns, int64_t group, int64_t block) {
+    kernel.dot(weight.words + tile * weight.word_stride + k * words, columns, input.column(k), input.tokens(),
+               input.stride(), input.scales(block), scales + group * kTrellisRows, dots);
+  });
+  for (int64_t m = 0; m < input.tokens() / digits && digits == 2; ++m) {
+    const float *high = dots + 2 * m * kTrellisRows, *low = high + kTrellisRows;
+    for (int64_t i = 0; i < kTrellisRows; ++i) dots[m * kTrellisRows + i] = high[i] + low[i];
   }
 }
 
@@ -94,8 +150,7 @@ struct Part {
     const int64_t row = tile * kTrellisRows, rows = std::min<int64_t>(kTrellisRows, weight.rows - row);
     std::fill_n(scales, groups_of(weight) * kTrellisRows, 0.0f);
     load_scales(weight, row, rows, groups_of(weight), of_row, scales);
-    std::fill_n(dots, kTrellisTokens * kTrellisRows, 0.0f);
-    tile_dots(*product.kernel, weight, tile, input, call.tokens, scales, dots);
+    tile_dots(*product.kernel, weight, tile, input, scales, dots);
     call.finish(product.bias, row, row, rows, dots);
   }
 };
@@ -111,7 +166,7 @@ void run_parts(Machine machine, const std::vector<Part>& parts) {
   const int64_t threads = weights <= kGrainWeights ? 1 : machine.threads;
   on_all_threads(machine.parallel_for, threads, tiles, [&](std::atomic<int64_t>& next) {
     const auto scales = scratch<float>(groups * kTrellisRows), of_row = scratch<float>(groups),
-               dots = scratch<float>(kTrellisTokens * kTrellisRows);
+               dots = scratch<float>((kTrellisTokens + 3) * kTrellisRows);
     for (int64_t tile; (tile = next.fetch_add(1, std::memory_order_relaxed)) < tiles;) {
       const Part* part = parts.data();
       for (int64_t own; tile >= (own = tiles_of(part->product.weight.rows)); ++part) tile -= own;
@@ -124,17 +179,18 @@ void run_parts(Machine machine, const std::vector<Part>& parts) {
 
 void trellis_products(Machine machine, int64_t tokens, const TrellisProduct* products, int64_t count) {
   const int64_t element = machine.kernel->element_bytes;
-  for (int64_t first = 0; first < tokens; first += kTrellisTokens) {
+  const int64_t most = element == sizeof(float) ? kTrellisTokens / 2 : kTrellisTokens;
+  for (int64_t first = 0; first < tokens; first += most) {
     std::vector<Part> parts;
     parts.reserve(count);
     for (int64_t i = 0; i < count; ++i) {
       const TrellisProduct& one = products[i];
       const Call call{*machine.kernel, machine.parallel_for,
-                      machine.threads, std::min(kTrellisTokens, tokens - first),
+                      machine.threads, std::min(most, tokens - first),
                       element,         static_cast<char*>(one.y) + first * one.y_stride * element,
                       one.y_stride};
       const char* x = static_cast<const char*>(one.x) + first * one.weight.cols * element;
-      parts.push_back({one, call, TrellisInput(call, x, one.weight.cols)});
+      parts.push_back({one, call, TrellisInput(call, x, one.weight, one.kernel->columns)});
     }
     run_parts(machine, parts);
   }
@@ -163,11 +219,16 @@ void trellis_search(const TrellisKernel& kernel, ParallelFor parallel_for, int64
 }
 
 const TrellisKernel* find_trellis_kernel(int bits, const char* isa) {
-  if (isa && std::strncmp(isa, "avx512_", 7) == 0) isa = "avx512";  // there is nothing more in them for this
-  const TrellisKernel* best_first[3] = {};
+  // There is nothing more in these for codes.
+  if (isa && (std::strcmp(isa, "avx512_bf16") == 0 || std::strcmp(isa, "avx512_vnni") == 0)) isa = "avx512";
+  const TrellisKernel* best_first[4] = {};
   int found = 0;
 #if defined(__x86_64__)
   const Processor processor = this_processor();
+#ifdef LORAP_HAVE_AVX512_VBMI
+  if (processor.avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi"))
+    best_first[found++] = avx512_vbmi_trellis_kernel(bits);
+#endif
 #ifdef LORAP_HAVE_AVX512
   if (processor.avx512) best_first[found++] = avx512_trellis_kernel(bits);
 #endif

@@ -16,6 +16,7 @@ constexpr float kTrellisUnit = 1.0f / 128;
 constexpr int64_t kTrellisColumns = 64;
 
 // Tokens that one pass over the weights serves: those beyond 4 in steps of 4, and dots have room for whole steps.
+// Activations of float32 take two of them each.
 constexpr int64_t kTrellisTokens = 64;
 
 // Rows on each side of a ring's seam by which the bits at the seam are chosen, see kernels/triton/trellis_search.py.
@@ -34,15 +35,19 @@ struct TrellisKernel {
   const char* isa;
   int bits;
 
+  // Of a tile that one step takes: 1 or 2.
+  int columns;
+
   // The windows of one ring that are nearest to `wanted`; `scratch` has trellis_scratch(bits) floats. `numbers` are
   // those of all windows. No importance is negative, and where it is 0 `wanted` is 0.
   void (*search)(const float* numbers, const float* wanted, const float* importance, float* scratch, int32_t* windows);
 
-  // dots[m * 64 + r] += scales[r] * sum over columns k of number[r, k] * x[m, k] for the rows r of a tile, whose words
-  // of these columns are `words`; numbers are in units of kTrellisUnit. x is float32, all columns of 1 or 2 tokens side
-  // by side, or of each 4, `x_stride` floats apart.
-  void (*dot)(const uint32_t* words, int64_t columns, const float* x, int64_t tokens, int64_t x_stride,
-              const float* scales, float* dots);
+  // dots[m * 64 + r] += scales[r] * x_scales[m] * sum over columns k of number[r, k] * x[m, k] for the rows r of a
+  // tile, whose words of these columns, kTrellisColumns at most, are `words`; numbers are in units of kTrellisUnit. x
+  // are two numbers for each step: of its two columns, 0 behind the last one, or twice of its only one; all steps of 1
+  // or 2 tokens side by side, or of each 4, `x_stride` numbers apart.
+  void (*dot)(const uint32_t* words, int64_t columns, const int16_t* x, int64_t tokens, int64_t x_stride,
+              const float* x_scales, const float* scales, float* dots);
 };
 
 // Floats: the least errors of all rows, by the bits that a row shares with the one below.
@@ -53,6 +58,7 @@ static_assert(2 * kTrellisSeam >= kTrellisRows);
 const TrellisKernel* scalar_trellis_kernel(int bits);
 const TrellisKernel* avx2_trellis_kernel(int bits);
 const TrellisKernel* avx512_trellis_kernel(int bits);
+const TrellisKernel* avx512_vbmi_trellis_kernel(int bits);
 
 // The same with words, and a stride between them, of tiles in place of rows.
 using TrellisMatrix = QuantizedMatrix;

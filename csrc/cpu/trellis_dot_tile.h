@@ -2,8 +2,14 @@
 // file and supplies a `Lane` type, with what trellis_search_tile.h wants and
 //
 //   Lane::load_unaligned(from), Lane::store_unaligned(to, floats), Lane::zero()
-//   Lane::Decoder<Bits>           of a slice, which is as many rows as a vector has floats: from the bytes that begin
-//                                 with the window of the first to the numbers of all; reads 16 bytes
+//   Lane::kColumns                of a tile that a step takes: 1 or 2
+//   Lane::Numbers                 of a slice, which is as many rows as a vector has floats: for each row two numbers of
+//                                 16 bits, those of both columns, or two whose sum is that of the only one;
+//                                 load_numbers(from), store_numbers(to, numbers)
+//   Lane::Decoder<Bits>           of some columns of a tile, from their words; load(step) brings what decode(loaded,
+//                                 slice) wants
+//   Lane::Whole                   vector of int32 sums: zero_whole(), to_floats(sums)
+//   Lane::multiply_add(sums, numbers, x)  adds the two numbers of each row, times the two of x, to its sum
 //
 // A column of a tile is decoded slice by slice in registers, and multiplied by its activation of up to four tokens.
 // More tokens share numbers that are written to memory, for a block of columns that stays in the fastest cache.
@@ -32,82 +38,79 @@ struct OpenRings {
       std::memcpy(bytes + k * kStride + kBytes, from + k * kBytes, kMore);
     }
   }
-};
-
-template <class Lane, int Bits>
-struct FromRings {
-  const OpenRings<Bits>& rings;
-  typename Lane::template Decoder<Bits> decode;
-  typename Lane::Floats operator()(int64_t column, int slice) const {
-    return decode(rings.bytes + column * OpenRings<Bits>::kStride + slice * (Lane::kFloats * Bits / 8));
-  }
+  const unsigned char* column(int64_t index) const { return bytes + index * kStride; }
 };
 
 template <class Lane>
-struct FromNumbers {
-  const float* numbers;  // (columns, rows of a tile)
-  typename Lane::Floats operator()(int64_t column, int slice) const {
-    return Lane::load(numbers + column * kTrellisRows + slice * Lane::kFloats);
+struct FromMemory {
+  const int32_t* numbers;  // (steps, rows of a tile)
+  const int32_t* load(int64_t step) const { return numbers + step * kTrellisRows; }
+  typename Lane::Numbers decode(const int32_t* from, int slice) const {
+    return Lane::load_numbers(from + slice * Lane::kFloats);
   }
 };
 
-// dots[token][row] += scales[row] * sum over columns of number[row, column] * x[column][token].
-template <class Lane, int Tokens, class Numbers>
-void multiply(const Numbers& number, int64_t columns, const float* x, const float* scales, float* dots) {
-  using Floats = typename Lane::Floats;
+// dots[token][row] += scales[row] * x_scales[token] * sum over columns of number[row, column] * x[column][token].
+template <class Lane, int Tokens, class Source>
+void multiply(const Source& source, int64_t steps, const int16_t* x, const float* x_scales, const float* scales,
+              float* dots) {
   constexpr int kSlices = kTrellisRows / Lane::kFloats, kTogether = Tokens == 1 ? 4 : 2;
   static_assert(kSlices % kTogether == 0);
   for (int first = 0; first < kSlices; first += kTogether) {
-    Floats sums[kTogether][Tokens];
+    typename Lane::Whole sums[kTogether][Tokens];
     for (auto& of_slice : sums) {
-      for (Floats& sum : of_slice) sum = Lane::zero();
+      for (auto& sum : of_slice) sum = Lane::zero_whole();
     }
-    for (int64_t k = 0; k < columns; ++k) {
+    for (int64_t step = 0; step < steps; ++step) {
+      const auto loaded = source.load(step);
 #pragma GCC unroll 4
       for (int i = 0; i < kTogether; ++i) {
-        const Floats weight = number(k, first + i);
+        const typename Lane::Numbers numbers = source.decode(loaded, first + i);
 #pragma GCC unroll 4
         for (int m = 0; m < Tokens; ++m) {
-          sums[i][m] = Lane::multiply_add(weight, Lane::broadcast(x[k * Tokens + m]), sums[i][m]);
+          sums[i][m] = Lane::multiply_add(sums[i][m], numbers, x + 2 * (step * Tokens + m));
         }
       }
     }
     for (int i = 0; i < kTogether; ++i) {
       const int row = (first + i) * Lane::kFloats;
-      const Floats scale = Lane::load_unaligned(scales + row);
+      const auto scale = Lane::load_unaligned(scales + row);
       for (int m = 0; m < Tokens; ++m) {
         float* dot = dots + m * kTrellisRows + row;
-        Lane::store_unaligned(dot, Lane::multiply_add(sums[i][m], scale, Lane::load_unaligned(dot)));
+        const auto both = Lane::multiply_add(scale, Lane::broadcast(x_scales[m]), Lane::zero());
+        Lane::store_unaligned(dot, Lane::multiply_add(Lane::to_floats(sums[i][m]), both, Lane::load_unaligned(dot)));
       }
     }
   }
 }
 
 template <class Lane, int Bits>
-void trellis_dot(const uint32_t* words, int64_t columns, const float* x, int64_t tokens, int64_t x_stride,
-                 const float* scales, float* dots) {
-  const OpenRings<Bits> rings(words, columns);
-  const FromRings<Lane, Bits> number{rings, {}};
-  if (tokens == 1) return multiply<Lane, 1>(number, columns, x, scales, dots);
-  if (tokens == 2) return multiply<Lane, 2>(number, columns, x, scales, dots);
-  if (tokens <= 4) return multiply<Lane, 4>(number, columns, x, scales, dots);
-  alignas(64) float numbers[kTrellisColumns * kTrellisRows];
-  for (int64_t k = 0; k < columns; ++k) {
+void trellis_dot(const uint32_t* words, int64_t columns, const int16_t* x, int64_t tokens, int64_t x_stride,
+                 const float* x_scales, const float* scales, float* dots) {
+  const typename Lane::template Decoder<Bits> source(words, columns);
+  const int64_t steps = (columns + Lane::kColumns - 1) / Lane::kColumns;
+  if (tokens == 1) return multiply<Lane, 1>(source, steps, x, x_scales, scales, dots);
+  if (tokens == 2) return multiply<Lane, 2>(source, steps, x, x_scales, scales, dots);
+  if (tokens <= 4) return multiply<Lane, 4>(source, steps, x, x_scales, scales, dots);
+  alignas(64) int32_t numbers[kTrellisColumns / Lane::kColumns * kTrellisRows];
+  for (int64_t step = 0; step < steps; ++step) {
+    const auto loaded = source.load(step);
     for (int slice = 0; slice < kTrellisRows / Lane::kFloats; ++slice) {
-      Lane::store(numbers + k * kTrellisRows + slice * Lane::kFloats, number(k, slice));
+      Lane::store_numbers(numbers + step * kTrellisRows + slice * Lane::kFloats, source.decode(loaded, slice));
     }
   }
   for (int64_t m = 0; m < tokens; m += 4) {
-    multiply<Lane, 4>(FromNumbers<Lane>{numbers}, columns, x + m / 4 * x_stride, scales, dots + m * kTrellisRows);
+    multiply<Lane, 4>(FromMemory<Lane>{numbers}, steps, x + m / 4 * x_stride, x_scales + m, scales,
+                      dots + m * kTrellisRows);
   }
 }
 
 // Of 2, 3 and 4 bits.
 template <class Lane>
 const TrellisKernel* trellis_kernel(const char* isa, int bits) {
-  static const TrellisKernel kernels[] = {{isa, 2, search_ring<Lane, 2>, trellis_dot<Lane, 2>},
-                                          {isa, 3, search_ring<Lane, 3>, trellis_dot<Lane, 3>},
-                                          {isa, 4, search_ring<Lane, 4>, trellis_dot<Lane, 4>}};
+  static const TrellisKernel kernels[] = {{isa, 2, Lane::kColumns, search_ring<Lane, 2>, trellis_dot<Lane, 2>},
+                                          {isa, 3, Lane::kColumns, search_ring<Lane, 3>, trellis_dot<Lane, 3>},
+                                          {isa, 4, Lane::kColumns, search_ring<Lane, 4>, trellis_dot<Lane, 4>}};
   return &kernels[bits - 2];
 }
 

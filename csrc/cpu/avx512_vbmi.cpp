@@ -1,0 +1,87 @@
+// AVX-512 with dot products of whole numbers and permutations of bytes: Intel since Ice Lake, AMD since Zen 4.
+// Built with -mavx512f -mavx512bw -mavx512vl -mavx512vnni -mavx512vbmi. For weights on a trellis only.
+#include "avx512_trellis.h"
+
+namespace {
+
+// Two columns at a time, whose windows and numbers of a row are neighbours of 16 bits: as many in a vector as twice the
+// rows, and one instruction multiplies both by their activations and adds them up.
+struct Avx512VbmiTrellis : Avx512Trellis {
+  static constexpr int kColumns = 2;
+  using Avx512Trellis::multiply_add;
+  static Whole multiply_add(Whole whole, Numbers numbers, const int16_t* x) {
+    int32_t two;
+    std::memcpy(&two, x, sizeof two);
+    return _mm512_dpwssd_epi32(whole, numbers, _mm512_set1_epi32(two));
+  }
+
+  // One permutation brings the bytes of two rows to each 64 bits, four of either column, wherever the ring goes on; one
+  // shift of each byte by its own bits brings the windows out. Low and high half of the product are computed apart.
+  template <int Bits>
+  class Decoder {
+    static constexpr int kVector = 64, kBytes = kTrellisRows * Bits / 8;  // of a column
+    static constexpr bool kApart = 2 * kBytes > kVector;                  // both do not fit into a vector
+
+   public:
+    struct Columns {
+      __m512i first, second;
+    };
+    Decoder(const uint32_t* words, int64_t columns)
+        : from_(reinterpret_cast<const char*>(words)), size_(columns * kBytes) {
+      alignas(64) uint8_t places[kVector], shifts[kVector];
+      for (int slice = 0; slice < 4; ++slice) {
+        for (int i = 0; i < kVector; ++i) {
+          const int row = slice * kFloats + i / 8 * 2, column = i % 8 / 4;
+          const int byte = (row * Bits / 8 + i % 4) % kBytes;
+          places[i] = static_cast<uint8_t>(byte + column * (kApart ? kVector : kBytes));
+        }
+        places_[slice] = _mm512_load_si512(places);
+      }
+      for (int i = 0; i < kVector; ++i) {
+        const int first_row = i / 8 * 2, row = i % 8 / 4, column = i % 4 / 2;
+        shifts[i] = static_cast<uint8_t>(first_row * Bits % 8 + row * Bits + 32 * column + 8 * (i % 2));
+      }
+      shifts_ = _mm512_load_si512(shifts);
+    }
+    Columns load(int64_t step) const {
+      const int64_t at = step * 2 * kBytes;
+      return {vector(at), kApart ? vector(at + kBytes) : _mm512_setzero_si512()};
+    }
+    Numbers decode(const Columns& columns, int slice) const {
+      __m512i bytes;
+      if constexpr (kApart) bytes = _mm512_permutex2var_epi8(columns.first, places_[slice], columns.second);
+      if constexpr (!kApart) bytes = _mm512_permutexvar_epi8(places_[slice], columns.first);
+      const __m512i window =
+          _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts_, bytes), _mm512_set1_epi16(kTrellisWindows - 1));
+      const __m512i low_factor = _mm512_set1_epi16(static_cast<int16_t>(kTrellisFactor & 0xffff));
+      const __m512i high_factor = _mm512_set1_epi16(static_cast<int16_t>(kTrellisFactor >> 16));
+      const __m512i low = _mm512_mullo_epi16(window, low_factor);
+      const __m512i high =
+          _mm512_add_epi16(_mm512_mulhi_epu16(window, low_factor), _mm512_mullo_epi16(window, high_factor));
+      const __m512i ones = _mm512_set1_epi8(1);
+      return _mm512_add_epi16(_mm512_maddubs_epi16(ones, low), _mm512_maddubs_epi16(ones, high));
+    }
+
+   private:
+    // What the columns have from a byte on, and zeros.
+    __m512i vector(int64_t at) const {
+      const int64_t left = size_ - at;
+      if (left >= kVector) return _mm512_loadu_si512(from_ + at);
+      if (left <= 0) return _mm512_setzero_si512();
+      return _mm512_maskz_loadu_epi8(~uint64_t{0} >> (kVector - left), from_ + at);
+    }
+    const char* from_;
+    int64_t size_;
+    __m512i places_[4], shifts_;
+  };
+};
+
+}  // namespace
+
+namespace lorap::cpu {
+
+const TrellisKernel* avx512_vbmi_trellis_kernel(int bits) {
+  return trellis_kernel<Avx512VbmiTrellis>("avx512_vbmi", bits);
+}
+
+}  // namespace lorap::cpu
