@@ -27,7 +27,6 @@ from lorap.checkpoint.validate import check_folder
 from lorap.errors import BackendError, CheckpointError
 from lorap.integrations.vllm_linear import LoRAPLinearMethod, PackedLinearMethod
 from lorap.nn.implementations import FLOATS
-from lorap.weights import TRELLIS
 
 # Families whose models in vLLM were run with the plug-in (tests/vllm): which linear layers a model of vLLM has, and under which
 # names their weights come, is its own affair.
@@ -64,19 +63,13 @@ class LoRAPQuantizationConfig(QuantizationConfig):
 
         Raises:
             CheckpointError: as :class:`LoRAPConfig`: a newer format, an unknown field, an impossible size.
-            BackendError: this vLLM loads fused layers in an older way, or the weights are codes on a trellis.
+            BackendError: this vLLM loads fused layers in an older way.
         """
         if "orig_to_new_stacked" not in {field.name for field in fields(WeightsMapper)}:
             raise BackendError(
                 "lorap needs vLLM 0.32 or newer, which lets a fused layer load its own weights; upgrade vllm"
             )
-        checkpoint = LoRAPConfig(**config)
-        if checkpoint.coding is TRELLIS:
-            raise BackendError(
-                f"lorap's plug-in for vLLM does not serve {checkpoint.weights_text} weights, which are codes on a trellis: open "
-                "the folder in transformers after `import lorap`, or compress the model once more with --weights int4"
-            )
-        return cls(checkpoint)
+        return cls(LoRAPConfig(**config))
 
     def get_name(self) -> str:
         """The name in ``quant_method``."""

@@ -23,6 +23,7 @@ from lorap.nn import ops
 from lorap.nn.linear import LowRankLinear
 from lorap.nn.low_rank_tensors import LowRankTensors
 from lorap.nn.quantized import QuantizedLinear
+from lorap.nn.trellis import layer_of
 from lorap.nn.warming import warm
 
 # vLLM's names of the parts of a fused attention layer; those of a fused FFN are numbers already.
@@ -162,7 +163,7 @@ class LoRAPLinearMethod(LinearMethodBase):
 
 
 class PackedLinearMethod(LoRAPLinearMethod):
-    """The same of weights in 8 and 4 bits, on one worker."""
+    """The same of weights in few bits, on one worker."""
 
     def __init__(self, checkpoint: LoRAPConfig, names: Sequence[str]) -> None:
         super().__init__(checkpoint, names)
@@ -172,13 +173,15 @@ class PackedLinearMethod(LoRAPLinearMethod):
         """(tokens, input) to (tokens, outputs side by side)."""
         first, *others = self.layers
         if not others and isinstance(first, QuantizedLinear):
-            return ops.quantized_linear(x, first.weight_packed, first.weight_scale, bias, first.bits, first.group_size)
+            return first.product(x, bias)
         y: Tensor = torch.cat([one(x) for one in self.layers], dim=-1) if others else first(x)
         return y if bias is None else y + bias
 
     def _projection(self, name: str, *arguments: Any) -> nn.Module:
-        bits = self.checkpoint.bits_of(name) or 8  # torchao's int8
-        return PackedProjection(name, *arguments, bits=bits, group_size=self.checkpoint.group_size)
+        coding = self.checkpoint.coding
+        # Without one it is torchao's int8.
+        how: Any = {"kind": layer_of(coding), "bits": self.checkpoint.bits_of(name)} if coding else {"bits": 8}
+        return PackedProjection(name, *arguments, **how, group_size=self.checkpoint.group_size)
 
     def _lay_out(self, layer: Any, parts: list[Any]) -> None:
         self.layers = merge_dense(parts)

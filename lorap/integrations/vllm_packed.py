@@ -1,13 +1,12 @@
-"""One projection of a checkpoint in 8 or 4 bits: lorap's own layer for it, loaded by name, checked and run.
+"""One projection of a checkpoint in few bits: lorap's own layer for it, loaded by name, checked and run.
 
-It is a :class:`QuantizedLinear`, or a :class:`LowRankLinear` of two. The bias is beside it, since vLLM's layers hold theirs.
-Nothing here knows vLLM, and nothing is shared out among workers.
+It is a :class:`QuantizedLinear`, on a trellis a :class:`TrellisLinear`, or a :class:`LowRankLinear` of two of them. The bias is
+beside it, since vLLM's layers hold theirs. Nothing here knows vLLM, and nothing is shared out among workers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ from lorap.nn.quantized import QuantizedLinear
 
 
 class PackedProjection(nn.Module):
-    """One projection of the checkpoint in whole numbers and scales, empty at first.
+    """One projection of the checkpoint in numbers of few bits and scales, empty at first.
 
     Args:
         name: full name in the checkpoint.
@@ -44,7 +43,8 @@ class PackedProjection(nn.Module):
         columns: the input, all of it.
         bias: whether it has one.
         dtype: of scales and bias.
-        bits: of its numbers, or of those of both factors: 4 or 8.
+        kind: of layer that it is, or that both factors are.
+        bits: of its numbers, or of those of both factors, one of those of the coding of ``kind``.
         group_size: numbers of a row that share a scale; None for int8 by torchao, which has one scale for each row.
     """
 
@@ -58,6 +58,7 @@ class PackedProjection(nn.Module):
         bias: bool,
         dtype: torch.dtype,
         *,
+        kind: type[QuantizedLinear] = QuantizedLinear,
         bits: int,
         group_size: int | None,
     ) -> None:
@@ -72,7 +73,7 @@ class PackedProjection(nn.Module):
         group = group_size or -(-columns.size // 32) * 32
         self.layer: Any
         if rank is None:
-            self.layer = QuantizedLinear(columns.size, rows.size, bits=bits, group_size=group, dtype=dtype)
+            self.layer = kind(columns.size, rows.size, bits=bits, group_size=group, dtype=dtype)
             self._expect_packed("", self.layer, by_row=group_size is None)
             bias_name = "bias"
         else:
@@ -82,9 +83,7 @@ class PackedProjection(nn.Module):
             self.layer.weight = self.layer.needs_import_lorap = None  # guards
             for factor in FACTORS:
                 empty = getattr(self.layer, factor)
-                linear = QuantizedLinear(
-                    empty.in_features, empty.out_features, bits=bits, group_size=group, dtype=dtype
-                )
+                linear = kind(empty.in_features, empty.out_features, bits=bits, group_size=group, dtype=dtype)
                 setattr(self.layer, factor, linear)
                 self._expect_packed(f"{factor}.", linear, by_row=group_size is None)
             if pivoted:
@@ -149,25 +148,31 @@ class PackedProjection(nn.Module):
 def merge_dense(parts: Iterable[PackedProjection]) -> list[QuantizedLinear | LowRankLinear]:
     """The layers of projections that read the same x, in their order; dense ones of the same bits side by side become one.
 
-    Their words and scales are copied once, and those of each part are rows of them.
+    Their words and scales are copied once, and those of each part are rows of them. Where rows share words in tiles, another part
+    can only follow whole ones.
     """
+    runs: list[list[PackedProjection]] = []
+    for part in parts:
+        if runs and _can_follow(runs[-1][-1], part):
+            runs[-1].append(part)
+        else:
+            runs.append([part])
+    return [run[0].layer if len(run) == 1 else _side_by_side([part.layer for part in run]) for run in runs]
 
-    def kind(part: PackedProjection) -> tuple[int, str]:
-        return part.bits, "" if part.rank is None else part.name
 
-    layers = []
-    for _, group in groupby(parts, kind):
-        linears = [part.layer for part in group]
-        layers.append(linears[0] if len(linears) == 1 else _side_by_side(linears))
-    return layers
+def _can_follow(before: PackedProjection, part: PackedProjection) -> bool:
+    dense = before.rank is None and part.rank is None
+    return dense and before.bits == part.bits and before.rows.size % before.layer.coding.tile == 0
 
 
 def _side_by_side(linears: list[QuantizedLinear]) -> QuantizedLinear:
-    first, rows = linears[0], [linear.out_features for linear in linears]
-    merged = QuantizedLinear(first.in_features, sum(rows), bits=first.bits, group_size=first.group_size, device="meta")
+    first = linears[0]
+    rows = sum(linear.out_features for linear in linears)
+    merged = type(first)(first.in_features, rows, bits=first.bits, group_size=first.group_size, device="meta")
     for key in (WEIGHT_PACKED, WEIGHT_SCALE):
-        whole = torch.cat([getattr(linear, key) for linear in linears])
+        pieces = [getattr(linear, key) for linear in linears]
+        whole = torch.cat(pieces)
         setattr(merged, key, whole)
-        for linear, piece in zip(linears, whole.split(rows), strict=True):
+        for linear, piece in zip(linears, whole.split([len(piece) for piece in pieces]), strict=True):
             setattr(linear, key, piece)
     return merged

@@ -115,10 +115,14 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
+        return self.product(x, self._parameters["bias"])
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The same with another bias (out_features,) or none in place of its own."""
         buffers = self._buffers  # nn.Module's attribute access takes longer than a small layer
         packed: Any = buffers[WEIGHT_PACKED]
         scale: Any = buffers[WEIGHT_SCALE]
-        return ops.quantized_linear(x, packed, scale, self._parameters["bias"], self.bits, self.group_size)
+        return ops.quantized_linear(x, packed, scale, bias, self.bits, self.group_size)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight (out_features, in_features), in ``dtype`` or that of the scales."""

@@ -34,12 +34,12 @@ class TrellisLinear(QuantizedLinear):
         """The windows of whole tiles as int32 words."""
         return trellis.pack(numbers, bits)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features)."""
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """(..., in_features) to (..., out_features), with this bias (out_features,) or none in place of its own."""
         buffers = self._buffers  # as in QuantizedLinear
         packed: Any = buffers[WEIGHT_PACKED]
         scale: Any = buffers[WEIGHT_SCALE]
-        return ops.trellis_linear(x, packed, scale, self._parameters["bias"], self.bits, self.group_size)
+        return ops.trellis_linear(x, packed, scale, bias, self.bits, self.group_size)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight (out_features, in_features), in ``dtype`` or that of the scales."""

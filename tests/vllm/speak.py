@@ -23,11 +23,16 @@ OPTIONS = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "gpu
 
 def speak(job: dict[str, Any]) -> Any:
     """Tokens of one job, or what stopped it."""
-    options = OPTIONS | {"distributed_executor_backend": "uni"} | job.get("options", {})
     try:
-        llm = LLM(job["folder"], skip_tokenizer_init=True, **options)
+        return answer(job)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
+
+
+def answer(job: dict[str, Any]) -> Any:
+    """Tokens of one job, and scores where it wants them."""
+    options = OPTIONS | {"distributed_executor_backend": "uni"} | job.get("options", {})
+    llm = LLM(job["folder"], skip_tokenizer_init=True, **options)
     prompts = [{"prompt_token_ids": tokens} for tokens in job["prompts"]]
     greedy = SamplingParams(temperature=0, max_tokens=job.get("max_tokens", 16), detokenize=False)
     tokens = [list(output.outputs[0].token_ids) for output in llm.generate(prompts, greedy, use_tqdm=False)]

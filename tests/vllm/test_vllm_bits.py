@@ -16,27 +16,27 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from vllm_host import ROOT, SMALL, SMOLLM, WIKI, check_greedy, check_scores, run_vllm, shrink, vllm_says
+from vllm_host import (
+    LAYERS,
+    ODD,
+    ROOT,
+    SMOLLM,
+    WIKI,
+    check_greedy,
+    check_scores,
+    rounded,
+    run_vllm,
+    shrink,
+    texts,
+    vllm_says,
+)
 
 import lorap
 from lorap.checkpoint.load import find_model, load_model, load_tokenizer
 from lorap.nn.quantized import decoder_linears
 
-ODD = SMALL | {"hidden_size": 132}
-# How far log-probabilities of one token may be from those in transformers, in nats.
-LIMIT = 1e-3
-LAYERS = [f"model.layers.{index}" for index in range(3)]
 # One of q, k and v; one of gate and up; one that is alone.
 OTHER = dict.fromkeys((f"{LAYERS[0]}.self_attn.k_proj", f"{LAYERS[1]}.mlp.up_proj", f"{LAYERS[2]}.mlp.down_proj"), 8)
-
-
-def rounded(model: Any, folder: Path, weights: str, *, storage: str = "factors", **options: Any) -> Path:
-    """``model`` with the ranks and widths of SHAPES, in few bits."""
-    shrink(model, folder / "float", storage=storage)
-    model = AutoModelForCausalLM.from_pretrained(folder / "float")
-    lorap.quantize(model, weights, **({"group_size": 32} | options)).save_pretrained(folder)
-    shutil.rmtree(folder / "float")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +58,7 @@ def packed(make_model, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def prompts(tokens) -> list[list[int]]:
-    """Seven real texts of 5 to 23 tokens, and one of 90, which torch multiplies and not lorap's kernels."""
-    return [row[: 5 + 3 * index].tolist() for index, row in enumerate(tokens[:7])] + [
-        tokens[:3].flatten()[:90].tolist()
-    ]
+    return texts(tokens)
 
 
 def test_tokens_and_scores_are_those_of_transformers(packed, prompts) -> None:
@@ -71,7 +68,7 @@ def test_tokens_and_scores_are_those_of_transformers(packed, prompts) -> None:
     answers = vllm_says([{"folder": folder, "prompts": prompts, "score": True} for folder in packed.values()])
     for folder, answer in zip(packed.values(), answers, strict=True):
         check_greedy(folder, prompts, answer)
-        check_scores(folder, prompts, answer, LIMIT)
+        check_scores(folder, prompts, answer)
 
 
 def test_compiled_it_says_the_same(packed, prompts) -> None:
@@ -144,7 +141,7 @@ def test_int8_of_torchao_needs_no_torchao(make_model, prompts, tmp_path) -> None
     save_file(stored, tmp_path / "int8" / "model.safetensors", metadata={"format": "pt"})
     (answer,) = vllm_says([{"folder": tmp_path / "int8", "prompts": prompts, "score": True}])
     check_greedy(tmp_path / "float", prompts, answer)
-    check_scores(tmp_path / "float", prompts, answer, LIMIT)
+    check_scores(tmp_path / "float", prompts, answer)
 
 
 @pytest.mark.parametrize("weights", ["int4", "int8"])
@@ -161,4 +158,4 @@ def test_a_real_model(weights, tmp_path) -> None:
     lorap.quantize(model, weights, other_bits=other).save_pretrained(tmp_path)
     (answer,) = vllm_says([{"folder": tmp_path, "prompts": prompts, "score": True}])
     check_greedy(tmp_path, prompts, answer)
-    check_scores(tmp_path, prompts, answer, LIMIT)
+    check_scores(tmp_path, prompts, answer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,9 +37,14 @@ SHAPES = [
     ({"k_proj": 23, "down_proj": 31, "up_proj": 37}, None),
     ({"q_proj": 11, "k_proj": 12, "v_proj": 13}, 90),
 ]
+# 132 inputs are no whole groups of 32.
+ODD = SMALL | {"hidden_size": 132}
 WHOLE = [({}, 256), ({"q_proj": 41}, None), ({}, 256)]
 # What the logits of two hosts may differ by in float32.
 TIE = 1e-3
+# How far log-probabilities of one token may be from those in transformers, in nats.
+LIMIT = 1e-3
+LAYERS = [f"model.layers.{index}" for index in range(3)]
 
 
 def vllm_says(jobs: list[dict[str, Any]], **environment: str) -> list[Any]:
@@ -62,20 +68,31 @@ def run_vllm(jobs: list[dict[str, Any]], **environment: str) -> tuple[list[Any],
 
 
 @torch.no_grad()
-def check_scores(folder: Path, prompts: list[list[int]], answers: Any, limit: float) -> float:
-    """The log-probability of each token of the prompts is that of transformers within ``limit``; the largest difference."""
-    assert isinstance(answers, dict), answers
-    model, worst = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), 0.0
-    for prompt, found in zip(prompts, answers["scores"], strict=True):
+def scores_of(folder: Path, prompts: list[list[int]], dtype: torch.dtype = torch.float32) -> Tensor:
+    """The log-probability of each token of the prompts but the first of each, one behind the other, in transformers."""
+    model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), []
+    for prompt in prompts:
         ids = torch.tensor(prompt)
-        expected: Tensor = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-        worst = max(worst, float((torch.tensor(found) - expected).abs().max()))
+        logits: Tensor = model(ids[None]).logits[0, :-1]
+        found.append(logits.float().log_softmax(-1).gather(1, ids[1:, None])[:, 0])
+    return torch.cat(found)
+
+
+def told_scores(answers: Any) -> Tensor:
+    """The same in an answer of vLLM."""
+    assert "scores" in answers, answers
+    return torch.tensor([score for scores in answers["scores"] for score in scores])
+
+
+def check_scores(folder: Path, prompts: list[list[int]], answers: Any, limit: float = LIMIT) -> float:
+    """The log-probability of each token of the prompts is that of transformers within ``limit``; the largest difference."""
+    worst = float((told_scores(answers) - scores_of(folder, prompts)).abs().max())
     assert worst < limit, worst
     return worst
 
 
 @torch.no_grad()
-def check_greedy(folder: Path, prompts: list[list[int]], answers: Any, length: int = 16) -> None:
+def check_greedy(folder: Path, prompts: list[list[int]], answers: Any, length: int = 16, tie: float = TIE) -> None:
     """Each token is the one that transformers finds likeliest behind those before it."""
     answers = answers["tokens"] if isinstance(answers, dict) and "tokens" in answers else answers
     assert isinstance(answers, list), answers
@@ -87,7 +104,7 @@ def check_greedy(folder: Path, prompts: list[list[int]], answers: Any, length: i
         logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
         chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
         behind = logits.max(dim=1).values - chosen
-        assert float(behind.max()) < TIE, f"{tokens}, likelier {logits.argmax(dim=1).tolist()}"
+        assert float(behind.max()) < tie, f"{tokens}, likelier {logits.argmax(dim=1).tolist()}"
 
 
 def narrow(mlp: Any, width: int) -> None:
@@ -123,3 +140,19 @@ def shrink(model: Any, folder: Path, *, storage: str = "factors", biases: bool =
     )
     model.save_pretrained(folder)
     return folder
+
+
+def rounded(model: Any, folder: Path, weights: str, *, storage: str = "factors", **options: Any) -> Path:
+    """``model`` with the ranks and widths of SHAPES, in few bits."""
+    shrink(model, folder / "float", storage=storage)
+    model = AutoModelForCausalLM.from_pretrained(folder / "float")
+    lorap.quantize(model, weights, **({"group_size": 32} | options)).save_pretrained(folder)
+    shutil.rmtree(folder / "float")
+    return folder
+
+
+def texts(tokens: Tensor) -> list[list[int]]:
+    """Seven real texts of 5 to 23 tokens, and one of 90, which torch multiplies and not lorap's kernels."""
+    return [row[: 5 + 3 * index].tolist() for index, row in enumerate(tokens[:7])] + [
+        tokens[:3].flatten()[:90].tolist()
+    ]
