@@ -27,7 +27,6 @@ struct Avx2Trellis {
     return _mm256_permutevar_ps(pairs, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
   }
 
-  static constexpr int kColumns = 1;
   using Numbers = __m256i;
   using Whole = __m256i;
   static Numbers load_numbers(const int32_t* from) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(from)); }
@@ -42,30 +41,53 @@ struct Avx2Trellis {
     return _mm256_add_epi32(whole, _mm256_madd_epi16(numbers, _mm256_set1_epi32(two)));
   }
 
-  // Each row gets the four bytes that its window begins in.
+  // The sums of the bytes of what windows make, each half of the product by itself.
+  struct Hash {
+    __m256i low_factor = _mm256_set1_epi16(static_cast<int16_t>(kTrellisFactor & 0xffff));
+    __m256i high_factor = _mm256_set1_epi16(static_cast<int16_t>(kTrellisFactor >> 16));
+    // A compiler that knows this factor makes five shifts and sums of one multiplication.
+    Hash() { asm("" : "+x"(high_factor)); }
+    Numbers operator()(__m256i windows) const {
+      const __m256i low = _mm256_mullo_epi16(windows, low_factor), ones = _mm256_set1_epi8(1);
+      const __m256i high =
+          _mm256_add_epi16(_mm256_mulhi_epu16(windows, low_factor), _mm256_mullo_epi16(windows, high_factor));
+      return _mm256_add_epi16(_mm256_maddubs_epi16(ones, low), _mm256_maddubs_epi16(ones, high));
+    }
+  };
+
+  // Each row gets four bytes of either column, of the first from the one on that its window begins in, of the second
+  // from the one before. Then shifts bring one window to the lower 16 bits and the other to the upper.
   template <int Bits>
   struct Decoder {
     OpenRings<Bits> rings;
-    __m256i bytes_of_row = shuffle(), shift = shifts();
-    Decoder(const uint32_t* words, int64_t columns) : rings(words, columns) {}
-    static __m256i shuffle() {
-      alignas(32) uint8_t from[32];
-      for (int i = 0; i < 32; ++i) from[i] = static_cast<uint8_t>(i / 4 * Bits / 8 + i % 4);
-      return _mm256_load_si256(reinterpret_cast<const __m256i*>(from));
+    __m256i first_bytes, second_bytes, right, left;
+    Hash hash;
+    Decoder(const uint32_t* words, int64_t columns) : rings(words, columns) {
+      alignas(32) uint8_t first[32], second[32];
+      alignas(32) int32_t shifts[kFloats];
+      for (int i = 0; i < 32; ++i) {
+        first[i] = static_cast<uint8_t>(i / 4 * Bits / 8 + i % 4);
+        second[i] = static_cast<uint8_t>(i % 4 ? first[i] - 1 : first[i]);
+      }
+      for (int i = 0; i < kFloats; ++i) shifts[i] = i * Bits % 8;
+      first_bytes = _mm256_load_si256(reinterpret_cast<const __m256i*>(first));
+      second_bytes = _mm256_load_si256(reinterpret_cast<const __m256i*>(second));
+      right = _mm256_load_si256(reinterpret_cast<const __m256i*>(shifts));
+      left = _mm256_sub_epi32(_mm256_set1_epi32(8), right);
     }
-    static __m256i shifts() {
-      alignas(32) int32_t by[8];
-      for (int i = 0; i < 8; ++i) by[i] = i * Bits % 8;
-      return _mm256_load_si256(reinterpret_cast<const __m256i*>(by));
-    }
-    const unsigned char* load(int64_t step) const { return rings.column(step); }
+    const unsigned char* load(int64_t pair) const { return rings.column(2 * pair); }
     Numbers decode(const unsigned char* column, int slice) const {
+      const unsigned char* from = column + slice * kFloats * Bits / 8;
+      const __m256i first = _mm256_srlv_epi32(_mm256_shuffle_epi8(spread(from), first_bytes), right);
+      const __m256i second =
+          _mm256_sllv_epi32(_mm256_shuffle_epi8(spread(from + OpenRings<Bits>::kStride), second_bytes), left);
+      const __m256i both = _mm256_blend_epi16(first, second, 0xaa);
+      return hash(_mm256_and_si256(both, _mm256_set1_epi16(kTrellisWindows - 1)));
+    }
+    static __m256i spread(const unsigned char* from) {
       int64_t eight;
-      std::memcpy(&eight, column + slice * kFloats * Bits / 8, sizeof eight);
-      const __m256i rows = _mm256_shuffle_epi8(_mm256_set1_epi64x(eight), bytes_of_row);
-      const __m256i window = _mm256_and_si256(_mm256_srlv_epi32(rows, shift), _mm256_set1_epi32(kTrellisWindows - 1));
-      const __m256i product = _mm256_mullo_epi32(window, _mm256_set1_epi32(kTrellisFactor));
-      return _mm256_maddubs_epi16(_mm256_set1_epi8(1), product);
+      std::memcpy(&eight, from, sizeof eight);
+      return _mm256_set1_epi64x(eight);
     }
   };
 };

@@ -31,7 +31,6 @@ struct Avx512Trellis {
     return _mm512_permutevar_ps(fours, _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3));
   }
 
-  static constexpr int kColumns = 1;
   using Numbers = __m512i;
   using Whole = __m512i;
   static Numbers load_numbers(const int32_t* from) { return _mm512_load_si512(from); }
@@ -44,30 +43,49 @@ struct Avx512Trellis {
     return _mm512_add_epi32(whole, _mm512_madd_epi16(numbers, _mm512_set1_epi32(two)));
   }
 
+  // See avx2_trellis.h.
+  struct Hash {
+    __m512i low_factor = _mm512_set1_epi16(static_cast<int16_t>(kTrellisFactor & 0xffff));
+    __m512i high_factor = _mm512_set1_epi16(static_cast<int16_t>(kTrellisFactor >> 16));
+    Hash() { asm("" : "+v"(high_factor)); }
+    Numbers operator()(__m512i windows) const {
+      const __m512i low = _mm512_mullo_epi16(windows, low_factor), ones = _mm512_set1_epi8(1);
+      const __m512i high =
+          _mm512_add_epi16(_mm512_mulhi_epu16(windows, low_factor), _mm512_mullo_epi16(windows, high_factor));
+      return _mm512_add_epi16(_mm512_maddubs_epi16(ones, low), _mm512_maddubs_epi16(ones, high));
+    }
+  };
+
   // As in avx2_trellis.h, of 16 rows.
   template <int Bits>
   struct Decoder {
     OpenRings<Bits> rings;
-    __m512i bytes_of_row = shuffle(), shift = shifts();
-    Decoder(const uint32_t* words, int64_t columns) : rings(words, columns) {}
-    static __m512i shuffle() {
-      alignas(64) uint8_t from[64];
-      for (int i = 0; i < 64; ++i) from[i] = static_cast<uint8_t>(i / 4 * Bits / 8 + i % 4);
-      return _mm512_load_si512(from);
+    __m512i first_bytes, second_bytes, right, left;
+    Hash hash;
+    Decoder(const uint32_t* words, int64_t columns) : rings(words, columns) {
+      alignas(64) uint8_t first[64], second[64];
+      alignas(64) int32_t shifts[kFloats];
+      for (int i = 0; i < 64; ++i) {
+        first[i] = static_cast<uint8_t>(i / 4 * Bits / 8 + i % 4);
+        second[i] = static_cast<uint8_t>(i % 4 ? first[i] - 1 : first[i]);
+      }
+      for (int i = 0; i < kFloats; ++i) shifts[i] = i * Bits % 8;
+      first_bytes = _mm512_load_si512(first);
+      second_bytes = _mm512_load_si512(second);
+      right = _mm512_load_si512(shifts);
+      left = _mm512_sub_epi32(_mm512_set1_epi32(8), right);
     }
-    static __m512i shifts() {
-      alignas(64) int32_t by[16];
-      for (int i = 0; i < 16; ++i) by[i] = i * Bits % 8;
-      return _mm512_load_si512(by);
-    }
-    const unsigned char* load(int64_t step) const { return rings.column(step); }
+    const unsigned char* load(int64_t pair) const { return rings.column(2 * pair); }
     Numbers decode(const unsigned char* column, int slice) const {
-      const auto* from = reinterpret_cast<const __m128i*>(column + slice * kFloats * Bits / 8);
-      const __m128i sixteen = _mm_loadu_si128(from);
-      const __m512i rows = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(sixteen), bytes_of_row);
-      const __m512i window = _mm512_and_si512(_mm512_srlv_epi32(rows, shift), _mm512_set1_epi32(kTrellisWindows - 1));
-      const __m512i product = _mm512_mullo_epi32(window, _mm512_set1_epi32(kTrellisFactor));
-      return _mm512_maddubs_epi16(_mm512_set1_epi8(1), product);
+      const unsigned char* from = column + slice * kFloats * Bits / 8;
+      const __m512i first = _mm512_srlv_epi32(_mm512_shuffle_epi8(spread(from), first_bytes), right);
+      const __m512i second =
+          _mm512_sllv_epi32(_mm512_shuffle_epi8(spread(from + OpenRings<Bits>::kStride), second_bytes), left);
+      const __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaa, first, second);
+      return hash(_mm512_and_si512(both, _mm512_set1_epi16(kTrellisWindows - 1)));
+    }
+    static __m512i spread(const unsigned char* from) {
+      return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
     }
   };
 };

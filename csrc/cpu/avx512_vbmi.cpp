@@ -4,10 +4,8 @@
 
 namespace {
 
-// Two columns at a time, whose windows and numbers of a row are neighbours of 16 bits: as many in a vector as twice the
-// rows, and one instruction multiplies both by their activations and adds them up.
+// One instruction multiplies two columns by their activations and adds them up.
 struct Avx512VbmiTrellis : Avx512Trellis {
-  static constexpr int kColumns = 2;
   using Avx512Trellis::multiply_add;
   static Whole multiply_add(Whole whole, Numbers numbers, const int16_t* x) {
     int32_t two;
@@ -16,7 +14,7 @@ struct Avx512VbmiTrellis : Avx512Trellis {
   }
 
   // One permutation brings the bytes of two rows to each 64 bits, four of either column, wherever the ring goes on; one
-  // shift of each byte by its own bits brings the windows out. Low and high half of the product are computed apart.
+  // shift of each byte by its own bits brings the windows out.
   template <int Bits>
   class Decoder {
     static constexpr int kVector = 64, kBytes = kTrellisRows * Bits / 8;  // of a column
@@ -43,23 +41,16 @@ struct Avx512VbmiTrellis : Avx512Trellis {
       }
       shifts_ = _mm512_load_si512(shifts);
     }
-    Columns load(int64_t step) const {
-      const int64_t at = step * 2 * kBytes;
+    Columns load(int64_t pair) const {
+      const int64_t at = pair * 2 * kBytes;
       return {vector(at), kApart ? vector(at + kBytes) : _mm512_setzero_si512()};
     }
     Numbers decode(const Columns& columns, int slice) const {
       __m512i bytes;
       if constexpr (kApart) bytes = _mm512_permutex2var_epi8(columns.first, places_[slice], columns.second);
       if constexpr (!kApart) bytes = _mm512_permutexvar_epi8(places_[slice], columns.first);
-      const __m512i window =
-          _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts_, bytes), _mm512_set1_epi16(kTrellisWindows - 1));
-      const __m512i low_factor = _mm512_set1_epi16(static_cast<int16_t>(kTrellisFactor & 0xffff));
-      const __m512i high_factor = _mm512_set1_epi16(static_cast<int16_t>(kTrellisFactor >> 16));
-      const __m512i low = _mm512_mullo_epi16(window, low_factor);
-      const __m512i high =
-          _mm512_add_epi16(_mm512_mulhi_epu16(window, low_factor), _mm512_mullo_epi16(window, high_factor));
-      const __m512i ones = _mm512_set1_epi8(1);
-      return _mm512_add_epi16(_mm512_maddubs_epi16(ones, low), _mm512_maddubs_epi16(ones, high));
+      const __m512i windows = _mm512_multishift_epi64_epi8(shifts_, bytes);
+      return hash_(_mm512_and_si512(windows, _mm512_set1_epi16(kTrellisWindows - 1)));
     }
 
    private:
@@ -73,6 +64,7 @@ struct Avx512VbmiTrellis : Avx512Trellis {
     const char* from_;
     int64_t size_;
     __m512i places_[4], shifts_;
+    Hash hash_;
   };
 };
 

@@ -42,11 +42,12 @@ struct ScalarTrellis {
     return floats;
   }
 
-  static constexpr int kColumns = 1;
   struct Numbers {
+    int16_t value[2 * kFloats];
+  };
+  struct Whole {
     int32_t value[kFloats];
   };
-  using Whole = Numbers;
   static Numbers load_numbers(const int32_t* from) {
     Numbers numbers;
     std::memcpy(&numbers, from, sizeof numbers);
@@ -60,20 +61,26 @@ struct ScalarTrellis {
     return floats;
   }
   static Whole multiply_add(Whole whole, const Numbers& numbers, const int16_t* x) {
-    for (int i = 0; i < kFloats; ++i) whole.value[i] += numbers.value[i] * *x;
+    for (int i = 0; i < kFloats; ++i) {
+      whole.value[i] += numbers.value[2 * i] * x[0] + numbers.value[2 * i + 1] * x[1];
+    }
     return whole;
   }
   template <int Bits>
   struct Decoder {
     OpenRings<Bits> rings;
     Decoder(const uint32_t* words, int64_t columns) : rings(words, columns) {}
-    const unsigned char* load(int64_t step) const { return rings.column(step); }
+    const unsigned char* load(int64_t pair) const { return rings.column(2 * pair); }
     Numbers decode(const unsigned char* column, int slice) const {
-      uint64_t bits = 0;
-      std::memcpy(&bits, column + slice * kFloats * Bits / 8, sizeof bits);
       Numbers numbers;
-      for (int i = 0; i < kFloats; ++i) {
-        numbers.value[i] = trellis_number(bits >> i * Bits & (kTrellisWindows - 1));
+      for (int which = 0; which < 2; ++which) {
+        const unsigned char* from = column + which * OpenRings<Bits>::kStride;
+        uint64_t bits = 0;
+        std::memcpy(&bits, from + slice * kFloats * Bits / 8, sizeof bits);
+        for (int i = 0; i < kFloats; ++i) {
+          const int number = trellis_number(bits >> i * Bits & (kTrellisWindows - 1));
+          numbers.value[2 * i + which] = static_cast<int16_t>(number);
+        }
       }
       return numbers;
     }

@@ -60,13 +60,12 @@ int16_t nearest(float x) {
 // two, which quantized.h has more about; of float32 what they leave becomes a second token of such numbers.
 class TrellisInput {
  public:
-  TrellisInput(const Call& call, const void* x, const TrellisMatrix& weight, int step)
+  TrellisInput(const Call& call, const void* x, const TrellisMatrix& weight)
       : digits_(call.element == sizeof(float) ? 2 : 1),
         tokens_(call.tokens * digits_),
         together_(tokens_ > 2 ? 4 : tokens_),
         padded_((tokens_ + together_ - 1) / together_ * together_),
-        step_(step),
-        stride_((weight.cols + step - 1) / step * together_ * 2),
+        stride_((weight.cols + 1) / 2 * together_ * 2),
         numbers_(scratch<int16_t>(padded_ / together_ * stride_)) {
     int64_t blocks = 0;
     for_blocks(weight, [&](auto...) { ++blocks; });
@@ -84,7 +83,7 @@ class TrellisInput {
   int64_t digits() const { return digits_; }
   int64_t tokens() const { return tokens_; }
   int64_t stride() const { return stride_; }
-  const int16_t* column(int64_t k) const { return numbers_.get() + k / step_ * together_ * 2; }
+  const int16_t* column(int64_t k) const { return numbers_.get() + k * together_; }  // k is even
   const float* scales(int64_t block) const { return scales_.get() + block * padded_; }
 
  private:
@@ -97,16 +96,14 @@ class TrellisInput {
       for (int64_t i = 0; i < columns; ++i) rounded[i] = nearest(values[i] * inverse);
       int16_t* to = numbers_.get() + m / together_ * stride_ + m % together_ * 2;
       for (int64_t i = 0; i < columns; ++i) {
-        int16_t* both = to + (k + i) / step_ * together_ * 2;
-        if (step_ == 1) both[0] = both[1] = rounded[i];
-        if (step_ == 2) both[(k + i) % 2] = rounded[i];
+        to[(k + i) / 2 * together_ * 2 + i % 2] = rounded[i];
         values[i] = (values[i] * inverse - rounded[i]) * kDigit;  // exact, as in quantized_packing.h
       }
       scale /= kDigit, inverse = 1.0f;
     }
   }
 
-  int64_t digits_, tokens_, together_, padded_, step_, stride_;
+  int64_t digits_, tokens_, together_, padded_, stride_;
   std::unique_ptr<int16_t[], Free> numbers_;
   std::unique_ptr<float[], Free> scales_;
 };
@@ -190,7 +187,7 @@ void trellis_products(Machine machine, int64_t tokens, const TrellisProduct* pro
                       element,         static_cast<char*>(one.y) + first * one.y_stride * element,
                       one.y_stride};
       const char* x = static_cast<const char*>(one.x) + first * one.weight.cols * element;
-      parts.push_back({one, call, TrellisInput(call, x, one.weight, one.kernel->columns)});
+      parts.push_back({one, call, TrellisInput(call, x, one.weight)});
     }
     run_parts(machine, parts);
   }

@@ -35,17 +35,14 @@ struct TrellisKernel {
   const char* isa;
   int bits;
 
-  // Of a tile that one step takes: 1 or 2.
-  int columns;
-
   // The windows of one ring that are nearest to `wanted`; `scratch` has trellis_scratch(bits) floats. `numbers` are
   // those of all windows. No importance is negative, and where it is 0 `wanted` is 0.
   void (*search)(const float* numbers, const float* wanted, const float* importance, float* scratch, int32_t* windows);
 
   // dots[m * 64 + r] += scales[r] * x_scales[m] * sum over columns k of number[r, k] * x[m, k] for the rows r of a
   // tile, whose words of these columns, kTrellisColumns at most, are `words`; numbers are in units of kTrellisUnit. x
-  // are two numbers for each step: of its two columns, 0 behind the last one, or twice of its only one; all steps of 1
-  // or 2 tokens side by side, or of each 4, `x_stride` numbers apart.
+  // has those of two columns, 0 behind the last one, of each token, and so on; all columns of 1 or 2 tokens are side by
+  // side, or of each 4, `x_stride` numbers apart.
   void (*dot)(const uint32_t* words, int64_t columns, const int16_t* x, int64_t tokens, int64_t x_stride,
               const float* x_scales, const float* scales, float* dots);
 };
