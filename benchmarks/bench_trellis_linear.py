@@ -1,4 +1,4 @@
-"""Weights of 2 to 4 bits on a trellis beside weights of 4 bits and of bfloat16, by the C++ kernels, in turns:
+"""Weights of 2 to 6 bits on a trellis beside weights of 4 bits and of bfloat16, by the C++ kernels, in turns:
 
     python benchmarks/bench_trellis_linear.py
 

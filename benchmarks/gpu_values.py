@@ -94,7 +94,7 @@ def _cases_of(
     )
     yield "silu_gated_linear", sizes, (x, random(n, k), random(n, k), random(n), random(n))
     yield from _quantized_cases(m, k, r, n, device=device, dtype=dtype)
-    bits = (2, 3, 4)[m % 3]
+    bits = (2, 3, 4, 5, 6)[m % 5]
     weight = gpu_timings.on_trellis(n, k, bits, device=device, dtype=dtype)
     group = gpu_timings.TRELLIS_GROUP
     yield "trellis_linear", f"{sizes} tcq{bits}", (x, *weight, random(n) if biased else None, bits, group)

@@ -163,11 +163,12 @@ class CompressionConfig:
             on the calibration windows, 1,536 tokens a step, none of them twice; fewer and smaller steps where there are fewer
             tokens, and none that further windows, not calibrated on, do not confirm. Sizes do not change.
         weights: how many bits they have in the end, in every linear layer of the decoder: ``float`` as many as the model's dtype,
-            ``int8``, ``int4``, or ``tcq4``, ``tcq3``, ``tcq2``, codes on a trellis, which lose less in as many bits and take
-            longer; with ``size`` or ``bits_per_weight`` also ``mixed``, 8 for those matrices where they help most for their bytes
-            and 4 for the others, ``tcq``, likewise 2 to 4 on the trellis, or ``auto``, the most that fit without sparsity, else
-            the fewest. They are rounded last, behind correction steps, layer by layer on the calibration windows. The sparsity
-            counts parameters, not bits; at 0 the result is the quantized dense model.
+            ``int8``, ``int4``, or ``tcq6`` to ``tcq2``, codes on a trellis, which lose less in as many bits and take longer;
+            with ``size`` or ``bits_per_weight`` also ``mixed``, 8 for those matrices where they help most for their bytes and 4
+            for the others, ``tcq``, likewise 2 to 6 on the trellis, or ``auto``, the most that fit without sparsity, else the
+            fewest: whole numbers, which are faster, from int4 whole on, where ``tcq`` loses less. They are rounded last, behind
+            correction steps, layer by layer on the calibration windows. The sparsity counts parameters, not bits; at 0 the
+            result is the quantized dense model.
         group_size: how many weights in few bits of a row share a scale, a multiple of 32. Unless given 64 of int8 and int4, and
             256 on the trellis; ``auto`` until the weights are known.
         target: who is to open the result. ``lorap``: hosts that have lorap. ``stock``: every host. Attention stays dense and all
@@ -206,7 +207,9 @@ class CompressionConfig:
     sequential: Literal["layer", "sublayer"] = _FROM_RECIPE
     storage: Literal["factors", "pivoted"] = _FROM_RECIPE
     correction_steps: Count = _FROM_RECIPE
-    weights: Literal["float", "int8", "int4", "tcq4", "tcq3", "tcq2", "mixed", "tcq", "auto"] = _FROM_RECIPE
+    weights: Literal["float", "int8", "int4", "tcq6", "tcq5", "tcq4", "tcq3", "tcq2", "mixed", "tcq", "auto"] = (
+        _FROM_RECIPE
+    )
     group_size: Union[Annotated[int, Interval(ge=32, le=2**31 - 1), MultipleOf(32)], Auto] = _FROM_RECIPE
     target: Literal["lorap", "stock"] = _FROM_RECIPE
     num_calibration_samples: Size = 128

@@ -44,7 +44,7 @@ class Coding:
 
 # Whole numbers (lorap/nn/quantized.py), and codes on a trellis (lorap/nn/trellis.py), whose scales cost less in larger groups.
 INTEGERS = Coding("int", (4, 8), "mixed", 64)
-TRELLIS = Coding("tcq", (2, 3, 4), "tcq", 256, tile=64)
+TRELLIS = Coding("tcq", (2, 3, 4, 5, 6), "tcq", 256, tile=64)
 CODINGS = (INTEGERS, TRELLIS)
 # By the name of each kind: its coding, and its bits.
 KINDS: Mapping[str, tuple[Coding, int]] = MappingProxyType(

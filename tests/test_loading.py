@@ -255,13 +255,16 @@ def test_a_rank_or_width_that_is_no_size_is_refused(bad):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"format_version": True}, "format version True and this lorap reads 1 to 7"),
+        ({"format_version": True}, "format version True and this lorap reads 1 to 8"),
         ({"format_version": 1.0}, "format version 1.0 and"),
         ({"format_version": "1"}, "format version '1' and"),
         ({"format_version": [1]}, r"format version \[1\] and"),
         ({"format_version": 10**30}, "format version 1000000000000000000000000000000 and"),
         ({"storage": ["factors"]}, r"storage should be 'factors' or 'pivoted' and is \['factors'\]"),
-        ({"weights": None}, "weights should be 'float', 'int8', 'int4', 'tcq2', 'tcq3' or 'tcq4' and is None"),
+        (
+            {"weights": None},
+            "weights should be 'float', 'int8', 'int4', 'tcq2', 'tcq3', 'tcq4', 'tcq5' or 'tcq6' and is None",
+        ),
         ({"quant_method": "other"}, "quant_method should be 'lorap' and is 'other'"),
         ({"ranks": [["q", 3]]}, r"ranks should be .* and is \[\['q', 3\]\]"),
         ({"biases": ["q", "q"]}, r"biases has a name twice: \['q', 'q'\]"),

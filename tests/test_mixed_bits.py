@@ -120,8 +120,8 @@ def test_versions_are_the_lowest_that_fit() -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"other_bits": {Q: 5}}, f"other_bits.{Q} should be 2, 3, 4 or 8 and is 5"),
-        ({"other_bits": {Q: True}}, f"other_bits.{Q} should be 2, 3, 4 or 8 and is True"),
+        ({"other_bits": {Q: 7}}, f"other_bits.{Q} should be 2, 3, 4, 5, 6 or 8 and is 7"),
+        ({"other_bits": {Q: True}}, f"other_bits.{Q} should be 2, 3, 4, 5, 6 or 8 and is True"),
         ({"other_bits": {Q: 4}}, f"other_bits says 4 for {Q}, but int4 weights are in 4 bits already"),
         ({"other_bits": {Q[:-6]: 8}}, f"other_bits names {Q[:-6]}, but the decoder layers have no such projection"),
         (
@@ -132,7 +132,7 @@ def test_versions_are_the_lowest_that_fit() -> None:
         ({"other_bits": [Q]}, f"other_bits should be .* and is \\['{Q}'\\]"),
         ({"other_bits": {UP: 8}}, r"weight_packed has the shape .* but config.json makes it"),
         ({"format_version": 5}, r"int4 weights in groups of 32 and other_bits and format version 5.* must be 6"),
-        ({"format_version": 8}, "format version 8 and this lorap reads 1 to 7"),
+        ({"format_version": 9}, "format version 9 and this lorap reads 1 to 8"),
         ({"other_bits": {Q: 3}}, f"other_bits says 3 for {Q}, but int4 weights go with int4 or int8 alone"),
         ({"weights": "float", "group_size": None}, f"says 8 for {Q}, but float weights are not packed"),
         ({"weights": "int8", "group_size": None}, f"says 8 for {Q}, but int8 weights are not packed"),

@@ -50,7 +50,7 @@ def drawn(linear: torch.nn.Linear, bits: int, group_size: int) -> TrellisLinear:
     return TrellisLinear.from_numbers(windows, scales, bits=bits, group_size=group_size, bias=linear.bias)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", trellis.BITS)
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (63, 100), (129, 33)])
 def test_a_layer_computes_with_what_its_codes_stand_for(rows, columns, bits) -> None:
     layer = drawn(torch.nn.Linear(columns, rows), bits, 32)
@@ -75,13 +75,17 @@ def test_sizes_without_torch_are_those_of_the_packing() -> None:
         for bits in INTEGERS.bits:
             assert INTEGERS.packed_shape(rows, columns, bits) == (rows, packing.words(columns, bits))
     assert (TRELLIS.bits, TRELLIS.tile, INTEGERS.bits) == (trellis.BITS, trellis.TILE, packing.BITS)
-    assert (TRELLIS.bits, TRELLIS.tile, INTEGERS.bits) == ((2, 3, 4), 64, (4, 8))
+    assert (TRELLIS.bits, TRELLIS.tile, INTEGERS.bits) == ((2, 3, 4, 5, 6), 64, (4, 8))
     assert (TRELLIS.packed_shape(65, 100, 3), INTEGERS.packed_shape(65, 100, 4)) == ((2, 600), (65, 13))
     assert (layer_of(TRELLIS), layer_of(INTEGERS)) == (TrellisLinear, QuantizedLinear)
-    assert {kind: bits for kind, (_, bits) in KINDS.items()} == {"int4": 4, "int8": 8, "tcq2": 2, "tcq3": 3, "tcq4": 4}
+    assert {kind: bits for kind, (_, bits) in KINDS.items()} == {
+        "int4": 4,
+        "int8": 8,
+        **{f"tcq{bits}": bits for bits in range(2, 7)},
+    }
 
 
-@pytest.mark.parametrize("weights", ["tcq2", "tcq3", "tcq4"])
+@pytest.mark.parametrize("weights", ["tcq2", "tcq3", "tcq4", "tcq5", "tcq6"])
 @pytest.mark.parametrize("storage", ["dense", "factors"])
 def test_saved_and_loaded_it_is_the_same(storage, weights, make_model, compress_small, tokens, tmp_path) -> None:
     make_model("llama-biases", **ODD).save_pretrained(tmp_path / "dense")
@@ -96,7 +100,11 @@ def test_saved_and_loaded_it_is_the_same(storage, weights, make_model, compress_
     model.save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text())
     fields = settings["quantization_config"]
-    assert (fields["format_version"], fields["weights"], fields["group_size"]) == (7, weights, 32)
+    assert (fields["format_version"], fields["weights"], fields["group_size"]) == (
+        7 if weights < "tcq5" else 8,
+        weights,
+        32,
+    )
     assert settings["hidden_act"] == "silu_needs_import_lorap"
     opened = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert {name: part.bits for name, part in layers_of(opened).items()} == stored
@@ -195,10 +203,13 @@ def with_settings(folder: Path, place: Path, **fields: Any) -> Path:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"other_bits": {Q: 8}}, f"other_bits says 8 for {Q}, but tcq3 weights go with tcq2, tcq3 or tcq4 alone"),
+        (
+            {"other_bits": {Q: 8}},
+            f"other_bits says 8 for {Q}, but tcq3 weights go with tcq2, tcq3, tcq4, tcq5 or tcq6 alone",
+        ),
         ({"other_bits": {Q: 3}}, f"other_bits says 3 for {Q}, but tcq3 weights are in 3 bits already"),
-        ({"other_bits": {Q: 5}}, f"other_bits.{Q} should be 2, 3, 4 or 8 and is 5"),
-        ({"weights": "tcq5"}, "weights should be .* and is 'tcq5'"),
+        ({"other_bits": {Q: 7}}, f"other_bits.{Q} should be 2, 3, 4, 5, 6 or 8 and is 7"),
+        ({"weights": "tcq7"}, "weights should be .* and is 'tcq7'"),
         (
             {"weights": "int4", "other_bits": OTHER},
             f"other_bits says 4 for {Q}, but int4 weights are in 4 bits already",
@@ -207,7 +218,9 @@ def with_settings(folder: Path, place: Path, **fields: Any) -> Path:
         ({"weights": "int4", "other_bits": {}}, "weight_packed has the shape .* but config.json makes it"),
         ({"weights": "tcq4", "other_bits": {}}, "weight_packed has the shape .* but config.json makes it"),
         ({"format_version": 6}, r"tcq3 weights in groups of 32 and other_bits and format version 6.* must be 7"),
-        ({"format_version": 8}, "format version 8 and this lorap reads 1 to 7"),
+        ({"other_bits": OTHER | {Q: 5}}, r"and other_bits and format version 7.* must be 8"),
+        ({"weights": "tcq6"}, r"tcq6 weights .* and format version 7.* must be 8"),
+        ({"format_version": 9}, "format version 9 and this lorap reads 1 to 8"),
         ({"group_size": None}, "int4 and tcq weights have one"),
         ({"group_size": 64}, "weight_scale has the shape .* but config.json makes it"),
     ],
@@ -222,6 +235,15 @@ def test_an_older_reader_refuses_it_by_its_version(folder, monkeypatch) -> None:
     monkeypatch.setattr("lorap.checkpoint.quantization_fields.FORMAT_VERSIONS", (1, 2, 3, 4, 5, 6))
     with pytest.raises(lorap.CheckpointError, match="format version 7 and this lorap reads 1 to 6"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(("weights", "other_bits"), [("tcq5", {}), ("tcq4", {Q: 6}), ("tcq6", {Q: 2})], ids=str)
+def test_who_knows_four_bits_alone_refuses_more(weights, other_bits, make_model, monkeypatch, tmp_path) -> None:
+    model = lorap.quantize(make_model("llama-gqa"), weights, group_size=32, other_bits=other_bits)
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr("lorap.checkpoint.quantization_fields.FORMAT_VERSIONS", (1, 2, 3, 4, 5, 6, 7))
+    with pytest.raises(lorap.CheckpointError, match="format version 8 and this lorap reads 1 to 7"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_damaged_tensors_are_refused_by_name(folder, tmp_path) -> None:

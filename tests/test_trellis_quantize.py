@@ -53,14 +53,15 @@ def error(dense: Any, model: Any) -> float:
 
 def test_more_bits_lose_less_and_whole_numbers_more(make_model) -> None:
     dense = make_model("llama-gqa", num_hidden_layers=2)
-    kinds = ("tcq2", "tcq3", "tcq4", "int4")
+    kinds = (*(f"tcq{bits}" for bits in DISTORTION), "int4", "int8")
     models = {kind: lorap.quantize(copy.deepcopy(dense), kind) for kind in kinds}
     errors = {kind: error(dense, model) for kind, model in models.items()}
     for bits, share in DISTORTION.items():
         assert 0.9 < errors[f"tcq{bits}"] / share < 1.35, errors
     assert errors["int4"] > 1.3 * errors["tcq4"]
+    assert errors["tcq6"] > 5 * errors["int8"]
     groups = {kind: model.get_submodule(DOWN).group_size for kind, model in models.items()}
-    assert groups == {"tcq2": 256, "tcq3": 256, "tcq4": 256, "int4": 64}
+    assert groups == {kind: 256 if kind.startswith("tcq") else 64 for kind in kinds}
 
 
 def test_calibrated_codes_change_outputs_less(make_model, tokens) -> None:
@@ -90,7 +91,7 @@ def test_a_group_is_what_the_kind_wants_or_what_was_asked_for() -> None:
         return CompressionConfig(**options).group_size
 
     assert (group(), group(weights="int4"), group(weights="int8", sparsity=0)) == (64, 64, 64)
-    assert [group(weights=f"tcq{bits}") for bits in (2, 3, 4)] == [256] * 3
+    assert [group(weights=f"tcq{bits}") for bits in TRELLIS.bits] == [256] * 5
     assert group(weights="tcq", bits_per_weight=3) == 256
     assert group(weights="mixed", bits_per_weight=3) == 64
     assert group(weights="tcq3", group_size=96) == 96
@@ -112,7 +113,7 @@ def test_a_group_is_what_the_kind_wants_or_what_was_asked_for() -> None:
         ),
         ({"weights": "tcq", "size": 10**9, "target": "stock"}, "codes on a trellis"),
         ({"weights": "tcq", "size": 10**9, "storage": "pivoted"}, "tcq weights are too coarse for pivoted storage"),
-        ({"weights": "tcq5"}, "weights should be"),
+        ({"weights": "tcq7"}, "weights should be"),
         ({"weights": ["tcq3"]}, "weights should be"),
         ({"weights": "tcq3", "group_size": 48}, "group_size should be"),
     ],
@@ -179,7 +180,7 @@ def test_errors_are_as_large_as_expected() -> None:
 
 
 def whole_sizes(dense: Any) -> dict[str, int]:
-    kinds = ("float", "int8", "int4", "tcq4", "tcq3", "tcq2")
+    kinds = ("float", "int8", "tcq6", "tcq5", "int4", "tcq4", "tcq3", "tcq2")
     configs = {kind: CompressionConfig(weights=kind, sparsity=0.0) for kind in kinds}
     return {kind: dense.planned(dense.unchanged(), config) + dense.other_bytes for kind, config in configs.items()}
 
@@ -195,7 +196,8 @@ def test_below_int4_whole_codes_come_before_sparsity(monkeypatch) -> None:
         return config.weights, config.group_size, config.sparsity > 0
 
     assert chosen(whole["int4"]) == ("int4", 64, False)
-    assert chosen(whole["int4"] - 1) == chosen(whole["tcq4"]) == ("tcq4", 256, False)
+    assert chosen(whole["int4"] - 1) == ("tcq", 256, False)  # a matrix in 5 bits fits
+    assert chosen(whole["tcq4"]) == ("tcq4", 256, False)
     assert chosen(whole["tcq4"] - 1) == ("tcq", 256, False)
     assert chosen(whole["tcq3"]) == ("tcq3", 256, False)
     assert chosen(whole["tcq3"] - 1) == ("tcq3", 256, True)
@@ -219,16 +221,16 @@ def test_a_toy_that_no_tile_fits_has_whole_numbers() -> None:
     assert resolve_budget(dense, CompressionConfig(recipe="lorap", bits_per_weight=2.2)).weights == "int4"
 
 
-def test_from_2_to_4_bits_a_budget_is_met_and_used() -> None:
+def test_from_2_to_6_bits_a_budget_is_met_and_used() -> None:
     """And what is chosen costs no more than any one kind that fits."""
     dense = dense_model(num_hidden_layers=2, **LARGER)
     known, costs = statistics(dense), []
-    for bits in (2.3, 2.8, 3.3, 3.8):
+    for bits in (2.3, 2.8, 3.3, 3.8, 4.5, 5, 5.9):
         config = resolve_budget(dense, CompressionConfig(bits_per_weight=bits, weights="tcq"))
         assert (config.weights, config.sparsity) == ("tcq", 0.0)
         prices = priced(config, dense, known)
         plans = prices.allocate(SINGLE_PROCESS)
-        assert {bits for plan in plans for bits in plan.bits.values()} <= {3, 4}  # the others have 2
+        assert {bits for plan in plans for bits in plan.bits.values()} <= {3, 4, 5, 6}  # the others have 2
         size = dense.planned(plans, config)
         assert 0.97 * dense.projection_budget(config) < size <= dense.projection_budget(config)
         costs.append(sum(_cost(prices, plans, key) for key in prices.curves))
@@ -253,6 +255,8 @@ def _cost(prices: Any, plans: Any, key: tuple[int, str]) -> float:
         ("best", {"bits_per_weight": 3.9}),
         ("lorap", {"bits_per_weight": 3.6}),
         ("best", {"bits_per_weight": 2.9, "weights": "tcq"}),
+        ("best", {"bits_per_weight": 4.6, "weights": "tcq"}),
+        ("lorap", {"bits_per_weight": 5.6, "weights": "tcq"}),
         ("lorap", {"bits_per_weight": 2.9}),
     ],
     ids=str,
@@ -268,7 +272,7 @@ def test_what_is_saved_meets_the_budget_and_opens_again(recipe, options, make_mo
     info = describe_model(find_model(tmp_path))
     assert 0.93 * options["bits_per_weight"] < info["bits_per_dense_weight"] <= options["bits_per_weight"]
     fields = LoRAPConfig(**json.loads((tmp_path / "config.json").read_text())["quantization_config"])
-    assert fields.format_version == 7
+    assert fields.format_version == (8 if max(fields.bits, 0, *fields.other_bits.values()) > 4 else 7)
     assert bool(fields.other_bits) == mixed
     for name, bits in bits_of(model).items():
         assert bits == fields.bits_of(name)
@@ -276,7 +280,7 @@ def test_what_is_saved_meets_the_budget_and_opens_again(recipe, options, make_mo
     before, after = model.state_dict(), opened.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    said = "tcq4 where that helps most for its bytes and else tcq3 or tcq2," if mixed else "tcq3 with a scale"
+    said = "tcq2 to tcq6, more where that helps most for its bytes," if mixed else "tcq3 with a scale"
     assert said in (tmp_path / "README.md").read_text()
 
 
@@ -295,7 +299,7 @@ def test_commands_tell_and_do_the_same(model_folder, small_text, tmp_path) -> No
     last_json(run("compress", model_folder, tmp_path / "out", *options, *asked, "--quiet", "--json"))
     assert 0.95 < stored_bytes(tmp_path / "out") / planned["bytes"] <= 1
     shown = run("plan", model_folder, *options, *asked, "--no-time").stdout
-    assert "Weights are tcq2, tcq3 or tcq4, matrix by matrix, and the sparsity 0.0000" in shown
+    assert "Weights are tcq2, tcq3, tcq4, tcq5 or tcq6, matrix by matrix, and the sparsity 0.0000" in shown
     assert_refused(run("compress", model_folder, tmp_path / "no", "--weights", "tcq3", "--target", "stock"), "trellis")
     assert not Path(tmp_path / "no").exists()
 

@@ -59,7 +59,7 @@ def test_decoding_a_weight_takes_the_instructions_that_the_model_counts(bits: in
     weights = 64 * variant.constexprs["BLOCK_K"] // (32 * variant.num_warps)
     names = [re.sub(r"^@!?\w+ ", "", line).split(".")[0].split()[0] for line in body]
     assert names.count("IDP") == names.count("FADD") == weights == 64
-    assert names.count("IMAD") < 1.6 * weights
+    assert names.count("IMAD") < (1.6 if bits <= 4 else 1.9) * weights
     assert len(body) / weights == pytest.approx(cost.DECODING[bits][16], abs=0.3)
 
 

@@ -114,7 +114,7 @@ def made(record: Record) -> str:
         return ", ".join(f"{share:.0%} {kind}" for kind, share in sorted(kinds.items(), key=lambda one: -one[1]))
     if "weights" not in record:
         return ""
-    kinds = {"mixed": "int4 and int8", "tcq": "codes of 2 to 4 bits"}
+    kinds = {"mixed": "int4 and int8", "tcq": "codes of several bits"}
     bits = kinds.get(record["weights"], record["weights"])
     return (
         f"{record['sparsity']:.0%} of the bytes removed, {bits}" if record["sparsity"] else f"nothing removed, {bits}"

@@ -200,7 +200,7 @@ void run(const TrellisKernel& kernel) {
 int main(int argc, char** argv) {
   for (const char* isa : {"scalar", "avx2", "avx512", "avx512_vbmi"}) {
     if (argc > 1 && std::strcmp(isa, argv[1]) != 0) continue;
-    for (int bits : {2, 3, 4}) {
+    for (int bits = kTrellisFewestBits; bits <= kTrellisMostBits; ++bits) {
       if (const TrellisKernel* kernel = find_trellis_kernel(bits, isa)) run(*kernel);
     }
   }

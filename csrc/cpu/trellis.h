@@ -6,6 +6,7 @@
 
 namespace lorap::cpu {
 
+constexpr int kTrellisFewestBits = 2, kTrellisMostBits = 6;
 constexpr int kTrellisRows = 64;    // of a tile
 constexpr int kTrellisWindow = 12;  // bits
 constexpr int kTrellisWindows = 1 << kTrellisWindow;

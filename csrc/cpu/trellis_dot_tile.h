@@ -105,13 +105,18 @@ void trellis_dot(const uint32_t* words, int64_t columns, const int16_t* x, int64
   }
 }
 
-// Of 2, 3 and 4 bits.
+template <class Lane, int Bits>
+TrellisKernel trellis_kernel_of(const char* isa) {
+  return {isa, Bits, search_ring<Lane, Bits>, trellis_dot<Lane, Bits>};
+}
+
 template <class Lane>
 const TrellisKernel* trellis_kernel(const char* isa, int bits) {
-  static const TrellisKernel kernels[] = {{isa, 2, search_ring<Lane, 2>, trellis_dot<Lane, 2>},
-                                          {isa, 3, search_ring<Lane, 3>, trellis_dot<Lane, 3>},
-                                          {isa, 4, search_ring<Lane, 4>, trellis_dot<Lane, 4>}};
-  return &kernels[bits - 2];
+  static const TrellisKernel kernels[] = {trellis_kernel_of<Lane, 2>(isa), trellis_kernel_of<Lane, 3>(isa),
+                                          trellis_kernel_of<Lane, 4>(isa), trellis_kernel_of<Lane, 5>(isa),
+                                          trellis_kernel_of<Lane, 6>(isa)};
+  static_assert(sizeof kernels / sizeof *kernels == kTrellisMostBits - kTrellisFewestBits + 1);
+  return &kernels[bits - kTrellisFewestBits];
 }
 
 }  // namespace

@@ -112,7 +112,8 @@ struct RingSearch {
     // From the bits that each row has for itself, so that it is a ring even where numbers were none.
     for (int row = 0; row < kTrellisRows; ++row) {
       windows[row] = 0;
-      for (int i = 0; i < kTrellisWindow / Bits; ++i) windows[row] |= own[(row + i) % kTrellisRows] << i * Bits;
+      for (int i = 0; i * Bits < kTrellisWindow; ++i) windows[row] |= own[(row + i) % kTrellisRows] << i * Bits;
+      windows[row] &= kTrellisWindows - 1;
     }
   }
 };

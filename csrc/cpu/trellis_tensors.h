@@ -10,7 +10,9 @@ using lorap::cpu::TrellisKernel;
 using lorap::cpu::TrellisMatrix;
 
 inline const TrellisKernel& trellis_kernel(int64_t bits) {
-  STD_TORCH_CHECK(bits >= 2 && bits <= 4, "lorap_cpu: a trellis of ", bits, " bits; 2, 3 and 4 are there");
+  using lorap::cpu::kTrellisFewestBits, lorap::cpu::kTrellisMostBits;
+  STD_TORCH_CHECK(bits >= kTrellisFewestBits && bits <= kTrellisMostBits, "lorap_cpu: a trellis of ", bits, " bits; ",
+                  kTrellisFewestBits, " to ", kTrellisMostBits, " are there");
   const TrellisKernel* kernel = lorap::cpu::find_trellis_kernel(static_cast<int>(bits), forced_isa());
   STD_TORCH_CHECK(kernel, "lorap_cpu: this processor or build has no instructions called LORAP_CPU_ISA=", forced_isa());
   return *kernel;

@@ -39,7 +39,13 @@ TILE_FLOPS = 0.4 * 790e12
 # What torch moves for each of them to write the matrix in 16 bits, and in how many launches (packing.py).
 TORCH_UNPACKING = {4: (17, 7), 8: (13, 4)}
 # The same of weights on a trellis (trellis_kernels.py, trellis.py), by tokens of a program.
-DECODING = {2: {16: 8.2, 32: 8.7, 64: 10.1}, 3: {16: 8.3, 32: 9.0, 64: 10.8}, 4: {16: 7.9, 32: 8.5, 64: 9.8}}
+DECODING = {
+    2: {16: 8.2, 32: 8.7, 64: 10.1},
+    3: {16: 8.3, 32: 9.0, 64: 10.8},
+    4: {16: 7.9, 32: 8.5, 64: 9.8},
+    5: {16: 9.3, 32: 10.0, 64: 11.4},
+    6: {16: 9.3, 32: 10.0, 64: 11.4},
+}
 TORCH_DECODING = 154, 45
 CLUSTER = 4  # blocks of one in csrc/cuda/low_rank_decode_mma.cu
 GATED = ("silu_gated_linear", "low_rank_silu_gated_linear")

@@ -210,7 +210,7 @@ def trellis_linear(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | Non
         packed: (ceil(N / 64), K * 2 * bits) int32.
         scales: (N, ceil(K / group)), floating point; taken in the dtype of x.
         bias: (N,) or None.
-        bits: of a weight: 2, 3 or 4.
+        bits: of a weight: 2 to 6.
         group: how many weights of a row share a scale, a multiple of 32; the last group may have fewer.
 
     Returns:

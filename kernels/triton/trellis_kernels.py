@@ -1,9 +1,10 @@
 """Device code for weights on a trellis (:mod:`lorap.kernels.trellis`), which become numbers in registers and nowhere else.
 
-A thread takes eight rows of a column from two neighbouring words of its ring, as one word of 64 bits: their windows are that
-word shifted by constants. A window costs a shift, a mask and a multiplication; the four bytes of the product, signed, are added
-up by one instruction (dp4a), which begins with the bits of a float so large that its lowest bits count ones. Subtracting that
-float makes a number of it, without a conversion of integers, which a GPU computes at a quarter of the rate or less.
+A thread takes eight rows of a column, of 5 and 6 bits four, from two neighbouring words of its ring, as one word of 64 bits:
+their windows are that word shifted by constants. A window costs a shift, a mask and a multiplication; the four bytes of the
+product, signed, are added up by one instruction (dp4a), which begins with the bits of a float so large that its lowest bits
+count ones. Subtracting that float makes a number of it, without a conversion of integers, which a GPU computes at a quarter of
+the rate or less.
 
 Numbers are whole here, from -476 to 450, and ``UNIT`` is multiplied by at the end. float16 and float32 hold all of them; bfloat16
 rounds odd ones above 256, 4 % of all, by 1.
@@ -57,15 +58,17 @@ def tile_numbers(
 ):
     """(BLOCK_K, 64): the columns from there on of one tile, each a row here; zeros from num_columns on."""
     WORDS: tl.constexpr = TILE * BITS // 32
-    first = tl.arange(0, TILE // 8) * (8 * BITS)  # bits of the ring
+    ROWS: tl.constexpr = 8 if BITS <= 4 else 4  # whose windows end in the word after the one that the first begins in
+    first = tl.arange(0, TILE // ROWS) * (ROWS * BITS)  # bits of the ring
     columns = tl.arange(0, BLOCK_K)[:, None]
     packed_ptrs = packed_ptr + columns * WORDS
     low = tl.load(packed_ptrs + (first // 32)[None, :], mask=columns < num_columns, other=0)
     high = tl.load(packed_ptrs + ((first // 32 + 1) % WORDS)[None, :], mask=columns < num_columns, other=0)
-    windows = low.to(tl.uint32, bitcast=True).to(tl.uint64) | (high.to(tl.uint64) << 32)  # (BLOCK_K, 8)
-    if BITS < 4:  # else all begin with a word
+    windows = low.to(tl.uint32, bitcast=True).to(tl.uint64) | (high.to(tl.uint64) << 32)  # (BLOCK_K, TILE // ROWS)
+    if BITS != 4:  # where all begin with a word
         windows = windows >> (first % 32).to(tl.uint64)[None, :]
-    windows = tl.join(windows, windows >> (4 * BITS))
+    if ROWS == 8:
+        windows = tl.join(windows, windows >> (4 * BITS))
     windows = tl.join(windows, windows >> (2 * BITS))
     windows = tl.join(windows, windows >> BITS)
     return _numbers(tl.reshape(windows, (BLOCK_K, TILE)), dtype)

@@ -28,7 +28,7 @@ def search(wanted: Tensor, importance: Tensor, bits: int) -> Tensor:
     Args:
         wanted: (N, C), floating point, in units of the numbers: already divided by the scales.
         importance: (N, C), at least 0. A row of importance 0 costs nothing, whatever is wanted there.
-        bits: 2, 3 or 4.
+        bits: 2 to 6.
 
     Returns:
         (ceil(N / 64) * 64, C) int32, on rings also where what is wanted is no number. Rows beyond N have importance 0.
@@ -54,7 +54,8 @@ def _rings(wanted: Tensor, importance: Tensor, bits: int) -> Tensor:
     turned = _path(wanted[around], importance[around], bits, None)
     ends = turned[SEAM] & 2 ** (trellis.WINDOW - bits) - 1
     own = _path(wanted, importance, bits, ends) & 2**bits - 1
-    return sum(own.roll(-i, 0) << bits * i for i in range(trellis.WINDOW // bits)).int()
+    rows = -(-trellis.WINDOW // bits)  # that a window has bits of
+    return (sum(own.roll(-i, 0) << bits * i for i in range(rows)) & 2**trellis.WINDOW - 1).int()
 
 
 def _path(wanted: Tensor, importance: Tensor, bits: int, ends: Tensor | None) -> Tensor:

@@ -22,7 +22,9 @@ PACKED = 5
 MIXED = 6
 # Codes on a trellis (lorap/nn/trellis.py), in one kind of bits or several.
 ON_TRELLIS = 7
-FORMAT_VERSIONS = (1, 2, 3, 4, 5, 6, 7)
+# More bits of them than four.
+MORE_ON_TRELLIS = 8
+FORMAT_VERSIONS = (1, 2, 3, 4, 5, 6, 7, 8)
 # From here on checkpoints that need lorap carry all guards (docs/checkpoint-format.md); older ones only those in shapes.
 GUARDED = 4
 # Ranks and widths beyond this are damage: the largest matrices have some 100,000 rows.
@@ -39,12 +41,12 @@ class _Fields:
     recipe: str | None = None
     lorap_version: str | None = None
     storage: Literal["factors", "pivoted"] = "factors"
-    weights: Literal["float", "int8", "int4", "tcq2", "tcq3", "tcq4"] = "float"
+    weights: Literal["float", "int8", "int4", "tcq2", "tcq3", "tcq4", "tcq5", "tcq6"] = "float"
     group_size: GroupSize | None = None
     biases: list[str] = field(default_factory=list)
     ranks: dict[str, Width] = field(default_factory=dict)
     intermediate_sizes: dict[str, Width] = field(default_factory=dict)
-    other_bits: dict[str, Literal[2, 3, 4, 8]] = field(default_factory=dict)
+    other_bits: dict[str, Literal[2, 3, 4, 5, 6, 8]] = field(default_factory=dict)
     format_version: int | None = None
     dense_intermediate_size: Width | None = None
     sparsity: float | None = None
@@ -64,11 +66,11 @@ class QuantizationFields(_Fields):
         recipe: what was run.
         lorap_version: what ran it.
         storage: of every low-rank layer: ``factors``, or ``pivoted`` (:mod:`lorap.algorithms.pivoting`).
-        weights: of every linear layer in the decoder: ``float``; ``int4`` or ``int8``, or on the trellis ``tcq2``, ``tcq3`` or
-            ``tcq4``, in groups (:func:`lorap.quantize`); or ``int8`` without a ``group_size`` (:func:`lorap.quantize_int8`).
+        weights: of every linear layer in the decoder: ``float``; ``int4`` or ``int8``, or on the trellis ``tcq2`` to ``tcq6``,
+            in groups (:func:`lorap.quantize`); or ``int8`` without a ``group_size`` (:func:`lorap.quantize_int8`).
         group_size: weights of a row that share a scale, a multiple of 32; None where they are not packed.
         other_bits: for each projection that is packed in other bits than ``weights`` says, by full module name, 4 or 8, on the
-            trellis 2, 3 or 4; both factors of a low-rank one are.
+            trellis 2 to 6; both factors of a low-rank one are.
 
     Raises:
         CheckpointError: a version, storage or field is unknown or of the wrong type, version and storage contradict each
@@ -164,7 +166,7 @@ def _check_version(version: Any, written_by: Any) -> None:
 def _format_version(fields: QuantizationFields) -> int:
     """The version, or the lowest that fits where there is none."""
     lowest = (
-        ON_TRELLIS
+        (MORE_ON_TRELLIS if max(fields.bits or 0, *fields.other_bits.values(), 0) > 4 else ON_TRELLIS)
         if fields.coding is TRELLIS
         else MIXED
         if fields.other_bits

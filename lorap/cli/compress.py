@@ -199,10 +199,11 @@ def compress_command(
         Optional[str],
         _option(
             "weights",
-            "Bits of the weights in OUT: float, as --dtype says; int8 or int4, rounded on the calibration text at the end; tcq4, "
-            "tcq3 or tcq2, codes on a trellis, which lose less in as many bits and take longer. With --sparsity 0 nothing else "
-            "is done. auto: the most that fit --size or --bits-per-weight, which choose it by themselves; mixed, which it may "
-            "come to: int8 for the matrices where that helps most for its bytes, int4 for the others; tcq, likewise tcq2 to 4.",
+            "Bits of the weights in OUT: float, as --dtype says; int8 or int4, rounded on the calibration text at the end; tcq6 "
+            "to tcq2, codes on a trellis, which lose less in as many bits and take longer. With --sparsity 0 nothing else is "
+            "done. auto: the most that fit --size or --bits-per-weight, which choose it by themselves; mixed, which it may come "
+            "to: int8 for the matrices where that helps most for its bytes, int4 for the others; tcq, likewise tcq2 to tcq6, "
+            "which from 4.25 bits on, where auto has int4 and int8, loses less and is slower on a CPU.",
         ),
     ] = None,
     group_size: Annotated[

@@ -181,7 +181,7 @@ def _unpivot(layer: nn.Module) -> None:
 
 def quantize(
     model: Model,
-    weights: Literal["int8", "int4", "tcq4", "tcq3", "tcq2"],
+    weights: Literal["int8", "int4", "tcq6", "tcq5", "tcq4", "tcq3", "tcq2"],
     *,
     group_size: int | None = None,
     other_bits: Mapping[str, int] | None = None,
@@ -192,13 +192,13 @@ def quantize(
 
     Weight-only, one scale for ``group_size`` weights of a row. Embeddings and the output head stay as they are.
     ``save_pretrained`` writes a checkpoint that ``from_pretrained`` opens again after ``import lorap``, with identical weights.
-    Where any weights get 4 bits or fewer, all pivoted pairs become plain factors, or dense where these would be larger.
+    Where any weights get fewer than 8 bits, all pivoted pairs become plain factors, or dense where these would be larger.
 
     Args:
         model: of transformers, dense or compressed, in memory; changed and returned.
-        weights: ``int8`` or ``int4``, whole numbers; ``tcq4``, ``tcq3`` or ``tcq2``, codes on a trellis.
+        weights: ``int8`` or ``int4``, whole numbers; ``tcq6``, ``tcq5``, ``tcq4``, ``tcq3`` or ``tcq2``, codes on a trellis.
         group_size: a multiple of 32; None for 64, on the trellis 256.
-        other_bits: 4 or 8, on the trellis 2, 3 or 4, for each projection that gets other bits than ``weights`` says, by its name
+        other_bits: 4 or 8, on the trellis 2 to 6, for each projection that gets other bits than ``weights`` says, by its name
             in the checkpoint, such as ``model.layers.0.mlp.down_proj``.
         calibration: as for :func:`lorap.compress`: weights are rounded such that the outputs change least on 128 windows of it
             (GPTQ, arXiv 2210.17323). None rounds to what is nearest, which takes no text.

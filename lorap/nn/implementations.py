@@ -241,11 +241,14 @@ QUANTIZED_EXAMPLES = (
     *((cost.FUSED_TOKENS + 2, 192, False), (cost.FUSED_TOKENS + 2, 176, True)),
 )
 # Of weights on a trellis: with as many bits as K says, see `example`.
-TRELLIS_EXAMPLES = tuple((tokens, k, False) for tokens in (1, 5, 20, 40) for k in (192, 176, 193))
+TRELLIS_EXAMPLES = tuple((tokens, k, False) for tokens in (1, 5, 20, 40) for k in (175, 176, 192, 193, 194))
 # Of a product with them, too: groups of 256, more tokens than are multiplied as weights are read, and a K that no programs share.
 TRELLIS_LINEAR_EXAMPLES = (
-    *((tokens, k, False) for tokens in (1, 20, 40, cost.FUSED_TOKENS + 2) for k in (576, 592, 560)),
-    *((1, 48, False), (20, 49, False), (40, 50, False), (cost.FUSED_TOKENS + 2, 193, False)),
+    *((tokens, k, False) for tokens in (1, 20, 40, cost.FUSED_TOKENS + 2) for k in (560, 576, 592, 578, 584)),
+    *(
+        (tokens, k, False)
+        for tokens, k in ((1, 48), (20, 49), (40, 50), (1, 46), (20, 47), (cost.FUSED_TOKENS + 2, 193))
+    ),
 )
 PIVOTED_OPS = ("low_rank_linear", "low_rank_linear_group")
 
@@ -255,7 +258,11 @@ def examples_of(op: str) -> tuple[tuple[int, int, bool], ...]:
     if op in QUANTIZED_OPS:
         return QUANTIZED_EXAMPLES
     if op in TRELLIS_OPS:
-        return (*TRELLIS_EXAMPLES, *TRELLIS_LINEAR_EXAMPLES) if op == "trellis_linear" else TRELLIS_EXAMPLES[:3]
+        return (
+            (*TRELLIS_EXAMPLES, *TRELLIS_LINEAR_EXAMPLES)
+            if op == "trellis_linear"
+            else TRELLIS_EXAMPLES[: len(trellis.BITS)]
+        )
     if op not in LINEAR_OPS:
         return EXAMPLES[:1]
     return tuple(one for one in EXAMPLES if op in PIVOTED_OPS or not one[-1])
@@ -284,8 +291,8 @@ def example(
         pivoted: with pivot rows, for an op of ``PIVOTED_OPS``; a group then has a pivoted layer, a dense one and a plain one.
             For an op of ``QUANTIZED_OPS``: in 8 bits, with pivot rows where it has them.
 
-    Weights on a trellis have 2 bits with 192 features, 3 with 193, 4 with 176, as K modulo 3 says, in groups of 32; those with
-    more than 512 features in groups of 256.
+    Weights on a trellis have 2 to 6 bits, as K modulo 5 says, in groups of 32; those with more than 512 features in groups of
+    256.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -307,7 +314,7 @@ def example(
         scales = torch.rand(rows, -(-columns // by), generator=generator).add(0.5).mul(columns**-0.5)
         return words.to(device, torch.int32), scales.to(device, dtype)
 
-    x, few, by = random(tokens, k), trellis.BITS[k % 3], 256 if k > 512 else 32
+    x, few, by = random(tokens, k), trellis.BITS[k % len(trellis.BITS)], 256 if k > 512 else 32
     right, left = [random(rank, k), random(rank + 16, k)], [random(n, rank), random(n, rank + 16)]
     third, rows = (random(rank + 32, k), random(80, rank + 32)), torch.arange(rank, device=device) * 2 + 3
     if pivoted and op in PIVOTED_OPS:

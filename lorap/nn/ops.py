@@ -11,7 +11,7 @@ op                                computes                                      
 ``quantized_linear``              x weight^T + bias, weight in 4 or 8 bits             (..., N)
 ``quantized_low_rank_linear``     x right^T left^T + bias, both in 4 or 8 bits        (..., N)
 ``quantized_silu_gated_linear``   silu(x gate^T) * (x up^T), both in 4 or 8 bits      (..., N)
-``trellis_linear``                x weight^T + bias, weight in 2 to 4 bits on a trellis (..., N)
+``trellis_linear``                x weight^T + bias, weight in 2 to 6 bits on a trellis (..., N)
 ``trellis_search``                the windows of a trellis nearest to given numbers   (N in whole tiles, C)
 ``channel_sq_norm``               sum over tokens of x_j^2, token count               (K,) float64, () int64
 ``second_moment``                 sum over tokens of x x^T, token count               (K, K) float64, () int64
@@ -246,7 +246,7 @@ def trellis_linear(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | Non
         packed: (ceil(N / 64), K * 2 * bits) int32.
         scales: (N, ceil(K / group)), floating point.
         bias: (N,) or None.
-        bits: 2, 3 or 4.
+        bits: 2 to 6.
         group: how many weights of a row share a scale, a multiple of 32; the last group may have fewer.
 
     Returns:
@@ -264,7 +264,7 @@ def trellis_search(wanted: Tensor, importance: Tensor, bits: int) -> Tensor:
     Args:
         wanted: (N, C), floating point, in units of the numbers: already divided by the scales. Taken in float32.
         importance: (N, C), at least 0. A row of importance 0 costs nothing, whatever is wanted there.
-        bits: 2, 3 or 4.
+        bits: 2 to 6.
 
     Returns:
         (ceil(N / 64) * 64, C) int32, which :func:`lorap.kernels.trellis.pack` takes; rows beyond N are importance 0.

@@ -13,6 +13,8 @@ from torch import Tensor
 from lorap.errors import ShapeError
 from lorap.kernels import packing, trellis
 
+_ON_TRELLIS = f"{trellis.BITS[0]} to {trellis.BITS[-1]}"
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -175,7 +177,7 @@ def quantized_silu_gated_linear(
 def trellis_linear(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, bits: int, group: int) -> int:
     """Arguments of :func:`lorap.nn.ops.trellis_linear`; returns N."""
     _require(x.dim() >= 1, "x is a scalar; its last axis must hold the features")
-    _require(bits in trellis.BITS, f"packed has weights of {bits} bits; it must be 2, 3 or 4")
+    _require(bits in trellis.BITS, f"packed has weights of {bits} bits; it must be {_ON_TRELLIS}")
     rows, columns = scales.shape[0] if scales.dim() else 0, x.shape[-1]
     what = f"{rows} rows and {columns} columns of {bits} bits"
     _check_stored("packed", packed, scales, trellis.packed_shape(rows, columns, bits), rows, columns, group, what)
@@ -190,7 +192,7 @@ def trellis_search(wanted: Tensor, importance: Tensor, bits: int) -> int:
     _require(wanted.shape == importance.shape, f"{shapes}; they must be the same")
     for name, tensor in (("wanted", wanted), ("importance", importance)):
         _require(tensor.is_floating_point(), f"{name} is {tensor.dtype}, not floating point")
-    _require(bits in trellis.BITS, f"windows on a trellis of {bits} bits are asked for; it must be 2, 3 or 4")
+    _require(bits in trellis.BITS, f"windows on a trellis of {bits} bits are asked for; it must be {_ON_TRELLIS}")
     return wanted.shape[1]
 
 

@@ -22,7 +22,7 @@ from lorap.weights import TRELLIS, Coding
 class TrellisLinear(QuantizedLinear):
     """y = x @ (numbers * scales).T + bias through ``torch.ops.lorap.trellis_linear``, for inference.
 
-    Arguments are those of :class:`QuantizedLinear`, with 2, 3 or 4 bits. The numbers of :meth:`from_numbers` are windows
+    Arguments are those of :class:`QuantizedLinear`, with 2 to 6 bits. The numbers of :meth:`from_numbers` are windows
     (ceil(out_features / 64) * 64, in_features) that lie on rings. But for the step of a decoder layer on a CPU, no
     op takes several of these layers at once, so that each runs by itself, in a low-rank pair or an FFN too.
     """

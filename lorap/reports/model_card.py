@@ -120,8 +120,10 @@ def _rounding(config: CompressionConfig) -> str:
         return ""
     coding, kinds = coding_of(config.weights), str(config.weights)
     if config.is_mixed and coding is not None:
-        *fewer, most = map(coding.kind, coding.bits)
-        kinds = f"{most} where that helps most for its bytes and else {' or '.join(reversed(fewer))},"
+        fewest, *_, most = map(coding.kind, coding.bits)
+        several = len(coding.bits) > 2
+        what = f"{fewest} to {most}, more" if several else most
+        kinds = f"{what} where that helps most for its bytes{'' if several else f' and else {fewest}'},"
     stored = f"{kinds} with a scale for each {config.group_size}"
     if coding is TRELLIS:
         stored += ", codes on a trellis ({2406.11235})"

@@ -166,11 +166,11 @@ class Case:
         torch, pick, bits, group = (
             self.torch,
             self.random.choice,
-            self.random.choice((2, 3, 4)),
+            self.random.choice((2, 3, 4, 5, 6)),
             self.random.choice((32, 64, 96, 128)),
         )
         if op == "trellis_search":
-            return self.tensor(n, min(k, 5)), self.tensor(n, min(k, 5)), bits if self.random.randrange(9) else 5
+            return self.tensor(n, min(k, 5)), self.tensor(n, min(k, 5)), bits if self.random.randrange(9) else 7
         words = torch.randint(-(2**31), 2**31, (-(-n // 64), k * 2 * bits), dtype=torch.int64).int()
         scales = torch.rand(n, -(-k // group)).add(0.5).mul(max(k, 1) ** -0.5)
         scales = self.laid_out(scales.to(pick((self.dtype, torch.float32))))
@@ -178,7 +178,7 @@ class Case:
         if self.faults and not self.random.randrange(6):
             words, scales = pick(((self.wrong(words.shape), scales), (words, self.wrong(scales.shape))))
         if self.faults and not self.random.randrange(8):
-            bits, group = pick(((5, group), (bits % 3 + 2, group), (bits, 0), (bits, -32), (bits, 2**63 - 1)))
+            bits, group = pick(((7, group), (bits % 5 + 2, group), (bits, 0), (bits, -32), (bits, 2**63 - 1)))
         return x, words, scales, self.tensor(n) if bias else None, bits, group
 
     def quantized(self, rows: int, columns: int, bits: int, group: int) -> tuple[Any, Any]:
