@@ -182,13 +182,17 @@ def test_damaged_tensors_are_refused_by_name(folder) -> None:
         (f"{DOWN}.weight_scale", lambda t: t[:, :-1].contiguous(), f"{DOWN}.weight_scale has the shape"),
         (f"{DOWN}.weight_packed", lambda t: t[:, :-1].contiguous(), f"{DOWN}.weight_packed has the shape"),
         (f"{DOWN}.weight_packed", lambda t: t.long(), f"{DOWN}.weight_packed is torch.int64; int32"),
+        (f"{DOWN}.weight_packed", lambda t: t.float(), f"{DOWN}.weight_packed is stored as F32; whole numbers"),
+        (f"{DOWN}.weight_packed", lambda t: t.view(torch.float32), f"{DOWN}.weight_packed is stored as F32"),
+        (f"{DOWN}.weight_shape", lambda t: t.float() + 0.4, f"{DOWN}.weight_shape is stored as F32"),
         (f"{DOWN}.weight_shape", lambda t: t + 1, f"{DOWN}.weight_shape says"),
         (f"{Q}.left.weight_packed", lambda t: t[:-1].contiguous(), f"{Q}.left.weight_packed has the shape"),
     ]:
         change(folder, name, how)
-        with pytest.raises(lorap.CheckpointError, match="weight_") as caught:
-            load_model(find_model(folder))
-        assert said in str(caught.value)
+        for door in (lambda: load_model(find_model(folder)), lambda: AutoModelForCausalLM.from_pretrained(folder)):
+            with pytest.raises(lorap.CheckpointError, match="weight_") as caught:
+                door()
+            assert said in str(caught.value)
         (folder / "model.safetensors").write_bytes(whole)
 
 

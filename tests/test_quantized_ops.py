@@ -157,6 +157,7 @@ def test_what_does_not_fit_is_refused_with_its_numbers(call: Any) -> None:
         ((x, packed, scales, bias, 3, group), "3 bits"),
         ((x, packed, scales, bias, bits, 48), "groups of 48"),
         ((x, packed.long(), scales, bias, bits, group), "packed is torch.int64, not int32"),
+        ((x.int(), packed, scales, bias, bits, group), "x is torch.int32, not floating point"),
         ((x, packed, scales.int(), bias, bits, group), "scales of packed are torch.int32"),
         ((x, packed, scales, bias[:-1], bits, group), "bias has shape (111,), the output has 112"),
     ]:

@@ -313,6 +313,7 @@ def test_weights_that_do_not_fit_are_refused_with_their_numbers(call: Any) -> No
         ((x, packed, scales, bias, 7, group), "packed has weights of 7 bits; it must be 2 to 6"),
         ((x, packed, scales, bias, bits, 48), "groups of 48"),
         ((x, packed.long(), scales, bias, bits, group), "packed is torch.int64, not int32"),
+        ((x.long(), packed, scales, bias, bits, group), "x is torch.int64, not floating point"),
         ((x, packed, scales.int(), bias, bits, group), "scales of packed are torch.int32"),
         ((x, packed, scales, bias[:-1], bits, group), "bias has shape (111,), the output has 112"),
     ]:  # fmt: skip

@@ -260,14 +260,21 @@ def test_damaged_tensors_are_refused_by_name(folder, tmp_path) -> None:
         ("weight_packed", lambda t: t[:, :-1].contiguous(), f"{DOWN}.weight_packed has the shape"),
         ("weight_packed", lambda t: torch.cat((t, t)), f"{DOWN}.weight_packed has the shape"),
         ("weight_packed", lambda t: t.long(), f"{DOWN}.weight_packed is torch.int64; int32"),
+        ("weight_packed", lambda t: t.float(), f"{DOWN}.weight_packed is stored as F32; whole numbers"),
+        ("weight_packed", lambda t: t.view(torch.float32), f"{DOWN}.weight_packed is stored as F32"),
+        ("weight_shape", lambda t: t.float() + 0.4, f"{DOWN}.weight_shape is stored as F32"),
         ("weight_shape", lambda t: t + 1, f"{DOWN}.weight_shape says"),
     ]:
         tensors = load_file(path)
         tensors[f"{DOWN}.{leaf}"] = how(tensors[f"{DOWN}.{leaf}"])
         save_file(tensors, path, metadata={"format": "pt"})
-        with pytest.raises(lorap.CheckpointError, match="weight_") as caught:
-            load_model(find_model(tmp_path / "damaged"))
-        assert said in str(caught.value)
+        for door in (
+            lambda: load_model(find_model(tmp_path / "damaged")),
+            lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "damaged"),
+        ):
+            with pytest.raises(lorap.CheckpointError, match="weight_") as caught:
+                door()
+            assert said in str(caught.value)
         path.write_bytes(whole)
     path.write_bytes(whole[:-100])
     with pytest.raises(lorap.CheckpointError):

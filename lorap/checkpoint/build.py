@@ -22,7 +22,14 @@ from lorap.errors import CheckpointError
 from lorap.jsonio import named
 from lorap.nn import int8
 from lorap.nn.linear import LowRankLinear
-from lorap.nn.low_rank_tensors import LOW_RANK_ONLY, WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_SHAPE, LowRankTensors
+from lorap.nn.low_rank_tensors import (
+    INTEGERS,
+    LOW_RANK_ONLY,
+    WEIGHT_PACKED,
+    WEIGHT_SCALE,
+    WEIGHT_SHAPE,
+    LowRankTensors,
+)
 from lorap.nn.quantized import QuantizedLinear, packed_linears, put_empty
 from lorap.nn.trellis import layer_of
 
@@ -159,7 +166,8 @@ def check_stored(model: PreTrainedModel, files: Sequence[str], wanted: Mapping[s
     if not paths or any(path.suffix != ".safetensors" for path in paths):
         return
     tensors = {name: one for path in paths for name, one in stored_tensors(path).items()}
-    stored = {name: one.shape for name, one in pack_experts(model, renamed(model, tensors)).items()}
+    found = {name: one.info for name, one in pack_experts(model, renamed(model, tensors)).items()}
+    stored = {name: one.shape for name, one in found.items()}
     folder = paths[0].parent
     first = next(iter(wanted), "")
     if first not in stored and first.partition(".")[2] in stored:  # saved without the head
@@ -173,10 +181,27 @@ def check_stored(model: PreTrainedModel, files: Sequence[str], wanted: Mapping[s
     for name, shape in wanted.items():
         if stored[name] != shape:
             raise CheckpointError(f"{name} has the shape {stored[name]}, but config.json makes it {shape}")
+        check_whole(name, found[name].dtype)
     endings = tuple(f".{key}" for key in LOW_RANK_ONLY)
     unnamed = [name for name in stored if name.endswith(endings) and name not in wanted]
     if unnamed:
         raise CheckpointError(f"{folder} holds {unnamed[0]}, but its quantization_config names no such layer")
+
+
+def check_whole(name: str, dtype: str) -> None:
+    """Refuse floating point where whole numbers belong: loading would cast it, and what it rounds to is another weight.
+
+    Args:
+        name: of a tensor.
+        dtype: as the header of its file says, such as ``I32``.
+
+    Raises:
+        CheckpointError: naming both.
+    """
+    if name.endswith(INTEGERS) and not dtype.startswith(("I", "U")):
+        raise CheckpointError(
+            f"{name} is stored as {dtype}; whole numbers are needed; the checkpoint is damaged, download or copy it again"
+        )
 
 
 def check_quantized(layer: QuantizedLinear, name: str) -> None:

@@ -22,7 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from lorap.architectures import ARCHITECTURES, split_model, text_config
-from lorap.checkpoint.build import check_stored, put_layers
+from lorap.checkpoint.build import check_stored, check_whole, put_layers
 from lorap.checkpoint.expert_tensors import pack_experts
 from lorap.checkpoint.folders import CONFIG, CONTAINERS, read_files, weight_files
 from lorap.checkpoint.foreign import floating_point, is_floating_point_read
@@ -313,7 +313,7 @@ def model_class(config: Any) -> Any:
 def _check_shapes(
     model: PreTrainedModel, tensors: Mapping[str, TensorInfo], integers: Sequence[str], unused: Sequence[str]
 ) -> None:
-    """Every tensor of ``model`` is stored, in its shape; all but ``integers`` as floating point."""
+    """Every tensor of ``model`` is stored, in its shape; all but ``integers`` as floating point, and words as whole numbers."""
     stored = dict(tensors)
     prefix = model.base_model_prefix + "."
     if not any(name.startswith(prefix) for name in stored):  # saved without the head
@@ -329,6 +329,7 @@ def _check_shapes(
                 raise CheckpointError(f"{name} has the shape {shape}, but config.json makes it {tuple(tensor.shape)}")
             if dtype not in FLOATS and name not in integers:
                 raise CheckpointError(f"{name} is stored as {dtype}; floating point is needed")
+            check_whole(name, dtype)
     if missing:
         instead = f"; it holds {named(unused[0])}, which {origin_of(unused[0])}" if unused else ""
         raise CheckpointError(

@@ -103,8 +103,14 @@ def low_rank_silu_gated_linear(
 
 def quantized_linear(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, bits: int, group: int) -> int:
     """Arguments of :func:`lorap.nn.ops.quantized_linear`; returns N."""
-    _require(x.dim() >= 1, "x is a scalar; its last axis must hold the features")
+    _check_input(x)
     return _check_quantized("packed", packed, scales, x.shape[-1], bias, bits, group)
+
+
+def _check_input(x: Tensor) -> None:
+    """What weights in few bits are multiplied with. They are decoded in its dtype, in whole numbers most would be 0."""
+    _require(x.dim() >= 1, "x is a scalar; its last axis must hold the features")
+    _require(x.is_floating_point(), f"x is {x.dtype}, not floating point")
 
 
 def _check_quantized(
@@ -154,7 +160,7 @@ def quantized_low_rank_linear(
     pivot_rows: Tensor | None = None,
 ) -> int:
     """Arguments of :func:`lorap.nn.ops.quantized_low_rank_linear`; returns N."""
-    _require(x.dim() >= 1, "x is a scalar; its last axis must hold the features")
+    _check_input(x)
     rank = _check_quantized("right_packed", right_packed, right_scales, x.shape[-1], None, bits, group)
     rows = _check_quantized("left_packed", left_packed, left_scales, rank, None, bits, group)
     out_features = rows + _check_pivots(pivot_rows, rank)
@@ -176,7 +182,7 @@ def quantized_silu_gated_linear(
 
 def trellis_linear(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, bits: int, group: int) -> int:
     """Arguments of :func:`lorap.nn.ops.trellis_linear`; returns N."""
-    _require(x.dim() >= 1, "x is a scalar; its last axis must hold the features")
+    _check_input(x)
     _require(bits in trellis.BITS, f"packed has weights of {bits} bits; it must be {_ON_TRELLIS}")
     rows, columns = scales.shape[0] if scales.dim() else 0, x.shape[-1]
     what = f"{rows} rows and {columns} columns of {bits} bits"
