@@ -471,7 +471,9 @@ def test_output_on_top_of_the_model(model_folder):
 
 def test_compressed_model_is_not_compressed_again(small_folder, tmp_path):
     result = run("compress", small_folder, tmp_path / "again", *SMALL)
-    assert_refused(result, "compressed by lorap already; start from the dense model")
+    assert_refused(
+        result, "compressed by lorap already; start from the dense model and ask for a higher sparsity or fewer bits"
+    )
 
 
 def test_experts_are_refused_with_what_works(tokenizer, tmp_path):

@@ -66,7 +66,7 @@ def test_saved_and_loaded_it_is_the_same(storage, weights, other, make_model, co
     assert all(torch.equal(first[name], again[name]) for name in first)
     info = describe_model(find_model(tmp_path))
     assert (info["weights"], info["other_bits"]) == (weights, {f"int{other}": 4})
-    assert f"{weights}, those of 4 projections int{other}, in groups of 32" in format_info(info)
+    assert f"int{other} in 4 projections and {weights} in all others, in groups of 32" in format_info(info)
 
 
 def test_names_and_shapes_are_known_without_torch(make_model, compress_small, tmp_path) -> None:

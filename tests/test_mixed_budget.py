@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from lorap.algorithms.rounding import column_energies, expected_errors, round_we
 from lorap.architectures import PROJECTIONS
 from lorap.calibration.sensitivity import Sensitivity, _Sums
 from lorap.checkpoint.format import LoRAPConfig
+from lorap.cli.compress import saved
 from lorap.compression.byte_budget import resolve_budget
 from lorap.compression.prices import PRICE_SHRINKAGE, Prices
 from lorap.compression.stored_bytes import DenseModel
@@ -260,6 +262,10 @@ def test_a_run_to_a_folder_goes_on_with_its_bits_and_the_plan_tells_of_them(
     first, again = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
     assert first.keys() == again.keys()
     assert all(torch.equal(first[name], again[name]) for name in first)
+    told = re.search(r": ([\d.]+) MB .*, ([\d.]+) bits for each weight", saved(tmp_path / "whole"))
+    assert told, saved(tmp_path / "whole")
+    assert float(told[1]) == pytest.approx(sum(tensor.nbytes for tensor in first.values()) / 1e6, abs=0.05)
+    assert 7 < float(told[2]) < 7.51
 
     asked = [
         "--bits-per-weight",

@@ -137,7 +137,7 @@ def test_several_bits_are_one_folder(folder, tokens) -> None:
     info = describe_model(find_model(folder))
     assert (info["weights"], info["other_bits"]) == ("tcq3", {"tcq2": 1, "tcq4": 2})
     assert info["params"] == count_parameters(opened) == stored_parameters(folder)
-    assert "tcq3, those of 1 projections tcq2 and those of 2 projections tcq4, in groups of 32" in format_info(info)
+    assert "tcq2 in 1 projections, tcq4 in 2 projections and tcq3 in all others, in groups of 32" in format_info(info)
     stored = sum(t.nbytes for name, t in load_file(folder / "model.safetensors").items() if "_proj" in name)
     weights = sum(part.in_features * part.out_features for part in layers_of(opened).values())
     assert info["bits_per_weight"] == pytest.approx(8 * stored / weights)

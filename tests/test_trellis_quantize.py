@@ -308,3 +308,14 @@ def test_a_layer_of_whole_numbers_is_none_of_codes(make_model) -> None:
     model = lorap.quantize(make_model("llama-gqa"), "int4")
     assert not bits_of(model)
     assert type(model.get_submodule(DOWN)) is QuantizedLinear
+
+
+@pytest.mark.parametrize("weights", ["int4", "tcq3"])
+def test_a_group_far_longer_than_a_row_is_the_row(weights: str, make_model: Any, tokens: Any) -> None:
+    """No room is made for the columns that are not there."""
+    found = []
+    for group_size in (1024, 2**30):
+        model = lorap.quantize(make_model("llama-gqa"), weights, group_size=group_size)
+        with torch.no_grad():
+            found.append(model(tokens).logits)
+    assert torch.equal(*found)

@@ -115,6 +115,7 @@ def round_factors(
 def expected_errors(weight: Tensor, *, bits: int, group: int) -> Tensor:
     """(N, K): mean squared error of each number of ``weight`` on a grid that just holds the largest of its group: s^2 / 12."""
     rows, columns = weight.shape
+    group = min(group, columns)
     padded = torch.nn.functional.pad(weight.abs(), (0, -columns % group)).reshape(rows, -1, group)
     scales = padded.amax(-1) / (2.0 ** (bits - 1) - 0.5)
     return by_column(scales.square() / 12, group, columns)

@@ -131,6 +131,7 @@ def spread_scales(weight: Tensor, energies: Tensor, *, bits: int, group: int, dt
 def expected_errors(weight: Tensor, *, bits: int, group: int) -> Tensor:
     """(N, K): mean squared error of each number of ``weight`` on a path: a share of the mean square of its group."""
     rows, columns = weight.shape
+    group = min(group, columns)
     padding = (0, -columns % group)
     energies = torch.nn.functional.pad(weight.square(), padding).reshape(rows, -1, group).sum(-1)
     counts = torch.nn.functional.pad(weight.new_ones(columns), padding).reshape(-1, group).sum(-1)

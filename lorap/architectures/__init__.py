@@ -91,7 +91,8 @@ def find_architecture(model: nn.Module) -> Architecture:
         )
     if (getattr(config, "quantization_config", None) or {}) and _quant_method(config) == "lorap":
         raise ArchitectureError(
-            "this model was compressed by lorap already; start from the dense model and ask for a higher sparsity instead"
+            "this model was compressed by lorap already; start from the dense model and ask for a higher "
+            "sparsity or fewer bits instead"
         )
     text = text_config(config)
     if asked := [name for name in ARCHITECTURES[model_type].refused if getattr(text, name, None)]:

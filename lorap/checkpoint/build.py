@@ -175,7 +175,7 @@ def check_stored(model: PreTrainedModel, files: Sequence[str], wanted: Mapping[s
     missing = [name for name in wanted if name not in stored]
     if missing:
         raise CheckpointError(
-            f"{folder} is incomplete: {len(missing)} tensors of low-rank layers are missing, first {missing[0]}; "
+            f"{folder} is incomplete: {len(missing)} tensors of compressed layers are missing, first {missing[0]}; "
             "download or copy it again"
         )
     for name, shape in wanted.items():

@@ -298,9 +298,23 @@ def compress_command(
         report = compress_to_folder(model, out, config, options)
         if is_main_process():
             typer.echo(report.table())
-            typer.echo(f"saved to {out}")
+            typer.echo(saved(out))
             tell_next(next_steps(model, out, report), quiet=quiet, as_json=as_json)
             answer({"out": str(out), **report.to_dict()})
+
+
+def saved(out: Path) -> str:
+    """Where a compressed model is, and how large: bytes first, since they are what a budget asks for."""
+    from lorap.checkpoint.load import find_model
+    from lorap.evaluation.info import describe_model
+
+    info = describe_model(find_model(str(out)))
+    line = f"saved to {out}: {info['bytes'] / 1e6:,.1f} MB ({', '.join(info['dtypes'])})"
+    if info["bits_per_dense_weight"]:
+        line += f", {info['bits_per_dense_weight']:.2f} bits for each weight that the dense decoder layers have"
+    if info["group_size"] and "F32" in info["dtypes"]:
+        line += "\nembeddings and all else that is not rounded are in float32; --dtype bfloat16 halves them"
+    return line
 
 
 def next_steps(model: str, out: Path, report: CompressionReport) -> list[tuple[str, str]]:

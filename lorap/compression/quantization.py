@@ -106,7 +106,8 @@ class Rounding:
 
     def weight(self, weight: Tensor, moment: Tensor | None, dtype: torch.dtype) -> Rounded | Codes:
         """A weight (N, K) for inputs of a second moment (K, K), or None; its scales in ``dtype``."""
-        options: dict[str, Any] = {"bits": self.bits, "group": self.group_size, "scale_dtype": dtype}
+        group = min(self.group_size, weight.shape[1])  # room is made for whole groups
+        options: dict[str, Any] = {"bits": self.bits, "group": group, "scale_dtype": dtype}
         if self.coding is TRELLIS:
             codes = Trellis(ops.trellis_search, numbers(weight.device))
             return trellis.round_weight(weight, moment, trellis=codes, **options)

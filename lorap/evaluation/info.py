@@ -224,7 +224,7 @@ def format_info(info: Mapping[str, Any]) -> str:
         width = "-".join(map(str, info["intermediate_size"]))
         dense = f" of {info['dense_intermediate_size']}" if info["dense_intermediate_size"] else ""
         head += (
-            f"\ncompressed by lorap, recipe {info['recipe']}, sparsity {info['sparsity']}: {info['param_ratio']:.4f} of the "
+            f"\ncompressed by lorap, recipe {info['recipe']}, sparsity {info['sparsity']:.4g}: {info['param_ratio']:.4f} of the "
             f"attention and FFN parameters kept, FFN width {width}{dense}"
         )
         if info["storage"] == "pivoted":
@@ -235,8 +235,9 @@ def format_info(info: Mapping[str, Any]) -> str:
         head += f"\ntuned after compression, see {RECOVERY_REPORT}"
     if info["scale_bytes"]:
         stored = info["weights"] or "int8"
-        others = [f"those of {count:,} projections {kind}" for kind, count in info["other_bits"].items()]
-        stored += f", {' and '.join(others)}," if others else ""
+        # In a mixture the kind of the folder may be that of a few.
+        others = [f"{kind} in {count:,} projections" for kind, count in sorted(info["other_bits"].items())]
+        stored = f"{', '.join(others)} and {stored} in all others," if others else stored
         stored += f" in groups of {info['group_size']}" if info["group_size"] else ""
         head += (
             f"\nweights are {stored}, {info['bits_per_weight']:.2f} bits for each in the decoder layers; their scales take "

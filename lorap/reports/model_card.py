@@ -149,6 +149,12 @@ def _training(config: CompressionConfig, correction: CorrectionReport | None) ->
     return f"These weights then took {took} {towards}; nothing else was trained."
 
 
+def _tags(config: CompressionConfig) -> str:
+    done = [] if config.sparsity == 0 else ["low-rank", "pruned"]
+    done += [] if config.bits is None else ["quantized"]
+    return "".join(f"- {tag}\n" for tag in done)
+
+
 def _steps(config: CompressionConfig) -> int:
     return schedule(config.num_calibration_samples, config.calibration_seq_len, config.correction_steps).steps
 
@@ -168,9 +174,7 @@ library_name: transformers
 pipeline_tag: text-generation
 tags:
 - lorap
-- low-rank
-- pruned
-{base}---
+{_tags(config)}{base}---
 
 # {report.model}, compressed by lorap
 

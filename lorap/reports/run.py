@@ -218,7 +218,8 @@ class CompressionReport:
 
     def kind_rows(self) -> list[list[str]]:
         """What :data:`KIND_HEADER` says of each kind of projection, of all that were to be compressed, and of the whole model."""
-        rows = [_role_row(role, found) for role in PROJECTIONS if (found := self.by_role(role))]
+        kept = "unchanged" if self.config.bits is None else "rounded"
+        rows = [_role_row(role, found, kept) for role in PROJECTIONS if (found := self.by_role(role))]
         total = self.params_saved / self.params_total_before if self.params_total_before else math.nan
         sums = [
             ("compressed", self.params_before, self.params_after, self.param_ratio),
@@ -246,14 +247,15 @@ class CompressionReport:
         return "\n".join(lines)
 
 
-def _role_row(role: str, found: Sequence[ProjectionReport]) -> list[str]:
+def _role_row(role: str, found: Sequence[ProjectionReport], kept: str) -> list[str]:
+    """A row of :data:`KIND_HEADER`; ``kept`` says what became of matrices that lost nothing before they were rounded."""
     before = sum(projection.params_before for projection in found)
     after = sum(projection.params_after for projection in found)
     errors = [projection.error for projection in found]
     ranks = [projection.rank for projection in found if projection.rank is not None]
     channel_axis = 1 if role == "down_proj" else 0
     width = _span([projection.shape_after[channel_axis] for projection in found]) if role in PROJECTIONS[4:] else ""
-    spread = f"{min(errors):.4f} / {statistics.median(errors):.4f} / {max(errors):.4f}" if max(errors) else "unchanged"
+    spread = f"{min(errors):.4f} / {statistics.median(errors):.4f} / {max(errors):.4f}" if max(errors) else kept
     return [
         role,
         f"{before:,}",
