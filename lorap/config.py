@@ -115,7 +115,7 @@ class CompressionConfig:
         sparsity: fraction of the parameters of the compressed sub-layers to remove, in [0, 1); 0.2 unless given. With ``size`` or
             ``bits_per_weight`` the least to remove, 0 unless given.
         size: bytes that the folder's weights take at most, a number or text like ``1.2GB``. ``weights``, unless given, and the
-            sparsity follow from it: first as few bits as it takes, down to int4, then sparsity.
+            sparsity follow from it: first as few bits as it takes, down to 3, then sparsity.
         bits_per_weight: the same in bits on disk for each weight that the dense decoder layers' projections have, with all that
             belongs to them, such as scales.
         sublayers: which of ``self_attn`` and ``mlp`` to compress.
@@ -165,10 +165,9 @@ class CompressionConfig:
         weights: how many bits they have in the end, in every linear layer of the decoder: ``float`` as many as the model's dtype,
             ``int8``, ``int4``, or ``tcq6`` to ``tcq2``, codes on a trellis, which lose less in as many bits and take longer;
             with ``size`` or ``bits_per_weight`` also ``mixed``, 8 for those matrices where they help most for their bytes and 4
-            for the others, ``tcq``, likewise 2 to 6 on the trellis, or ``auto``, the most that fit without sparsity, else the
-            fewest: whole numbers, which are faster, from int4 whole on, where ``tcq`` loses less. They are rounded last, behind
-            correction steps, layer by layer on the calibration windows. The sparsity counts parameters, not bits; at 0 the
-            result is the quantized dense model.
+            for the others, ``tcq``, likewise 2 to 6 on the trellis, or ``auto``, the most that fit without sparsity, else 3,
+            of codes below int8. They are rounded last, behind correction steps, layer by layer on the calibration windows. The
+            sparsity counts parameters, not bits; at 0 the result is the quantized dense model.
         group_size: how many weights in few bits of a row share a scale, a multiple of 32. Unless given 64 of int8 and int4, and
             256 on the trellis; ``auto`` until the weights are known.
         target: who is to open the result. ``lorap``: hosts that have lorap. ``stock``: every host. Attention stays dense and all

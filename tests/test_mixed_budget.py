@@ -20,6 +20,7 @@ from lorap.architectures import PROJECTIONS
 from lorap.calibration.sensitivity import Sensitivity, _Sums
 from lorap.checkpoint.format import LoRAPConfig
 from lorap.cli.compress import saved
+from lorap.compression import byte_budget
 from lorap.compression.byte_budget import resolve_budget
 from lorap.compression.prices import PRICE_SHRINKAGE, Prices
 from lorap.compression.stored_bytes import DenseModel
@@ -86,7 +87,7 @@ def test_matrices_get_8_bits_in_the_order_of_a_brute_force_reference() -> None:
     for count in range(1, len(order)):
         chosen = set(order[:count])
         size = dense.other_bytes + whole + sum(extra[role] for role in chosen)
-        config = resolve_budget(dense, CompressionConfig(size=size))
+        config = resolve_budget(dense, CompressionConfig(size=size, weights="mixed"))
         assert (config.weights, config.sparsity) == ("mixed", 0.0)
         prices = priced(config, dense, known)
         base = sum(candidates[0].cost for candidates in prices.curves.values())
@@ -119,7 +120,7 @@ def test_from_3_to_9_bits_a_budget_is_met_and_used(by_loss: bool) -> None:
         asked = CompressionConfig(
             recipe="best" if by_loss else "lorap",
             bits_per_weight=bits,
-            weights="mixed" if bits < 4.35 else "auto",
+            weights="mixed" if bits < byte_budget.MIXED_FROM else "auto",
             rank_multiple=1,
             width_multiple=1,
         )
@@ -214,7 +215,7 @@ def test_of_gate_and_up_the_diagonal_is_summed_up_alone() -> None:
 def test_what_is_saved_opens_with_the_same_numbers(family, recipe, bits, make_model, compress_small, tmp_path) -> None:
     model = make_model(family, **ODD | {"head_dim": 20}).bfloat16()
     options = {"bits_per_weight": bits, "group_size": 32, "rank_multiple": 1, "width_multiple": 1}
-    options |= {"weights": "mixed"} if bits < 5 else {}
+    options |= {"weights": "mixed"} if bits < byte_budget.MIXED_FROM else {}
     model, report = compress_small(model, recipe=recipe, sparsity=None, correction_steps=0, **options)
     assert (report.config.weights, report.config.sparsity > 0) == ("mixed", bits < 5)
     lorap.save(model, tmp_path, report=report)

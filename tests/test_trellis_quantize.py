@@ -185,7 +185,7 @@ def whole_sizes(dense: Any) -> dict[str, int]:
     return {kind: dense.planned(dense.unchanged(), config) + dense.other_bytes for kind, config in configs.items()}
 
 
-def test_below_int4_whole_codes_come_before_sparsity(monkeypatch) -> None:
+def test_below_int8_whole_codes_come_before_sparsity(monkeypatch) -> None:
     dense = dense_model(**LARGER)
     whole = whole_sizes(dense)
     assert [*whole.values()] == sorted(whole.values(), reverse=True)
@@ -195,8 +195,17 @@ def test_below_int4_whole_codes_come_before_sparsity(monkeypatch) -> None:
         assert resolve_budget(dense, config) == config
         return config.weights, config.group_size, config.sparsity > 0
 
-    assert chosen(whole["int4"]) == ("int4", 64, False)
-    assert chosen(whole["int4"] - 1) == ("tcq", 256, False)  # a matrix in 5 bits fits
+    assert chosen(whole["int8"]) == ("int8", 64, False)
+    assert chosen(whole["int8"] - 1) == ("mixed", 64, False)
+    between = dense.other_bytes + int(byte_budget.MIXED_FROM * dense.weights / 8)
+    assert chosen(between + 1) == ("mixed", 64, False)
+    assert chosen(between - 1) == ("tcq6", 256, False)
+    assert chosen(whole["tcq6"]) == ("tcq6", 256, False)
+    assert chosen(whole["tcq6"] - 1) == ("tcq", 256, False)
+    assert chosen(whole["tcq5"] + 5000) == ("tcq", 256, False)
+    assert chosen(whole["tcq5"]) == ("tcq5", 256, False)
+    assert chosen(whole["int4"]) == ("tcq", 256, False)
+    assert chosen(whole["int4"], weights="mixed") == ("int4", 64, False)
     assert chosen(whole["tcq4"]) == ("tcq4", 256, False)
     assert chosen(whole["tcq4"] - 1) == ("tcq", 256, False)
     assert chosen(whole["tcq3"]) == ("tcq3", 256, False)

@@ -54,18 +54,8 @@ TOKENS = 4096
 # The most telling first.
 CELLS = (
     *("dense", "gptq-3", "gptq-4", "lorap-3.5", "ggml-IQ4_NL", "lorap-4.5", "shuffled-Q3_K_M", "shuffled-Q4_K_M"),
-    *(
-        "lorap-4",
-        "lorap-3",
-        "lorap-2.5",
-        "codes-2.5",
-        "codes-4.5",
-        "codes-5",
-        "lorap-5",
-        "lorap-6",
-        "int4-3.5",
-        "lorap-8",
-    ),
+    *("lorap-4", "lorap-3", "lorap-2.5", "codes-2.5", "lorap-5", "lorap-6", "lorap-8", "int4-3.5"),
+    *("mixed-4.5", "mixed-5", "mixed-6"),
     *("across-IQ3_S", "across-Q3_K_M", "shuffled-Q5_K_M", "ggml-Q6_K"),
     *("ggml-Q4_K_M", "ggml-Q3_K_M", "ggml-Q4_0", "ggml-IQ4_XS", "ggml-Q3_K_S", "across-Q3_K_S", "across-Q4_K_M"),
     *("ggml-Q5_K_M", "ggml-Q8_0", "across-Q2_K"),
@@ -118,6 +108,7 @@ class Maker:
             "across": lambda mixture: self._ggml(mixture, shuffled=True, across=True),
             "lorap": lambda bits: self._lorap(float(bits), weights="auto"),
             "codes": lambda bits: self._lorap(float(bits), weights="tcq"),
+            "mixed": lambda bits: self._lorap(float(bits), weights="mixed"),
             "int4": lambda bits: self._lorap(float(bits), weights="int4", group_size=GROUP),
         }
         return makers[kind](which) if which else Made(self.dense, 2 * self._weights(), {})

@@ -26,6 +26,7 @@ TITLES = {
     "across": "llama.cpp {}, channels shuffled, blocks across rows",
     "lorap": "**lorap, budget of {} bits**",
     "codes": "lorap, budget of {} bits, codes alone",
+    "mixed": "lorap, budget of {} bits, int4 and int8",
     "int4": "lorap, budget of {} bits, int4 alone",
     "sparsity": "lorap, sparsity {}, all int4",
 }
@@ -33,6 +34,7 @@ TITLES = {
 SERIES_NAMES = {
     "lorap": "lorap, under a budget",
     "codes": "lorap, codes on a trellis",
+    "mixed": "lorap, int4 and int8",
     "int4": "lorap, int4 and sparsity",
     "sparsity": "lorap, at a sparsity, int4",
     "ggml": "llama.cpp",
@@ -133,14 +135,13 @@ def targets(cells: Mapping[str, Record], rounded: Mapping[str, Record]) -> str:
     }
     opened, all_of_them = points(fair, *OPENED), points(fair, *OPENED, "across")
     rows = []
-    for size, mean, name in points(cells, "lorap", "codes", "sparsity"):
+    for size, mean, name in points(cells, "lorap", "mixed", "codes", "sparsity"):
         kind, _, which = name.partition("-")
-        size = float(which) if kind == "codes" else size  # they may leave some of a budget
         rivals = [best_at(opened, size), best_at(all_of_them, size)]
         shown = ["none so small" if rival is None else f"{rival:+.3f}" for rival in rivals]
         title = f"{size:.1f} bits by sparsity {which}"
         if kind != "sparsity":
-            title = f"{float(which):g} bits" + (", codes alone" if kind == "codes" else "")
+            title = f"{float(which):g} bits" + {"codes": ", codes alone", "mixed": ", int4 and int8"}.get(kind, "")
         rows.append([title, f"{mean:+.3f}", *shown, *verdict(size, mean, rivals)])
     changes = [
         found["nats"] - before["nats"]

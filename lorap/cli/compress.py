@@ -201,9 +201,9 @@ def compress_command(
             "weights",
             "Bits of the weights in OUT: float, as --dtype says; int8 or int4, rounded on the calibration text at the end; tcq6 "
             "to tcq2, codes on a trellis, which lose less in as many bits and take longer. With --sparsity 0 nothing else is "
-            "done. auto: the most that fit --size or --bits-per-weight, which choose it by themselves; mixed, which it may come "
-            "to: int8 for the matrices where that helps most for its bytes, int4 for the others; tcq, likewise tcq2 to tcq6, "
-            "which from 4.25 bits on, where auto has int4 and int8, loses less and is slower on a CPU.",
+            "done. With --size or --bits-per-weight auto, the most that fit, of codes below int8; tcq, codes of 2 to 6 bits, "
+            "more for the matrices where that helps most for its bytes; mixed, likewise int4 and int8, which lose more and are "
+            "faster for one sequence on a CPU.",
         ),
     ] = None,
     group_size: Annotated[

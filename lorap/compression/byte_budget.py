@@ -2,11 +2,12 @@
 
 Bits go first. On SmolLM2-135M 4 bits add 0.10 nats to the dense model, and a sparsity of 0.2 adds 0.32 in 16 bits, which is three
 times the size (docs/results.md). So weights have the most bits with which the model fits whole; where not even the fewest do,
-sparsity gives the rest. Between 4 and 8 bits whole both are mixed: what 4 bits leave over goes to those matrices where 8 help
-most for their bytes (:mod:`lorap.compression.prices`). Below int4 whole weights are codes on a trellis where lorap opens the
-folder, mixed alike; sparsity comes below the fewest bits of these, which all weights have then: the loss decides on bits with
-ranks and widths only where a mix is asked for (``mixed`` at 3.5 bits: 0.476 nats, with 4 for all 0.401). Nothing lies between 8
-bits and floating point. The result is never larger than asked for, and without sparsity it is quantization and nothing else.
+sparsity gives the rest. Below int8 weights are codes on a trellis where lorap opens the folder, of several bits: what fewer leave
+over goes to those matrices where more help most for their bytes (:mod:`lorap.compression.prices`). Just below int8, and for other
+hosts, they are int4 and int8, mixed alike. Sparsity comes below the fewest bits, which all weights have then: the loss decides on
+bits with ranks and widths only where a mix is asked for (``mixed`` at 3.5 bits: 0.476 nats, with 4 for all 0.401). Nothing lies
+between 8 bits and floating point. The result is never larger than asked for, and without sparsity it is quantization and nothing
+else.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from lorap.weights import MIXES, coding_of
 
 # Sparsity is searched for in steps of one in so many.
 STEPS = 2**20
-# What weights may come to below int4 whole, before sparsity.
-ON_TRELLIS = ("tcq4", "tcq3")
+# What weights may come to below int8 whole, before sparsity.
+ON_TRELLIS = ("tcq6", "tcq5", "tcq4", "tcq3")
+# Bits of a budget for each weight from which on int4 and int8 mixed lose no more than the most bits of codes.
+MIXED_FROM = 7.5
 
 
 def resolve_budget(dense: DenseModel, config: CompressionConfig) -> CompressionConfig:
@@ -44,7 +47,7 @@ def resolve_budget(dense: DenseModel, config: CompressionConfig) -> CompressionC
         return config
     check_experts(dense, config)
     budget = dense.projection_budget(config)
-    choices = weights_to_try(config)
+    choices = weights_to_try(config, 8 * budget / dense.weights)
     for chosen in choices:
         left = budget - _bytes_at(dense, chosen, chosen.sparsity)
         if left >= 0 and (len(choices) == 1 or broken_groups(dense, chosen) is None):
@@ -52,16 +55,16 @@ def resolve_budget(dense: DenseModel, config: CompressionConfig) -> CompressionC
             mix = _mix(config, chosen) if useful else None
             return replace(chosen, weights=mix) if mix else chosen
     pruned = [chosen for chosen in choices if broken_groups(dense, replace(chosen, sparsity=0.5)) is None]
-    choices = pruned or choices
+    fewest_first = sorted(pruned or choices, key=lambda each: each.bits or 16)
     # Tiles of rows are too large for some small models, where whole numbers still fit.
-    chosen = next((each for each in reversed(choices) if _smallest_bytes(dense, each) <= budget), choices[-1])
+    chosen = next((each for each in fewest_first if _smallest_bytes(dense, each) <= budget), fewest_first[0])
     if config.is_mixed and _by_loss(config):
         chosen = replace(chosen, weights=config.weights)
     return _with_sparsity(dense, chosen, budget)
 
 
-def weights_to_try(config: CompressionConfig) -> list[CompressionConfig]:
-    """``config`` with each kind of weights that it may get, the most bits first."""
+def weights_to_try(config: CompressionConfig, bits: float) -> list[CompressionConfig]:
+    """``config`` with each kind of weights that it may get, the best first, for a budget of ``bits`` for each weight."""
     kinds: Any = [config.weights]
     if config.is_mixed:
         coding = MIXES[config.weights]
@@ -69,7 +72,8 @@ def weights_to_try(config: CompressionConfig) -> list[CompressionConfig]:
     elif config.weights == "auto":
         kinds = ["float", "int8"]
         if config.storage == "factors":  # fewer bits are too few for the coefficients of pivoted storage
-            kinds += ["int4", *(ON_TRELLIS if config.target == "lorap" else ())]
+            codes = ON_TRELLIS if config.target == "lorap" else ()
+            kinds += ["int4", *codes] if bits >= MIXED_FROM else [*codes, "int4"]
     return [replace(config, weights=kind) for kind in kinds]
 
 

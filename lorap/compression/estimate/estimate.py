@@ -17,7 +17,7 @@ from lorap.compression.estimate.trial import Trial
 from lorap.config import CompressionConfig
 from lorap.evaluation.info import KINDS
 from lorap.reports.run import CorrectionReport, correction_lines, format_table, shortage
-from lorap.weights import INTEGERS, MIXES, TRELLIS
+from lorap.weights import MIXES
 
 
 @dataclass(frozen=True)
@@ -219,8 +219,6 @@ def size_table(shape: ModelShape, config: CompressionConfig, sizes: Sizes) -> st
         lines.append(
             f"Weights are {_kinds(config)} and the sparsity {config.sparsity:.4f}, as {config.budget_text} wants it."
         )
-        if config.weights == INTEGERS.mix and config.storage == "factors":
-            lines.append(f"--weights {TRELLIS.mix} loses less in as many bytes, and takes longer for a token on a CPU.")
     if sizes.decided_by:
         spent = (
             "" if config.has_byte_budget else f", {sizes.budget:,} parameters for the compressed sub-layers' matrices"
