@@ -176,13 +176,15 @@ def draw(cells: Mapping[str, Record], picture: Path) -> None:
     with mpl.rc_context(STYLE | {"lines.markersize": 5}):
         figure = Figure(figsize=(7.6, 4.4), layout="constrained")
         axis = figure.subplots()
-        for (kind, label), colour, marker in zip(SERIES_NAMES.items(), SERIES, MARKERS, strict=False):
-            if not (found := points(cells, kind)):
-                continue
-            sizes, losses, names = zip(*found, strict=True)
+        found = {kind: of_kind for kind in SERIES_NAMES if (of_kind := points(cells, kind))}
+        assert len(found) <= len(SERIES), f"{len(SERIES)} colours for {len(found)} series"
+        for (kind, of_kind), colour, marker in zip(found.items(), SERIES, MARKERS, strict=False):
+            sizes, losses, names = zip(*of_kind, strict=True)
             line = {"linewidth": 2.2} if kind == "lorap" else {"linestyle": "none"}
             face = "none" if kind == "across" else colour
-            axis.plot(sizes, losses, marker=marker, color=colour, markerfacecolor=face, label=label, **line)
+            axis.plot(
+                sizes, losses, marker=marker, color=colour, markerfacecolor=face, label=SERIES_NAMES[kind], **line
+            )
             for size, loss, name in zip(sizes, losses, names, strict=True):
                 offset, side = ((-4, -10), "right") if kind == "lorap" else ((5, 3), "left")
                 text = name.partition("-")[2]
@@ -194,10 +196,11 @@ def draw(cells: Mapping[str, Record], picture: Path) -> None:
         ticks = [0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]
         axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
         axis.set_yticks([], minor=True)
+        axis.set_ylim(bottom=-0.004)
         axis.set_xlabel("bits on disk for each weight of the dense decoder layers")
         axis.set_ylabel("loss over the dense model, nats per token")
         texts = ", ".join(LABELS.get(text, text) for text in cells[DENSE]["losses"])
-        axis.set_title(f"SmolLM2-135M-Instruct, mean of {texts}: lower and further left is better")
+        axis.set_title(f"SmolLM2-135M-Instruct, mean of {texts}:\nlower and further left is better")
         axis.legend()
         save(figure, picture)
 

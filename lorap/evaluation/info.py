@@ -222,9 +222,10 @@ def format_info(info: Mapping[str, Any]) -> str:
     head = f"{info['model']}: {info['model_type']}, {info['params']:,} parameters, {size}"
     if info["params_before"] and (info["dense_intermediate_size"] or info["ranks"] or info["sparsity"]):
         width = "-".join(map(str, info["intermediate_size"]))
+        sparsity = "unknown" if info["sparsity"] is None else f"{info['sparsity']:.4g}"
         dense = f" of {info['dense_intermediate_size']}" if info["dense_intermediate_size"] else ""
         head += (
-            f"\ncompressed by lorap, recipe {info['recipe']}, sparsity {info['sparsity']:.4g}: {info['param_ratio']:.4f} of the "
+            f"\ncompressed by lorap, recipe {info['recipe']}, sparsity {sparsity}: {info['param_ratio']:.4f} of the "
             f"attention and FFN parameters kept, FFN width {width}{dense}"
         )
         if info["storage"] == "pivoted":
