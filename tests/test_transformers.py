@@ -340,7 +340,7 @@ def test_an_incomplete_low_rank_layer_is_refused(small):
     """transformers itself would fill it with random numbers and only print a warning."""
     edit_weights(small[2], lambda tensors: tensors.pop(f"{Q}.left.weight"))
     with pytest.raises(
-        lorap.CheckpointError, match=rf"1 tensors of low-rank layers are missing, first {Q}\.left\.weight"
+        lorap.CheckpointError, match=rf"1 tensors of compressed layers are missing, first {Q}\.left\.weight"
     ):
         AutoModelForCausalLM.from_pretrained(small[2])
 
@@ -451,7 +451,7 @@ def test_pivoted_storage_needs_a_version_that_has_it(pivoted):
         pytest.param(lambda rows: rows - 64, "but the layer has rows 0 to 63", id="negative"),
         pytest.param(lambda rows: rows << 40, "but the layer has rows 0 to 63", id="huge"),
         pytest.param(
-            lambda _rows: None, f"1 tensors of low-rank layers are missing, first {Q}.pivot_rows", id="missing"
+            lambda _rows: None, f"1 tensors of compressed layers are missing, first {Q}.pivot_rows", id="missing"
         ),
     ],
 )
@@ -521,7 +521,7 @@ def test_versions_of_added_biases():
         ({"format_version": 1}, "added biases and format version 1, which has none; it must be 2"),
         ({"biases": ["model.layers.9.mlp.down_proj"]}, "model.layers.9.mlp.down_proj, but the model has no such layer"),
         ({"biases": ["model.norm"]}, "model.norm, which is a LlamaRMSNorm, not a linear layer"),
-        ({"biases": [DOWN, Q]}, f"1 tensors of low-rank layers are missing, first {Q}.bias"),
+        ({"biases": [DOWN, Q]}, f"1 tensors of compressed layers are missing, first {Q}.bias"),
     ],
     ids=["old-format", "unknown-module", "not-linear", "not-stored"],
 )
