@@ -244,7 +244,8 @@ def test_a_run_to_a_folder_goes_on_with_its_bits_and_the_plan_tells_of_them(
 ) -> None:
     from lorap.compression import pipeline
 
-    config = CompressionConfig(bits_per_weight=7.5, group_size=32, num_calibration_samples=8, calibration_seq_len=32)
+    budget = {"bits_per_weight": 7.5, "weights": "mixed", "group_size": 32}
+    config = CompressionConfig(num_calibration_samples=8, calibration_seq_len=32, **budget)
     options = lorap.RunOptions(calibration=str(small_text), progress=False, device="cpu", dtype="bfloat16")
     whole = lorap.compress_to_folder(model_folder, tmp_path / "whole", config, options)
     assert whole.config.weights == "mixed"
@@ -271,6 +272,8 @@ def test_a_run_to_a_folder_goes_on_with_its_bits_and_the_plan_tells_of_them(
     asked = [
         "--bits-per-weight",
         7.5,
+        "--weights",
+        "mixed",
         "--group-size",
         32,
         "--dtype",

@@ -29,9 +29,9 @@ from lorap.weights import MIXES, coding_of
 STEPS = 2**20
 # What weights may come to below int8 whole, before sparsity.
 ON_TRELLIS = ("tcq6", "tcq5", "tcq4", "tcq3")
-# Bits of a budget for each weight from which on int4 and int8 mixed lose about as little as codes of 6 bits, and are faster: at 6
-# bits the ones lose 0.035 nats and the others 0.006, at 8 bits the ones 0.001 (docs/results.md).
-MIXED_FROM = 7.5
+# Bits of a budget for each weight from which on int4 and int8 mixed lose less than codes of 6 bits: at 6 bits the ones lose 0.035
+# nats and the others 0.006, at 8 bits the ones 0.001 (docs/results.md).
+MIXED_FROM = 8.0
 
 
 def resolve_budget(dense: DenseModel, config: CompressionConfig) -> CompressionConfig:

@@ -102,7 +102,7 @@ def test_damaged_packs_are_named_and_several_workers_refused(packed, prompts, tm
     cases = {
         f"{q}.weight_packed has the shape": {f"{q}.weight_packed": lambda t: t[:, 1:]},
         f"{down}.weight_scale": {f"{down}.weight_scale": None},
-        f"{down}.weight_packed is stored as float32": {f"{down}.weight_packed": lambda t: t.float()},
+        f"{down}.weight_packed is stored as F32": {f"{down}.weight_packed": lambda t: t.float()},
         f"{q}.weight_scale is inf in row 3, group 1": {f"{q}.weight_scale": spoil},
         f"{down}.weight_shape says [132, 68]": {f"{down}.weight_shape": lambda t: t + torch.tensor([0, 1])},
         f"{LAYERS[0]}.self_attn.q_proj.pivot_rows must ascend": {
