@@ -306,10 +306,10 @@ def compress_command(
 def saved(out: Path) -> str:
     """Where a compressed model is, and how large: bytes first, since they are what a budget asks for."""
     from lorap.checkpoint.load import find_model
-    from lorap.evaluation.info import describe_model
+    from lorap.evaluation.info import describe_model, size_text
 
     info = describe_model(find_model(str(out)))
-    line = f"saved to {out}: {info['bytes'] / 1e6:,.1f} MB ({', '.join(info['dtypes'])})"
+    line = f"saved to {out}: {size_text(info)}"
     if info["bits_per_dense_weight"]:
         line += f", {info['bits_per_dense_weight']:.2f} bits for each weight that the dense decoder layers have"
     if info["group_size"] and "F32" in info["dtypes"]:

@@ -3,11 +3,11 @@
 Bits go first. On SmolLM2-135M 4 bits add 0.10 nats to the dense model, and a sparsity of 0.2 adds 0.32 in 16 bits, which is three
 times the size (docs/results.md). So weights have the most bits with which the model fits whole; where not even the fewest do,
 sparsity gives the rest. Below int8 weights are codes on a trellis where lorap opens the folder, of several bits: what fewer leave
-over goes to those matrices where more help most for their bytes (:mod:`lorap.compression.prices`). Just below int8, and for other
-hosts, they are int4 and int8, mixed alike. Sparsity comes below the fewest bits, which all weights have then: the loss decides on
-bits with ranks and widths only where a mix is asked for (``mixed`` at 3.5 bits: 0.476 nats, with 4 for all 0.401). Nothing lies
-between 8 bits and floating point. The result is never larger than asked for, and without sparsity it is quantization and nothing
-else.
+over goes to those matrices where more help most for their bytes (:mod:`lorap.compression.prices`). Just below int8 they are int4
+and int8, mixed alike; for other hosts all are int4. Sparsity comes below the fewest bits, which all weights have then: the loss
+decides on bits with ranks and widths only where a mix is asked for (``mixed`` at 3.5 bits: 0.476 nats, with 4 for all 0.401).
+Nothing lies between 8 bits and floating point. The result is never larger than asked for, and without sparsity it is quantization
+and nothing else.
 """
 
 from __future__ import annotations

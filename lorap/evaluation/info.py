@@ -203,6 +203,11 @@ def _kept(before: Mapping[str, int] | None, after: Mapping[str, int]) -> float |
     return now / dense if dense else 1.0
 
 
+def size_text(info: Mapping[str, Any]) -> str:
+    """How large a model is on disk, and in which dtypes, of what :func:`describe_model` tells."""
+    return f"{info['bytes'] / 1e6:,.1f} MB ({', '.join(info['dtypes'])})"
+
+
 def format_info(info: Mapping[str, Any]) -> str:
     """The same for people."""
     rows = []
@@ -218,8 +223,7 @@ def format_info(info: Mapping[str, Any]) -> str:
                 f"{ranks[0]}-{ranks[-1]}" if ranks[1:] else "".join(map(str, ranks)),
             ]
         )
-    size = f"{info['bytes'] / 1e6:,.1f} MB ({', '.join(info['dtypes'])})"
-    head = f"{info['model']}: {info['model_type']}, {info['params']:,} parameters, {size}"
+    head = f"{info['model']}: {info['model_type']}, {info['params']:,} parameters, {size_text(info)}"
     if info["params_before"] and (info["dense_intermediate_size"] or info["ranks"] or info["sparsity"]):
         width = "-".join(map(str, info["intermediate_size"]))
         sparsity = "unknown" if info["sparsity"] is None else f"{info['sparsity']:.4g}"

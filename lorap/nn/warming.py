@@ -6,16 +6,18 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from lorap.errors import ConfigError
 from lorap.nn import graphs
 from lorap.nn.linear import Linear, LowRankLinear
 from lorap.nn.quantized import QuantizedLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def warm_up(model: nn.Module, *, tokens: int | Sequence[int] = 1) -> None:
