@@ -278,11 +278,13 @@ def broken_json(draw: st.DrawFn, document: Any) -> bytes:
 
 @st.composite
 def broken_weights(draw: st.DrawFn, checkpoint: Checkpoint) -> bytes:
-    """A safetensors file with an edited header, another length, other data, or broken bytes."""
+    """A safetensors file with an edited header, another length, other data, broken bytes, or none of it."""
     header, data = checkpoint.header, checkpoint.data
-    action = draw(st.sampled_from(["header", "header", "header", "length", "data", "bytes", "padding"]))
+    action = draw(st.sampled_from(["header", "header", "header", "length", "data", "bytes", "padding", "none"]))
     if action == "header":
         return safetensors(draw(edited(header)), data)
+    if action == "none":
+        return safetensors(header, data)
     if action == "length":
         text = dump(header)
         length = draw(st.sampled_from([0, 1, len(text) - 1, len(text) + 1, 2**31, 2**63, 2**64 - 1]))
