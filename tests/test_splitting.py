@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,17 @@ def test_each_projection_has_its_rows(phi: Path) -> None:
     assert whole.state_dict().keys() == dense.state_dict().keys()
     assert all(torch.equal(tensor, dense.state_dict()[name]) for name, tensor in whole.state_dict().items())
     assert torch.equal(logits(whole), logits(dense))
+
+
+@pytest.mark.parametrize("weights", ["int4", "tcq3"])
+@pytest.mark.parametrize("family", ["phi3", "glm4"])
+def test_split_modules_are_copied_and_pickled(family: str, weights: Any) -> None:
+    chosen = lorap.CompressionConfig(sparsity=0, weights=weights, num_calibration_samples=2, calibration_seq_len=16)
+    model, _ = lorap.compress(tiny(family), calibration=windows(), config=chosen, progress=False)
+    expected, kinds = logits(model), [type(module) for module in model.modules()]
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert [type(module) for module in again.modules()] == kinds
+        assert torch.equal(logits(again), expected)
 
 
 def test_biases_go_with_their_rows() -> None:

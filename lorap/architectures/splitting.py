@@ -123,5 +123,15 @@ def _split_class(stock: Any, name: str, parts: tuple[str, ...]) -> type:
     def whole(self: Any, x: Tensor) -> Tensor:
         return cat([getattr(self, part)(x) for part in parts], dim=-1)
 
+    def reduce(self: Any, protocol: Any) -> Any:
+        # By the name that it has, pickle would find the class ``stock``.
+        return _restore, (stock, name, parts), self.__dict__
+
     told = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
-    return type(stock.__name__, (stock,), {name: whole, SPLIT: stock, **told})
+    return type(stock.__name__, (stock,), {name: whole, SPLIT: stock, "__reduce_ex__": reduce, **told})
+
+
+def _restore(stock: Any, name: str, parts: tuple[str, ...]) -> Any:
+    """A split module without contents, for copy and pickle."""
+    found: Any = _split_class(stock, name, parts)
+    return found.__new__(found)
