@@ -173,7 +173,14 @@ def test_commands_open_it(folder, model_folder, small_text, tmp_path) -> None:
     assert last_json(run("info", with_tokenizer, "--json"))["weights"] == "tcq3"
     for command in (["compress", with_tokenizer, tmp_path / "out"], ["plan", with_tokenizer, "--no-time"]):
         assert_refused(run(*command, "--calibration", small_text), "compressed by lorap already")
-    assert_refused(run("export", with_tokenizer, tmp_path / "out"), "the weights of this model are tcq3, tcq2 and tcq4")
+
+
+def test_export_refuses_it_before_it_is_loaded(folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("lorap.cli.models.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    for kind in ("stock", "deci", "gguf"):
+        refused = run("export", folder, tmp_path / "out", "--format", kind)
+        assert_refused(refused, "the weights of this model are tcq3, tcq2 and tcq4; reconstruct or export it before")
+    assert not (tmp_path / "out").exists()
 
 
 def test_doors_that_need_floating_point_say_so(folder, make_model, tmp_path) -> None:

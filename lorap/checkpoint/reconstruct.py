@@ -54,11 +54,20 @@ def check_floating_point(model: PreTrainedModel) -> LoRAPConfig | None:
     Raises:
         ArchitectureError: the weights are quantized.
     """
-    if (weights := weights_of(model)) != "float":
+    refuse_quantized(weights_of(model))
+    return get_quantization_config(model)
+
+
+def refuse_quantized(weights: str) -> None:
+    """The same of a model that is not loaded, by how its weights are stored (``LoRAPConfig.weights_text``).
+
+    Raises:
+        ArchitectureError: the weights are quantized.
+    """
+    if weights != "float":
         raise ArchitectureError(
             f"the weights of this model are {weights}; reconstruct or export it before it is quantized"
         )
-    return get_quantization_config(model)
 
 
 @torch.no_grad()

@@ -72,6 +72,7 @@ def export_command(
             raise ConfigError(f"--quantize {quantize} makes GGUF files, and --format is {format}; add --format gguf")
         with loading():
             from lorap.checkpoint.load import find_model
+            from lorap.checkpoint.reconstruct import refuse_quantized
             from lorap.cli.models import open_model
             from lorap.integrations.deci import export_deci
             from lorap.integrations.llamacpp import export_gguf, overflow_warning, width_cost, width_range
@@ -81,6 +82,8 @@ def export_command(
             from lorap.system import parse_bytes
         shard_bytes = parse_bytes(max_shard_size)
         source = find_model(model)
+        if source.checked and source.checked.compression:
+            refuse_quantized(source.checked.compression.weights_text)
         check_output(dest, source=source.folder, overwrite=overwrite)
         loaded, tokenizer, _ = open_model(source, "cpu", dtype)
         before = count_parameters(loaded)
