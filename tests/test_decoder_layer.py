@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -378,6 +380,33 @@ def test_a_layer_that_computes_something_else_is_left_alone(ran: list[int], monk
         found = continued(ours, mask=PADDED)
     assert_same(found, continued(plain, mask=PADDED))
     assert ran == [9] * LAYERS
+    decoder_layer._tell_once.cache_clear()
+
+
+@pytest.mark.parametrize("built", ["before", "after"])
+def test_a_library_built_before_its_sources_changed_is_the_reason(
+    built: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One that refuses what it is given now."""
+    library = tmp_path / "_native.so"
+    for index, name in enumerate(("decode.h", "ops.cpp", "_native.so")):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (100 + index, 100 + index))
+    if built == "before":
+        os.utime(library, (100.5, 100.5))
+    monkeypatch.setattr(native, "LIBRARY", library)
+    monkeypatch.setattr(native, "SOURCES", tmp_path)
+
+    def refuses(*_: Any) -> None:
+        raise RuntimeError("lorap_cpu: unknown form 7")
+
+    monkeypatch.setattr(decoder_layer, "_op", refuses)
+    decoder_layer._tell_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"unknown form 7.*; its own forward runs") as told:
+        continued(both(make())[1])
+    said = str(told[0].message)
+    assert (native.REBUILD in said and "ops.cpp" in said) == (built == "before")
+    assert ("computes something else" in said) == (built == "after")
     decoder_layer._tell_once.cache_clear()
 
 

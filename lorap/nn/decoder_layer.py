@@ -203,9 +203,10 @@ def _difference(found: Tensor, expected: Tensor, base: Tensor | None = None) -> 
 
 @functools.cache
 def _tell_once(kind: str, problem: str) -> None:
-    message = (
-        f"lorap's C++ step is not used in a {kind}, which computes something else: {problem}; its own forward runs"
-    )
+    reason = f"which computes something else: {problem}"
+    if newer := native.newer_source():
+        reason = f"since {native.LIBRARY} was built before {newer.name} changed and does not fit ({problem}): {native.REBUILD}"
+    message = f"lorap's C++ step is not used in a {kind}, {reason}; its own forward runs"
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 LIBRARY = Path(__file__).parents[1] / "_native.so"
+SOURCES = LIBRARY.parents[1] / "csrc" / "cpu"  # in a clone
+REBUILD = f"build it again with pip install --no-build-isolation --editable {SOURCES.parents[1]}"
 
 
 def _load() -> str | None:
@@ -20,8 +22,19 @@ def _load() -> str | None:
     except OSError as error:
         return f"{LIBRARY.name} cannot be opened by torch {torch.__version__}: {error}"
     if not hasattr(torch.ops.lorap_cpu, "trellis_linear"):  # the youngest operator that any build has
-        return f"{LIBRARY.name} is older than this code; build it again with pip install --no-build-isolation"
+        return f"{LIBRARY.name} is older than this code; {REBUILD}"
     return None
+
+
+def newer_source() -> Path | None:
+    """The youngest source file, where it was written after the library was built; None elsewhere, and where there are none.
+
+    Not every change of a source is one of what the library computes, so this explains a failure and is none by itself.
+    """
+    files = [*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]
+    youngest = max(files, key=lambda file: file.stat().st_mtime, default=None)
+    older = youngest is not None and LIBRARY.exists() and LIBRARY.stat().st_mtime < youngest.stat().st_mtime
+    return youngest if older else None
 
 
 def _elsewhere() -> str:
