@@ -108,6 +108,18 @@ def test_names(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     assert [share.windows for share in windows.shares] == [6, 3]
 
 
+def test_fewer_windows_than_sources_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    sources = [(LOW, 1.0), (HIGH, 4.0), (torch.arange(50), 2.0)]
+    with caplog.at_level("WARNING", logger="lorap"):
+        assert [share.windows for share in draw(sources, samples=2).shares] == [0, 1, 1]
+        (record,) = caplog.records
+        assert "2 calibration windows are too few for 3 sources: none is from tokens," in record.getMessage()
+        assert "ask for 3 windows or more" in record.getMessage()
+        caplog.clear()
+        draw(sources, samples=3)
+    assert not caplog.records
+
+
 def test_a_token_matrix_among_others_gives_its_share() -> None:
     matrix = torch.arange(70).reshape(10, 7)
     mask = torch.ones_like(matrix)

@@ -7,6 +7,7 @@ belong to, a source or a stretch of one text, so that statistics of some groups 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -21,6 +22,8 @@ from lorap.reports.records import Share
 
 # A single text is cut into so many groups: enough to split in halves that do not just mean beginning and end.
 STRETCHES = 4
+
+_logger = logging.getLogger(__name__)
 
 # (windows, seq_len, seed) to token ids of that shape, written by a model.
 Sampler = Callable[[int, int, int], Tensor]
@@ -144,6 +147,7 @@ def draw_with_spare(
     weighted = weighted_sources(sources, own_samples=sampler is not None)
     weights = [weight for _, weight in weighted]
     shares = split_by_weight(num_samples, weights)
+    _tell_of_few([source_name(source) for source, _ in weighted], shares)
     # What can fail is read first; the model's own samples take longest.
     read = {
         index: _cut(source, tokenizer, seq_len=seq_len, vocab_size=vocab_size)
@@ -279,6 +283,17 @@ def _check_shares(streams: Sequence[_Stream], weights: Sequence[float], shares: 
         raise CalibrationError(
             f"{has}its share of {sum(shares)} is {share} (weight {weight:g} of {sum(weights):g}). {longer}, give it less weight"
             + (f", or ask for {most} samples" if most else ", or leave it out")
+        )
+
+
+def _tell_of_few(names: Sequence[str], shares: Sequence[int]) -> None:
+    """Warn where some sources give no window, since there are more of them than windows."""
+    if left_out := [name for name, share in zip(names, shares, strict=True) if not share]:
+        count, total = len(names), sum(shares)
+        _logger.warning(
+            "%d calibration windows are too few for %d sources: none is from %s, and one from each other, whatever its weight; "
+            "ask for %d windows or more",
+            *(total, count, " and ".join(left_out), count),
         )
 
 
