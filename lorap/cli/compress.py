@@ -201,9 +201,9 @@ def compress_command(
             "weights",
             "Bits of the weights in OUT: float, as --dtype says; int8 or int4, rounded on the calibration text at the end; tcq6 "
             "to tcq2, codes on a trellis, which lose less in as many bits and take longer. With --sparsity 0 nothing else is "
-            "done. With --size or --bits-per-weight auto, the most that fit, of codes below int8; tcq, codes of 2 to 6 bits, "
-            "more for the matrices where that helps most for its bytes; mixed, likewise int4 and int8, which lose more and are "
-            "faster for one sequence on a CPU.",
+            "done. With --size or --bits-per-weight auto, the most that fit, of codes below int8, and sparsity where 3 bits are "
+            "too many; tcq, codes of 2 to 6 bits, more for the matrices where that helps most for its bytes; mixed, likewise "
+            "int4 and int8, which lose more and are faster for one sequence on a CPU.",
         ),
     ] = None,
     group_size: Annotated[
@@ -217,7 +217,7 @@ def compress_command(
         _option(
             "target",
             "Who is to open OUT: lorap, hosts that have it; stock, any host: attention stays dense and one FFN width takes the "
-            "whole sparsity; int8 and int4 as compressed-tensors has them.",
+            "whole sparsity; int8 and int4 as compressed-tensors has them, and no codes (tcq), which only lorap opens.",
         ),
     ] = None,
     num_calibration_samples: Annotated[int, typer.Option(help="Token windows to calibrate on.")] = 128,

@@ -28,6 +28,7 @@ from lorap.checkpoint.finite import check_finite
 from lorap.checkpoint.load import check_tokenizer, find_model, load_model, load_tokenizer, resolve_device
 from lorap.checkpoint.paging import offloaded_tensors
 from lorap.checkpoint.validate import untie_own_head
+from lorap.compression.budget_remarks import budget_remarks
 from lorap.compression.byte_budget import resolve_budget
 from lorap.compression.correction import Correction
 from lorap.compression.layer import LayerCompressor
@@ -92,9 +93,13 @@ def compress(
         model, tokenizer, name = _open(model_or_path, tokenizer, device, dtype)
         where = _home(model) if device == "auto" else resolve_device(device)
         context = DecoderContext.of(model, device=where, progress=progress)
-    config = resolve_budget(DenseModel.of(model, context.architecture), config or CompressionConfig())
+    asked, dense = config or CompressionConfig(), DenseModel.of(model, context.architecture)
+    config = resolve_budget(dense, asked)
+    decisions = budget_remarks(dense, asked, config)
     run = Run(context, name, tokenizer, config, watch)
-    return model, run.compress(calibration, evaluation)
+    report = run.compress(calibration, evaluation)
+    report.decisions = decisions
+    return model, report
 
 
 @dataclass

@@ -126,6 +126,7 @@ class CompressionReport:
         command: that was run, as it would be typed into a shell; empty where there was none.
         tunings: what was trained afterwards (:func:`lorap.recover`); all else is as it was before.
         correction: what became of the correction steps; None where none were asked for, or in older reports.
+        decisions: sentences on what a budget of bytes decided that was not asked for (lorap/compression/budget_remarks.py).
     """
 
     model: str
@@ -142,6 +143,7 @@ class CompressionReport:
     command: str = ""
     tunings: list[Tuning] = field(default_factory=list)
     correction: CorrectionReport | None = None
+    decisions: list[str] = field(default_factory=list)
 
     @property
     def params_before(self) -> int:
@@ -181,7 +183,7 @@ class CompressionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {
+        values = {
             "model": self.model,
             "config": self.config.to_dict(),
             "calibration": self.calibration,
@@ -198,7 +200,9 @@ class CompressionReport:
             "command": self.command,
             "correction": asdict(self.correction) if self.correction else None,
             "projections": [projection.to_dict() for projection in self.projections],
-        } | ({"tunings": [asdict(tuning) for tuning in self.tunings]} if self.tunings else {})
+        }
+        sometimes = {"tunings": [asdict(tuning) for tuning in self.tunings], "decisions": self.decisions}
+        return values | {name: value for name, value in sometimes.items() if value}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CompressionReport:
@@ -237,7 +241,8 @@ class CompressionReport:
         if self.peak_device_memory_bytes:
             lines.append(f"peak device memory: {self.peak_device_memory_bytes / 1e9:.2f} GB")
         lines += (
-            rounding_lines(self)
+            self.decisions
+            + rounding_lines(self)
             + expert_lines(self)
             + solver_lines(self)
             + storage_lines(self)

@@ -8,6 +8,7 @@ from typing import Any
 
 from lorap.algorithms.step_schedule import schedule
 from lorap.architectures import PROJECTIONS
+from lorap.compression.budget_remarks import budget_remarks
 from lorap.compression.byte_budget import resolve_budget
 from lorap.compression.estimate.memory import Memory, resident_bytes
 from lorap.compression.estimate.shapes import ModelShape
@@ -32,6 +33,7 @@ class Estimate:
         memory: bytes at the fullest moment of each stage.
         room: bytes that the process can have in all; 0 where nobody knows.
         disk_bytes: written besides the model that is read: finished layers, the folder, and hidden states beyond the budget.
+        decisions: sentences on what a budget of bytes decided.
         trial: some layers that were compressed; None where none was.
     """
 
@@ -42,6 +44,7 @@ class Estimate:
     memory: Mapping[str, int]
     room: int
     disk_bytes: int
+    decisions: tuple[str, ...] = ()
     trial: Trial | None = None
 
     @property
@@ -62,9 +65,9 @@ class Estimate:
     @property
     def remarks(self) -> list[str]:
         """Sentences on what no number tells."""
-        told: list[str] = []
+        told = [*self.decisions]
         if not self.fits:
-            return [f"This does not fit: {quantity(self.room, 'B')} of memory can be had."]
+            return [*told, f"This does not fit: {quantity(self.room, 'B')} of memory can be had."]
         if self.shape.kinds:
             told.append(
                 f"The layers are of {len(self.shape.kinds)} kinds, so no time is told: none of them stands for all."
@@ -165,7 +168,8 @@ def estimate(
     Raises:
         ConfigError: the sparsity leaves too little.
     """
-    config = resolve_budget(shape.dense, config)
+    asked, config = config, resolve_budget(shape.dense, config)
+    decisions = budget_remarks(shape.dense, asked, config)
     sizes = planned_sizes(shape, config)
     base = resident_bytes()
     room = room and room + base
@@ -174,7 +178,7 @@ def estimate(
     names = dict.fromkeys(name for found in stages for name in found)
     memory = {name: max(found.get(name, 0) for found in stages) for name in names}
     disk_bytes = Memory(shape, config, sizes, texts, **rest).disk_bytes()
-    return Estimate(shape, config, texts, sizes, memory, room, disk_bytes)
+    return Estimate(shape, config, texts, sizes, memory, room, disk_bytes, tuple(decisions))
 
 
 def _by_stage(

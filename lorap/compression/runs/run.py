@@ -24,6 +24,7 @@ from lorap.checkpoint import host_keys
 from lorap.checkpoint.load import ModelSource, check_tokenizer, find_model, load_model, load_tokenizer, own_device
 from lorap.checkpoint.save import check_saved, try_settings, write_reports
 from lorap.checkpoint.write import write_model
+from lorap.compression.budget_remarks import budget_remarks
 from lorap.compression.byte_budget import resolve_budget
 from lorap.compression.pipeline import Run
 from lorap.compression.planning import check_sizes
@@ -135,7 +136,8 @@ class FolderRun:
             check_tokenizer(tokenizer, len(embedding_weight(model)))
         with watch("check"):
             dense = DenseModel.of(model, find_architecture(model))
-            self.config = resolve_budget(dense, self.config)
+            asked, self.config = self.config, resolve_budget(dense, self.config)
+            decisions = budget_remarks(dense, asked, self.config)
             check_sizes(dense, self.config)
             self._check(model, tokenizer, device)
         report = self._finished()
@@ -152,6 +154,7 @@ class FolderRun:
             run = Run(context, self.source.name, tokenizer, self.config, watch, store)
             report = run.compress(self.options.calibration, self.options.evaluation)
             report.command = self.options.command
+            report.decisions = decisions
             if processes.is_main_process:
                 self._write(model, tokenizer, report, watch)
         if processes.is_main_process:
