@@ -14,11 +14,14 @@ from typing import Any
 import pytest
 import torch
 from commands import run
+from transformers import AutoModelForCausalLM
 
 import lorap
 from lorap.architectures import cache_argument
+from lorap.evaluation.layer_steps import weight_bytes
 from lorap.evaluation.profile_results import KernelTime, PhaseTime, Profile
 from lorap.evaluation.profiling import _kernels, _weight_bytes, deeper, profile_model, run_ranges
+from lorap.nn import decoder_layer
 
 WORK = {"tokens": 24, "new_tokens": 3}
 OPTIONS = ["--tokens", "24", "--new-tokens", "3", "--device", "cpu"]
@@ -112,6 +115,40 @@ def test_compressed_and_optimized(make_model, compress_small):
     if lorap.nn.native.HAS_CPU:
         names = {kernel.name for kernel in found.kernels["decode"]}
         assert {"lorap_cpu::low_rank_linear_group", "lorap_cpu::silu_gated_linear", "lorap_cpu::linear"} <= names
+
+
+@pytest.mark.skipif(not lorap.nn.native.HAS_CPU, reason="lorap/_native.so is not built")
+@pytest.mark.parametrize("weights", ["float", "int4", "tcq3"])
+def test_steps_in_one_call_beside_those_of_dense_layers(weights, make_model, compress_small, monkeypatch, tmp_path):
+    dense = make_model("llama-gqa")
+    dense_bytes = [sum(parameter.nbytes for parameter in layer.parameters()) for layer in dense.model.layers]
+    small, report = compress_small(dense, recipe="lorap", sparsity=0.3, weights=weights)
+    lorap.save(small, tmp_path, report=report)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert profile_model(model, **WORK).steps == {}  # not optimized: there is no such call
+    ran, op = [], decoder_layer._op
+    monkeypatch.setattr(decoder_layer, "_op", lambda *arguments: ran.append(arguments[6]) or op(*arguments))
+    torch.manual_seed(5)
+    found = profile_model(lorap.optimize_for_inference(model), **WORK)
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(5)))
+    assert [*found.steps] == ["layer", "dense_layer"]
+    layer, whole = found.steps.values()
+    assert layer.weight_bytes == sum(weight_bytes(each) for each in model.model.layers) / 2
+    assert layer.weight_bytes < whole.weight_bytes == dense_bytes[0]
+    assert (
+        ran[-20:] == [length for length in range(24, 29) for _ in range(2)] * 2
+    )  # 2 layers, 2 + 3 steps behind 24 tokens
+    rows = [line.split("  ") for line in found.table().splitlines() if "one call" in line or "same, dense" in line]
+    for row, step in zip(rows, found.steps.values(), strict=True):
+        numbers = [cell.strip() for cell in row if cell.strip()]
+        assert numbers[2:] == [f"{1e3 * step.seconds:,.3f}", f"{step.weight_bytes / step.seconds / 1e9:,.2f}"]
+    assert found.to_dict()["steps"]["layer"]["seconds"] == layer.seconds > 0
+
+
+@pytest.mark.skipif(not lorap.nn.native.HAS_CPU, reason="lorap/_native.so is not built")
+def test_a_dense_model_has_nothing_beside_its_steps(make_model):
+    assert [*profile_model(lorap.optimize_for_inference(make_model("qwen3")), **WORK).steps] == ["layer"]
+    assert profile_model(lorap.optimize_for_inference(make_model("smollm3")), **WORK).steps == {}
 
 
 def test_model_is_left_as_it_was(make_model):

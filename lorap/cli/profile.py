@@ -38,6 +38,8 @@ def profile_command(
     Reading the first table: decoding reads every weight once per token, so a stage takes as long as its weights are large,
     and fewer weights help. Prefill computes with each weight many times; fewer multiplications help.
     GB/s are the bytes of weights over the time: in decoding, beside what the memory can do, they say how much is left to gain.
+    With --optimize on a CPU, layers of LLaMA's kind decode in one call each, without these stages: the last rows are the mean of
+    such calls, and the same of dense layers as large as before compression, with random weights.
     Reading the others: "self" is time in the kernel itself, not in what it called. Many calls of a few microseconds mean
     that Python and launches take the time: try --optimize.
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lorap.reports.run import format_table
 
 PHASES = ("prefill", "decode")
+# How the table calls steps in one call.
+STEPS = {"layer": "one layer in one call", "dense_layer": "  the same, dense"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,19 @@ class PhaseTime:
 
 
 @dataclass(frozen=True)
+class StepTime:
+    """A decoder layer's step for one token in one call, on average over layers.
+
+    Args:
+        seconds: that it takes.
+        weight_bytes: that it reads.
+    """
+
+    seconds: float
+    weight_bytes: float
+
+
+@dataclass(frozen=True)
 class Profile:
     """What :func:`profile_model` found.
 
@@ -57,6 +72,7 @@ class Profile:
         phases: ``prefill`` and ``decode``.
         kernels: of each phase, operators of a CPU or kernels of a GPU, the longest first.
         weight_bytes: of the weights that one forward reads: ``layers``, of them ``attention`` and ``mlp``, and ``head``.
+        steps: in one call, of a ``layer`` and of a ``dense_layer``; empty where layers have none (:mod:`lorap.nn.decoder_layer`).
     """
 
     device: str
@@ -65,6 +81,7 @@ class Profile:
     phases: dict[str, PhaseTime]
     kernels: dict[str, list[KernelTime]]
     weight_bytes: dict[str, int]
+    steps: dict[str, StepTime] = field(default_factory=dict)
 
     def busy(self, phase: str) -> float:
         """Time in kernels over time that passed; low on a GPU that waits for launches."""
@@ -98,6 +115,10 @@ class Profile:
                 row += [f"{1e3 * stages[stage]:,.3f}", f"{stages[stage] / stages['whole forward']:.1%}"]
                 row.append(f"{read[stage] / stages[stage] / 1e9:,.2f}" if stage in read else "")
             rows.append(row)
+        for name, step in self.steps.items():
+            rate = step.weight_bytes / step.seconds / 1e9
+            row = [STEPS[name], f"{step.weight_bytes / 1e6:,.1f}", *("",) * 3]
+            rows.append([*row, f"{1e3 * step.seconds:,.3f}", "", f"{rate:,.2f}"])
         phases = (f"prefill of {self.tokens}, ms", "decode 1 token, ms")
         header = ["stage", "weights, MB", *(name for phase in phases for name in (phase, "share", "GB/s"))]
         lines = [format_table(header, rows)]

@@ -29,8 +29,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from lorap.architectures import Architecture, cache_argument, known_architecture
+from lorap.evaluation.layer_steps import time_steps, weight_bytes
 from lorap.evaluation.profile_results import PHASES, KernelTime, PhaseTime, Profile
-from lorap.nn.int8 import flat_state_dict
 from lorap.nn.linear import embedding_weight
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ def profile_model(
     if trace is not None:
         profiler.export_chrome_trace(str(trace))
     kernels = _kernels(profiler.events(), device, new_tokens)
-    return Profile(device, tokens, new_tokens, phases, kernels, _weight_bytes(model))
+    steps = time_steps(model, _architecture(model), tokens=tokens, new_tokens=new_tokens)
+    return Profile(device, tokens, new_tokens, phases, kernels, _weight_bytes(model), steps)
 
 
 def run_ranges(model: PreTrainedModel, *, tokens: int = 128, new_tokens: int = 16) -> dict[str, PhaseTime]:
@@ -247,17 +248,12 @@ def _by_time(passed: dict[str, list[float]], forwards: int) -> list[KernelTime]:
 
 
 def _weight_bytes(model: PreTrainedModel) -> dict[str, int]:
-    """Bytes of the tensors that each stage reads, each counted once; of int8 weights the integers and their scales."""
-
-    def read(*modules: nn.Module) -> int:
-        tensors = (tensor for module in modules for tensor in flat_state_dict(module).values())
-        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
-
+    """Bytes of the tensors that each stage reads."""
     architecture = _architecture(model)
     layers = architecture.decoder_layers(model)
     return {
-        "layers": read(*layers),
-        "attention": read(*map(architecture.attention_of, layers)),
-        "mlp": read(*(layer.get_submodule(architecture.mlp) for layer in layers)),
-        "head": read(model.get_output_embeddings()),
+        "layers": weight_bytes(*layers),
+        "attention": weight_bytes(*map(architecture.attention_of, layers)),
+        "mlp": weight_bytes(*(layer.get_submodule(architecture.mlp) for layer in layers)),
+        "head": weight_bytes(model.get_output_embeddings()),
     }

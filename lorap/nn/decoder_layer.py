@@ -93,6 +93,11 @@ def fuse_decoder_layer(layer: nn.Module) -> None:
         layer.__class__ = _stepping(kind)
 
 
+def runs_in_one_call(layer: nn.Module) -> bool:
+    """Whether ``layer`` has run its step in the op, which was right."""
+    return _verdicts.get(layer) is True
+
+
 @functools.cache
 def _stepping(base: Any) -> type[nn.Module]:
     """The class ``base`` of a decoder layer, with the op in its forward; called as it is, since hosts go by the name."""

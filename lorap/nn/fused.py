@@ -176,13 +176,7 @@ def merge_shared_inputs(model: Model) -> Model:
     """
     architecture = known_architecture(model, to="merge the projections of", experts=True)
     for layer in architecture.decoder_layers(model):
-        _merge_attention(layer, architecture)
-        mlp = layer.get_submodule(architecture.mlp)
-        if architecture.experts(layer):
-            continue  # transformers runs them in one grouped op each, which is as good
-        if not isinstance(mlp, GatedMLP) and is_untouched(mlp) and _is_silu(architecture.activation_of(layer)):
-            parts = [layer.get_submodule(architecture.projections[role]) for role in MLP]
-            layer.set_submodule(architecture.mlp, GatedMLP(*parts).train(mlp.training))
+        _merge_layer(layer, architecture)
     return model
 
 
@@ -207,12 +201,9 @@ def optimize_for_inference(model: Model, *, dtype: torch.dtype | None = None, co
     """
     if dtype is not None:
         _cast(model, dtype)
-    merge_shared_inputs(model)
     architecture = known_architecture(model, to="merge the projections of", experts=True)
     for layer in architecture.decoder_layers(model):
-        for role in _alone(layer, architecture):
-            _swap_linear(layer, architecture.projections[role])
-        fuse_decoder_layer(layer)
+        optimize_layer(layer, architecture)
     if isinstance(getattr(model, "lm_head", None), nn.Linear):
         _swap_linear(model, "lm_head")
     pad_ranks(model)
@@ -220,6 +211,14 @@ def optimize_for_inference(model: Model, *, dtype: torch.dtype | None = None, co
     if compile:
         capture_steps(model)
     return model
+
+
+def optimize_layer(layer: nn.Module, architecture: Architecture) -> None:
+    """What :func:`optimize_for_inference` does to each decoder layer; changes ``layer``."""
+    _merge_layer(layer, architecture)
+    for role in _alone(layer, architecture):
+        _swap_linear(layer, architecture.projections[role])
+    fuse_decoder_layer(layer)
 
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -240,6 +239,16 @@ def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
             if stored and buffer.is_floating_point():  # type: ignore[union-attr]
                 module._buffers[name] = buffer.to(of(path, name))  # type: ignore[union-attr]
     model.config.dtype = dtype
+
+
+def _merge_layer(layer: nn.Module, architecture: Architecture) -> None:
+    _merge_attention(layer, architecture)
+    mlp = layer.get_submodule(architecture.mlp)
+    if architecture.experts(layer):
+        return  # transformers runs them in one grouped op each, which is as good
+    if not isinstance(mlp, GatedMLP) and is_untouched(mlp) and _is_silu(architecture.activation_of(layer)):
+        parts = [layer.get_submodule(architecture.projections[role]) for role in MLP]
+        layer.set_submodule(architecture.mlp, GatedMLP(*parts).train(mlp.training))
 
 
 def _merge_attention(layer: nn.Module, architecture: Architecture) -> None:
