@@ -147,13 +147,13 @@ def draw_with_spare(
     weighted = weighted_sources(sources, own_samples=sampler is not None)
     weights = [weight for _, weight in weighted]
     shares = split_by_weight(num_samples, weights)
-    _tell_of_few([source_name(source) for source, _ in weighted], shares)
     # What can fail is read first; the model's own samples take longest.
     read = {
         index: _cut(source, tokenizer, seq_len=seq_len, vocab_size=vocab_size)
         for index, (source, _) in enumerate(weighted)
         if sampler is None or not _is_own(source)
     }
+    _tell_of_few([source_name(source) for source, _ in weighted], shares)
     streams = [
         read[index] if index in read else _written(sampler, share, seq_len, seed) for index, share in enumerate(shares)
     ]
