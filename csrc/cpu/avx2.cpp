@@ -96,6 +96,8 @@ struct Float16 : TwoByte<Float16> {
 
 struct Quantized {
   using Activation = int16_t;
+  using Rounded = int16_t;
+  static constexpr int kPlanes = 1;
   static constexpr int64_t kBytes = 32;
   static constexpr int kTileTokens = 4;
   // Of 4 bits, two rows and two tokens are what registers hold.
@@ -110,6 +112,11 @@ struct Quantized {
   using Scale = __m256;
   static __m256i load_bytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
   static Words load(const char* from) { return load_bytes(from); }
+  static Words load_first(const char* from, int64_t count) {
+    char bytes[kBytes] = {};
+    if (count > 0) std::memcpy(bytes, from, count < kBytes ? count : kBytes);
+    return load(bytes);
+  }
   template <int Bits>
   static Part part(Words words, int i) {
     const __m256i shifted = _mm256_srli_epi16(words, i * Bits);
@@ -124,6 +131,23 @@ struct Quantized {
   }
   static Sums zero() { return Avx2::zero(); }
   static float sum(Sums sums) { return Avx2::sum(sums); }
+  static void sum(Sums a, Sums b, Sums c, Sums d, float* out) {
+    const __m256 lanes = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1)));
+  }
+  static void load_bfloat16(const char* from, int64_t count, float* to) {
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+      const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 2 * i));
+      const __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(eight), 16);
+      _mm256_storeu_ps(to + i, _mm256_castsi256_ps(wide));
+    }
+    for (; i < count; ++i) {
+      uint16_t one;
+      std::memcpy(&one, from + 2 * i, sizeof one);
+      to[i] = from_bfloat16(one);
+    }
+  }
   template <int Count>
   static Scale spread(const float* scales) {
     if constexpr (Count == 1) return _mm256_broadcast_ss(scales);
@@ -148,6 +172,7 @@ struct Quantized {
 // bits. Four products of 15 and 127 stay below 2^13 there, so that two such sums are widened at once.
 struct QuantizedBytes : Quantized {
   using Activation = int8_t;
+  using Rounded = int8_t;
   template <int Bits>
   static Part part(Words words, int i) {
     return _mm256_and_si256(_mm256_srli_epi16(words, i * Bits), _mm256_set1_epi8((1 << Bits) - 1));
@@ -156,9 +181,11 @@ struct QuantizedBytes : Quantized {
   static Whole multiply_add(Whole whole, Part part, const int8_t* x) {
     return add_wide(whole, _mm256_maddubs_epi16(part, load_bytes(x)));
   }
-  static Whole multiply_add_two(Whole whole, Part low, Part high, const int8_t* x, const int8_t* y) {
-    const __m256i first = _mm256_maddubs_epi16(low, load_bytes(x)), second = _mm256_maddubs_epi16(high, load_bytes(y));
-    return add_wide(whole, _mm256_add_epi16(first, second));
+  template <class Shape>
+  static Whole multiply_add_all(Whole whole, const Part* parts, const int8_t* x) {
+    static_assert(Shape::kParts == 2);
+    const __m256i first = _mm256_maddubs_epi16(parts[0], load_bytes(x));
+    return add_wide(whole, _mm256_add_epi16(first, _mm256_maddubs_epi16(parts[1], load_bytes(x + Shape::kPart))));
   }
   static Whole add_wide(Whole whole, __m256i pairs) {
     return _mm256_add_epi32(whole, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
@@ -176,9 +203,9 @@ struct QuantizedBytes : Quantized {
 namespace lorap::cpu {
 
 const RowKernel* avx2_kernel(Dtype dtype) {
-  static constexpr RowKernel float32 = make_kernel<Float32>("avx2");
-  static constexpr RowKernel bfloat16 = make_kernel<BFloat16>("avx2");
-  static constexpr RowKernel float16 = make_kernel<Float16>("avx2");
+  static constexpr RowKernel float32 = make_kernel<Float32>("avx2", Dtype::kFloat32);
+  static constexpr RowKernel bfloat16 = make_kernel<BFloat16>("avx2", Dtype::kBFloat16);
+  static constexpr RowKernel float16 = make_kernel<Float16>("avx2", Dtype::kFloat16);
   if (dtype == Dtype::kFloat32) return &float32;
   return dtype == Dtype::kBFloat16 ? &bfloat16 : &float16;
 }

@@ -75,9 +75,9 @@ struct Float16 : TwoByte<Float16> {
 namespace lorap::cpu {
 
 const RowKernel* avx512_kernel(Dtype dtype) {
-  static constexpr RowKernel float32 = make_kernel<Float32>("avx512");
-  static constexpr RowKernel bfloat16 = make_kernel<BFloat16>("avx512");
-  static constexpr RowKernel float16 = make_kernel<Float16>("avx512");
+  static constexpr RowKernel float32 = make_kernel<Float32>("avx512", Dtype::kFloat32);
+  static constexpr RowKernel bfloat16 = make_kernel<BFloat16>("avx512", Dtype::kBFloat16);
+  static constexpr RowKernel float16 = make_kernel<Float16>("avx512", Dtype::kFloat16);
   if (dtype == Dtype::kFloat32) return &float32;
   return dtype == Dtype::kBFloat16 ? &bfloat16 : &float16;
 }

@@ -30,7 +30,7 @@ struct BFloat16 : Avx512Sums {
 namespace lorap::cpu {
 
 const RowKernel* avx512_bf16_kernel(Dtype dtype) {
-  static constexpr RowKernel bfloat16 = make_kernel<BFloat16>("avx512_bf16");
+  static constexpr RowKernel bfloat16 = make_kernel<BFloat16>("avx512_bf16", Dtype::kBFloat16);
   return dtype == Dtype::kBFloat16 ? &bfloat16 : nullptr;
 }
 

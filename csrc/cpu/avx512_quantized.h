@@ -8,6 +8,8 @@ namespace {
 
 struct Avx512Quantized {
   using Activation = int16_t;
+  using Rounded = int16_t;
+  static constexpr int kPlanes = 1;
   static constexpr int64_t kBytes = 64;
   static constexpr int kTileTokens = 4;
   template <int Bits, int Tokens>
@@ -17,7 +19,15 @@ struct Avx512Quantized {
   using Whole = __m512i;
   using Sums = __m512;
   using Scale = __m512;
-  static Words load(const char* from) { return _mm512_loadu_si512(from); }
+  static Words load(const char* from) {
+    Words words = _mm512_loadu_si512(from);
+    asm("" : "+v"(words));
+    return words;
+  }
+  static Words load_first(const char* from, int64_t count) {
+    if (count >= kBytes) return load(from);
+    return _mm512_maskz_loadu_epi8(count > 0 ? ~uint64_t{0} >> (kBytes - count) : 0, from);
+  }
   template <int Bits>
   static Part part(Words words, int i) {
     const __m512i shifted = _mm512_srli_epi16(words, i * Bits);
@@ -32,6 +42,14 @@ struct Avx512Quantized {
   }
   static Sums zero() { return Avx512Sums::zero(); }
   static float sum(Sums sums) { return Avx512Sums::sum(sums); }
+  static void sum(Sums a, Sums b, Sums c, Sums d, float* out) { Avx512Sums::sum(a, b, c, d, out); }
+  static void load_bfloat16(const char* from, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; i += 16) {
+      const auto mask = static_cast<__mmask16>(count - i < 16 ? (1u << (count - i)) - 1 : 0xffffu);
+      const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from + 2 * i));
+      _mm512_storeu_ps(to + i, _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
+    }
+  }
   template <int Count>
   static Scale spread(const float* scales) {
     if constexpr (Count == 1) return _mm512_set1_ps(*scales);

@@ -206,11 +206,16 @@ void dot(const void* weight_data, int64_t weight_stride, int64_t rows, int64_t k
 }
 
 template <class Lane>
-constexpr lorap::cpu::RowKernel make_kernel(const char* isa) {
-  return {isa,         sizeof(typename Lane::Weight),
-          Lane::kStep, sizeof(typename Lane::Packed),
-          load<Lane>,  store<Lane>,
-          pack<Lane>,  pack_float<Lane>,
+constexpr lorap::cpu::RowKernel make_kernel(const char* isa, lorap::cpu::Dtype dtype) {
+  return {isa,
+          dtype,
+          sizeof(typename Lane::Weight),
+          Lane::kStep,
+          sizeof(typename Lane::Packed),
+          load<Lane>,
+          store<Lane>,
+          pack<Lane>,
+          pack_float<Lane>,
           dot<Lane>};
 }
 

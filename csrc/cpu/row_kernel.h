@@ -19,6 +19,7 @@ constexpr int64_t kMaxTokens = 16;
 // One instruction set's way with one weight dtype.
 struct RowKernel {
   const char* isa;
+  Dtype dtype;
 
   // Bytes of one weight, input or output.
   int64_t element_bytes;

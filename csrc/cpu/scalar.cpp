@@ -78,6 +78,8 @@ inline float same(float f) { return f; }
 
 struct Quantized {
   using Activation = int16_t;
+  using Rounded = int16_t;
+  static constexpr int kPlanes = 1;
   static constexpr int64_t kBytes = 16;
   static constexpr int kTileTokens = 1;
   template <int Bits, int Tokens>
@@ -99,6 +101,11 @@ struct Quantized {
     Words words;
     std::memcpy(&words, from, sizeof words);
     return words;
+  }
+  static Words load_first(const char* from, int64_t count) {
+    char bytes[kBytes] = {};
+    if (count > 0) std::memcpy(bytes, from, count < kBytes ? count : kBytes);
+    return load(bytes);
   }
   template <int Bits>
   static Part part(const Words& words, int i) {
@@ -146,9 +153,11 @@ struct Quantized {
 namespace lorap::cpu {
 
 const RowKernel* scalar_kernel(Dtype dtype) {
-  static constexpr RowKernel float32 = make_kernel<ScalarLane<float, same, same>>("scalar");
-  static constexpr RowKernel bfloat16 = make_kernel<ScalarLane<uint16_t, from_bfloat16, to_bfloat16>>("scalar");
-  static constexpr RowKernel float16 = make_kernel<ScalarLane<uint16_t, from_float16, to_float16>>("scalar");
+  static constexpr RowKernel float32 = make_kernel<ScalarLane<float, same, same>>("scalar", Dtype::kFloat32);
+  static constexpr RowKernel bfloat16 =
+      make_kernel<ScalarLane<uint16_t, from_bfloat16, to_bfloat16>>("scalar", Dtype::kBFloat16);
+  static constexpr RowKernel float16 =
+      make_kernel<ScalarLane<uint16_t, from_float16, to_float16>>("scalar", Dtype::kFloat16);
   if (dtype == Dtype::kFloat32) return &float32;
   return dtype == Dtype::kBFloat16 ? &bfloat16 : &float16;
 }

@@ -110,6 +110,23 @@ struct Test {
     expect("activations of many sizes", y, product(x.table, one.table), rounded);
   }
 
+  // The numbers next to 2 and -2, which are the largest of their blocks, and whole 64ths beside them: all exact.
+  void next_to_two(int64_t tokens) {
+    const int64_t k = 320, n = 17;
+    Quantized one = weight(64, n, k);
+    Weight x(format, tokens, k);
+    for (int64_t m = 0; m < tokens; ++m) {
+      for (int64_t j = 0; j < k; ++j) {
+        const double value = (j % 2 ? 1 : -1) * (j % 5 ? random_below(127) / 64.0 : 2 - format.eps());
+        x.table.at(m, j) = {value, std::abs(value)};
+        x.array.set(m * k + j, value);
+      }
+    }
+    Array y(format, tokens * n);
+    quantized_linear(machine(), x.array.data(), tokens, one.matrix(), nullptr, y.data());
+    expect("activations next to two", y, product(x.table, one.table));
+  }
+
   // In 8 bits, whole numbers up to 127 are exact where every block has one as large; others lose half a step at most.
   void eight_bits(int64_t tokens, int64_t k, int64_t n, int64_t group, bool whole) {
     Quantized one = weight(group, n, k);
@@ -189,6 +206,7 @@ void run(const QuantizedKernel& kernel, const char* isa) {
     // Rows of several segments, with groups across their ends and one that no row fills.
     for (int64_t group : {64, 96, 4224}) test.ops(group == 96 ? 5 : 1, 4200, 5, 3, group);
     for (int spread : {0, 3, 7, 12}) test.spread_activations(spread);
+    for (int64_t tokens : {1, 3, 5}) test.next_to_two(tokens);
     test.extremes();
     const int64_t before = threads_started;
     for (int64_t tokens : {1, 5}) test.ops(tokens, 577, 150, 500, 64);  // enough weights for several threads

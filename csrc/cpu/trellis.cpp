@@ -89,7 +89,7 @@ class TrellisInput {
  private:
   void pack(float* values, int64_t k, int64_t columns, int64_t token, float* scales) {
     constexpr float kDigit = 32768.0f;
-    float scale = block_scale<int16_t>(values, columns), inverse = scale == scale ? 1.0f / scale : 0.0f;
+    float scale = block_scale<16>(values, columns), inverse = scale == scale ? 1.0f / scale : 0.0f;
     for (int64_t m = token * digits_; m < (token + 1) * digits_; ++m) {
       scales[m] = scale;
       int16_t rounded[kTrellisColumns];
