@@ -181,11 +181,12 @@ struct QuantizedBytes : Quantized {
   static Whole multiply_add(Whole whole, Part part, const int8_t* x) {
     return add_wide(whole, _mm256_maddubs_epi16(part, load_bytes(x)));
   }
+  static Part load_part(const int8_t* x) { return load_bytes(x); }
   template <class Shape>
-  static Whole multiply_add_all(Whole whole, const Part* parts, const int8_t* x) {
+  static Whole multiply_add_all(Whole whole, const Part* parts, const Part* x) {
     static_assert(Shape::kParts == 2);
-    const __m256i first = _mm256_maddubs_epi16(parts[0], load_bytes(x));
-    return add_wide(whole, _mm256_add_epi16(first, _mm256_maddubs_epi16(parts[1], load_bytes(x + Shape::kPart))));
+    const __m256i first = _mm256_maddubs_epi16(parts[0], x[0]), second = _mm256_maddubs_epi16(parts[1], x[1]);
+    return add_wide(whole, _mm256_add_epi16(first, second));
   }
   static Whole add_wide(Whole whole, __m256i pairs) {
     return _mm256_add_epi32(whole, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));

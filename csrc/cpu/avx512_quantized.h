@@ -21,7 +21,7 @@ struct Avx512Quantized {
   using Scale = __m512;
   static Words load(const char* from) {
     Words words = _mm512_loadu_si512(from);
-    asm("" : "+v"(words));
+    asm("" : "+v"(words));  // otherwise compilers read the same words again for every shift
     return words;
   }
   static Words load_first(const char* from, int64_t count) {

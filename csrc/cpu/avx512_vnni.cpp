@@ -24,9 +24,14 @@ struct Bytes : Avx512Quantized {
   static Whole multiply_add(Whole whole, Part part, const int8_t* x) {
     return _mm512_dpbusd_epi32(whole, part, _mm512_loadu_si512(x));
   }
+  static Part load_part(const int8_t* x) {
+    Part part = _mm512_loadu_si512(x);
+    asm("" : "+v"(part));  // otherwise compilers read it again for every row
+    return part;
+  }
   template <class Shape>
-  static Whole multiply_add_all(Whole whole, const Part* parts, const int8_t* x) {
-    for (int i = 0; i < Shape::kParts; ++i) whole = multiply_add(whole, parts[i], x + i * Shape::kPart);
+  static Whole multiply_add_all(Whole whole, const Part* parts, const Part* x) {
+    for (int i = 0; i < Shape::kParts; ++i) whole = _mm512_dpbusd_epi32(whole, parts[i], x[i]);
     return whole;
   }
 };

@@ -11,7 +11,8 @@
 //   Lane::Whole                   vector of int32 sums; load_whole(from), store_whole(to, sums)
 //   Lane::multiply_add(sums, part, x)  adds part[2 j] * x[2 j] + part[2 j + 1] * x[2 j + 1] to sums[j], or with
 //                                 activations of 8 bits four such products
-//   Lane::multiply_add_all(sums, parts, x)  the same of each of Shape::kParts, kPart activations apart; of 8 bits only
+//   Lane::load_part(x)            a Part of activations; of 8 bits only, as is
+//   Lane::multiply_add_all(sums, parts, xs)  multiply_add of each of Shape::kParts, with loaded activations
 //   Lane::join(low, high)         low + 256 high, where there are two planes
 //   Lane::constant(number)        a Part of equal numbers
 //   Lane::Sums                    vector of float sums; zero(), sum(sums) adds its elements
@@ -87,47 +88,62 @@ struct Tile {
 
   void* token(int m) const { return const_cast<char*>(packed + m * packed_stride); }
 
+  using Wholes = typename Lane::Whole[Rows][Tokens];
+  using Words = typename Lane::Words[Rows];
+
+  // What a vector of words of each row makes with activations of bytes, `x` of the first token: every vector of these
+  // serves all rows.
+  void add_bytes(const Words& words, const typename Shape::Activation* x, Wholes& whole, Wholes& high) const {
+    typename Lane::Part parts[Rows][Shape::kParts];
+    for (int r = 0; r < Rows; ++r) {
+      for (int i = 0; i < Shape::kParts; ++i) parts[r][i] = Lane::template part<Shape::kBits>(words[r], i);
+    }
+    for (int m = 0; m < Tokens; ++m) {
+      for (int plane = 0; plane < Lane::kPlanes; ++plane) {
+        const auto* from = x + m * packed_stride + plane * Shape::kUnit;
+        typename Lane::Part own[Shape::kParts];
+        for (int i = 0; i < Shape::kParts; ++i) own[i] = Lane::load_part(from + i * Shape::kPart);
+        for (int r = 0; r < Rows; ++r) {
+          auto& sum = plane ? high[r][m] : whole[r][m];
+          sum = Lane::template multiply_add_all<Shape>(sum, parts[r], own);
+        }
+      }
+    }
+  }
+
+  // The same of activations of 16 bits.
+  void add_words(const Words& words, const typename Shape::Activation* x, Wholes& whole) const {
+    const int64_t stride = packed_stride / sizeof *x;
+#pragma GCC unroll 4
+    for (int i = 0; i < Shape::kParts; ++i) {
+      for (int r = 0; r < Rows; ++r) {
+        const typename Lane::Part numbers = Lane::template part<Shape::kBits>(words[r], i);
+        for (int m = 0; m < Tokens; ++m) {
+          whole[r][m] = Lane::multiply_add(whole[r][m], numbers, x + m * stride + i * Shape::kPart);
+        }
+      }
+    }
+  }
+
   // A unit of each row, so many bytes apart; of the last one, where rows end within it, the first `bytes`.
   template <bool Full = true>
   void unit(const char* weights, int64_t bytes_apart, int64_t index, const Scales& scales, int64_t bytes = 0) {
-    typename Lane::Whole whole[Rows][Tokens], high[Rows][Tokens];
+    Wholes whole, high;
     for (int m = 0; m < Tokens; ++m) {
       const auto start = Lane::load_whole(Shape::offsets(token(m), first / Shape::kUnit + index));
       for (int r = 0; r < Rows; ++r) whole[r][m] = start, high[r][m] = Lane::zero_whole();
     }
     for (int64_t step = 0; step < Shape::kSteps; ++step) {
-      typename Lane::Words words[Rows];
+      Words words;
       for (int r = 0; r < Rows; ++r) {
         const char* from = weights + r * bytes_apart + step * Lane::kBytes;
         const auto address = reinterpret_cast<uintptr_t>(from);
         __builtin_prefetch(reinterpret_cast<const char*>(address + ahead), 0, 2);
         words[r] = Full ? Lane::load(from) : Lane::load_first(from, bytes - step * Lane::kBytes);
       }
-      const auto x = [&](int m, int part) {
-        return Shape::activations(token(m), first / Shape::kUnit + index) + step * Shape::kStep + part * Shape::kPart;
-      };
-      if constexpr (sizeof(typename Shape::Activation) == 1) {
-        for (int r = 0; r < Rows; ++r) {
-          typename Lane::Part parts[Shape::kParts];
-          for (int part = 0; part < Shape::kParts; ++part) {
-            parts[part] = Lane::template part<Shape::kBits>(words[r], part);
-          }
-          for (int m = 0; m < Tokens; ++m) {
-            whole[r][m] = Lane::template multiply_add_all<Shape>(whole[r][m], parts, x(m, 0));
-            if constexpr (Lane::kPlanes == 2) {
-              high[r][m] = Lane::template multiply_add_all<Shape>(high[r][m], parts, x(m, 0) + Shape::kUnit);
-            }
-          }
-        }
-      } else {
-#pragma GCC unroll 4
-        for (int part = 0; part < Shape::kParts; ++part) {
-          for (int r = 0; r < Rows; ++r) {
-            const typename Lane::Part numbers = Lane::template part<Shape::kBits>(words[r], part);
-            for (int m = 0; m < Tokens; ++m) whole[r][m] = Lane::multiply_add(whole[r][m], numbers, x(m, part));
-          }
-        }
-      }
+      const auto* x = Shape::activations(token(0), first / Shape::kUnit + index) + step * Shape::kStep;
+      if constexpr (sizeof *x == 1) add_bytes(words, x, whole, high);
+      if constexpr (sizeof *x != 1) add_words(words, x, whole);
     }
     for (int r = 0; r < Rows; ++r) {
       for (int m = 0; m < Tokens; ++m) {
