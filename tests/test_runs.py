@@ -580,17 +580,19 @@ def test_a_process_that_dies_ends_the_run_and_another_number_goes_on(
         "            patched.done = True\n"
         "            compressor = __import__('sys').modules['lorap.compression.layer'].LayerCompressor\n"
         "            compress = compressor.compress\n"
-        "            def dies(self, index, *rest):\n"
+        "            def dies(self, index, *rest, **options):\n"
         "                if index == 1:\n"
+        "                    open(os.environ['DIE'], 'x').close()\n"
         "                    os.kill(os.getpid(), 9)\n"
-        "                return compress(self, index, *rest)\n"
+        "                return compress(self, index, *rest, **options)\n"
         "            compressor.compress = dies\n"
         "        return module\n"
         "    builtins.__import__ = patched\n"
     )
-    out = tmp_path / "out"
-    run = torchrun(2, source, tokens, out, PYTHONPATH=str(site), DIE="1")
+    out, died = tmp_path / "out", tmp_path / "died"
+    run = torchrun(2, source, tokens, out, PYTHONPATH=str(site), DIE=str(died))
     assert run.returncode != 0
+    assert died.exists(), run.stderr[-3000:]  # there, and not of a mistake before
     assert not out.exists()
     assert (
         "lorap: another process of this run is gone" in run.stderr
