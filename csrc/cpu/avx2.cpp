@@ -130,7 +130,11 @@ struct Quantized {
     return _mm256_add_epi32(whole, _mm256_madd_epi16(part, load_bytes(x)));
   }
   static Sums zero() { return Avx2::zero(); }
-  static float sum(Sums sums) { return Avx2::sum(sums); }
+  static float sum(Sums sums) {
+    float four[4];
+    sum(sums, sums, sums, sums, four);
+    return four[0];
+  }
   static void sum(Sums a, Sums b, Sums c, Sums d, float* out) {
     const __m256 lanes = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1)));

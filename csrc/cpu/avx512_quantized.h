@@ -41,7 +41,11 @@ struct Avx512Quantized {
     return _mm512_add_epi32(whole, _mm512_madd_epi16(part, _mm512_loadu_si512(x)));
   }
   static Sums zero() { return Avx512Sums::zero(); }
-  static float sum(Sums sums) { return Avx512Sums::sum(sums); }
+  static float sum(Sums sums) {
+    float four[4];
+    sum(sums, sums, sums, sums, four);
+    return four[0];
+  }
   static void sum(Sums a, Sums b, Sums c, Sums d, float* out) { Avx512Sums::sum(a, b, c, d, out); }
   static void load_bfloat16(const char* from, int64_t count, float* to) {
     for (int64_t i = 0; i < count; i += 16) {

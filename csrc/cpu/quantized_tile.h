@@ -15,8 +15,8 @@
 //   Lane::multiply_add_all(sums, parts, xs)  multiply_add of each of Shape::kParts, with loaded activations
 //   Lane::join(low, high)         low + 256 high, where there are two planes
 //   Lane::constant(number)        a Part of equal numbers
-//   Lane::Sums                    vector of float sums; zero(), sum(sums) adds its elements
-//   Lane::Scale, spread<Count>(scales)   Count scales, each for as many neighbours of a vector
+//   Lane::Sums                    vector of float sums; zero(), sum(sums) adds its elements, in the order of sum of
+//   four Lane::Scale, spread<Count>(scales)   Count scales, each for as many neighbours of a vector
 //   Lane::scale_add(whole, scale, sums)  sums + whole * scale
 //   Lane::load_bfloat16(from, count, to)  of scales, where there is a way without calling a RowKernel
 //   Lane::sum(sums, out)          adds the elements of each of four
@@ -187,15 +187,17 @@ void dot_rows(const QuantizedMatrix& weight, int64_t row, int64_t rows, const ch
       tile.last = weight.cols - tile.first < kSegment ? weight.cols : tile.first + kSegment;
       tile.add();
     }
-    for (int m = 0; m < Tokens; ++m) {
-      float* to = dots + m * dots_stride + n;
-      if constexpr (Rows == 4) {
+    const auto at = [&](int i) -> float& { return dots[i / Rows * dots_stride + n + i % Rows * tiles]; };
+    const auto sums = [&](int i) { return tile.sums[i % Rows][i / Rows]; };
+    if constexpr (Rows * Tokens % 4 == 0) {
+#pragma GCC unroll 4
+      for (int i = 0; i < Rows * Tokens; i += 4) {
         float four[4];
-        Lane::sum(tile.sums[0][m], tile.sums[1][m], tile.sums[2][m], tile.sums[3][m], four);
-        for (int r = 0; r < Rows; ++r) to[r * tiles] = four[r];
-      } else {
-        for (int r = 0; r < Rows; ++r) to[r * tiles] = Lane::sum(tile.sums[r][m]);
+        Lane::sum(sums(i), sums(i + 1), sums(i + 2), sums(i + 3), four);
+        for (int j = 0; j < 4; ++j) at(i + j) = four[j];
       }
+    } else {
+      for (int i = 0; i < Rows * Tokens; ++i) at(i) = Lane::sum(sums(i));
     }
   }
   if constexpr (Rows > 1) {

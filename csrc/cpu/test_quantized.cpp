@@ -127,6 +127,28 @@ struct Test {
     expect("activations next to two", y, product(x.table, one.table));
   }
 
+  // An output is the same number whatever other rows and tokens are computed with it.
+  void each_alone(int64_t tokens, int64_t k, int64_t n, int64_t group) {
+    Quantized one = weight(group, n, k);
+    Weight x(format, tokens, k);
+    // Numbers of all digits, so that sums round.
+    for (int64_t j = 0; j < tokens * k; ++j) x.array.set(j, round_to(format, random_below(1000) / 997.0));
+    Array y(format, tokens * n), alone(format, 1);
+    quantized_linear(machine(), x.array.data(), tokens, one.matrix(), nullptr, y.data());
+    for (int64_t m = 0; m < tokens; ++m) {
+      Array token(format, k);
+      for (int64_t j = 0; j < k; ++j) token.set(j, x.array.get(m * k + j));
+      for (int64_t i = 0; i < n; ++i) {
+        QuantizedMatrix row = one.matrix();
+        row.rows = 1, row.words += i * row.word_stride;
+        row.scales = static_cast<const char*>(row.scales) + i * row.scale_stride * row.scale_kernel->element_bytes;
+        quantized_linear(machine(), token.data(), 1, row, nullptr, alone.data());
+        if (alone.get(0) != y.get(m * n + i)) fail("a row and a token alone");
+      }
+    }
+    ++cases;
+  }
+
   // In 8 bits, whole numbers up to 127 are exact where every block has one as large; others lose half a step at most.
   void eight_bits(int64_t tokens, int64_t k, int64_t n, int64_t group, bool whole) {
     Quantized one = weight(group, n, k);
@@ -184,6 +206,7 @@ void run_eight_bits(const QuantizedKernel& kernel, const char* isa) {
       }
     }
     for (int64_t group : {64, 96, 4224}) test.eight_bits(group == 96 ? 5 : 1, 4200, 3, group, true);
+    test.each_alone(7, 289, 67, 64);
     test.extremes();
     cases += test.cases;
   }
@@ -207,6 +230,7 @@ void run(const QuantizedKernel& kernel, const char* isa) {
     for (int64_t group : {64, 96, 4224}) test.ops(group == 96 ? 5 : 1, 4200, 5, 3, group);
     for (int spread : {0, 3, 7, 12}) test.spread_activations(spread);
     for (int64_t tokens : {1, 3, 5}) test.next_to_two(tokens);
+    for (int64_t group : {32, 128}) test.each_alone(7, 289, 67, group);
     test.extremes();
     const int64_t before = threads_started;
     for (int64_t tokens : {1, 5}) test.ops(tokens, 577, 150, 500, 64);  // enough weights for several threads
