@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lorap
 from lorap.compression.budget_remarks import budget_remarks
 from lorap.compression.byte_budget import resolve_budget
+from lorap.compression.planning import plan_by_shape
 from lorap.config import CompressionConfig
 
 # Tiles of 64 rows and groups of 256 columns are whole, so that codes are as small as in a real model.
@@ -44,11 +46,34 @@ def test_what_is_removed_and_why(options: dict[str, Any], kind: str, other: str 
     found = resolve_budget(dense, CompressionConfig(**options))
     said = remark(**options)
     whole = dense.planned(dense.unchanged(), CompressionConfig(**options | {"weights": kind, "bits_per_weight": 16}))
-    assert said.startswith(f"{found.sparsity:.2%} of the compressed sub-layers is removed")
+    # A width of whole groups of 64 channels is all that stock hosts take.
+    total, channel = 2 * 256 * 256 + 2 * 256 * 128 + 640 * 3 * 256, 3 * 256
+    width = (640 - math.ceil(found.sparsity * total / channel)) // 64 * 64
+    share = (640 - width) * channel / total if found.target == "stock" else found.sparsity
+    assert said.startswith(f"{share:.2%} of the compressed sub-layers is removed")
     assert f"{kind} weights" in said
     assert f"take {8 * whole / dense.weights:.4g} bits" in said
     assert f"budget has {options['bits_per_weight']:.4g}" in said
     assert [each for each in (TCQ, LORAP, FACTORS) if each in said] == ([other] if other else [])
+
+
+@pytest.mark.parametrize(
+    ("bits", "weights", "whole"), [(9, "int8", "int8"), (8, "int8", "int4"), (5, "int4", "int4"), (4.25, "int4", None)]
+)
+def test_rows_of_broken_groups_are_cut_and_keep_their_bits(bits: float, weights: str, whole: str | None) -> None:
+    dense = dense_model(**LARGER | {"intermediate_size": 672}, attention_bias=False, mlp_bias=False)
+    asked = CompressionConfig(bits_per_weight=bits, target="stock")
+    found = resolve_budget(dense, asked)
+    assert found.weights == weights
+    (plan, *_) = plan_by_shape(dense, found)
+    assert plan.intermediate_size == 640
+    (said,) = budget_remarks(dense, asked, found)
+    assert said.startswith(f"{32 * 3 / (2 * 256 + 2 * 128 + 672 * 3):.2%} of the compressed sub-layers is removed")
+    assert f"the 672 inputs of down_proj are no whole groups of 64 {weights} weights" in said
+    if whole is None:  # nor would they fit
+        assert "--group-size" not in said
+    else:
+        assert f"--group-size 32 removes nothing, with more scales and {whole} weights" in said
 
 
 def test_nothing_is_said_of_what_was_asked_for() -> None:

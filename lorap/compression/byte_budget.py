@@ -56,6 +56,11 @@ def resolve_budget(dense: DenseModel, config: CompressionConfig) -> CompressionC
             mix = _mix(config, chosen) if useful else None
             return replace(chosen, weights=mix) if mix else chosen
     pruned = [chosen for chosen in choices if broken_groups(dense, replace(chosen, sparsity=0.5)) is None]
+    for chosen in pruned:
+        # What fits whole, but for rows that are no whole groups: as much goes as makes them that.
+        cut = replace(chosen, sparsity=max(chosen.sparsity, 1 / STEPS))
+        if broken_groups(dense, chosen) is not None and _bytes_at(dense, cut, cut.sparsity) <= budget:
+            return cut
     fewest_first = sorted(pruned or choices, key=lambda each: each.bits or 16)
     # Tiles of rows are too large for some small models, where whole numbers still fit.
     chosen = next((each for each in fewest_first if _smallest_bytes(dense, each) <= budget), fewest_first[0])
