@@ -34,14 +34,12 @@ from documents import markdown
 from inference import decode_rate
 from inference_llamacpp import RESULTS, Host, byte_tokenizer
 from inference_models import MODELS, QUICK, Size
-from random_models import decoder_layers, random_model
+from random_models import bytes_of, decoder_layers, pack_randomly, random_model
 
 import lorap
 from lorap.jsonio import read_json, write_json
 from lorap.nn import native
-from lorap.nn.quantized import packed_linears
-from lorap.nn.trellis import layer_of
-from lorap.weights import INTEGERS, KINDS
+from lorap.weights import KINDS
 
 PROMPT, CONTEXT = 2, 256
 # With few words: the head has 16 bits in lorap and fewer in llama.cpp, and four layers have as large a one as all 32.
@@ -59,12 +57,8 @@ def stored(size: Size, sparsity: float, kind: str) -> Any:
     options = {"layers": size.layers, "vocab_size": size.vocab_size, "tie": size.tie}
     model = random_model(size.shapes, sparsity, torch.bfloat16, **options)
     random_model.cache_clear()
-    for name, linear in list(packed_linears(model)) if kind in KINDS else ():
-        coding, bits = KINDS[kind]
-        layer = layer_of(coding).empty_like(linear, bits=bits, group_size=coding.group_size)
-        layer.weight_packed.random_(-(2**31), 2**31)
-        layer.weight_scale.fill_(linear.in_features**-0.5 / (2 ** (bits - 1) if coding is INTEGERS else 1))
-        model.set_submodule(name, layer)
+    if kind in KINDS:
+        pack_randomly(model, kind)
     return lorap.optimize_for_inference(model).eval()
 
 
@@ -87,11 +81,6 @@ def gguf(size: Size, quantize: str | None, folder: Path) -> Path:
     random_model.cache_clear()
     dense.config.max_position_embeddings = 2048
     return next(lorap.export_gguf(dense, folder, tokenizer=byte_tokenizer(), quantize=quantize).glob("*.gguf"))
-
-
-def bytes_of(model: Any) -> int:
-    """Of all weights."""
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def measure(

@@ -1,13 +1,16 @@
 """Throughput and memory in vLLM, dense and compressed, all in one run.
 
     .venv-vllm/bin/python benchmarks/inference_vllm.py             both models, minutes on two cores (make test-vllm sets it up)
+    .venv-vllm/bin/python benchmarks/inference_vllm.py --weights bf16 int4   also with the decoder's weights in few bits
     .venv-vllm/bin/python benchmarks/inference_vllm.py --quick     a tiny model: to see that it works
     .venv-vllm/bin/python benchmarks/inference_vllm.py --out DIR   where the table and the JSON go
 
-bfloat16, greedy, eager, without prefix cache; OMP_NUM_THREADS threads, by default one per core. Every contender is an engine in a
-process of its own, so that its peak memory is its own; all of one model are up at the same time, and every round asks each once,
-one after the other, so that a machine that slows down slows all of them. Ratios are medians over rounds of the ratio within a
-round. Weights are random, of the sizes that the paper's recipe gives: speed does not depend on the values.
+bfloat16 between the layers, greedy, eager, without prefix cache; OMP_NUM_THREADS threads, by default one per core. Every
+contender is an engine in a process of its own, so that its peak memory is its own. Those of one model and one storage of weights
+are up at the same time, beside the dense model in bfloat16, and every round asks each once, one after the other, so that a
+machine that slows down slows all of them. Ratios to that dense model are medians over rounds of the ratio within a round. Weights
+are random, of the sizes that the paper's recipe gives: speed does not depend on the values. What --out holds of other models and
+storages stays.
 
 Decoding is the time of 33 tokens less that of 1, for 1 and for 8 sequences at once; prefill is that of one token behind 512.
 """
@@ -15,6 +18,7 @@ Decoding is the time of 33 tokens less that of 1, for 1 and for 8 sequences at o
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -30,8 +34,14 @@ from typing import Any
 from documents import markdown
 from inference_models import MODELS, QUICK, Size
 
+from lorap.jsonio import read_json, write_json
+from lorap.nn import native
+
 RESULTS = Path(__file__).resolve().parent / "results"
 SPARSITIES = (0.0, 0.2, 0.5)
+WEIGHTS = ("bf16", "int8", "int4", "tcq4", "tcq3")
+Contender = tuple[float, str]  # sparsity, and what the weights are stored in
+DENSE: Contender = (0.0, "bf16")
 PROMPT_TOKENS, NEW_TOKENS, LONG_PROMPT = 16, 32, 512
 KV_CACHE_GB = 1
 
@@ -40,24 +50,34 @@ KV_CACHE_GB = 1
 # The process of one contender
 
 
-def save_model(size: Size, sparsity: float, folder: Path) -> dict[str, Any]:
+def save_model(size: Size, sparsity: float, weights: str, folder: Path) -> dict[str, Any]:
     """A checkpoint as ``lorap compress`` would write it, or a dense one; its parameters and bytes."""
     import torch
-    from random_models import random_model
+    from random_models import bytes_of, pack_randomly, random_model
 
     import lorap
     from lorap.checkpoint.format import LoRAPConfig
     from lorap.checkpoint.hf_quantizer import attach_quantization_config
+    from lorap.weights import KINDS
 
     options = {"layers": size.layers, "vocab_size": size.vocab_size, "tie": size.tie}
     model = random_model(size.shapes, sparsity, torch.bfloat16, **options)
+    random_model.cache_clear()
     model.config.max_position_embeddings = 2048
-    ranks = {name: module.rank for name, module in model.named_modules() if isinstance(module, lorap.LowRankLinear)}
-    if ranks:
-        attach_quantization_config(model, LoRAPConfig(ranks=ranks))
+    params = sum(p.numel() for p in model.parameters())
+    settings: dict[str, Any] = {}
+    if ranks := {
+        name: module.rank for name, module in model.named_modules() if isinstance(module, lorap.LowRankLinear)
+    }:
+        settings["ranks"] = ranks
+    if weights in KINDS:
+        pack_randomly(model, weights)
+        settings |= {"weights": weights, "group_size": KINDS[weights][0].group_size}
+    weight_bytes = bytes_of(model)
+    if settings:
+        attach_quantization_config(model, LoRAPConfig(**settings))
     model.save_pretrained(folder)
-    parameters = list(model.parameters())
-    return {"params": sum(p.numel() for p in parameters), "weight_bytes": sum(p.nbytes for p in parameters)}
+    return {"params": params, "weight_bytes": weight_bytes}
 
 
 def serve(folder: Path) -> None:
@@ -124,48 +144,64 @@ def ask(process: subprocess.Popen[str]) -> dict[str, float]:
     return answer
 
 
-def measure(label: str, size: Size, rounds: int, scratch: Path) -> list[dict[str, Any]]:
-    """One row per contender, after one round to warm up."""
+def saved(label: str, sparsity: float, weights: str, folder: Path) -> dict[str, Any]:
+    """:func:`save_model` in a process of its own, which takes its memory along."""
+    command = [sys.executable, __file__, "--save", label, str(sparsity), weights, str(folder)]
+    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    return found
+
+
+def measure(label: str, size: Size, weights: str, rounds: int, scratch: Path) -> list[dict[str, Any]]:
+    """One row per sparsity, after one round to warm up."""
+    own = [(sparsity, weights) for sparsity in SPARSITIES]
     sizes, processes = {}, {}
-    for sparsity in SPARSITIES:
-        folder = scratch / f"{size.shapes}-{sparsity}"
-        made = [sys.executable, __file__, "--save", label, str(sparsity), str(folder)]
-        sizes[sparsity] = json.loads(subprocess.run(made, check=True, capture_output=True, text=True).stdout)
-        processes[sparsity] = start(folder)
-    found: dict[float, list[dict[str, float]]] = {sparsity: [] for sparsity in SPARSITIES}
+    for contender in dict.fromkeys((DENSE, *own)):
+        folder = scratch / f"{size.shapes}-{contender[0]}-{contender[1]}"
+        sizes[contender] = saved(label, *contender, folder)
+        processes[contender] = start(folder)
+    found: dict[Contender, list[dict[str, float]]] = {contender: [] for contender in processes}
     for turn in range(rounds + 1):
-        print(f"{label}: round {turn} of {rounds}", file=sys.stderr, flush=True)
-        for sparsity, process in processes.items():
+        print(f"{label}, {weights}: round {turn} of {rounds}", file=sys.stderr, flush=True)
+        for contender, process in processes.items():
             answer = ask(process)
             if turn:
-                found[sparsity].append(answer)
+                found[contender].append(answer)
     for process in processes.values():
         process.communicate()
-    kinds = [kind for kind in found[0.0][0] if kind != "peak_bytes"]
-    rows = []
-    for sparsity in SPARSITIES:
-        speed = {kind: statistics.median(one[kind] for one in found[sparsity]) for kind in kinds}
-        against = {
-            kind: statistics.median(a[kind] / b[kind] for a, b in zip(found[sparsity], found[0.0], strict=True))
-            for kind in kinds
-        }
-        peak = max(one["peak_bytes"] for one in found[sparsity])
-        row = {"model": label, "sparsity": sparsity, **sizes[sparsity], "tokens_per_second": speed}
-        rows.append(row | {"against_dense": against, "peak_bytes": peak, "rounds": found[sparsity]})
-    return rows
+    what = {"model": label, "weights": weights}
+    return [what | {"sparsity": one[0], **sizes[one], **summary(found[one], found[DENSE])} for one in own]
+
+
+def summary(own: list[dict[str, float]], dense: list[dict[str, float]]) -> dict[str, Any]:
+    """What a row says of the rounds of a contender and of the dense model in bfloat16."""
+    kinds = [kind for kind in own[0] if kind != "peak_bytes"]
+    return {
+        "tokens_per_second": {kind: statistics.median(one[kind] for one in own) for kind in kinds},
+        "against_dense": {
+            kind: statistics.median(a[kind] / b[kind] for a, b in zip(own, dense, strict=True)) for kind in kinds
+        },
+        "peak_bytes": max(one["peak_bytes"] for one in own),
+        "rounds": own,
+        "rounds_of_dense": dense,
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown; in brackets how many times as fast as the dense model."""
+    """Markdown; in brackets how many times as fast as the dense model in bfloat16."""
     kinds = {"decode_1": "decoding, 1 sequence", "decode_8": "decoding, 8", "prefill_512": "prefill, 512"}
-    head = ["model", "sparsity", "parameters", "weights", *kinds.values(), "peak memory"]
+    head = ["model", "weights", "sparsity", "parameters", "MB", *kinds.values(), "peak memory"]
     lines = []
     for row in rows:
         speed = [f"{row['tokens_per_second'][kind]:.1f} ({row['against_dense'][kind]:.2f} x)" for kind in kinds]
         name = "dense" if row["sparsity"] == 0 else str(row["sparsity"])
-        memory = [f"{row['params'] / 1e6:,.0f} M", f"{row['weight_bytes'] / 1e6:,.0f} MB"]
-        lines.append([row["model"], name, *memory, *speed, f"{row['peak_bytes'] / 1e6:,.0f} MB"])
+        memory = [f"{row['params'] / 1e6:,.0f} M", f"{row['weight_bytes'] / 1e6:,.0f}"]
+        lines.append([row["model"], row["weights"], name, *memory, *speed, f"{row['peak_bytes'] / 1e6:,.0f} MB"])
     return markdown(head, lines)
+
+
+def key(row: dict[str, Any]) -> tuple[int, int]:
+    """Rows of one model and storage are measured together; tables have them in this order."""
+    return [*QUICK, *MODELS].index(row["model"]), WEIGHTS.index(row["weights"])
 
 
 def environment(rounds: int) -> dict[str, Any]:
@@ -181,16 +217,19 @@ def environment(rounds: int) -> dict[str, Any]:
         "new_tokens": NEW_TOKENS,
         "rounds": rounds,
         "dtype": "bfloat16",
+        "kernels": native.quantized_cpu_isa(),
     }
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=["bf16"], help="of the decoder's layers")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after one to warm up")
     parser.add_argument("--quick", action="store_true", help="a tiny model only")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for inference-vllm.md and .json")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--save", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--save", nargs=4, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -199,21 +238,22 @@ def main() -> None:
     if options.serve:
         serve(options.serve)
     if options.save:
-        label, sparsity, folder = options.save
-        print(json.dumps(save_model((MODELS | QUICK)[label], float(sparsity), Path(folder))))
+        label, sparsity, weights, folder = options.save
+        print(json.dumps(save_model((MODELS | QUICK)[label], float(sparsity), weights, Path(folder))))
         return
     if not options.quick:
         from common import measured
 
         print(f"measuring {measured()}", file=sys.stderr)
-    rows = []
-    for label, size in (QUICK if options.quick else MODELS).items():
-        with tempfile.TemporaryDirectory() as scratch:
-            rows += measure(label, size, options.rounds, Path(scratch))
     options.out.mkdir(parents=True, exist_ok=True)
-    found = {"environment": environment(options.rounds), "rows": rows}
-    (options.out / "inference-vllm.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
-    (options.out / "inference-vllm.md").write_text(table(rows) + "\n", "utf-8")
+    path = options.out / "inference-vllm.json"
+    rows = read_json(path)["rows"] if path.exists() else []
+    for label, weights in itertools.product(QUICK if options.quick else options.models, options.weights):
+        with tempfile.TemporaryDirectory() as scratch:
+            made = measure(label, (MODELS | QUICK)[label], weights, options.rounds, Path(scratch))
+        rows = sorted([row for row in rows if key(row) != key(made[0])] + made, key=key)
+        write_json(path, {"environment": environment(options.rounds), "rows": rows})
+        (options.out / "inference-vllm.md").write_text(table(rows) + "\n", "utf-8")
     print(table(rows))
 
 

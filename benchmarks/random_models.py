@@ -17,6 +17,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 import lorap
 from lorap.architectures import ARCHITECTURES, ATTENTION
 from lorap.compression.allocation import LayerPlan, plan_layer
+from lorap.nn.quantized import packed_linears
+from lorap.nn.trellis import layer_of
+from lorap.weights import INTEGERS, KINDS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES: dict[str, dict[str, int]] = {
@@ -77,6 +80,21 @@ def random_model(
         limit = (3 / parameter.shape[-1]) ** 0.5
         nn.init.ones_(parameter) if parameter.ndim == 1 else nn.init.uniform_(parameter, -limit, limit)
     return model
+
+
+def pack_randomly(model: Any, kind: str) -> None:
+    """Random numbers or codes in place of all weights of the decoder layers; ``kind`` is a key of KINDS."""
+    coding, bits = KINDS[kind]
+    for name, linear in list(packed_linears(model)):
+        layer = layer_of(coding).empty_like(linear, bits=bits, group_size=coding.group_size)
+        layer.weight_packed.random_(-(2**31), 2**31)
+        layer.weight_scale.fill_(linear.in_features**-0.5 / (2 ** (bits - 1) if coding is INTEGERS else 1))
+        model.set_submodule(name, layer)
+
+
+def bytes_of(model: Any) -> int:
+    """Of all weights."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def optimized(model: Any) -> Any:

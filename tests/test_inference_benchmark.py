@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
+from lorap.checkpoint.hf_quantizer import weights_of
+from lorap.checkpoint.validate import check_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -95,6 +99,81 @@ def test_a_table_of_steps_compares_within_a_round(monkeypatch):
     peer, ours = step.table(rows).splitlines()[2:]
     assert peer == "| tiny | 8 | Q4_0 | llama.cpp, dense | 2 | 4.0 | 2.00 |"
     assert ours == "| tiny | 8 | int4 | lorap, dense | 2 | 4.0 | 2.00 (1.50 to 2.50) |"
+
+
+@pytest.fixture
+def vllm_benchmark(monkeypatch):
+    """benchmarks/inference_vllm.py, whose engines are never started: the 1 + sparsity of each is its rate, times its bits."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = importlib.import_module("inference_vllm")
+    speeds = {"bf16": 1.0, "int4": 4.0}
+    turns = itertools.count()
+
+    class Engine:
+        def __init__(self, folder: Path) -> None:
+            _, sparsity, weights = folder.name.rsplit("-", 2)
+            self.rate, self.config = (
+                speeds[weights] * (1 + float(sparsity)),
+                json.loads((folder / "config.json").read_text()),
+            )
+
+        def communicate(self) -> None:
+            """As of a process that ends."""
+
+    def ask(engine: Engine) -> dict[str, float]:
+        rate = engine.rate * (0.5 if next(turns) // 4 == 2 else 1.0)  # the machine is half as fast in the second round
+        return {"prefill_512": rate, "decode_1": rate, "decode_8": 10 * rate, "peak_bytes": 1e6 * engine.rate}
+
+    monkeypatch.setattr(
+        module,
+        "saved",
+        lambda label, sparsity, weights, folder: module.save_model(module.QUICK[label], sparsity, weights, folder),
+    )
+    monkeypatch.setattr(module, "version", lambda name: "1")
+    monkeypatch.setattr(module, "start", Engine)
+    monkeypatch.setattr(module, "ask", ask)
+    yield module
+    for name in ("inference_vllm", "random_models"):
+        sys.modules.pop(name, None)
+
+
+def test_vllm_in_few_bits_is_compared_with_the_dense_model_in_bfloat16(vllm_benchmark, tmp_path):
+    rows = vllm_benchmark.measure("tiny", vllm_benchmark.QUICK["tiny"], "int4", 3, tmp_path)
+    assert [(row["weights"], row["sparsity"]) for row in rows] == [("int4", 0.0), ("int4", 0.2), ("int4", 0.5)]
+    assert [row["against_dense"]["decode_8"] for row in rows] == pytest.approx([4.0, 4.8, 6.0])
+    assert [row["tokens_per_second"]["decode_8"] for row in rows] == pytest.approx([40, 48, 60])
+    assert [one["decode_1"] for one in rows[2]["rounds"]] == pytest.approx([6, 3, 6])
+    assert rows[0]["params"] > rows[1]["params"] > rows[2]["params"]
+    last = vllm_benchmark.table(rows).splitlines()[-1]
+    assert last.startswith("| tiny | int4 | 0.5 | 0 M | 0 | 6.0 (6.00 x) | 60.0 (6.00 x) | 6.0 (6.00 x) | 6 MB |")
+
+
+@pytest.mark.parametrize(("weights", "bits"), [("bf16", 16), ("int8", 8), ("int4", 4), ("tcq4", 4), ("tcq3", 3)])
+def test_models_for_vllm_open_and_have_so_many_bits(vllm_benchmark, tmp_path, weights, bits):
+    size = vllm_benchmark.QUICK["tiny"]
+    made = vllm_benchmark.save_model(size, 0.5, weights, tmp_path)
+    check_folder(tmp_path)  # as the plug-in does
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert weights_of(model) == weights.replace("bf16", "float")
+    assert bool(torch.isfinite(model(torch.arange(63)[None]).logits).all())
+    embedding = size.vocab_size * 128  # in 16 bits
+    stored_in = 8 * (made["weight_bytes"] - 2 * embedding) / (made["params"] - embedding)
+    assert bits <= stored_in < 1.2 * bits + 0.6  # scales, ends of rows and of tiles
+    assert model.config.num_hidden_layers == size.layers
+
+
+def test_vllm_rows_of_other_storages_stay(vllm_benchmark, monkeypatch, tmp_path):
+    for weights in ("int4", "bf16", "int4"):
+        monkeypatch.setattr(
+            sys, "argv", ["inference_vllm.py", "--quick", "--weights", weights, "--rounds", "1", "--out", str(tmp_path)]
+        )
+        vllm_benchmark.main()
+    found = json.loads((tmp_path / "inference-vllm.json").read_text("utf-8"))
+    assert [(row["weights"], row["sparsity"]) for row in found["rows"]] == [
+        (weights, sparsity) for weights in ("bf16", "int4") for sparsity in (0.0, 0.2, 0.5)
+    ]
+    assert len((tmp_path / "inference-vllm.md").read_text("utf-8").splitlines()) == 2 + 6
+    assert found["environment"]["rounds"] == 1
 
 
 @pytest.mark.slow
