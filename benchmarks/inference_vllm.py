@@ -168,7 +168,7 @@ def measure(label: str, size: Size, weights: str, rounds: int, scratch: Path) ->
                 found[contender].append(answer)
     for process in processes.values():
         process.communicate()
-    what = {"model": label, "weights": weights}
+    what = {"model": label, "weights": weights, "kernels": native.quantized_cpu_isa()}
     return [what | {"sparsity": one[0], **sizes[one], **summary(found[one], found[DENSE])} for one in own]
 
 
@@ -217,7 +217,6 @@ def environment(rounds: int) -> dict[str, Any]:
         "new_tokens": NEW_TOKENS,
         "rounds": rounds,
         "dtype": "bfloat16",
-        "kernels": native.quantized_cpu_isa(),
     }
 
 
