@@ -15,11 +15,12 @@
 //   Lane::multiply_add_all(sums, parts, xs)  multiply_add of each of Shape::kParts, with loaded activations
 //   Lane::join(low, high)         low + 256 high, where there are two planes
 //   Lane::constant(number)        a Part of equal numbers
-//   Lane::Sums                    vector of float sums; zero(), sum(sums) adds its elements, in the order of sum of
-//   four Lane::Scale, spread<Count>(scales)   Count scales, each for as many neighbours of a vector
+//   Lane::Sums                    vector of float sums; zero(); sum(sums) adds its elements, in the order of the sum of
+//                                 four, below
+//   Lane::Scale, spread<Count>(scales)   Count scales, each for as many neighbours of a vector
 //   Lane::scale_add(whole, scale, sums)  sums + whole * scale
 //   Lane::load_bfloat16(from, count, to)  of scales, where there is a way without calling a RowKernel
-//   Lane::sum(sums, out)          adds the elements of each of four
+//   Lane::sum(a, b, c, d, out)    adds the elements of each of four Sums
 //   Lane::round(x, factor, to)    products for kSmallestBlock activations, to nearest even, the largest where too large
 //
 // Everything sits in an anonymous namespace, see dot_tile.h.
