@@ -112,11 +112,6 @@ struct Quantized {
   using Scale = __m256;
   static __m256i load_bytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
   static Words load(const char* from) { return load_bytes(from); }
-  static Words load_first(const char* from, int64_t count) {
-    char bytes[kBytes] = {};
-    if (count > 0) std::memcpy(bytes, from, count < kBytes ? count : kBytes);
-    return load(bytes);
-  }
   template <int Bits>
   static Part part(Words words, int i) {
     const __m256i shifted = _mm256_srli_epi16(words, i * Bits);

@@ -4,8 +4,9 @@
 // Weights stay whole numbers until a block of 32 to 128 of them has been summed up, and so do the activations: a block
 // of these becomes numbers of 16 bits that share a power of two, which is exact for bfloat16 values down to 1/64 of the
 // largest in their block. One instruction multiplies pairs of 16 bits and adds neighbours, so unpacking 4 bits needs a
-// shift and a mask for 16 weights and no conversion. float32 activations take two such numbers each, 30 bits. Beside
-// weights of 4 bits, activations of 8 with a scale for each block can be asked for: an instruction takes twice as many.
+// shift and a mask for 16 weights and no conversion. Where one multiplies four bytes, a number of 16 bits beside
+// weights of 4 is two bytes. float32 activations take two such numbers each, 30 bits. Beside weights of 4 bits,
+// activations of 8 with a scale for each block can be asked for: an instruction takes twice as many.
 #pragma once
 
 #include "decode.h"

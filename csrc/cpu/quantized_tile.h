@@ -6,7 +6,8 @@
 //   Lane::kBytes                  of a vector
 //   Lane::kTileTokens             tokens that share the unpacked weights in registers: 1 or 4
 //   Lane::kRows<Bits, Tokens>     rows to read side by side, each a stream that the processor fetches ahead by itself
-//   Lane::Words, load(bytes)      a vector of packed weights; load_first(bytes, count) has zeros behind the first ones
+//   Lane::Words, load(bytes)      a vector of packed weights; load_first(bytes, count), where there is a way that
+//                                 reads no byte behind them and copies none, has zeros behind the first ones
 //   Lane::Part, part<Bits>(words, i)   the i-th number of each 16 bits, or 8 where activations are; not yet centered
 //   Lane::Whole                   vector of int32 sums; load_whole(from), store_whole(to, sums)
 //   Lane::multiply_add(sums, part, x)  adds part[2 j] * x[2 j] + part[2 j + 1] * x[2 j + 1] to sums[j], or with
@@ -49,6 +50,18 @@ void load_scales(const lorap::cpu::RowKernel& kernel, const void* scales, int64_
     if (kernel.dtype == lorap::cpu::Dtype::kBFloat16) return Lane::load_bfloat16(from, count, to);
   }
   kernel.load(from, count, to);
+}
+
+// A vector of the first `count` bytes, which may be none or more than it holds, and zeros.
+template <class Lane>
+typename Lane::Words load_first(const char* from, int64_t count) {
+  if constexpr (requires { Lane::load_first; }) {
+    return Lane::load_first(from, count);
+  } else {
+    char bytes[Lane::kBytes] = {};
+    if (count > 0) std::memcpy(bytes, from, count < Lane::kBytes ? count : Lane::kBytes);
+    return Lane::load(bytes);
+  }
 }
 
 // Rows of a weight, `apart` rows from each other, from `first` to `last` column, beside the packed tokens.
@@ -140,7 +153,7 @@ struct Tile {
         const char* from = weights + r * bytes_apart + step * Lane::kBytes;
         const auto address = reinterpret_cast<uintptr_t>(from);
         __builtin_prefetch(reinterpret_cast<const char*>(address + ahead), 0, 2);
-        words[r] = Full ? Lane::load(from) : Lane::load_first(from, bytes - step * Lane::kBytes);
+        words[r] = Full ? Lane::load(from) : load_first<Lane>(from, bytes - step * Lane::kBytes);
       }
       const auto* x = Shape::activations(token(0), first / Shape::kUnit + index) + step * Shape::kStep;
       if constexpr (sizeof *x == 1) add_bytes(words, x, whole, high);

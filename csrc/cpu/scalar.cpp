@@ -102,11 +102,6 @@ struct Quantized {
     std::memcpy(&words, from, sizeof words);
     return words;
   }
-  static Words load_first(const char* from, int64_t count) {
-    char bytes[kBytes] = {};
-    if (count > 0) std::memcpy(bytes, from, count < kBytes ? count : kBytes);
-    return load(bytes);
-  }
   template <int Bits>
   static Part part(const Words& words, int i) {
     Part part;
