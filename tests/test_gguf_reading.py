@@ -387,3 +387,16 @@ def test_all_chat_templates_go_there_and_come_back(make_model, tokenizer, tmp_pa
 def _saved(tokenizer: Any, tmp_path: Path) -> Path:
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     return tmp_path / "tokenizer"
+
+
+@pytest.mark.parametrize("options", [{"sparsity": 0.3}, {"sparsity": 0.3, "weights": "int8", "group_size": 32}])
+def test_a_file_that_transformers_opened_is_saved_for_stock_hosts(
+    options, make_model, tokenizer, tokens, tmp_path
+) -> None:
+    write_file(tmp_path / "model.gguf", make_model("llama-gqa"), tokenizer)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+    config = lorap.CompressionConfig(target="stock", **options)
+    model, _ = lorap.compress(model, calibration=tokens, config=config, progress=False)
+    model.save_pretrained(tmp_path / "small")
+    again = load_model(find_model(tmp_path / "small"))
+    assert torch.allclose(logits(again), logits(model), atol=1e-5)

@@ -119,6 +119,16 @@ def detach_quantization_config(model: PreTrainedModel) -> None:
     put_guards(model, False)
 
 
+def forget_gguf(model: PreTrainedModel) -> None:
+    """Make a model that can be saved of one that transformers made dense of a GGUF file, and still holds for quantized.
+
+    See ``findings/transformers-gguf-dense-called-quantized.sh``. One whose weights stayed in GGUF's blocks is left as it is.
+    """
+    method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
+    if method == "gguf" and all(parameter.is_floating_point() for parameter in model.parameters()):
+        LoRAPHfQuantizer(LoRAPConfig(), pre_quantized=True).remove_quantization_config(model)
+
+
 def register() -> None:
     """Make the plug-in known to transformers; safe to call twice (it refuses a second registration by itself)."""
     register_activations()

@@ -25,6 +25,7 @@ from lorap.calibration.stream import CalibrationStream
 from lorap.calibration.windows import TokenWindows, fold_of
 from lorap.checkpoint.find import model_name
 from lorap.checkpoint.finite import check_finite
+from lorap.checkpoint.hf_quantizer import forget_gguf
 from lorap.checkpoint.load import check_tokenizer, find_model, load_model, load_tokenizer, resolve_device
 from lorap.checkpoint.paging import offloaded_tensors
 from lorap.checkpoint.validate import untie_own_head
@@ -344,6 +345,7 @@ def _open(model_or_path: Any, tokenizer: Any, device: str, dtype: str) -> tuple[
         model, name = load_model(source, dtype=dtype, device=resolve_device(device)), source.name
     else:
         model = model_or_path.eval()
+        forget_gguf(model)
         untie_own_head(model)
         check_finite(model.named_parameters())
         name = (
