@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import FAMILIES
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
 
 import lorap
 from lorap.algorithms.pivoting import pivot
@@ -131,6 +132,23 @@ def test_generate_and_pipeline_give_the_same_greedy_tokens(small, tokens, tokeni
     text = generator(prompt, return_full_text=True, **options)[0]["generated_text"]
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     assert text == tokenizer.decode(model.generate(ids, **options)[0], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    "prepare", [lorap.optimize_for_inference, lambda model: lorap.quantize(model, "int4"), lambda model: model]
+)
+def test_continuous_batches_give_the_same_greedy_tokens(prepare, small, tokens):
+    """generate_batch, which puts several sequences and prompts in one step."""
+    model = prepare(AutoModelForCausalLM.from_pretrained(small[2]))
+    prompts = [tokens[0, :length].tolist() for length in (1, 5, 12)]
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    alone = [model.generate(torch.tensor([each]), **options)[0, len(each) :].tolist() for each in prompts]
+    room = transformers.ContinuousBatchingConfig(
+        num_blocks=4, page_size=32, max_batch_tokens=64
+    )  # else all memory that is free
+    batch = {"generation_config": GenerationConfig(**options), "continuous_batching_config": room}
+    found = model.generate_batch(inputs=prompts, **batch)
+    assert [each.generated_tokens for each in found.values()] == alone
 
 
 def test_sparsity_0_changes_nothing(make_model, compress_small, tokens, tmp_path):
