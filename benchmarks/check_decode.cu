@@ -68,6 +68,8 @@ using Decode = decltype(lorap::low_rank_decode);
 struct Size {
   int64_t r, n;
   bool bias, pivoted;
+  int bits = 16;
+  int64_t group = 64;  // of weights in 8 and 4 bits
   int64_t left_rows() const { return pivoted ? n - r : n; }
 };
 
@@ -76,19 +78,52 @@ struct Case {
   std::vector<Size> layers;
 };
 
+// A matrix of random weights (rows, columns), each in [-1, 1): of 16 bits, or packed ones and their scales.
+template <typename T>
+struct Factor {
+  std::vector<float> weights;
+  std::vector<T> plain, scales;
+  std::vector<uint32_t> packed;
+
+  Factor(int64_t rows, int64_t columns, int bits, int64_t group) : weights(rows * columns) {
+    const int64_t groups = (columns + group - 1) / group, half = 1 << (bits - 1);
+    if (bits != 16) packed.resize(rows * columns * bits / 32);
+    for (int64_t i = 0; i < rows * columns; ++i) {
+      if (bits == 16) {
+        plain.push_back(Type<T>::narrow(uniform()));
+        weights[i] = Type<T>::widen(plain.back());
+        continue;
+      }
+      if (i % columns % group == 0) scales.push_back(Type<T>::narrow((0.75f + 0.25f * uniform()) / float(half)));
+      const int64_t number = int64_t(std::floor(uniform() * float(half)));
+      packed[i * bits / 32] |= uint32_t(number + half) << i * bits % 32;
+      weights[i] = float(number) * Type<T>::widen(scales[i / columns * groups + i % columns / group]);
+    }
+  }
+};
+
+template <typename T>
+struct OnDevice {
+  Device<T> plain, scales;
+  Device<uint32_t> packed;
+  explicit OnDevice(const Factor<T>& factor) : plain(factor.plain), scales(factor.scales), packed(factor.packed) {}
+};
+
 template <typename T>
 struct Layer {
   Size size;
-  std::vector<T> right, left, bias;
+  Factor<T> right, left;
+  std::vector<T> bias;
   std::vector<int64_t> pivots;
-  Device<T> on_right, on_left, on_bias;
+  OnDevice<T> on_right, on_left;
+  Device<T> on_bias;
   Device<int64_t> on_pivots;
   Device<float> shrunk;
 
   Layer(const Size& size, int64_t m, int64_t k)
       : size(size),
-        right(random(size.r * k)),
-        left(random(size.left_rows() * size.r)),
+        right(size.r, k, size.bits, size.group),
+        left(size.left_rows(), size.r, size.bits, size.group),
         bias(random(size.n)),
         pivots(rows(size)),
         on_right(right),
@@ -109,15 +144,20 @@ struct Layer {
   }
 
   lorap::DecodeLayer argument(T* y, int64_t stride) const {
-    return {on_right.data,
-            on_left.data,
+    const bool packed = size.bits != 16;
+    return {packed ? static_cast<const void*>(on_right.packed.data) : on_right.plain.data,
+            packed ? static_cast<const void*>(on_left.packed.data) : on_left.plain.data,
             size.bias ? on_bias.data : nullptr,
             size.pivoted ? on_pivots.data : nullptr,
             shrunk.data,
             y,
             size.n,
             size.r,
-            stride};
+            stride,
+            size.bits,
+            size.group,
+            on_right.scales.data,
+            on_left.scales.data};
   }
 
   // Adds the squares of the errors and of the values of one token; x (K,), y (N,).
@@ -125,13 +165,13 @@ struct Layer {
     const auto widen = Type<T>::widen;
     std::vector<double> exact(size.r);
     for (int64_t i = 0; i < size.r; ++i)
-      for (int64_t j = 0; j < k; ++j) exact[i] += double(widen(x[j])) * widen(right[i * k + j]);
+      for (int64_t j = 0; j < k; ++j) exact[i] += double(widen(x[j])) * right.weights[i * k + j];
     for (int64_t o = 0, pivot = 0, row = 0; o < size.n; ++o) {
       double sum = size.bias ? widen(bias[o]) : 0;
       if (size.pivoted && pivot < size.r && pivots[pivot] == o) {
         sum += exact[pivot++];
       } else {
-        for (int64_t i = 0; i < size.r; ++i) sum += widen(left[row * size.r + i]) * exact[i];
+        for (int64_t i = 0; i < size.r; ++i) sum += left.weights[row * size.r + i] * exact[i];
         ++row;
       }
       const double found = widen(y[o]);
@@ -201,6 +241,7 @@ bool run(const Case& c, bool time, Decode* decode = lorap::low_rank_decode) {
     worst = std::max(worst, error == 0 ? 0.0 : std::sqrt(error / norm));
     std::printf("%s R=%d N=%d%s%s", i ? " and" : "", int(size.r), int(size.n), size.bias ? " bias" : "",
                 size.pivoted ? " pivoted" : "");
+    if (size.bits != 16) std::printf(" %d bits in groups of %d", size.bits, int(size.group));
   }
   const bool ok = worst < Type<T>::kLimit && !differs;
   std::printf(": error %.2e%s%s", worst, differs ? " DIFFERS between launches" : "", ok ? " ok" : " WRONG");
@@ -208,6 +249,22 @@ bool run(const Case& c, bool time, Decode* decode = lorap::low_rank_decode) {
   std::printf("\n");
   CHECK(cudaStreamDestroy(stream));
   return ok;
+}
+
+// Each number of tokens that there is a kernel for; with `time`, 1, 4, 8 and 16.
+int run_cases(const std::vector<Case>& cases, bool time) {
+  int wrong = 0;
+  Decode* const tensor_cores = lorap::low_rank_decode_mma;
+  for (int m = 1; m <= 16; ++m)
+    for (Case c : cases) {
+      c.m = m;
+      if (time && m != 1 && m != 4 && m != 8 && m != 16) continue;
+      const bool for_mma = c.layers[0].bits == 16 && (!time || m >= 4);
+      if (m <= 8) wrong += !run<__nv_bfloat16>(c, time) + (!time && !run<__half>(c, false));
+      if (for_mma) wrong += !run<__nv_bfloat16>(c, time, tensor_cores);
+      if (for_mma && !time) wrong += !run<__half>(c, false, tensor_cores);
+    }
+  return wrong;
 }
 
 }  // namespace
@@ -222,16 +279,16 @@ int main(int count, char**) {
       {0, 1000, {{104, 711, true, true}, {0, 33, true, false}, {48, 333, false, false}}},  // q, k, v
       {0, 176, {{344, 711, false, false}, {80, 80, true, true}, {8, 24, false, true}}},    // the second is dense
   };
-  int wrong = 0;
-  Decode* const tensor_cores = lorap::low_rank_decode_mma;
-  for (int m = 1; m <= 16; ++m)
-    for (Case c : small) {
-      c.m = m;
-      if (m <= 8) wrong += !run<__nv_bfloat16>(c, false) + !run<__half>(c, false);
-      wrong += !run<__nv_bfloat16>(c, false, tensor_cores) + !run<__half>(c, false, tensor_cores);
-    }
+  const std::vector<Case> packed = {
+      {0, 192, {{64, 112, false, false, 4, 32}}},
+      {0, 1120, {{352, 711, true, true, 8, 96}}},  // K and R end within a group
+      {0, 1120, {{96, 711, true, true, 4, 64}, {0, 33, true, false, 8, 64}, {32, 333, false, false, 8, 128}}},
+      {0, 192, {{32, 711, false, false, 8, 32}, {96, 96, true, true, 4, 64}, {16, 24, false, true, 8, 64}}},
+  };
+  int wrong = run_cases(small, false) + run_cases(packed, false);
   wrong += !run<__nv_bfloat16>({8, 264, {{1536, 11008, true, false}}}, false);  // left fits shared memory in part
   wrong += !run<__half>({16, 72, {{64, 20001, true, true}}}, false);            // more than one round of tiles
+  wrong += !run<__half>({7, 256, {{1536, 20001, true, false, 8, 64}}}, false);  // as the first, in 8 bits
   const std::vector<Case> large = {
       {0, 4096, {{512, 4096, false, false}}},
       {0, 4096, {{1024, 4096, false, true}}},
@@ -239,13 +296,13 @@ int main(int count, char**) {
       {0, 4096, {{512, 4096, false, false}, {512, 4096, false, false}, {1536, 4096, false, false}}},
       {0, 4096, {{1024, 4096, false, true}, {512, 1024, false, true}, {768, 1024, false, true}}},
   };
-  for (int m : {1, 4, 8, 16})
-    for (Case c : large)
-      if (!quick) {
-        c.m = m;
-        if (m <= 8) wrong += !run<__nv_bfloat16>(c, true);
-        if (m >= 4) wrong += !run<__nv_bfloat16>(c, true, tensor_cores);
-      }
+  std::vector<Case> large_packed;
+  for (int bits : {4, 8})
+    for (Case c : large) {
+      for (Size& size : c.layers) size.bits = bits;
+      large_packed.push_back(c);
+    }
+  if (!quick) wrong += run_cases(large, true) + run_cases(large_packed, true);
   std::printf("%d wrong\n", wrong);
   return wrong ? 1 : 0;
 }

@@ -168,7 +168,9 @@ def timed(rows: Callable[..., Iterator[Item]]) -> Callable[..., Iterator[Item]]:
 
 def build_rows(device: torch.device, _scale: int, *, work: Path) -> Iterator[Item]:
     """lorap/_native.so with its CUDA part: the one that is there, else built by setup.py, else its CUDA part by nvcc alone."""
-    load = "import torch; torch.ops.load_library('lorap/_native.so'); torch.ops.lorap_cuda.low_rank_linear_group"
+    load = (
+        "import torch; torch.ops.load_library('lorap/_native.so'); torch.ops.lorap_cuda.quantized_low_rank_linear_group"
+    )
     root, library = gpu_values.ROOT, os.environ.get("LORAP_CHECK_CUDA_LIBRARY", str(work / "lorap_cuda.so"))
 
     def loads() -> bool:
@@ -227,7 +229,8 @@ STEPS: dict[str, Callable[..., Iterator[Item]]] = {
     "timings-cuda": functools.partial(LAYERS, kinds=("cuda", "cuda, pivoted")),
     "merged": functools.partial(timed(gpu_timings.merged_rows), cuda=False),
     "merged-cuda": functools.partial(timed(gpu_timings.merged_rows), cuda=True),
-    "quantized": timed(gpu_timings.quantized_rows),
+    "quantized": functools.partial(timed(gpu_timings.quantized_rows), cuda=False),
+    "quantized-cuda": functools.partial(timed(gpu_timings.quantized_rows), cuda=True),
     "trellis": timed(gpu_timings.trellis_rows),
     "squares": timed(gpu_timings.squares_rows),
     "launches": timed(gpu_timings.launch_rows),

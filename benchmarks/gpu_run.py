@@ -53,6 +53,7 @@ PLANS = {
         Step("merged", 25),
         Step("merged-cuda", 10),
         Step("quantized", 20),
+        Step("quantized-cuda", 15),
         Step("trellis", 15),
         Step("launches", 15),
         Step("squares", 15),

@@ -6,6 +6,7 @@ anything was measured.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -309,13 +310,19 @@ def merged_rows(device: torch.device, scale: int, *, cuda: bool) -> Iterator[Ite
             yield what, measure
 
 
-def quantized_rows(device: torch.device, scale: int) -> Iterator[Item]:
-    """Dense layers and pairs of factors in 4 and 8 bits, by our kernels and where torch unpacks them."""
+def quantized_rows(device: torch.device, scale: int, *, cuda: bool) -> Iterator[Item]:
+    """Dense layers and pairs of factors in 4 and 8 bits, by our kernels and where torch unpacks them.
+
+    ``cuda``: only what the CUDA kernel computes of it, q, k and v in one launch too, beside three calls of Triton's kernels.
+    """
     from lorap.kernels import cost
     from lorap.nn.implementations import implementation
 
+    if cuda:
+        yield from _one_launch_rows(device, scale)
+        return
     k, rank, n = (size // scale for size in (4096, 1024, 4096))
-    for m, bits in ((m, bits) for m in (1, 8, 16, 64, 512) for bits in (4, 8)):
+    for m, bits in ((m, bits) for m in (1, 4, 8, 16, 64, 512) for bits in (4, 8)):
         x = random(m, k, device=device)
         shapes = {"quantized_linear": ((n, k),), "quantized_low_rank_linear": ((n, rank), (rank, k))}
         modelled = {
@@ -340,6 +347,56 @@ def quantized_rows(device: torch.device, scale: int) -> Iterator[Item]:
                     return {"us": 1e6 * seconds_of(lambda *some: run(x, *some, None, bits, GROUP), weights)}
 
                 yield what, measure
+
+
+def _one_launch_rows(device: torch.device, scale: int) -> Iterator[Item]:
+    """Pairs of factors in 4 and 8 bits, single ones and those of LLaMA-7B's q, k and v, by the CUDA kernel and by Triton's."""
+    from lorap.kernels import cost
+    from lorap.nn.implementations import implementation
+
+    k, op = 4096 // scale, "quantized_low_rank_linear"
+    layers = {"r 1024": (1024,), "q, k, v": (512, 512, 1536)}
+    for (name, ranks), bits, m in itertools.product(layers.items(), (4, 8), (1, 4, 8)):
+        ranks = tuple(rank // scale for rank in ranks)
+        count = len(ranks)
+        x = random(m, k, device=device)
+        weights = rotating(
+            lambda ranks=ranks, bits=bits: tuple(
+                t for r in ranks for size in ((k, r), (r, k)) for t in quantized(*size, bits, device=device)
+            )
+        )
+        each = implementation(op, "triton")
+
+        def one_launch(x: Tensor, *some: Tensor, bits: int = bits, count: int = count) -> Tensor:
+            lists = [list(some[i::4]) for i in range(4)]
+            group = torch.ops.lorap_cuda.quantized_low_rank_linear_group
+            return group(x, *lists, [], [bits] * count, [GROUP] * count, [])
+
+        def triton(x: Tensor, *some: Tensor, bits: int = bits, count: int = count, each: Any = each) -> list[Tensor]:
+            return [each(x, *some[4 * i : 4 * i + 4], None, bits, GROUP) for i in range(count)]
+
+        alike = (bits,) * count, (GROUP,) * count
+        modelled = {
+            "cuda": cost.quantized_one_launch_seconds(m, k, ranks, (k,) * count, *alike),
+            "triton": sum(cost.quantized_pair_seconds(m, k, rank, k, bits, GROUP) for rank in ranks),
+        }
+        for kind, call in (("triton", triton), ("cuda", one_launch)):
+            what = {
+                "op": op,
+                "layers": name,
+                "bits": bits,
+                "tokens": m,
+                "kind": kind,
+                "predicted_us": 1e6 * modelled[kind],
+            }
+            if reason := "no GPU" if device.type != "cuda" else distrust(op, kind):
+                yield what | {"not_run": reason}, None
+                continue
+
+            def measure(call=call, x=x, weights=weights) -> Row:
+                return {"us": 1e6 * seconds_of(lambda *some: call(x, *some), weights)}
+
+            yield what, measure
 
 
 def trellis_rows(device: torch.device, scale: int) -> Iterator[Item]:

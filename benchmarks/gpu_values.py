@@ -105,7 +105,7 @@ def _cases_of(
 def _quantized_cases(
     m: int, k: int, r: int, n: int, *, device: torch.device, dtype: torch.dtype
 ) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
-    """Weights of 4 bits, and pivoted ones of 8."""
+    """Weights of 4 bits, and of 8; pairs of factors of 8 bits are pivoted."""
     bias, x = gpu_timings.random(n, device=device, dtype=dtype), gpu_timings.random(m, k, device=device, dtype=dtype)
 
     def weight(rows: int, columns: int, bits: int) -> tuple[Tensor, Tensor]:
@@ -114,6 +114,7 @@ def _quantized_cases(
     pivots = torch.randperm(n, device=device)[:r].sort().values
     sizes, group = f"M={m} K={k} R={r} N={n}", gpu_timings.GROUP
     yield "quantized_linear", f"{sizes} int4", (x, *weight(n, k, 4), bias, 4, group)
+    yield "quantized_low_rank_linear", f"{sizes} int4", (x, *weight(n, r, 4), *weight(r, k, 4), bias, 4, group)
     factors = *weight(n - r, r, 8), *weight(r, k, 8)
     yield "quantized_low_rank_linear", f"{sizes} int8 pivoted", (x, *factors, bias, 8, group, pivots)
     yield "quantized_silu_gated_linear", f"{sizes} int8", (x, *weight(n, k, 8), *weight(n, k, 8), 8, group)
@@ -130,6 +131,12 @@ def runner(ops: Any, op: str, backend: str, arguments: tuple[Any, ...]) -> Calla
         return reason
     if backend == "triton":
         return lambda: ops.implementations.implementation(op, "triton")(*arguments)
+    if op == "quantized_low_rank_linear":
+        from lorap.nn import cuda_limits
+
+        if x.dtype in (torch.bfloat16, torch.float16) and cuda_limits.takes_packed(len(x), x, [arguments[1:]]):
+            return lambda: torch.ops.lorap_cuda.quantized_low_rank_linear(*arguments)
+        return "for 16 bits, at most 8 tokens, K and R multiples of 32 in 4 bits and of 16 in 8"
     from lorap.kernels import low_rank_fused, low_rank_linear
 
     if backend == "triton, no pdl":

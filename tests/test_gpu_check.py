@@ -70,7 +70,7 @@ def test_reference_passes_every_case(module):
     check = module("gpu_check")
     rows = rows_of(check, "values")
     reference = [row for row in rows if row["backend"] == "reference"]
-    assert len(reference) == (2 * (9 + 2) + 2) * 11 + 3 * 6  # numbers of tokens x kinds of case, and sums of squares
+    assert len(reference) == (2 * (9 + 2) + 2) * 12 + 3 * 6  # numbers of tokens x kinds of case, and sums of squares
     assert all(row["ok"] for row in reference)
     others = {row["backend"] for row in rows} - {"reference"}
     assert others == {"triton", "triton, no pdl", "triton one launch"}
@@ -80,7 +80,7 @@ def test_reference_passes_every_case(module):
 
 
 @pytest.mark.parametrize(
-    "step", ["self-check", "self-check-cuda", "values-cuda", "graphs", "graphs-cuda", "merged-cuda"]
+    "step", ["self-check", "self-check-cuda", "values-cuda", "graphs", "graphs-cuda", "merged-cuda", "quantized-cuda"]
 )
 def test_nothing_is_claimed_without_a_gpu(module, step):
     rows = rows_of(module("gpu_check"), step)

@@ -1,4 +1,4 @@
-// What the kernels of low_rank_decode.cu and low_rank_decode_mma.cu share. For these files only.
+// What the kernels of this folder share. For these files only.
 #pragma once
 
 #include "low_rank_decode.h"
@@ -16,7 +16,8 @@ namespace lorap {
 namespace {
 
 constexpr int kWarpSize = 32;
-constexpr int kVector = 8;  // scalars in 16 bytes, the widest load
+constexpr int kVector = 8;                // scalars in 16 bytes, the widest load
+constexpr int64_t kMostPacked = 1 << 19;  // columns of a packed weight: see group_of in low_rank_weights.h
 
 // One name for what each type spells differently.
 __device__ inline float2 widen(__nv_bfloat162 pair) { return __bfloat1622float2(pair); }
@@ -35,13 +36,16 @@ struct KeptLayer : DecodeLayer {
   int pivots_at = 0, pivot_vectors = 0;  // of 16 bytes
 };
 
-// Whether a launch can serve this, but for its shared memory.
-inline bool is_valid(const LowRankDecode& p, int64_t most_tokens) {
-  bool valid = 1 <= p.m && p.m <= most_tokens && p.k > 0 && p.k % kVector == 0;
-  valid = valid && 1 <= p.count && p.count <= kMaxDecodeLayers;
+// Whether a launch for weights of 16 bits, or `packed` ones, can serve this, but for its shared memory.
+inline bool is_valid(const LowRankDecode& p, int64_t most_tokens, bool packed = false) {
+  bool valid = 1 <= p.m && p.m <= most_tokens && p.k > 0 && 1 <= p.count && p.count <= kMaxDecodeLayers;
   for (int i = 0; valid && i < p.count; ++i) {
     const DecodeLayer& layer = p.layers[i];
-    valid = layer.n > 0 && layer.r >= 0 && layer.r % kVector == 0 && layer.stride >= layer.n;
+    const bool stored = packed ? layer.bits == 4 || layer.bits == 8 : layer.bits == 16;
+    const bool scaled = layer.group > 0 && layer.group % 32 == 0 && p.k < kMostPacked && layer.r < kMostPacked;
+    const int64_t multiple = stored ? 128 / layer.bits : 1;
+    valid = stored && (!packed || scaled) && p.k % multiple == 0 && layer.r % multiple == 0;
+    valid = valid && layer.n > 0 && layer.r >= 0 && layer.stride >= layer.n;
     valid = valid && (layer.pivots == nullptr || layer.n >= layer.r);
   }
   return valid;

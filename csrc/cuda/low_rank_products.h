@@ -1,59 +1,60 @@
-// Products of rows of a factor with a few tokens by multiply-adds. For low_rank_decode.cu only.
+// Products of rows of a factor with a few tokens by multiply-adds. For low_rank_one_launch.h only.
 #pragma once
 
-#include "low_rank_device.h"
+#include "low_rank_weights.h"
 
 namespace lorap {
 namespace {
 
-constexpr int kWarps = 8;  // few, so that each may use 255 registers: loads in flight rather than threads in flight
+constexpr int kWarpsLog2 = 3;
+constexpr int kWarps =
+    1 << kWarpsLog2;  // few, so that each may use 255 registers: loads in flight rather than threads in flight
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kTokens = 8;
 constexpr int kRows = 4;  // rows of a factor that share each activation a thread has loaded
 
-template <typename Scalar>
-struct PairOf;
-template <>
-struct PairOf<__nv_bfloat16> {
-  using Type = __nv_bfloat162;
-};
-template <>
-struct PairOf<__half> {
-  using Type = __half2;
-};
-
-// Loads are 16 bytes wide, arithmetic is float32.
-template <typename Scalar>
-__device__ void unpack(uint4 packed, float (&values)[kVector]) {
-  using Pair = typename PairOf<Scalar>::Type;
-  const Pair* pairs = reinterpret_cast<const Pair*>(&packed);
-#pragma unroll
-  for (int i = 0; i < kVector / 2; ++i) {
-    const float2 pair = widen(pairs[i]);
-    values[2 * i] = pair.x;
-    values[2 * i + 1] = pair.y;
-  }
-}
-
-// Adds to sums[row][m] the products of `load_weight(row, v)` and `load_input(m, v)` over v = first, first + step, ...
-// Both phases are this loop; they differ in where weights and activations come from, so the loads are arguments. Two
-// steps at a time put 256 threads x 2 x kRows x 16 bytes = 32 KB of weights in flight on every multiprocessor.
-template <typename Scalar, int M, typename LoadWeight, typename LoadInput>
+// Adds to sums[row][m] the products of `load_weight(row, v)` and the activations that its weights meet, over v = first,
+// first + step, ...; `load_input(m, i)` has those of eight weights. Both phases are this loop; they differ in where
+// weights and activations come from, so the loads are arguments. Two steps at a time put 256 threads x 2 x kRows x 16
+// bytes = 32 KB of weights in flight on every multiprocessor.
+//
+// Numbers of few bits that come in one load share a scale: their products are summed first, and one multiplication
+// with `load_scale(row, v)` follows.
+template <typename Stored, int M, typename LoadWeight, typename LoadInput, typename LoadScale>
 __device__ void multiply(float (&sums)[kRows * M], int first, int step, int vectors, LoadWeight load_weight,
-                         LoadInput load_input) {
-#pragma unroll 2
+                         LoadInput load_input, LoadScale load_scale) {
+  using Eight = typename Stored::Eight;
+  using Vector = decltype(load_weight(0, 0));
+  constexpr int kEights = sizeof(Vector) / sizeof(Eight);
+#pragma unroll(Stored::kScaled ? 1 : 2)
   for (int v = first; v < vectors; v += step) {
-    float weights[kRows][kVector];
+    Vector stored[kRows];
+    float scales[kRows], products[kRows * M] = {};
+    float (&totals)[kRows * M] = Stored::kScaled ? products : sums;
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) unpack<Scalar>(load_weight(row, v), weights[row]);
+    for (int row = 0; row < kRows; ++row) {
+      stored[row] = load_weight(row, v);
+      if constexpr (Stored::kScaled) scales[row] = load_scale(row, v);
+    }
 #pragma unroll
-    for (int m = 0; m < M; ++m) {
-      float inputs[kVector];
-      load_input(m, v, inputs);
+    for (int eight = 0; eight < kEights; ++eight) {
+      float weights[kRows][kVector];
 #pragma unroll
       for (int row = 0; row < kRows; ++row)
+        Stored::numbers(reinterpret_cast<const Eight*>(&stored[row])[eight], weights[row]);
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) sums[row * M + m] = fmaf(weights[row][i], inputs[i], sums[row * M + m]);
+      for (int m = 0; m < M; ++m) {
+        float inputs[kVector];
+        load_input(m, v * kEights + eight, inputs);
+#pragma unroll
+        for (int row = 0; row < kRows; ++row)
+#pragma unroll
+          for (int i = 0; i < kVector; ++i) totals[row * M + m] = fmaf(weights[row][i], inputs[i], totals[row * M + m]);
+      }
+    }
+    if constexpr (Stored::kScaled) {
+#pragma unroll
+      for (int i = 0; i < kRows * M; ++i) sums[i] = fmaf(products[i], scales[i / M], sums[i]);
     }
   }
 }

@@ -1,6 +1,6 @@
-// The CUDA kernels as torch operators lorap_cuda::low_rank_linear and low_rank_linear_group, through torch's stable
-// ABI: the library works with the torch it was built for and every later one, and with any Python. The gradient is left
-// to lorap/nn/ops.py.
+// The CUDA kernels as torch operators lorap_cuda::low_rank_linear and low_rank_linear_group, and quantized_... of both,
+// through torch's stable ABI: the library works with the torch it was built for and every later one, and with any
+// Python. The gradient is left to lorap/nn/ops.py.
 
 #include <cstdint>
 #include <optional>
@@ -19,26 +19,37 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-void check_operand(const char* name, const Tensor& tensor, const Tensor& x) {
+void check_place(const char* name, const Tensor& tensor, const Tensor& x) {
   STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == x.get_device_index(), "lorap_cuda: ", name,
                   " must be on the GPU of x");
-  STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), "lorap_cuda: ", name, " and x must have the same dtype");
   STD_TORCH_CHECK(tensor.is_contiguous(), "lorap_cuda: ", name, " must be contiguous");
 }
 
+void check_operand(const char* name, const Tensor& tensor, const Tensor& x) {
+  STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), "lorap_cuda: ", name, " and x must have the same dtype");
+  check_place(name, tensor, x);
+}
+
 // Loads of 16 bytes fail on views that start in between.
-void check_matrix(const char* name, const Tensor& tensor, const Tensor& x) {
-  check_operand(name, tensor, x);
+void check_start(const char* name, const Tensor& tensor) {
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0, "lorap_cuda: ", name,
                   " must start at a multiple of 16 bytes");
 }
 
-// Borrowed tensors of one layer, null where it has none.
+void check_matrix(const char* name, const Tensor& tensor, const Tensor& x) {
+  check_operand(name, tensor, x);
+  check_start(name, tensor);
+}
+
+// Borrowed tensors of one layer, null where it has none; with scales the factors are packed.
 struct LayerTensors {
   const Tensor& right;
   const Tensor& left;
   const Tensor* bias;
   const Tensor* pivot_rows;
+  const Tensor* right_scales = nullptr;
+  const Tensor* left_scales = nullptr;
+  int64_t bits = 16, group = 0;
   int64_t rank() const { return right.size(0); }
   int64_t out_features() const { return left.size(0) + (pivot_rows != nullptr ? rank() : 0); }
 };
@@ -52,30 +63,68 @@ void check_pivots(const Tensor& rows, int64_t rank, const Tensor& x) {
                   "lorap_cuda: pivot_rows must be contiguous and start at a multiple of 16 bytes");
 }
 
-void check_layer(const LayerTensors& layer, const Tensor& x) {
+// A factor of 4 or 8 bits with so many columns, and its scales.
+void check_packed(const char* name, const char* scales_name, const Tensor& packed, const Tensor& scales,
+                  const LayerTensors& layer, int64_t columns, const Tensor& x) {
+  const int64_t words = columns * layer.bits / 32, groups = (columns + layer.group - 1) / layer.group;
+  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Int, "lorap_cuda: ", name, " must be int32");
+  STD_TORCH_CHECK(packed.dim() == 2 && packed.size(1) == words, "lorap_cuda: ", name, " must have rows of ", words,
+                  " words for ", columns, " columns of ", layer.bits, " bits");
+  STD_TORCH_CHECK(scales.dim() == 2 && scales.size(0) == packed.size(0) && scales.size(1) == groups,
+                  "lorap_cuda: ", scales_name, " must be (", packed.size(0), ", ", groups, ") for ", columns,
+                  " columns in groups of ", layer.group);
+  check_place(name, packed, x);
+  check_start(name, packed);
+  check_matrix(scales_name, scales, x);
+}
+
+void check_packed_factors(const LayerTensors& layer, const Tensor& x) {
+  STD_TORCH_CHECK(layer.bits == 4 || layer.bits == 8, "lorap_cuda: weights have 4 or 8 bits, not ", layer.bits);
+  STD_TORCH_CHECK(layer.group > 0 && layer.group % 32 == 0, "lorap_cuda: a group of ", layer.group,
+                  " weights is no multiple of 32");
+  STD_TORCH_CHECK(x.dim() >= 1 && layer.right.dim() == 2 && layer.left.dim() == 2,
+                  "lorap_cuda: expected x (..., K), right_packed (R, words) and left_packed (N, words), got ", x.dim(),
+                  ", ", layer.right.dim(), " and ", layer.left.dim(), " dimensions");
+  const int64_t k = x.size(x.dim() - 1), r = layer.rank(), multiple = 128 / layer.bits, most = 1 << 19;
+  STD_TORCH_CHECK(k > 0 && k % multiple == 0 && r % multiple == 0 && k < most && r < most, "lorap_cuda: K = ", k,
+                  " and R = ", r, " must be multiples of ", multiple, " for weights of ", layer.bits,
+                  " bits and less than ", most, ", K a positive one");
+  check_packed("right_packed", "right_scales", layer.right, *layer.right_scales, layer, k, x);
+  check_packed("left_packed", "left_scales", layer.left, *layer.left_scales, layer, r, x);
+}
+
+void check_factors(const LayerTensors& layer, const Tensor& x) {
   const Tensor &right = layer.right, &left = layer.left;
   STD_TORCH_CHECK(x.dim() >= 1 && right.dim() == 2 && left.dim() == 2,
                   "lorap_cuda: expected x (..., K), right (R, K) and left (N, R), got ", x.dim(), ", ", right.dim(),
                   " and ", left.dim(), " dimensions");
-  const int64_t k = x.size(x.dim() - 1), r = layer.rank(), n = layer.out_features();
+  const int64_t k = x.size(x.dim() - 1), r = layer.rank();
   STD_TORCH_CHECK(right.size(1) == k && left.size(1) == r, "lorap_cuda: x (..., ", k, "), right (", r, ", ",
                   right.size(1), ") and left (", left.size(0), ", ", left.size(1), ") do not fit together");
   STD_TORCH_CHECK(k > 0 && k % 8 == 0 && r % 8 == 0, "lorap_cuda: K = ", k, " and R = ", r,
                   " must be multiples of 8, K a positive one");
   check_matrix("right", right, x);
   check_matrix("left", left, x);
+}
+
+void check_layer(const LayerTensors& layer, const Tensor& x) {
+  if (layer.right_scales != nullptr) {
+    check_packed_factors(layer, x);
+  } else {
+    check_factors(layer, x);
+  }
+  const int64_t n = layer.out_features();
   if (layer.bias != nullptr) {
     check_operand("bias", *layer.bias, x);
     STD_TORCH_CHECK(layer.bias->numel() == n, "lorap_cuda: bias has ", layer.bias->numel(), " elements, the output ", n,
                     " rows");
   }
-  if (layer.pivot_rows != nullptr) check_pivots(*layer.pivot_rows, r, x);
+  if (layer.pivot_rows != nullptr) check_pivots(*layer.pivot_rows, layer.rank(), x);
 }
 
-void check_input(const Tensor& x) {
+void check_input(const Tensor& x, int64_t most_tokens) {
   const int64_t k = x.dim() > 0 ? x.size(x.dim() - 1) : 0, m = k > 0 ? x.numel() / k : 0;
-  STD_TORCH_CHECK(m <= lorap::kMaxDecodeTokens, "lorap_cuda: x has ", m, " tokens, at most ", lorap::kMaxDecodeTokens,
-                  " are supported");
+  STD_TORCH_CHECK(m <= most_tokens, "lorap_cuda: x has ", m, " tokens, at most ", most_tokens, " are supported");
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half,
                   "lorap_cuda: x must be bfloat16 or float16");
   check_matrix("x", x, x);
@@ -105,7 +154,8 @@ Tensor run(const Tensor& x, const std::vector<LayerTensors>& layers) {
     columns += layer.out_features();
     rank += layer.rank();
   }
-  check_input(x);
+  const bool packed = layers[0].right_scales != nullptr;
+  check_input(x, packed ? lorap::kMaxPackedTokens : lorap::kMaxDecodeTokens);
   const int64_t k = x.size(x.dim() - 1), m = x.numel() / k;
   const auto x_sizes = x.sizes();
   std::vector<int64_t> y_sizes(x_sizes.begin(), x_sizes.end());
@@ -129,7 +179,11 @@ Tensor run(const Tensor& x, const std::vector<LayerTensors>& layers) {
                                          y_data,
                                          n,
                                          r,
-                                         columns};
+                                         columns,
+                                         static_cast<int>(layer.bits),
+                                         layer.group,
+                                         packed ? layer.right_scales->const_data_ptr() : nullptr,
+                                         packed ? layer.left_scales->const_data_ptr() : nullptr};
     y_data += 2 * n;  // bytes of a scalar
     room += m * r;
   }
@@ -144,10 +198,8 @@ Tensor low_rank_linear(Tensor x, Tensor right, Tensor left, std::optional<Tensor
   return run(x, {{right, left, bias ? &*bias : nullptr, pivot_rows ? &*pivot_rows : nullptr}});
 }
 
-// The same for at most 3 layers on one x, their outputs side by side. bias and pivot_rows may be empty, as may the
-// tensor of a layer that has none.
-Tensor low_rank_linear_group(Tensor x, std::vector<Tensor> right, std::vector<Tensor> left, std::vector<Tensor> bias,
-                             std::vector<Tensor> pivot_rows) {
+void check_group(const std::vector<Tensor>& right, const std::vector<Tensor>& left, const std::vector<Tensor>& bias,
+                 const std::vector<Tensor>& pivot_rows) {
   const size_t count = right.size();
   STD_TORCH_CHECK(1 <= count && count <= size_t(lorap::kMaxDecodeLayers), "lorap_cuda: a group has 1 to ",
                   lorap::kMaxDecodeLayers, " layers, not ", count);
@@ -155,11 +207,47 @@ Tensor low_rank_linear_group(Tensor x, std::vector<Tensor> right, std::vector<Te
                       (pivot_rows.empty() || pivot_rows.size() == count),
                   "lorap_cuda: a group needs as many of each, bias and pivot_rows may be empty: got ", count,
                   " right, ", left.size(), " left, ", bias.size(), " bias, ", pivot_rows.size(), " pivot_rows");
-  const auto item = [](const std::vector<Tensor>& tensors, size_t i) -> const Tensor* {
-    return tensors.empty() || tensors[i].numel() == 0 ? nullptr : &tensors[i];
-  };
+}
+
+// That of a layer, null where it has none.
+const Tensor* item(const std::vector<Tensor>& tensors, size_t i) {
+  return tensors.empty() || tensors[i].numel() == 0 ? nullptr : &tensors[i];
+}
+
+// The same for at most 3 layers on one x, their outputs side by side. bias and pivot_rows may be empty, as may the
+// tensor of a layer that has none.
+Tensor low_rank_linear_group(Tensor x, std::vector<Tensor> right, std::vector<Tensor> left, std::vector<Tensor> bias,
+                             std::vector<Tensor> pivot_rows) {
+  check_group(right, left, bias, pivot_rows);
   std::vector<LayerTensors> layers;
-  for (size_t i = 0; i < count; ++i) layers.push_back({right[i], left[i], item(bias, i), item(pivot_rows, i)});
+  for (size_t i = 0; i < right.size(); ++i) layers.push_back({right[i], left[i], item(bias, i), item(pivot_rows, i)});
+  return run(x, layers);
+}
+
+// low_rank_linear with both factors in 4 or 8 bits, for at most 8 tokens: arguments and their order as in
+// lorap/nn/ops.py.
+Tensor quantized_low_rank_linear(Tensor x, Tensor left, Tensor left_scales, Tensor right, Tensor right_scales,
+                                 std::optional<Tensor> bias, int64_t bits, int64_t group,
+                                 std::optional<Tensor> pivot_rows) {
+  return run(x, {{right, left, bias ? &*bias : nullptr, pivot_rows ? &*pivot_rows : nullptr, &right_scales,
+                  &left_scales, bits, group}});
+}
+
+// The same for at most 3 layers on one x, each with its own bits and groups.
+Tensor quantized_low_rank_linear_group(Tensor x, std::vector<Tensor> left, std::vector<Tensor> left_scales,
+                                       std::vector<Tensor> right, std::vector<Tensor> right_scales,
+                                       std::vector<Tensor> bias, std::vector<int64_t> bits, std::vector<int64_t> group,
+                                       std::vector<Tensor> pivot_rows) {
+  check_group(right, left, bias, pivot_rows);
+  const size_t count = right.size();
+  STD_TORCH_CHECK(
+      left_scales.size() == count && right_scales.size() == count && bits.size() == count && group.size() == count,
+      "lorap_cuda: a group needs as many of each: got ", count, " layers, ", left_scales.size(), " left_scales, ",
+      right_scales.size(), " right_scales, ", bits.size(), " bits, ", group.size(), " group");
+  std::vector<LayerTensors> layers;
+  for (size_t i = 0; i < count; ++i)
+    layers.push_back(
+        {right[i], left[i], item(bias, i), item(pivot_rows, i), &right_scales[i], &left_scales[i], bits[i], group[i]});
   return run(x, layers);
 }
 
@@ -168,9 +256,17 @@ Tensor low_rank_linear_group(Tensor x, std::vector<Tensor> right, std::vector<Te
 STABLE_TORCH_LIBRARY_FRAGMENT(lorap_cuda, m) {
   m.def("low_rank_linear(Tensor x, Tensor right, Tensor left, Tensor? bias, Tensor? pivot_rows=None) -> Tensor");
   m.def("low_rank_linear_group(Tensor x, Tensor[] right, Tensor[] left, Tensor[] bias, Tensor[] pivot_rows) -> Tensor");
+  m.def(
+      "quantized_low_rank_linear(Tensor x, Tensor left_packed, Tensor left_scales, Tensor right_packed, "
+      "Tensor right_scales, Tensor? bias, int bits, int group, Tensor? pivot_rows=None) -> Tensor");
+  m.def(
+      "quantized_low_rank_linear_group(Tensor x, Tensor[] left_packed, Tensor[] left_scales, Tensor[] right_packed, "
+      "Tensor[] right_scales, Tensor[] bias, int[] bits, int[] group, Tensor[] pivot_rows) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lorap_cuda, CUDA, m) {
   m.impl("low_rank_linear", TORCH_BOX(&low_rank_linear));
   m.impl("low_rank_linear_group", TORCH_BOX(&low_rank_linear_group));
+  m.impl("quantized_low_rank_linear", TORCH_BOX(&quantized_low_rank_linear));
+  m.impl("quantized_low_rank_linear_group", TORCH_BOX(&quantized_low_rank_linear_group));
 }

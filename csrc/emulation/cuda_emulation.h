@@ -31,6 +31,9 @@ struct float2 {
 struct float4 {
   float x, y, z, w;
 };
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
@@ -63,8 +66,13 @@ struct Block {
 struct Copy {
   void* to;
   const void* from;
-  size_t bytes;
+  size_t bytes, zeros;  // written; of them the last so many, which are not read
   int group;
+
+  void run() const {
+    std::memcpy(to, from, bytes - zeros);
+    std::memset(static_cast<char*>(to) + bytes - zeros, 0, zeros);
+  }
 };
 
 constexpr size_t kStackBytes = 128 * 1024;
@@ -280,12 +288,17 @@ struct cluster_group {
 inline cluster_group this_cluster() { return {}; }
 }  // namespace cooperative_groups
 
-inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes, size_t zeros = 0) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes) {
+    std::fprintf(stderr, "an asynchronous copy of %zu bytes is not aligned to them\n", bytes);
+    std::abort();
+  }
   emulation::Fiber& fiber = emulation::current();
+  const emulation::Copy copy{to, from, bytes, zeros, fiber.copy_groups};
   if (fiber.copies_at_once) {
-    std::memcpy(to, from, bytes);
+    copy.run();
   } else {
-    fiber.copies.push_back({to, from, bytes, fiber.copy_groups});
+    fiber.copies.push_back(copy);
   }
 }
 inline void __pipeline_commit() { ++emulation::current().copy_groups; }
@@ -294,8 +307,7 @@ inline void __pipeline_wait_prior(int prior) {
   emulation::Fiber& fiber = emulation::current();
   auto& copies = fiber.copies;
   size_t done = 0;
-  for (; done < copies.size() && copies[done].group < fiber.copy_groups - prior; ++done)
-    std::memcpy(copies[done].to, copies[done].from, copies[done].bytes);
+  for (; done < copies.size() && copies[done].group < fiber.copy_groups - prior; ++done) copies[done].run();
   copies.erase(copies.begin(), copies.begin() + done);
 }
 
@@ -312,6 +324,15 @@ T __ldg(const T* address) {
   return *address;
 }
 
+inline float __uint_as_float(uint32_t bits) {
+  float result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
+inline void fetch_to_l2(const void*, int64_t, int64_t) {}
+inline uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) { return (word & mask) | bits; }
+
 struct __nv_bfloat16 {
   uint16_t bits;
 };
@@ -325,12 +346,7 @@ struct __half2 {
   __half x, y;
 };
 
-inline float __bfloat162float(__nv_bfloat16 value) {
-  const uint32_t bits = uint32_t(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof(result));
-  return result;
-}
+inline float __bfloat162float(__nv_bfloat16 value) { return __uint_as_float(uint32_t(value.bits) << 16); }
 inline __nv_bfloat16 __float2bfloat16_rn(float value) {
   if (std::isnan(value)) return {0x7fff};
   uint32_t bits;

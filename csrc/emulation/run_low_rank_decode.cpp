@@ -1,16 +1,18 @@
 // Runs the kernels of csrc/cuda on the host and compares them with double precision.
 //
-//   run_low_rank_decode TYPE M K R N BIAS BLOCKS SHARED_LIMIT PIVOTED [TENSOR_CORES]
+//   run_low_rank_decode TYPE M K R N BIAS BLOCKS SHARED_LIMIT PIVOTED [TENSOR_CORES [BITS GROUP]]
 //
-// R, N, BIAS and PIVOTED: of each layer, with commas between; as many layers as there are R, and the last of the others
-// is repeated. Layers write their columns of one y, with one column between them that nobody may write.
+// R, N, BIAS, PIVOTED, BITS and GROUP: of each layer, with commas between; as many layers as there are R, and the last
+// of the others is repeated. Layers write their columns of one y, with one column between them that nobody may write.
 // PIVOTED: 0 none; 1 every N / R-th row of y is a pivot, 2 the first R are, 3 the last R.
+// BITS: of a weight: 16, or 8 or 4, of which each GROUP in a row has a scale.
 // TENSOR_CORES: 0 as the number of tokens has it, 1 low_rank_decode_mma, 2 the same on a GPU that has clusters.
 //
 // prints the largest error of `shrunk` and of y, each relative to the sum of absolute values that was accumulated and
 // beyond the rounding of y to its type, then the shared memory used in bytes and the grid barriers passed. Exit status
 // 1 if an output was not written, or if one of four launches, see cuda_emulation.h, differs in any bit.
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -64,7 +66,8 @@ float random_value() {  // uniform in [-1, 1), the same on every machine
 struct Sizes {
   int64_t r, n;
   bool bias;
-  int pivoted;
+  int pivoted, bits;
+  int64_t group;
   bool all_pivots() const { return pivoted && r == n; }
 };
 
@@ -73,26 +76,52 @@ struct Errors {
   bool complete = true;
 };
 
+// A matrix of random weights (rows, columns): of 16 bits, or packed ones and their scales.
+template <typename Type>
+struct Factor {
+  using Scalar = typename Type::Scalar;
+  std::vector<double> weights;
+  Buffer<Scalar> plain, scales;
+  Buffer<uint32_t> packed;
+
+  Factor(int64_t rows, int64_t columns, int bits, int64_t group)
+      : weights(rows * columns),
+        plain(bits == 16 ? rows * columns : 0),
+        scales(bits == 16 ? 0 : rows * ((columns + group - 1) / group)),
+        packed(bits == 16 ? 0 : rows * columns * bits / 32) {
+    for (size_t i = 0; i < plain.size; ++i) weights[i] = Type::widen(plain[i] = Type::narrow(random_value()));
+    for (size_t i = 0; i < packed.size; ++i) packed[i] = 0;
+    for (size_t i = 0; i < scales.size; ++i) scales[i] = Type::narrow((1.25f + random_value()) / float(1 << bits));
+    for (int64_t i = 0; scales.size > 0 && i < rows * columns; ++i) {
+      const int half = 1 << (bits - 1), number = int(std::floor(random_value() * float(half)));
+      packed[i * bits / 32] |= uint32_t(number + half) << i * bits % 32;
+      const int64_t row = i / columns, of_row = scales.size / rows;
+      weights[i] = number * double(Type::widen(scales[row * of_row + i % columns / group]));
+    }
+  }
+  const void* data() const { return scales.size ? static_cast<const void*>(packed.data) : plain.data; }
+};
+
 template <typename Type>
 struct Layer {
   using Scalar = typename Type::Scalar;
   const Sizes sizes;
-  Buffer<Scalar> right, left, bias;
+  Factor<Type> right, left;
+  Buffer<Scalar> bias;
   Buffer<float> shrunk;
   Buffer<int64_t> pivots;
   std::vector<int64_t> pivot_of, row_of_left;
 
   Layer(const Sizes& sizes, int64_t m, int64_t k)
       : sizes(sizes),
-        right(sizes.r * k),
-        left((sizes.pivoted ? sizes.n - sizes.r : sizes.n) * sizes.r),
+        right(sizes.r, k, sizes.bits, sizes.group),
+        left(sizes.pivoted ? sizes.n - sizes.r : sizes.n, sizes.r, sizes.bits, sizes.group),
         bias(sizes.n),
         shrunk(m * sizes.r),
         pivots(sizes.r),
         pivot_of(sizes.n, -1),
         row_of_left(sizes.n) {
-    for (auto* buffer : {&right, &left, &bias})
-      for (size_t i = 0; i < buffer->size; ++i) (*buffer)[i] = Type::narrow(random_value());
+    for (size_t i = 0; i < bias.size; ++i) bias[i] = Type::narrow(random_value());
     for (int64_t i = 0; sizes.pivoted && i < sizes.r; ++i) {
       pivots[i] = sizes.pivoted == 1 ? i * sizes.n / sizes.r : sizes.pivoted == 2 ? i : sizes.n - sizes.r + i;
       pivot_of[pivots[i]] = i;
@@ -101,15 +130,19 @@ struct Layer {
   }
 
   lorap::DecodeLayer argument(Scalar* y, int64_t stride) const {
-    return {right.data,
-            sizes.all_pivots() ? nullptr : left.data,
+    return {right.data(),
+            sizes.all_pivots() ? nullptr : left.data(),
             sizes.bias ? bias.data : nullptr,
             sizes.pivoted ? pivots.data : nullptr,
             sizes.all_pivots() ? nullptr : shrunk.data,
             y,
             sizes.n,
             sizes.r,
-            stride};
+            stride,
+            sizes.bits,
+            sizes.group,
+            right.scales.data,
+            left.scales.data};
   }
 
   // `narrow`: shrunk is kept in the type of the weights.
@@ -123,7 +156,7 @@ struct Layer {
     std::vector<double> exact(r), magnitude(r);
     for (int64_t i = 0; i < r; ++i) {
       for (int64_t j = 0; j < k; ++j) {
-        const double product = double(Type::widen(x[j])) * Type::widen(right[i * k + j]);
+        const double product = Type::widen(x[j]) * right.weights[i * k + j];
         exact[i] += product;
         magnitude[i] += std::abs(product);
       }
@@ -137,7 +170,7 @@ struct Layer {
       double sum = sizes.bias ? Type::widen(bias[o]) : 0.0, absolute = std::abs(sum);
       const bool is_pivot = pivot_of[o] >= 0;
       for (int64_t i = 0; i < r; ++i) {
-        const double weight = is_pivot ? pivot_of[o] == i : Type::widen(left[row_of_left[o] * r + i]);
+        const double weight = is_pivot ? pivot_of[o] == i : left.weights[row_of_left[o] * r + i];
         sum += weight * (narrow && !is_pivot ? shrunk_at(token * r + i, narrow) : exact[i]);
         absolute += std::abs(weight) * magnitude[i];
       }
@@ -204,13 +237,15 @@ std::vector<int64_t> numbers_of(const char* list) {
 }  // namespace
 
 int main(int count, char** values) {
-  if (count != 10 && count != 11) return std::fputs("see the head of this file for the arguments\n", stderr), 2;
+  if (count != 10 && count != 11 && count != 13)
+    return std::fputs("see the head of this file for the arguments\n", stderr), 2;
   const auto at = [](const std::vector<int64_t>& list, size_t i) { return list[std::min(i, list.size() - 1)]; };
   const auto ranks = numbers_of(values[4]), rows = numbers_of(values[5]), biases = numbers_of(values[6]),
-             pivoted = numbers_of(values[9]);
+             pivoted = numbers_of(values[9]), bits = numbers_of(count > 11 ? values[11] : "16"),
+             sizes = numbers_of(count > 11 ? values[12] : "0");
   std::vector<Sizes> group;
   for (size_t i = 0; i < ranks.size(); ++i)
-    group.push_back({ranks[i], at(rows, i), at(biases, i) != 0, int(at(pivoted, i))});
+    group.push_back({ranks[i], at(rows, i), at(biases, i) != 0, int(at(pivoted, i)), int(at(bits, i)), at(sizes, i)});
   const int tensor_cores = count > 10 ? std::atoi(values[10]) : 0;
   emulation::machine.multiprocessors = std::atoi(values[7]);
   emulation::machine.shared_limit = std::atoi(values[8]);

@@ -38,6 +38,11 @@ UNPACKING = {4: (5.1, 6.0, 9.1), 8: (5.7, 6.6, 9.8)}
 TILE_FLOPS = 0.4 * 790e12
 # What torch moves for each of them to write the matrix in 16 bits, and in how many launches (packing.py).
 TORCH_UNPACKING = {4: (17, 7), 8: (13, 4)}
+# The same of both halves of csrc/cuda/quantized_low_rank_decode.cu, by tokens, which are filled up to 1, 2, 4 or 8.
+ONE_LAUNCH_UNPACKING = {
+    4: {1: (4.4, 5.0), 2: (6.0, 6.3), 4: (9.1, 8.8), 8: (15.4, 13.8)},
+    8: {1: (5.2, 5.0), 2: (6.8, 6.3), 4: (9.9, 8.8), 8: (16.3, 13.8)},
+}
 # The same of weights on a trellis (trellis_kernels.py, trellis.py), by tokens of a program.
 DECODING = {
     2: {16: 8.2, 32: 8.7, 64: 10.1},
@@ -138,6 +143,38 @@ def quantized_pair_seconds(m: int, k: int, rank: int, n: int, bits: int, group: 
     t_seconds = 4 * rank * count * (1 + blocks) / L2_BANDWIDTH
     second = quantized_seconds(m, rank, n, bits, group, split=False)
     return quantized_seconds(m, k, rank, bits, group) - added_up + t_seconds + second
+
+
+def quantized_one_launch_seconds(
+    m: int, k: int, ranks: Sequence[int], rows: Sequence[int], bits: Sequence[int], group: Sequence[int]
+) -> float:
+    """Seconds of the persistent CUDA kernel for at most 8 tokens; each layer has its rank, rows of left, bits and group.
+
+    One launch, its ramp, a barrier as long as the latency of memory, and the bytes of both factors, or the instructions for
+    ``right`` where these take longer; then those for ``left``. Four rows are a warp's unit, so that some lanes are idle.
+    """
+    nbytes, halves = 0.0, [0.0, 0.0]
+    for rank, count, each, size in zip(ranks, rows, bits, group, strict=True):
+        nbytes += rank * (k * each / 8 + 2 * -(-k // size)) + count * (rank * each / 8 + 2 * -(-rank // size))
+        numbers, cost = 128 // each, ONE_LAUNCH_UNPACKING[each][1 << (m - 1).bit_length()]
+        groups = [-(-total // (4 * NUM_SMS)) for total in (rank, count)]
+        rounds = min(-(-k // (32 * numbers * warps)) * -(-groups[0] * warps // 8) for warps in (1, 2, 4, 8))
+        halves[0] += 4 * numbers * cost[0] * rounds
+        halves[1] += 4 * 8 * cost[1] * -(-groups[1] // 8) * -(-rank // 256)
+    first, second = (8 * 32 * NUM_SMS * instructions / FMA_RATE for instructions in halves)  # of 8 warps
+    return LAUNCH + RAMP + MEMORY_LATENCY + max(nbytes / MEMORY_BANDWIDTH, first) + second
+
+
+@lru_cache(4096)
+def one_launch_pays(
+    m: int, k: int, ranks: tuple[int, ...], rows: tuple[int, ...], bits: tuple[int, ...], group: tuple[int, ...]
+) -> bool:
+    """Whether that kernel is modelled at least 5 % faster than the Triton kernels, layer by layer; arguments likewise."""
+    layers = zip(ranks, rows, bits, group, strict=True)
+    pairs = sum(
+        quantized_pair_seconds(m, k, max(1, rank), max(1, count), each, size) for rank, count, each, size in layers
+    )
+    return LEAST_GAIN * quantized_one_launch_seconds(m, k, ranks, rows, bits, group) <= pairs
 
 
 def dequantized_seconds(m: int, k: int, n: int, bits: int) -> float:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lorap.errors import BackendError
 from lorap.nn import graphs, native
+from lorap.nn.cuda_limits import FMA_TOKENS
 from lorap.nn.implementations import (
     FEW_BITS_OPS,
     FLOATS,
@@ -97,6 +98,10 @@ def _cpu_rules() -> tuple[Rule, ...]:
 _DECODE_GPU = (
     "modelled, not measured: in a CUDA graph, for sizes where it is 5 % faster than two cuBLAS calls and than dense"
 )
+_ONE_LAUNCH = (
+    "modelled, not measured: both factors in one launch, where that is 5 % faster than the next row, K and each R are multiples "
+    "of 32 (4 bits) or 16 (8), and tokens times R fit the shared memory; all else goes to the next row"
+)
 _IN_REGISTERS = "modelled, not measured: numbers become floats in registers; torch writes the matrix in 16 bits first"
 _DECODED = "5 x at 512 tokens, and more at fewer: numbers are made in registers; torch writes the matrix, by indices of 64 bits"
 _SEARCH = "40 to 70 times as fast as torch on one core, which writes the errors of all windows to memory"
@@ -109,17 +114,18 @@ RULES = (
     Rule(("trellis_linear",), "cpu", "cpu", FLOATS, None, _DECODED),
     Rule(("trellis_search",), "cpu", "cpu", (torch.float32,), None, _SEARCH),
     Rule(tuple(op for op in LINEAR_OPS if op != "linear"), "cuda", "triton", HALVES, 32, _DECODE_GPU),
+    Rule(("quantized_low_rank_linear",), "cuda", "cuda", HALVES, FMA_TOKENS, _ONE_LAUNCH),
     Rule(FEW_BITS_OPS, "cuda", "triton", HALVES, None, _IN_REGISTERS),
     Rule(("channel_sq_norm",), "cuda", "triton", FLOATS, None, _ONE_READ),
 )
 
-# What a forced backend can run at all, whether or not it wins. The one-launch CUDA kernels stay out of RULES until they have
-# been measured faster than the Triton pair.
+# What a forced backend can run at all, whether or not it wins. The one-launch CUDA kernels for 16 bits, modelled as fast as the
+# Triton pair, stay out of RULES until they have been measured faster.
 ABLE: dict[str, dict[tuple[str, str], tuple[torch.dtype, ...]]] = {
     "cpu": {(op, "cpu"): FLOATS for op in (*LINEAR_OPS, *QUANTIZED_OPS, "trellis_linear")}
     | {("trellis_search", "cpu"): (torch.float32,)},
     "triton": {(op, "cuda"): FLOATS for op in (*LINEAR_OPS, *FEW_BITS_OPS, "channel_sq_norm")},
-    "cuda": {(op, "cuda"): HALVES for op in PIVOTED_OPS},
+    "cuda": {(op, "cuda"): HALVES for op in (*PIVOTED_OPS, "quantized_low_rank_linear")},
 }
 
 
@@ -152,13 +158,14 @@ def current() -> str:
     return _forced.get()
 
 
-def choose(op: str, x: Tensor, tokens: int) -> str:
+def choose(op: str, x: Tensor, tokens: int, *, without: str | None = None) -> str:
     """Name of the backend that runs an op.
 
     Args:
         op: one of ``lorap.nn.implementations.OPS``.
         x: its first argument, for device and dtype.
         tokens: how many tokens x holds.
+        without: a backend that does not take the arguments, or is known to fail; where none is forced, the others are asked.
 
     Raises:
         BackendError: the forced backend cannot run this call.
@@ -167,18 +174,18 @@ def choose(op: str, x: Tensor, tokens: int) -> str:
     if forced == "reference" or tokens == 0:
         return "reference"
     device = "cpu" if x.is_cpu else x.device.type  # the property alone takes half a microsecond
-    backend = _best(op, device, x.dtype, tokens) if forced == "auto" else _able(forced, op, x)
+    backend = _best(op, device, x.dtype, tokens, without) if forced == "auto" else _able(forced, op, x)
     if backend == "triton" and forced == "auto" and op in graphs.OPS and not graphs.wanted():
         return "reference"
-    if backend in ("triton", "cuda") and not _trusted(op, backend, x, tokens, forced):
-        return "reference"
-    return backend
+    if backend not in ("triton", "cuda") or _trusted(op, backend, x, tokens, forced):
+        return backend
+    return choose(op, x, tokens, without=backend) if backend == "cuda" and forced == "auto" else "reference"
 
 
 @functools.lru_cache(maxsize=4096)
-def _best(op: str, device: str, dtype: torch.dtype, tokens: int) -> str:
+def _best(op: str, device: str, dtype: torch.dtype, tokens: int, without: str | None = None) -> str:
     for rule in RULES:
-        fits = op in rule.ops and rule.device == device and dtype in rule.dtypes
+        fits = op in rule.ops and rule.device == device and dtype in rule.dtypes and rule.backend != without
         if fits and (rule.max_tokens is None or tokens <= rule.max_tokens):
             if missing(rule.backend) is None:
                 return rule.backend
@@ -245,7 +252,8 @@ def _trusted(op: str, backend: str, x: Tensor, tokens: int, forced: str) -> bool
     if forced != "auto":
         raise BackendError(message)
     if first:
-        warnings.warn(message + "; torch does its work", RuntimeWarning, stacklevel=4)
+        others = "Triton or torch does" if backend == "cuda" else "torch does"
+        warnings.warn(f"{message}; {others} its work", RuntimeWarning, stacklevel=4)
     return False
 
 

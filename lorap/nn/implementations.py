@@ -61,6 +61,20 @@ def _cuda_low_rank_group(x: Tensor, right: Any, left: Any, bias: Any = (), pivot
     return torch.ops.lorap_cuda.low_rank_linear_group.default(x, right, left, list(bias), list(pivot_rows))
 
 
+def _cuda_quantized_low_rank(x: Tensor, *rest: Any) -> Tensor:
+    x = x.contiguous()
+    if not cuda_limits.takes_packed(tokens_of(x), x, [rest]):
+        return _triton_quantized_low_rank(x, *rest)
+    y: Tensor = torch.ops.lorap_cuda.quantized_low_rank_linear.default(x, *rest)
+    return y
+
+
+def one_launch_wins(x: Tensor, *rest: Any) -> bool:
+    """Whether csrc/cuda takes a call of quantized_low_rank_linear, and is modelled faster than the Triton kernels."""
+    tokens = tokens_of(x)
+    return cuda_limits.takes_packed(tokens, x, [rest]) and cuda_limits.pays_packed(tokens, x, [rest])
+
+
 def _triton(module: str, function: str, *, pdl: bool = False) -> Callable[..., Any]:
     """Imports triton only when one of its kernels is really used; ``pdl``: its second launch need not wait for the first."""
 
@@ -210,7 +224,8 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
         "trellis_linear": _triton("trellis_linear", "trellis_linear"),
         "channel_sq_norm": _triton("channel_sq_norm", "channel_sq_norm"),
     },
-    "cuda": {"low_rank_linear": _cuda_low_rank, "low_rank_linear_group": _cuda_low_rank_group},
+    "cuda": {"low_rank_linear": _cuda_low_rank, "low_rank_linear_group": _cuda_low_rank_group}
+    | {"quantized_low_rank_linear": _cuda_quantized_low_rank},
 }
 
 
@@ -238,6 +253,13 @@ QUANTIZED_EXAMPLES = (
         (7, 176, True),
     ),
     *((5, 176, False), (20, 192, False), (20, 4128, True), (40, 192, False), (40, 192, True)),
+    *(
+        (2, 192, False),
+        (2, 4128, True),
+        (4, 176, True),
+        (8, 192, False),
+        (8, 4128, True),
+    ),  # for csrc/cuda, with some above
     *((cost.FUSED_TOKENS + 2, 192, False), (cost.FUSED_TOKENS + 2, 176, True)),
 )
 # Of weights on a trellis: with as many bits as K says, see `example`.
@@ -302,6 +324,7 @@ def example(
     rank, n, wide = 48, 112, 8512 if k == 176 and tokens != 3 else 48  # so many rows that a GPU gets larger tiles
 
     bits, size = (8, 64) if pivoted else (4, 32 if k == 176 else 64)
+    inner = 96 if k % 32 == 0 else rank  # of which csrc/cuda takes the first
 
     def quantized(rows: int, columns: int) -> tuple[Tensor, Tensor]:
         numbers = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (rows, columns), generator=generator)
@@ -330,8 +353,12 @@ def example(
         "silu_gated_linear": (x, random(wide, k), random(wide, k)),
         "low_rank_silu_gated_linear": (x, right, left, []),
         "quantized_linear": (x, *quantized(n, k), random(n), bits, size),
-        "quantized_low_rank_linear": (x, *quantized(n, rank), *quantized(rank, k))
-        + ((random(n + rank), bits, size, rows) if pivoted else (random(n), bits, size)),
+        "quantized_low_rank_linear": (x, *quantized(n, inner), *quantized(inner, k))
+        + (
+            (random(n + inner), bits, size, torch.arange(inner, device=device) * 2 + 3)
+            if pivoted
+            else (random(n), bits, size)
+        ),
         "quantized_silu_gated_linear": (x, *quantized(n, k), *quantized(n, k), bits, size),
         "trellis_linear": (x, *on_trellis(n, k, few), random(n), few, by),
         "trellis_search": (random(100, 3).mul(2), random(100, 3).abs(), few),

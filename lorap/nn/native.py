@@ -52,7 +52,7 @@ def _elsewhere() -> str:
 # Why the C++ and CUDA kernels are missing; None where they are there.
 MISSING = _load()
 HAS_CPU = MISSING is None
-HAS_CUDA = HAS_CPU and hasattr(torch.ops.lorap_cuda, "low_rank_linear_group")
+HAS_CUDA = HAS_CPU and hasattr(torch.ops.lorap_cuda, "quantized_low_rank_linear_group")
 
 
 def cpu_isa(dtype: torch.dtype) -> str:

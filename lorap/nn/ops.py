@@ -313,6 +313,9 @@ def _needs_grad(x: Tensor, rest: tuple[Any, ...]) -> bool:
 
 def _run(op: str, x: Tensor, *rest: Any, backend: str | None = None) -> Any:
     backend = backend or dispatch.choose(op, x, tokens_of(x))
+    few_bits = backend == "cuda" and op == "quantized_low_rank_linear"
+    if few_bits and dispatch.current() == "auto" and not implementations.one_launch_wins(x, *rest):
+        backend = dispatch.choose(op, x, tokens_of(x), without="cuda")
     if backend == "triton" and x.is_cuda and dispatch.current() == "auto" and graphs.left_to_torch(op, x, *rest):
         backend = "reference"
     if backend == "reference":
