@@ -11,7 +11,10 @@ from torch import Tensor
 
 from lorap.errors import BackendError, ShapeError
 from lorap.kernels import cost, packing, reference
-from lorap.nn import cuda_limits, dispatch, implementations, native, ops
+from lorap.nn import cuda_limits, dispatch, graphs, implementations, native, ops
+from lorap.nn.fused import SharedInput
+from lorap.nn.linear import LowRankLinear
+from lorap.nn.quantized import QuantizedLinear
 
 OP = "quantized_low_rank_linear"
 
@@ -28,14 +31,25 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return call
 
-    cuda = SimpleNamespace(quantized_low_rank_linear=SimpleNamespace(default=run("cuda")))
+    def run_group(x: Tensor, *lists: Any) -> Tensor:
+        *factors, bias, bits, group, pivots = lists
+        reached.append("cuda, together")
+        some = [[one if one.numel() else None for one in tensors] for tensors in (bias, pivots)]
+        layers = zip(*factors, some[0], bits, group, some[1], strict=True)
+        return torch.cat([reference.quantized_low_rank_linear(x, *one) for one in layers], dim=-1)
+
+    cuda = SimpleNamespace(
+        quantized_low_rank_linear=SimpleNamespace(default=run("cuda")),
+        quantized_low_rank_linear_group=SimpleNamespace(default=run_group),
+    )
     monkeypatch.setattr(torch.ops, "lorap_cuda", cuda, raising=False)
     monkeypatch.setattr(implementations, "_triton_quantized_low_rank", run("triton in its place"))
     monkeypatch.setitem(implementations.IMPLEMENTATIONS["triton"], OP, run("triton"))
     gpu = SimpleNamespace(shared_memory_per_multiprocessor=106 * 1024, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
     monkeypatch.setattr(cost, "one_launch_pays", lambda *_: True)
-    monkeypatch.setattr(dispatch, "choose", lambda *_, without=None: "cuda" if without is None else "triton")
+    rows = {None: "cuda", "cuda": "triton"}
+    monkeypatch.setattr(dispatch, "choose", lambda op, *_, without=None: rows[without] if op == OP else "reference")
     return reached
 
 
@@ -127,6 +141,58 @@ def test_the_self_check_runs_the_kernel_in_both_bits_for_each_number_of_tokens(l
         seen |= {(1 << (tokens - 1).bit_length(), arguments[6])} if launches == ["cuda"] else set()
     assert seen == {(tokens, bits) for tokens in (1, 2, 4, 8) for bits in (4, 8)}
     assert dispatch.self_check(OP, "cuda", torch.device("cpu"), torch.bfloat16) is None
+
+
+def packed_projection(n: int, rank: int, bits: int, group: int, *, bias: bool, pivoted: bool) -> LowRankLinear:
+    left_rows = n - rank if pivoted else n
+    rows = torch.arange(rank) * 2 if pivoted else None
+    some = torch.randn(n).bfloat16() if bias else None
+    dense = LowRankLinear.from_factors(torch.zeros(left_rows, rank), torch.zeros(rank, 192), some, rows)
+    for name, shape in (("right", (rank, 192)), ("left", (left_rows, rank))):
+        numbers = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), shape)
+        scales = torch.rand(shape[0], -(-shape[1] // group)).mul(2.0**-bits).bfloat16()
+        own = getattr(dense, name).bias
+        setattr(dense, name, QuantizedLinear.from_numbers(numbers, scales, bits=bits, group_size=group, bias=own))
+    return dense
+
+
+def test_q_k_and_v_of_different_bits_run_in_one_launch(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [
+        packed_projection(112, 96, 4, 64, bias=True, pivoted=False),
+        packed_projection(80, 32, 8, 32, bias=True, pivoted=True),
+        packed_projection(63, 64, 4, 128, bias=False, pivoted=False),
+    ]
+    x = torch.randn(2, 192).bfloat16()
+    with torch.no_grad():
+        exact = [layer._forward_by_children(x) for layer in layers]
+        SharedInput(layers)
+        outputs = [layer(x) for layer in layers]
+        assert launches == ["cuda"] * 3  # x is on the CPU
+        for found, wanted in zip(outputs, exact, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+        launches.clear()
+        monkeypatch.setattr(Tensor, "is_cuda", property(lambda _: True))
+        monkeypatch.setattr(ops, "served", lambda *_: None)
+        monkeypatch.setattr(graphs, "left_to_torch", lambda *_: False)
+        outputs = [layer(x) for layer in layers]
+        assert launches == ["cuda, together"]
+        for found, wanted in zip(outputs, exact, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+        launches.clear()
+        many = torch.randn(9, 192).bfloat16()
+        for layer in layers:
+            layer(many)
+        assert launches == ["triton"] * 3
+        launches.clear()
+        hook = layers[0].left.register_forward_hook(lambda *_: None)
+        for layer in layers:
+            layer(x.clone())
+        assert launches == ["cuda"] * 2  # the first calls its factors
+        hook.remove()
+        launches.clear()
+        with dispatch.use("reference"):
+            layers[0](x.clone())
+        assert launches == ["cuda"]  # as the stub of `choose` has it, but by itself
 
 
 def on_gpu(dtype: torch.dtype = torch.bfloat16) -> Any:

@@ -21,6 +21,7 @@ from lorap.nn import ops
 from lorap.nn.decoder_layer import fuse_decoder_layer
 from lorap.nn.dtypes import float32_names
 from lorap.nn.linear import Linear, LowRankLinear, has_plain_factors, is_autocast, is_plain, is_untouched
+from lorap.nn.packed_group import in_one_launch
 from lorap.nn.padding import pad_ranks
 from lorap.nn.quantized import QuantizedLinear
 from lorap.nn.warming import capture_steps, warm_up
@@ -53,13 +54,20 @@ class SharedInput:
             if all(part is None for part in waiting[2]):
                 self._waiting = None
             return y
-        if not self._can_merge(x) or (run := ops.served("low_rank_linear_group", x)) is None:
+        outputs = self._outputs(x)
+        if outputs is None:
             return None
-        outputs: Tensor = run(x, *self._factors())
         parts: list[Tensor | None] = list(outputs.split([member.out_features for member in self.members], dim=-1))
         y, parts[index] = parts[index], None
         self._waiting = (x, version, parts)
         return y
+
+    def _outputs(self, x: Tensor) -> Tensor | None:
+        """(..., out_features of all members), or None where each must run by itself."""
+        if self._can_merge(x) and (run := ops.served("low_rank_linear_group", x)) is not None:
+            y: Tensor = run(x, *self._factors())
+            return y
+        return in_one_launch(x, self.members)
 
     def _can_merge(self, x: Tensor) -> bool:
         if torch.is_grad_enabled() or is_autocast(x):

@@ -160,14 +160,21 @@ class LowRankLinear(nn.Module):
                 first, second = padding.factors(self, first, second)
             bias = self._parameters["output_bias"] if bias is None else bias
             return ops.low_rank_linear(x, first, second, bias, self._buffers["pivot_rows"])
+        packed = self._packed_factors(right, left)
+        return self._forward_by_children(x) if packed is None else ops.quantized_low_rank_linear(x, *packed)
+
+    def packed_arguments(self) -> tuple[Any, ...] | None:
+        """What follows x in :func:`lorap.nn.ops.quantized_low_rank_linear`; None where calling this means something else."""
+        return self._packed_factors(self.right, self.left) if is_untouched(self) else None
+
+    def _packed_factors(self, right: Any, left: Any) -> tuple[Any, ...] | None:
         quantized = type(right) is type(left) is QuantizedLinear
         alike = quantized and (left.bits, left.group_size) == (right.bits, right.group_size)
-        if alike and is_untouched(right) and is_untouched(left):
-            weights = (left.weight_packed, left.weight_scale, right.weight_packed, right.weight_scale)
-            bias = self._parameters["output_bias"] if left.bias is None else left.bias
-            how = (left.bits, left.group_size, self._buffers["pivot_rows"])
-            return ops.quantized_low_rank_linear(x, *weights, bias, *how)
-        return self._forward_by_children(x)
+        if not (alike and is_untouched(right) and is_untouched(left)):
+            return None
+        weights = (left.weight_packed, left.weight_scale, right.weight_packed, right.weight_scale)
+        bias = self._parameters["output_bias"] if left.bias is None else left.bias
+        return *weights, bias, left.bits, left.group_size, self._buffers["pivot_rows"]
 
     def _forward_by_children(self, x: Tensor) -> Tensor:
         shrunk = self.right(x)
