@@ -184,6 +184,58 @@ def test_operators_around_the_emulated_kernel(tmp_path: Path) -> None:
     run([sys.executable, "-c", OPERATOR_SCRIPT, build_operators(tmp_path)], env=environment)
 
 
+@needs_gxx
+def test_projections_of_a_model_reach_the_emulated_kernel(tmp_path: Path) -> None:
+    """lorap's own calls, single and merged, with the library of this machine out of sight and tensors that pass for a GPU's."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(QUANTIZED_KERNEL.parents[2])}
+    run([sys.executable, "-c", LAYER_SCRIPT, build_operators(tmp_path)], env=environment)
+
+
+LAYER_SCRIPT = """
+import pathlib, sys, types, torch
+there = pathlib.Path.exists
+pathlib.Path.exists = lambda path, **options: path.name != "_native.so" and there(path, **options)
+torch.ops.load_library(sys.argv[1])
+from lorap.nn import cuda_limits, dispatch
+from lorap.nn.fused import SharedInput
+from lorap.nn.linear import LowRankLinear
+from lorap.nn.quantized import QuantizedLinear
+
+gpu = types.SimpleNamespace(shared_memory_per_multiprocessor=228 * 1024, multi_processor_count=132)
+torch.cuda.get_device_properties = lambda _: gpu
+dispatch.choose = lambda op, *_, without=None: "reference" if without or not op.startswith("quantized") else "cuda"
+pays = cuda_limits.pays_packed
+calls = []
+cuda_limits.pays_packed = lambda tokens, x, layers: calls.append(len(layers)) or pays(tokens, x, layers)
+
+def projection(n, rank, bits, group, bias, pivoted):
+    rows = torch.randperm(n)[:rank].sort().values if pivoted else None
+    left_rows = n - rank if pivoted else n
+    some = torch.randn(n).bfloat16() if bias else None
+    layer = LowRankLinear.from_factors(torch.zeros(left_rows, rank), torch.zeros(rank, 192), some, rows)
+    for name, shape in (("right", (rank, 192)), ("left", (left_rows, rank))):
+        numbers = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), shape)
+        scales = torch.rand(shape[0], -(-shape[1] // group)).mul(2.0**-bits).bfloat16()
+        own = getattr(layer, name).bias
+        setattr(layer, name, QuantizedLinear.from_numbers(numbers, scales, bits=bits, group_size=group, bias=own))
+    return layer
+
+sizes = (112, 96, 4, 64, True, False), (80, 32, 8, 32, True, True), (63, 64, 4, 128, False, False)
+layers = [projection(*one) for one in sizes]
+x = torch.randn(2, 192).bfloat16()
+exact = [x.double() @ layer.reconstruct(dtype=torch.float64).T for layer in layers]
+exact = [y if layer.bias is None else y + layer.bias.double() for y, layer in zip(exact, layers)]
+with torch.no_grad():
+    for merged in (False, True):
+        if merged:
+            SharedInput(layers)
+            torch.Tensor.is_cuda = property(lambda _: True)
+        for layer, wanted in zip(layers, exact):
+            torch.testing.assert_close(layer(x).double(), wanted, rtol=2**-7, atol=2e-3)
+assert calls == [1, 1, 1, 3], calls
+"""
+
+
 OPERATOR_SCRIPT = """
 import sys, torch
 torch.ops.load_library(sys.argv[1])
