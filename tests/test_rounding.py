@@ -146,3 +146,80 @@ def test_the_same_factors_give_the_same_numbers() -> None:
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one.numbers, other.numbers)
         assert torch.equal(one.scales, other.scales)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_factors_lose_less_than_behind_a_random_rotation_alone(bits: int) -> None:
+    """Left orthonormal, any rotation, each factor rounded once in the metric of its inputs: the others."""
+    torch.manual_seed(3)
+    options = {"bits": bits, "group": 32, "scale_dtype": torch.float32}
+    lost = torch.zeros(2, dtype=F64)
+    for _ in range(4):
+        inputs = correlated(100)
+        left, right = (
+            torch.randn(63, 30, dtype=F64),
+            torch.logspace(0, -1, 30, dtype=F64)[:, None] * torch.randn(30, 100),
+        )
+        triangle = torch.linalg.qr(left).R
+        rotation = torch.linalg.qr(torch.randn(30, 30, dtype=F64)).Q
+        plain = round_weight(rotation.T @ triangle @ right, inputs, **options).weight(F64)
+        seen = plain @ inputs
+        fitted = torch.linalg.solve(plain @ seen.T, left @ right @ seen.T, left=False)
+        others = round_weight(fitted, plain @ seen.T, **options).weight(F64) @ plain
+        found = round_factors(left, right, inputs, partial(round_weight, **options))
+        ours = found[0].weight(F64) @ found[1].weight(F64)
+        size = error(left @ right, torch.zeros_like(ours), inputs).sum()
+        lost += torch.stack([error(left @ right, product, inputs).sum() / size for product in (ours, others)])
+    assert lost[0] < 0.8 * lost[1]
+
+
+def test_what_left_takes_back_costs_right_nothing() -> None:
+    torch.manual_seed(4)
+    right, moment = torch.randn(9, 40, dtype=F64), correlated(40)
+    metric = rounding._not_taken_back(right, moment)
+    drawn = 1e-3 * torch.randn(9, 40, dtype=F64)
+    within = torch.randn(9, 9, dtype=F64) @ right
+    beyond = drawn - drawn @ moment @ right.T @ torch.linalg.inv(right @ moment @ right.T) @ right
+    assert torch.allclose(
+        error(beyond, torch.zeros_like(beyond), metric), error(beyond, torch.zeros_like(beyond), moment)
+    )
+    assert error(within, 0 * within, metric).sum() < 0.02 * error(within, 0 * within, moment).sum()
+    # The same as what least squares leave, for any left.
+    left, changed = torch.randn(7, 9, dtype=F64), right + drawn
+    fitted = torch.linalg.solve(changed @ moment @ changed.T, left @ right @ moment @ changed.T, left=False)
+    remaining = error(left @ right, fitted @ changed, moment)
+    assert torch.allclose(remaining, error(left @ beyond, 0 * left @ drawn, metric), rtol=0.02)
+
+
+@pytest.mark.parametrize("worse", [0, 2], ids=["first", "second"])
+def test_the_better_of_two_rights_stays(worse: int) -> None:
+    torch.manual_seed(5)
+    left, right, inputs = torch.randn(50, 12, dtype=F64), torch.randn(12, 63, dtype=F64), correlated(63)
+    made: list[rounding.Rounded] = []  # a right, the left, a right
+
+    def round_one(weight: Tensor, metric: Tensor | None) -> rounding.Rounded:
+        bits = 2 if len(made) == worse else 4
+        made.append(round_weight(weight, metric, bits=bits, group=32, scale_dtype=torch.float32))
+        return made[-1]
+
+    found = round_factors(left, right, inputs, round_one)
+    assert found[0] is made[1]
+    assert found[1] is made[2 - worse]
+
+
+def test_without_a_moment_all_inputs_are_alike() -> None:
+    torch.manual_seed(6)
+    left, right = torch.randn(63, 20), torch.randn(20, 100)
+    options = {"bits": 4, "group": 32, "scale_dtype": torch.float32}
+    given = round_factors(left, right, torch.eye(100, dtype=F64), partial(round_weight, **options))
+    none = round_factors(left, right, None, partial(round_weight, **options))
+    for one, other in zip(given, none, strict=True):
+        assert torch.equal(one.numbers, other.numbers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_factors_of_nothing_stay_nothing(dtype: torch.dtype) -> None:
+    options = {"bits": 4, "group": 32, "scale_dtype": torch.bfloat16}
+    for left, right in ((torch.zeros(7, 3), torch.randn(3, 40)), (torch.randn(7, 3), torch.zeros(3, 40))):
+        found = round_factors(left.to(dtype), right.to(dtype), correlated(40), partial(round_weight, **options))
+        assert float((found[0].weight(F64) @ found[1].weight(F64)).abs().max()) < 1e-6

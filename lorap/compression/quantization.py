@@ -202,7 +202,7 @@ def quantize(
         other_bits: 4 or 8, on the trellis 2 to 6, for each projection that gets other bits than ``weights`` says, by its name
             in the checkpoint, such as ``model.layers.0.mlp.down_proj``.
         calibration: as for :func:`lorap.compress`: weights are rounded such that the outputs change least on 128 windows of it
-            (GPTQ, arXiv 2210.17323). None rounds to what is nearest, which takes no text.
+            (GPTQ, arXiv 2210.17323). None rounds to what is nearest, of factor pairs to their product, which takes no text.
         tokenizer: for calibration texts.
 
     Raises:
