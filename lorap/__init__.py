@@ -29,11 +29,10 @@ from lorap.version import __version__
 
 if TYPE_CHECKING:
     from lorap.algorithms.factorization import Factorization, factorize, factorize_batch
-    from lorap.checkpoint.quantize import quantize_int8
     from lorap.checkpoint.reconstruct import reconstruct
     from lorap.checkpoint.save import save
     from lorap.compression.pipeline import compress
-    from lorap.compression.quantization import quantize
+    from lorap.compression.quantization import quantize, quantize_int8
     from lorap.compression.runs.run import RunOptions, compress_to_folder
     from lorap.config import CompressionConfig
     from lorap.evaluation.inspection.inspect import inspect_model
@@ -92,11 +91,10 @@ __all__ = [
 # Where the names above live; the same as under TYPE_CHECKING, which is for those who read types.
 _HOMES = {
     "lorap.algorithms.factorization": ("Factorization", "factorize", "factorize_batch"),
-    "lorap.checkpoint.quantize": ("quantize_int8",),
     "lorap.checkpoint.reconstruct": ("reconstruct",),
     "lorap.checkpoint.save": ("save",),
     "lorap.compression.pipeline": ("compress",),
-    "lorap.compression.quantization": ("quantize",),
+    "lorap.compression.quantization": ("quantize", "quantize_int8"),
     "lorap.compression.runs.run": ("RunOptions", "compress_to_folder"),
     "lorap.config": ("CompressionConfig",),
     "lorap.evaluation.inspection.inspect": ("inspect_model",),

@@ -84,13 +84,12 @@ def test_numbers_are_those_of_the_commands_for_one_model(model_folder, small_fol
 
 
 def test_gguf_and_int8_beside_the_folder_they_came_from(make_model, tokenizer, measured, tmp_path):
-    pytest.importorskip("torchao")
     pytest.importorskip("gguf")
     tokenizer = copy.deepcopy(tokenizer)
     model = make_model("llama-mha", vocab_size=len(tokenizer))
     gguf = lorap.export_gguf(model, tmp_path / "gguf", tokenizer=tokenizer)
     dense, int8 = tmp_path / "dense", tmp_path / "int8"
-    for folder, one in ((dense, model), (int8, lorap.quantize_int8(copy.deepcopy(model)))):
+    for folder, one in ((dense, model), (int8, lorap.quantize(copy.deepcopy(model), "int8"))):
         one.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     found = compare([str(dense), str(gguf), str(int8)], options=_options(rounds=1), work=tmp_path)

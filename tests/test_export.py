@@ -375,7 +375,7 @@ def test_a_stock_folder_knows_from_its_report_what_was_kept(
     model, report = compress_small(dense, target="stock", sparsity=0.3)
     out = lorap.save(model, tmp_path / "out", report=report, tokenizer=tokenizer)
     if weights == "int8":
-        lorap.quantize_int8(model).save_pretrained(out)
+        lorap.quantize(model, "int8").save_pretrained(out)
     found = describe_model(find_model(out))
     assert found["compressed_by_lorap"]
     assert (found["recipe"], found["sparsity"], found["dense_intermediate_size"]) == ("lorap", 0.3, 100)

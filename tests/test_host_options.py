@@ -83,8 +83,7 @@ def test_casts(cast, folder, tokens) -> None:
 
 
 def test_int8_is_neither_cast_nor_trained_whole(folder, tokens, tmp_path) -> None:
-    pytest.importorskip("torchao")
-    model = lorap.quantize_int8(AutoModelForCausalLM.from_pretrained(folder))
+    model = lorap.quantize(AutoModelForCausalLM.from_pretrained(folder), "int8")
     model.save_pretrained(tmp_path / "int8")
     for quantized in (model, AutoModelForCausalLM.from_pretrained(tmp_path / "int8")):
         with pytest.raises(ValueError, match="not supported for quantized model"):

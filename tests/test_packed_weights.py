@@ -224,7 +224,6 @@ def test_doors_that_need_floating_point_say_so(folder, tmp_path, make_model, com
     uneven = compress_small(make_model("llama-gqa"), recipe="flap", sparsity=0.3, weights="int4")[0]
     doors = [
         lambda: lorap.quantize(model, "int8"),
-        lambda: lorap.quantize_int8(model),
         lambda: lorap.reconstruct(model),
         lambda: lorap.compress(model),
         lambda: lorap.export_stock(model, tmp_path / "stock"),

@@ -13,6 +13,7 @@ import torch
 import transformers
 from conftest import FAMILIES
 from gguf_files import write_file
+from old_int8 import save_old_int8
 from safetensors.torch import load_file, save_file
 from test_startup import IMPORTED
 
@@ -62,10 +63,9 @@ def test_compressed_models_are_plain(family, make_model, compress_small, tmp_pat
 
 
 def test_int8_models_are_plain(make_model, compress_small, tmp_path):
-    pytest.importorskip("torchao")
     for storage in ("factors", "pivoted"):
         model, report = compress_small(make_model("qwen2"), storage=storage)
-        lorap.quantize_int8(model).save_pretrained(tmp_path / storage)
+        save_old_int8(model, tmp_path / storage)
         found = described_both_ways(tmp_path / storage)
         assert found["params"] == report.params_saved
         assert found["scale_bytes"] > 0
@@ -90,7 +90,7 @@ def test_info_imports_neither_torch_nor_transformers(make_model, compress_small,
     model, report = compress_small(make_model("llama-gqa"), storage="pivoted")
     lorap.save(model, tmp_path / "small", report=report)
     lorap.export_stock(lorap.reconstruct(model), tmp_path / "stock")
-    lorap.quantize_int8(model).save_pretrained(tmp_path / "int8")
+    save_old_int8(model, tmp_path / "int8")
     write_file(tmp_path / "m.gguf", make_model("qwen2"), tokenizer)
     runs = [(["info", str(tmp_path / name)], 0, "") for name in ("dense", "small", "stock", "int8", "m.gguf")]
     run = subprocess.run(

@@ -480,8 +480,7 @@ def test_without_peft_the_command_says_what_to_install(compressed, tmp_path, mon
 
 
 def test_int8_weights_are_refused_before_the_work(compressed, tokens, tmp_path):
-    pytest.importorskip("torchao")
-    lorap.quantize_int8(AutoModelForCausalLM.from_pretrained(compressed())).save_pretrained(tmp_path / "int8")
+    lorap.quantize(AutoModelForCausalLM.from_pretrained(compressed()), "int8").save_pretrained(tmp_path / "int8")
     with pytest.raises(CheckpointError, match="the weights of int8 are int8, and adapters cannot be merged into them"):
         quiet_recover(tmp_path / "int8", tmp_path / "new", settings(tokens))
 

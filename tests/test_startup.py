@@ -61,7 +61,7 @@ lorap.CheckpointError, lorap.CompressionConfig(), lorap.config.RECIPES, dir(lora
 assert not hasattr(lorap, "nothing")
 assert not {"torch", "transformers", "numpy"} & set(sys.modules)
 # What hf_quantizer.py imports: if one of them imported transformers' quantizers, it would be half imported in its turn.
-import lorap.checkpoint.format, lorap.checkpoint.guards, lorap.checkpoint.folders, lorap.nn.int8, lorap.nn.linear
+import lorap.checkpoint.format, lorap.checkpoint.guards, lorap.checkpoint.folders, lorap.nn.quantized, lorap.nn.linear
 assert "transformers.quantizers.auto" not in sys.modules
 import lorap.checkpoint.hf_quantizer
 assert "lorap" in sys.modules["transformers.quantizers.auto"].AUTO_QUANTIZER_MAPPING

@@ -23,7 +23,7 @@ from commands import run
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lorap.checkpoint.quantize import quantize_int8
+import lorap
 from lorap.errors import ConfigError, TaskError
 from lorap.evaluation.tasks import TASKS, Estimate, TaskResult, TaskSource, check_tasks, difference, open_source
 from lorap.evaluation.tasks.requests import MEMBER, RequestFile, find_requests, spread
@@ -139,8 +139,7 @@ def test_scores_of_any_model_are_plain_scores(make_model, compress_small, tokeni
     if kind in ("compressed", "int8"):
         model, _ = compress_small(model, recipe="lorap")
     if kind == "int8":
-        pytest.importorskip("torchao")
-        quantize_int8(model)
+        lorap.quantize(model, "int8")
     pairs = list(itertools.chain(*CHOICES))
     expected = []
     for context, continuation in pairs:

@@ -14,13 +14,14 @@ from lorap.architectures import ARCHITECTURES, ATTENTION, MLP, split_model
 from lorap.architectures.experts import DOWN, GATE_UP, Experts
 from lorap.architectures.splitting import join
 from lorap.checkpoint.expert_tensors import pack_experts
+from lorap.checkpoint.finite import check_scales
 from lorap.checkpoint.format import LoRAPConfig
+from lorap.checkpoint.int8_rows import put_rows
 from lorap.checkpoint.quantization_fields import projection_of
 from lorap.checkpoint.renaming import renamed
 from lorap.checkpoint.stored_tensors import stored_tensors
 from lorap.errors import CheckpointError
 from lorap.jsonio import named
-from lorap.nn import int8
 from lorap.nn.linear import LowRankLinear
 from lorap.nn.low_rank_tensors import (
     INTEGERS,
@@ -94,7 +95,7 @@ def join_model(model: PreTrainedModel) -> None:
 def _put_quantized(model: PreTrainedModel, config: LoRAPConfig) -> list[str]:
     """Room for quantized weights; returns the names of their tensors in ``model``."""
     if config.group_size is None or config.coding is None:
-        return int8.put_slots(model)
+        return put_rows(model)
     check_other_bits(model, config)
     bare = bare_prefix(model)
     bits = {name: config.bits_of(bare + name) for name, _ in packed_linears(model)}
@@ -220,12 +221,7 @@ def check_quantized(layer: QuantizedLinear, name: str) -> None:
             f"{name}.{WEIGHT_SHAPE} says {shape.tolist()}, but config.json makes it {[layer.out_features, layer.in_features]}; "
             "the checkpoint is damaged, download or copy it again"
         )
-    if not bool(torch.isfinite(scales).all()):
-        row, group = (~torch.isfinite(scales)).nonzero()[0].tolist()
-        raise CheckpointError(
-            f"{name}.{WEIGHT_SCALE} is {float(scales[row, group])} in row {row}, group {group}; the checkpoint is damaged, "
-            "download or copy it again"
-        )
+    check_scales(scales, f"{name}.{WEIGHT_SCALE}")
 
 
 def check_pivot_rows(layer: Any, name: str) -> None:

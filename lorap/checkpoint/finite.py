@@ -55,6 +55,26 @@ def refuse_not_finite(name: str, count: int, dtype: torch.dtype) -> None:
         )
 
 
+def check_scales(scales: Tensor, name: str) -> None:
+    """Refuse scales that are no floating-point numbers.
+
+    Args:
+        scales: (rows, groups).
+        name: full name of the tensor.
+
+    Raises:
+        CheckpointError: naming tensor, dtype or place, and value.
+    """
+    if not scales.is_floating_point():
+        raise CheckpointError(f"{name} is {scales.dtype}; floating point is needed")
+    if not bool(torch.isfinite(scales).all()):
+        row, group = (~torch.isfinite(scales)).nonzero()[0].tolist()
+        raise CheckpointError(
+            f"{name} is {float(scales[row, group])} in row {row}, group {group}; the checkpoint is damaged, "
+            "download or copy it again"
+        )
+
+
 def _parts(tensor: Tensor) -> Iterator[Tensor]:
     """What a quantized or distributed tensor holds: integers and scales, or its piece."""
     if not is_traceable_wrapper_subclass(tensor):

@@ -18,10 +18,11 @@ from transformers.quantizers.base import HfQuantizer
 from lorap.checkpoint.build import check_pivot_rows, check_quantized, check_stored, join_model, keep_whole, put_layers
 from lorap.checkpoint.format import QUANT_METHOD, LoRAPConfig
 from lorap.checkpoint.guards import put_guards, register_activations
-from lorap.nn import int8
+from lorap.checkpoint.int8_rows import pack_rows
 from lorap.nn.linear import LowRankLinear
 from lorap.nn.padding import pad_ranks
 from lorap.nn.quantized import QuantizedLinear
+from lorap.weights import INTEGERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,28 +37,24 @@ class LoRAPHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
-        if self.quantization_config.is_by_torchao:
-            int8.check_installed()
         wanted = put_layers(model, self.quantization_config)
         check_stored(model, checkpoint_files or (), wanted)
         keep_whole(model, self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if self.quantization_config.has_row_scales:
+            pack_rows(model)
+            as_packed = {"group_size": INTEGERS.group_size, "format_version": None}
+            self.quantization_config = LoRAPConfig(**(self.quantization_config.to_dict() | as_packed))
+            attach_quantization_config(model, self.quantization_config)
         for name, module in model.named_modules():
             if isinstance(module, LowRankLinear):
                 check_pivot_rows(module, name)
             elif isinstance(module, QuantizedLinear):
                 check_quantized(module, name)
-        int8.fill_slots(model)
         pad_ranks(model)
         # True forbids casts, and training without adapters.
         model.is_quantized = not self.is_trainable  # type: ignore[assignment]
-
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any] | None, dict[str, str]]:
-        """What is saved: integers and scales of torchao's int8 weights, else None for what transformers saves by itself; and no
-        metadata.
-        """
-        return (int8.flat_state_dict(model) if self.quantization_config.is_by_torchao else None), {}
 
     def is_serializable(self) -> bool:
         """``save_pretrained`` may write the model."""

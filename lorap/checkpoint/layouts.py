@@ -115,7 +115,7 @@ def compressed_shapes(dense: Shapes, fields: QuantizationFields) -> Shapes | Non
 
 def quantized_shapes(shapes: Shapes, fields: QuantizationFields) -> Shapes:
     """The same with every matrix in the decoder layers as lorap/nn/quantized.py, lorap/nn/trellis.py, or without groups
-    lorap/nn/int8.py has it.
+    lorap/checkpoint/int8_rows.py has it.
     """
     stored: Shapes = {}
     for name, shape in shapes.items():

@@ -14,8 +14,8 @@ from lorap.weights import TRELLIS, Coding, bits_of, coding_of
 QUANT_METHOD: Final = "lorap"
 # How low-rank layers are stored, and the first format version that has it.
 STORAGES = {"factors": 1, "pivoted": 2}
-# The same for how weights are stored: in the model's dtype, as int8 with a scale for each row (lorap/nn/int8.py), or packed, with
-# a scale for each group of a row (lorap/nn/quantized.py).
+# The same for how weights are stored: in the model's dtype, as int8 with a scale for each row (lorap/checkpoint/int8_rows.py), or
+# packed, with a scale for each group of a row (lorap/nn/quantized.py).
 WEIGHTS = {"float": 1, "int8": 3}
 PACKED = 5
 # Several bits in one folder. Who does not know the field would take all of them for the one width.
@@ -67,7 +67,7 @@ class QuantizationFields(_Fields):
         lorap_version: what ran it.
         storage: of every low-rank layer: ``factors``, or ``pivoted`` (:mod:`lorap.algorithms.pivoting`).
         weights: of every linear layer in the decoder: ``float``; ``int4`` or ``int8``, or on the trellis ``tcq2`` to ``tcq6``,
-            in groups (:func:`lorap.quantize`); or ``int8`` without a ``group_size`` (:func:`lorap.quantize_int8`).
+            in groups (:func:`lorap.quantize`); or ``int8`` without a ``group_size``, which is read and no longer written.
         group_size: weights of a row that share a scale, a multiple of 32; None where they are not packed.
         other_bits: for each projection that is packed in other bits than ``weights`` says, by full module name, 4 or 8, on the
             trellis 2 to 6; both factors of a low-rank one are.
@@ -112,8 +112,8 @@ class QuantizationFields(_Fields):
         return self.other_bits.get(projection_of(name), self.bits)
 
     @property
-    def is_by_torchao(self) -> bool:
-        """Whether the weights are int8 with a scale for each row (lorap/nn/int8.py)."""
+    def has_row_scales(self) -> bool:
+        """Whether the weights are int8 with a scale for each row (lorap/checkpoint/int8_rows.py)."""
         return self.weights == "int8" and self.group_size is None
 
     @property

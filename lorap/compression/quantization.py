@@ -239,6 +239,11 @@ def quantize(
     return model
 
 
+def quantize_int8(model: Model) -> Model:
+    """The older name of ``quantize(model, "int8")``."""
+    return quantize(model, "int8")
+
+
 def _attach(model: PreTrainedModel, compression: LoRAPConfig, fields: LoRAPConfig) -> None:
     """Say in the config of ``model`` how its weights are stored, and which pairs there still are."""
     pairs = {name: part for name, part in model.named_modules() if isinstance(part, LowRankLinear)}

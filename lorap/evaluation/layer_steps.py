@@ -21,7 +21,6 @@ from lorap.checkpoint.hf_quantizer import get_quantization_config
 from lorap.evaluation.profile_results import StepTime
 from lorap.nn.decoder_layer import runs_in_one_call
 from lorap.nn.fused import optimize_layer
-from lorap.nn.int8 import flat_state_dict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,8 +55,8 @@ def time_steps(
 
 
 def weight_bytes(*modules: nn.Module) -> int:
-    """Of their tensors, each counted once; of int8 weights the integers and their scales."""
-    tensors = (tensor for module in modules for tensor in flat_state_dict(module).values())
+    """Of their tensors, each counted once."""
+    tensors = (tensor for module in modules for tensor in module.state_dict().values())
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 

@@ -61,9 +61,9 @@ def find_kernels(package: Path = PACKAGE) -> None:
 def prepare_transformers() -> None:
     """Have compressed checkpoints known as soon as transformers' quantizers are imported, which every ``from_pretrained`` does.
 
-    They import torchao wherever it is installed, and it warns of GPU libraries that this machine lacks. Who asks for int8
-    weights hears of what matters; the others should not begin with four lines of it. torchao has no option for that: with
-    TORCHAO_FORCE_SKIP_LOADING_SO_FILES=1 it warns that it skips them (torchao 0.18, __init__.py).
+    They import torchao wherever it is installed, and it warns of GPU libraries that this machine lacks. lorap does not use it,
+    and should not begin with four lines of it. torchao has no option for that: with TORCHAO_FORCE_SKIP_LOADING_SO_FILES=1 it
+    warns that it skips them (torchao 0.18, __init__.py).
     """
     after_import(
         "transformers.quantizers.auto",

@@ -179,7 +179,7 @@ class PackedLinearMethod(LoRAPLinearMethod):
 
     def _projection(self, name: str, *arguments: Any) -> nn.Module:
         coding = self.checkpoint.coding
-        # Without one it is torchao's int8.
+        # Without one it is int8 with one scale a row.
         how: Any = {"kind": layer_of(coding), "bits": self.checkpoint.bits_of(name)} if coding else {"bits": 8}
         return PackedProjection(name, *arguments, **how, group_size=self.checkpoint.group_size)
 

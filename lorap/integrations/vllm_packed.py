@@ -30,6 +30,7 @@ from lorap.nn.low_rank_tensors import (
     LowRankTensors,
 )
 from lorap.nn.quantized import QuantizedLinear
+from lorap.weights import INTEGERS
 
 
 class PackedProjection(nn.Module):
@@ -45,7 +46,7 @@ class PackedProjection(nn.Module):
         dtype: of scales and bias.
         kind: of layer that it is, or that both factors are.
         bits: of its numbers, or of those of both factors, one of those of the coding of ``kind``.
-        group_size: numbers of a row that share a scale; None for int8 by torchao, which has one scale for each row.
+        group_size: numbers of a row that share a scale; None for int8 with one scale a row (:mod:`lorap.checkpoint.int8_rows`).
     """
 
     def __init__(
@@ -69,8 +70,7 @@ class PackedProjection(nn.Module):
         self.guards = {GUARD} if rank is None else {GUARD, NAMED_GUARD, *(f"{one}.{GUARD}" for one in FACTORS)}
         self.bias: Any
         self.register_parameter("bias", frozen(torch.empty(rows.size, dtype=dtype)) if bias else None)
-        # One scale a row is a group that is no shorter than a row, of either factor.
-        group = group_size or -(-columns.size // 32) * 32
+        group = group_size or INTEGERS.group_size
         self.layer: Any
         if rank is None:
             self.layer = kind(columns.size, rows.size, bits=bits, group_size=group, dtype=dtype)
@@ -110,6 +110,7 @@ class PackedProjection(nn.Module):
         target, shape, dtype = self.sources[key]
         check_tensor(f"{self.name}.{key}", tensor, shape, dtype)
         own = dict(self.named_buffers()) | dict(self.named_parameters())
+        # One scale a row is that of each of its groups.
         own[target].data.copy_(pack(tensor, self.bits) if key.endswith(INT8_DATA) else tensor)
         self.missing.discard(key)
         return target

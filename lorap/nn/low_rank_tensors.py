@@ -33,7 +33,7 @@ PIVOT_ROWS, INDEX_ITEMSIZE = "pivot_rows", 8
 GUARD, NAMED_GUARD = "weight", "needs_import_lorap"
 # Value of a guard; the format's version is in config.json.
 GUARD_VALUE = 1.0
-# Of a layer whose weights are int8 (lorap/nn/int8.py), low-rank or not. Here, where nothing needs torch to know them.
+# Of a layer of int8 rows (lorap/checkpoint/int8_rows.py), low-rank or not. Here, where nothing needs torch to know them.
 INT8_DATA, INT8_SCALE = "_weight_qdata", "_weight_scale"
 # The same of one in packed words (lorap/nn/quantized.py).
 WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_SHAPE = "weight_packed", "weight_scale", "weight_shape"

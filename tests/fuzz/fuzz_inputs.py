@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import transformers
 from hypothesis import strategies as st
+from old_int8 import save_old_int8
 
 from lorap.checkpoint.build import put_layers
 from lorap.checkpoint.format import LoRAPConfig
 from lorap.checkpoint.hf_quantizer import attach_quantization_config
-from lorap.checkpoint.quantize import quantize_int8
 from lorap.compression.quantization import quantize
 
 Q, K, UP, DOWN = (
@@ -70,11 +70,12 @@ def make_checkpoint(kind: str, folder: Path) -> Checkpoint:
         )
         put_layers(model, config)
         attach_quantization_config(model, config)
-    if fields.get("weights") == "int8":
-        quantize_int8(model)
     if "other_bits" in fields:
         quantize(model, fields["weights"], group_size=fields["group_size"], other_bits=fields["other_bits"])
-    model.save_pretrained(folder)
+    if fields.get("weights") == "int8":
+        save_old_int8(model, folder)
+    else:
+        model.save_pretrained(folder)
     weights = (folder / "model.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", weights[:8])
     return Checkpoint(

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from old_int8 import save_old_int8
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from vllm_host import (
@@ -33,7 +34,6 @@ from vllm_host import (
 
 import lorap
 from lorap.checkpoint.load import find_model, load_model, load_tokenizer
-from lorap.nn.quantized import decoder_linears
 
 # One of q, k and v; one of gate and up; one that is alone.
 OTHER = dict.fromkeys((f"{LAYERS[0]}.self_attn.k_proj", f"{LAYERS[1]}.mlp.up_proj", f"{LAYERS[2]}.mlp.down_proj"), 8)
@@ -121,27 +121,14 @@ def test_damaged_packs_are_named_and_several_workers_refused(packed, prompts, tm
     assert "int4 and int8 weights are not shared out among 2 tensor-parallel workers; serve them with one" in log
 
 
-def test_int8_of_torchao_needs_no_torchao(make_model, prompts, tmp_path) -> None:
-    """Its numbers and scales are those of packed words with one scale a row. Here they are written by hand."""
-    model = make_model("llama-gqa", **ODD)
-    shrink(model, tmp_path / "float", storage="pivoted")
+def test_int8_with_one_scale_a_row(make_model, prompts, tmp_path) -> None:
+    """Of older folders, whose numbers are packed as they are read."""
+    shrink(make_model("llama-gqa", **ODD), tmp_path / "float", storage="pivoted")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "float")
-    tensors, numbers = {}, {}
-    for name, linear in decoder_linears(model):
-        scale = linear.weight.abs().amax(1, keepdim=True) / 127
-        numbers[f"{name}._weight_qdata"] = (linear.weight / scale).round().to(torch.int8)
-        tensors[f"{name}._weight_scale"], tensors[f"{name}.weight"] = scale, torch.ones(1)
-        linear.weight.data = numbers[f"{name}._weight_qdata"] * scale
-    model.save_pretrained(tmp_path / "float")
-    shutil.copytree(tmp_path / "float", tmp_path / "int8")
-    config = json.loads((tmp_path / "int8" / "config.json").read_text())
-    config["quantization_config"] |= {"weights": "int8", "format_version": 4}
-    (tmp_path / "int8" / "config.json").write_text(json.dumps(config))
-    stored = load_file(tmp_path / "int8" / "model.safetensors") | tensors | numbers
-    save_file(stored, tmp_path / "int8" / "model.safetensors", metadata={"format": "pt"})
+    save_old_int8(model, tmp_path / "int8")
     (answer,) = vllm_says([{"folder": tmp_path / "int8", "prompts": prompts, "score": True}])
-    check_greedy(tmp_path / "float", prompts, answer)
-    check_scores(tmp_path / "float", prompts, answer)
+    check_greedy(tmp_path / "int8", prompts, answer)
+    check_scores(tmp_path / "int8", prompts, answer)
 
 
 @pytest.mark.parametrize("weights", ["int4", "int8"])
