@@ -53,6 +53,11 @@ HYBRID: dict[str, Any] = {
 EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "intermediate_size": 48}
 NARROW: dict[str, Any] = EXPERTS | {"num_experts": 5, "moe_intermediate_size": 48}
 ROUTED: dict[str, Any] = EXPERTS | {"n_routed_experts": 5, "moe_intermediate_size": 48}
+LATENT: dict[str, Any] = {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
+LATENT |= {"num_key_value_heads": 4, "n_group": 1, "topk_group": 1, "head_dim": 8}
+LATENT |= {"intermediate_size": 100, "moe_intermediate_size": 96}
+SPARSE: dict[str, Any] = {"mlp_layer_types": ["dense", "sparse"]}
+SLIDING: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
 # Four layers: two of each kind of attention, the last two of which have no keys and values of their own and wider FFNs.
 GEMMA4: dict[str, Any] = {
     "num_hidden_layers": 4,
@@ -82,7 +87,35 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "exaone_moe": NARROW | {"num_shared_experts": 1, "sliding_window": 8},
     "glm4_moe": ROUTED | {"use_qk_norm": True},
     "hunyuan_v1_moe": EXPERTS | {"num_experts": 5},
+    "beam": NARROW | SPARSE | SLIDING | {"n_group": 1, "topk_group": 1},
+    "flint": NARROW | SLIDING | {"mlp_only_layers": [0], "shared_expert_intermediate_size": 56},
+    "hy_v3": NARROW,
+    "kolibri1": NARROW | SLIDING | {"shared_expert_intermediate_size": 56},
+    "laguna": NARROW
+    | SPARSE
+    | SLIDING
+    | {
+        "shared_expert_intermediate_size": 56,
+        "num_attention_heads_per_layer": [4, 6],
+        "moe_routed_scaling_factor": 2.5,
+    },
+    "mimo_v2_flash": ROUTED | SPARSE | SLIDING | {"num_key_value_heads": 1, "v_head_dim": 8},
     "minimax_m2": EXPERTS | {"num_local_experts": 5},
+    "sarvam_moe": ROUTED | {"first_k_dense_replace": 1},
+    "deepseek_v2": ROUTED | LATENT | {"q_lora_rank": None, "first_k_dense_replace": 1},
+    "deepseek_v3": ROUTED | LATENT | {"q_lora_rank": 24, "first_k_dense_replace": 1},
+    "deepseek_v32": ROUTED
+    | LATENT
+    | {"q_lora_rank": 24, "first_k_dense_replace": 1, "index_topk": 12, "index_head_dim": 16, "index_n_heads": 2},
+    "glm4_moe_lite": ROUTED | LATENT | {"q_lora_rank": 24},
+    "sarvam_mla": ROUTED | LATENT | {"q_lora_rank": None, "first_k_dense_replace": 1},
+    # Half of their layers have linear attention.
+    "kimi_linear": NARROW
+    | LATENT
+    | {"num_local_experts": 5, "layer_types": HYBRID["layer_types"], "linear_num_heads": 2, "linear_head_dim": 16},
+    "bailing_hybrid": NARROW
+    | LATENT
+    | {"num_local_experts": 5, "layer_types": HYBRID["layer_types"], "first_k_dense_replace": 1},
     "solar_open": ROUTED,
     "flex_olmo": EXPERTS | {"num_experts": 5},
     "phimoe": EXPERTS | {"num_local_experts": 5},
@@ -100,6 +133,10 @@ EYES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4": (
         "gemma4_text",
         {"hidden_size": 32, "intermediate_size": 40, "head_dim": 16, "position_embedding_size": 16},
+    ),
+    "got_ocr2": (
+        "qwen2",
+        {"hidden_size": 32, "output_channels": 16, "image_size": 64, "patch_size": 16, "mlp_dim": 40, "window_size": 2},
     ),
     "idefics3": ("llama", {"hidden_size": 32, "intermediate_size": 40, "image_size": 28, "patch_size": 14}),
     "internvl": ("qwen2", {"hidden_size": 32, "intermediate_size": 40, "image_size": [28, 28], "patch_size": [14, 14]}),
@@ -334,7 +371,8 @@ that computes a family in another way is refused, with the layer and the differe
 Of models that see, the language model is compressed, calibrated on text; vision and what joins them stay as they are, bit by
 bit, and the files that tell how images become numbers are copied along. Tensors are written under the names that
 transformers 5 has for them; older names, as most folders on the hub have, are read as well. Images go through compressed models
-as through dense ones, after a reload and optimized too: `tests/test_images.py`, all of these but Gemma 4 and Mistral 3.
+as through dense ones, after a reload and optimized too: `tests/test_images.py`, all of these but Gemma 4, GOT-OCR 2
+and Mistral 3.
 
 Qwen3.5, Qwen3.6 and OLMo Hybrid have attention in every fourth layer and something else in the others: FFNs are compressed in
 all layers, attention where it is of q, k, v and o, and the rest stays, bit by bit. `--target stock` would take unlike shares
@@ -359,15 +397,23 @@ many there were. Correction steps move attention, and FFNs that are no experts. 
 of a layer, the mean of their spectra. There is no int8, int4, `--size`, `--target stock`, `recover` or export for them yet:
 each is refused. All of this is seen on tiny random models, and on no trained one from outside.
 
+DeepSeek-V2, V3 and V3.2, GLM-4.7-Flash, Kimi Linear, Ling and Sarvam with latent attention: their experts are compressed, and
+FFNs of layers that have one. Attention stays, bit by bit, be it latent, whose projections are low-rank products already, or
+linear as in most layers of Kimi Linear and Ling; a sparsity is of the FFNs alone, and `--sublayers self_attn` is refused. Experts
+whose files are in fp8, as those of DeepSeek-V3 are, cannot be read yet.
+
 Weights that another program has quantized are read as the floating-point numbers that they stand for, a layer at a time: fp8
 (DeepSeek's and Qwen's blocks, or one scale), compressed-tensors (`float-quantized`, `int-quantized`, `naive-quantized`, and
 `pack-quantized` of 4 and 8 bits), AWQ (`gemm`) and GPTQ (2, 4 and 8 bits). Each is compared with its formula in float64, and
 eight models that compressed-tensors 0.20.1 had quantized with what it reads back itself: the same numbers. What comes out is in
 floating point. bitsandbytes, mxfp4, nvfp4, 3 bits, and weights that are sparse or rotated besides are refused.
 
-Not among them, and refused by name: FFNs without a gate or with a norm inside (GPT-NeoX, Phi-2, Nemotron, BitNet), other
-mixtures of experts (GPT-OSS, whose experts have biases), multi-head latent attention (DeepSeek), state spaces. Other families
-are a row in `lorap/architectures/` away.
+Not among them, and refused with the reason: FFNs without a gate (Apertus, Arcee, GPT-NeoX, Jais 2, Nemotron, Phi-2), with a
+norm inside (BitNet, Dory), with scales (Falcon-H1) or clamps (MiniMax-M3) around the gate; experts that have biases (GPT-OSS) or
+are packed the other way round (Aria, Llama 4, whose experts besides read what the router has scaled); layers that run several
+times (HRM), stand in several places (Zamba), hand choices of tokens on (GLM-5) or attend to images alone (Llama 3.2 with vision);
+adapters for what is no text (Phi-4 multimodal). State spaces are refused as well. Other families are a row in
+`lorap/architectures/` away.
 """
 
 

@@ -496,7 +496,7 @@ def test_experts_are_refused_with_what_works(tokenizer, tmp_path):
     result = run("compress", tmp_path / "mixture", tmp_path / "out", *SMALL)
     assert_refused(
         result,
-        "model type 'gpt_oss' (GptOssForCausalLM): its FFNs are mixtures of experts; supported: llama,",
+        "model type 'gpt_oss' (GptOssForCausalLM): its FFNs are mixtures of experts that have biases; supported: llama,",
     )
 
 

@@ -131,6 +131,8 @@ def test_only_one_layer_of_each_kind_runs(make_model) -> None:
         ("bitnet", "a norm between gate"),
         ("gpt_neox", "no gate"),
         ("gpt_oss", "mixtures of experts"),
+        ("llama4_text", "what the router has scaled"),
+        ("falcon_h1", "scales gate"),
     ],
 )
 def test_families_that_people_bring_are_refused_with_the_reason(model_type, why) -> None:

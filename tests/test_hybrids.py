@@ -74,6 +74,8 @@ def test_spectra_are_of_layers_that_have_attention() -> None:
     with pytest.raises(lorap.ArchitectureError, match="layer 0 has no attention of q, k, v and o"):
         inspect_model(model, calibration=None, progress=False)
     assert inspect_model(model, layers=[1], calibration=None, progress=False).layers == (1,)
+    with pytest.raises(lorap.ArchitectureError, match="no layer of this model has"):
+        inspect_model(tiny("deepseek_v3"), calibration=None, progress=False)
 
 
 def test_what_files_hold_in_parts_is_joined(tmp_path) -> None:
@@ -96,6 +98,34 @@ def test_what_files_hold_in_parts_is_joined(tmp_path) -> None:
     save_file(stored | {parts[2]: stored[parts[2]][..., :3].contiguous()}, tmp_path / WEIGHTS)
     with pytest.raises(lorap.CheckpointError, match=r"v_conv1d\.weight.* of shape \(\d+, 1, 3\).*\(\d+, 1, 4\)"):
         find_model(tmp_path)
+
+
+@pytest.mark.parametrize("recipe", ["lorap", "best"])
+def test_latent_attention_stays_and_is_no_part_of_the_share(recipe, tmp_path) -> None:
+    """DeepSeek-V3, whose files call two of its projections as those of attention are called."""
+    model = tiny("deepseek_v3")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    chosen = config(recipe=recipe, sparsity=0.3, correction_steps=0)
+    model, report = lorap.compress(model, calibration=windows(), config=chosen, progress=False)
+    assert report.config.sublayers == ("mlp",)
+    assert {one.role for one in report.projections} == {*MLP}
+    after = model.state_dict()
+    others = [name for name in before if "self_attn" in name]
+    assert len(others) == 2 * 7
+    assert all(torch.equal(before[name], after[name]) for name in others)
+    lorap.save(model, tmp_path / "small", report=report)
+    found = describe_model(find_model(tmp_path / "small"))
+    assert found["param_ratio"] == pytest.approx(report.param_ratio)
+    assert "Attention" not in (tmp_path / "small" / "README.md").read_text()
+    with pytest.raises(
+        lorap.ConfigError, match=r"deepseek_v3 models have no attention of q, k, v and o.*sublayers mlp"
+    ):
+        lorap.compress(
+            tiny("deepseek_v3"),
+            calibration=windows(),
+            config=config(recipe=recipe, sublayers=("self_attn",)),
+            progress=False,
+        )
 
 
 def test_projections_of_other_attention_are_not_counted() -> None:

@@ -66,6 +66,30 @@ def test_split_modules_are_copied_and_pickled(family: str, weights: Any) -> None
         assert torch.equal(logits(again), expected)
 
 
+def test_a_matrix_of_files_alone_becomes_the_projections_of_the_class(tmp_path: Path) -> None:
+    """Sarvam: q, k and v are one matrix in files, under a name of its own, and three linear layers in the model."""
+    model = tiny("sarvam_moe", attention_bias=True)
+    model.save_pretrained(tmp_path)
+    stored, layers = load_file(tmp_path / WEIGHTS), model.model.layers
+    opened = load_model(find_model(tmp_path), paged=True)
+    for index in (0, 1):
+        layer = opened.model.layers[index]
+        with in_memory(layer):
+            for role in ("q_proj", "k_proj", "v_proj"):
+                begin, end = ROWS[role]
+                for leaf in ("weight", "bias"):
+                    found = layer.get_parameter(f"self_attn.{role}.{leaf}")
+                    assert torch.equal(found, layers[index].get_parameter(f"self_attn.{role}.{leaf}"))
+                    assert torch.equal(
+                        found, stored[f"model.layers.{index}.attention.query_key_value.{leaf}"][begin:end]
+                    )
+    assert torch.equal(logits(load_model(find_model(tmp_path))), logits(model))
+    name = "model.layers.1.attention.query_key_value.weight"
+    save_file(stored | {name: stored[name][:100].contiguous()}, tmp_path / WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"query_key_value\.weight has the shape \(100, 64\).* 128 rows"):
+        find_model(tmp_path)
+
+
 def test_biases_go_with_their_rows() -> None:
     model = tiny("phi3")
     for layer in model.model.layers:

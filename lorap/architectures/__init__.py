@@ -4,7 +4,8 @@ All families below have the seven linear layers of LLaMA's decoder layer: attent
 with separate gate, up and down. What else a layer does needs no entry here, because nothing but the seven is touched: norms
 before, between or after its parts, norms of heads, biases, sliding windows, scaled embeddings, residuals and logits, rotary
 positions of any kind. What the seven are to each other is a contract, which is in :mod:`lorap.calibration.contract` and is
-verified on the weights before anything is compressed.
+verified on the weights before anything is compressed. Where attention is of another kind, in some layers or all, only the FFNs
+are lorap's.
 """
 
 from __future__ import annotations

@@ -60,11 +60,13 @@ class Architecture:
         activation: path from the FFN to the function between gate and up; configs name it in several fields, or none.
         projections: path from a decoder layer to each of the seven linear layers, where it has them.
         other_attention: path to what some layers have in place of attention, and which stays as it is; empty where none has.
+            That of attention itself where all layers have another kind.
         fused: what the family stores as one matrix, and lorap splits (:mod:`lorap.architectures.splitting`).
         packed: where the experts are, in a family whose FFNs, or some of them, are mixtures
             (:mod:`lorap.architectures.experts`).
         optional: projections that some layers do without: values that are the keys, or both those of an earlier layer.
         stored_apart: tensors of a decoder layer that files hold in parts, one below the other, with the names of these.
+        stored_together: projections that files hold as one matrix, one below the other, by the name that this has in a layer.
         shared_keys: how layers hand keys and values over, where some have none of their own.
         own_inputs: field of the config, the width of what each layer reads besides hidden states, as its part of
             ``per_layer_inputs``.
@@ -84,6 +86,7 @@ class Architecture:
     packed: PackedExperts | None = None
     optional: tuple[str, ...] = ()
     stored_apart: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    stored_together: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
     shared_keys: SharedKeys | None = None
     own_inputs: str = ""
     embeds_at_head: bool = False

@@ -87,7 +87,7 @@ def pack_experts(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) ->
                 )
             name = f"{layer}.{packed.path}.{leaf}"
             found[name] = _packed(name, [matrices[key] for key in keys], count)
-    return found
+    return _joined(found, architecture.stored_apart)
 
 
 def _joined(tensors: dict[str, StoredTensor], stored_apart: Mapping[str, tuple[str, ...]]) -> dict[str, StoredTensor]:

@@ -1,4 +1,5 @@
-"""Rows of the one matrix that a family stores, as the tensors of a split model (:mod:`lorap.architectures.splitting`)."""
+"""Rows of the one matrix that a family stores, as the tensors of a split model (:mod:`lorap.architectures.splitting`), or of one
+whose class has a linear layer for each projection while its files do not."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ def split_tensors(tensors: Mapping[str, StoredTensor], model: Any) -> dict[str, 
 
     Args:
         tensors: of the weight files, by name.
-        model: split, with or without weights.
+        model: split where lorap splits it, with or without weights.
 
     Raises:
         CheckpointError: a matrix has other rows than all of its projections together.
@@ -40,9 +41,9 @@ def split_tensors(tensors: Mapping[str, StoredTensor], model: Any) -> dict[str, 
         rows = sum(out_features.values())
         if stored.shape[:1] != (rows,):
             raise CheckpointError(f"{named(name)} has the shape {stored.shape}, but config.json gives it {rows:,} rows")
-        owner = path.rpartition(".")[0]
+        layer = path.removesuffix(ending)
         for part, (begin, end) in zip(out_features, row_ranges([*out_features.values()]), strict=True):
-            found[f"{owner}.{part}.{leaf}"] = rows_of(stored, begin, end)
+            found[f"{layer}.{part}.{leaf}"] = rows_of(stored, begin, end)
     return found
 
 
@@ -69,9 +70,13 @@ def rows_of(stored: StoredTensor, begin: int, end: int) -> StoredTensor:
 
 
 def _sizes(model: Any) -> Iterator[tuple[str, dict[str, int]]]:
-    """The end of the name of each matrix, and the rows of its projections; all layers are alike."""
+    """The end of the name of each matrix, and the rows of its projections by their names in a layer; all layers are alike."""
     architecture = ARCHITECTURES[model.config.model_type]
-    for path, (whole, parts) in architecture.fused.items():
-        module: nn.Module = architecture.decoder_layers(model)[0].get_submodule(path)
-        linears: Any = [module.get_submodule(part) for part in parts]
-        yield f".{path}.{whole}", {part: one.out_features for part, one in zip(parts, linears, strict=True)}
+    matrices = {
+        f"{path}.{whole}": tuple(f"{path}.{part}" for part in parts)
+        for path, (whole, parts) in architecture.fused.items()
+    }
+    layer: nn.Module = architecture.decoder_layers(model)[0]
+    for name, parts in (matrices | dict(architecture.stored_together)).items():
+        linears: Any = [layer.get_submodule(part) for part in parts]
+        yield f".{name}", {part: one.out_features for part, one in zip(parts, linears, strict=True)}

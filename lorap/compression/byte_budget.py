@@ -37,13 +37,17 @@ MIXED_FROM = 8.0
 def resolve_budget(dense: DenseModel, config: CompressionConfig) -> CompressionConfig:
     """``config`` with the weights and the sparsity that follow from its budget of bytes; as it is, where it has none.
 
+    A model none of whose layers has attention of q, k, v and o has its FFNs compressed alone.
+
     Args:
         dense: the model.
         config: what is asked for; its sparsity is the least to remove.
 
     Raises:
-        ConfigError: no choice is so small; the message says what is.
+        ConfigError: no choice is so small; the message says what is. Or there is nothing of what is to be compressed.
     """
+    if not any("q_proj" in shapes for shapes in dense.shapes):
+        config = _of_ffns_alone(dense, config)
     if not config.has_byte_budget:
         return config
     check_experts(dense, config)
@@ -67,6 +71,16 @@ def resolve_budget(dense: DenseModel, config: CompressionConfig) -> CompressionC
     if config.is_mixed and _by_loss(config):
         chosen = replace(chosen, weights=config.weights)
     return _with_sparsity(dense, chosen, budget)
+
+
+def _of_ffns_alone(dense: DenseModel, config: CompressionConfig) -> CompressionConfig:
+    """What ``config`` comes to where no layer has attention that could be compressed."""
+    if "mlp" not in config.sublayers:
+        raise ConfigError(
+            f"{dense.config.model_type} models have no attention of q, k, v and o, and sublayers names nothing else to compress; "
+            "choose sublayers mlp"
+        )
+    return replace(config, sublayers=("mlp",))
 
 
 def weights_to_try(config: CompressionConfig, bits: float) -> list[CompressionConfig]:

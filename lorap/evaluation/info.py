@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lorap.architectures import ARCHITECTURES, MLP, PROJECTIONS
+from lorap.architectures import ARCHITECTURES, MLP, PROJECTIONS, Architecture
 from lorap.architectures.experts import DOWN, GATE_UP
 from lorap.checkpoint.find import ModelSource
 from lorap.checkpoint.folders import packed_shapes, read_files
@@ -43,8 +43,10 @@ GGUF_KINDS = {
 }
 # Parts of models that see or hear, whose layers may be named as those of the language model are.
 SIGHT = ("visual", "vision_tower", "vision_model", "audio_tower", "multi_modal_projector", "connector")
+# What :func:`counted_name` says for attention that is none of q, k, v and o.
+OTHER_ATTENTION = "other_attention"
 # FFNs that all tokens read beside experts, and what some layers have in place of attention, which lorap leaves as they are.
-SHARED = ("shared_expert", "shared_experts", "shared_mlp", "linear_attn")
+SHARED = ("shared_expert", "shared_experts", "shared_mlp", "linear_attn", OTHER_ATTENTION)
 # How int8 checkpoints call the scales of a weight's rows, ours and those of others.
 SCALES = (INT8_SCALE, "weight_scale", "SCB")
 KINDS = (*PROJECTIONS, "embed_tokens", "lm_head", "other")
@@ -62,15 +64,16 @@ def describe_model(source: ModelSource) -> dict[str, Any]:
     if source.folder is None:
         raise CheckpointError(f"no model folder {source.location}; `info` reads local folders and .gguf files only")
     checked = source.checked or source.contents
-    tensors = single_projections(checked.headers) if checked else gguf_tensors(source.folder / str(source.gguf_file))
     config: Mapping[str, Any] = checked.settings if checked else {}
+    family = ARCHITECTURES.get(str(config.get("model_type")))
+    tensors = single_projections(checked.headers) if checked else gguf_tensors(source.folder / str(source.gguf_file))
+    tensors = {counted_name(name, family): tensor for name, tensor in tensors.items()}
     settings = checked.compression if checked else None
     packed = packed_shapes(read_files(source.folder)) if settings and settings.group_size else {}
     parameters, scale_bytes = _parameters(tensors, packed)
     origin, after = _origin(source, settings, parameters, getattr(checked, "widths", ()))
     before, width = origin.params, origin.width
     text = config.get("text_config", config)
-    family = ARCHITECTURES.get(str(config.get("model_type")))
     dense_field = family.width_field if family else "intermediate_size"
     index_bytes = sum(t.nbytes for name, t in tensors.items() if t.is_index and not name.endswith(f".{WEIGHT_SHAPE}"))
     ranks: dict[str, list[int]] = defaultdict(list)
@@ -335,6 +338,18 @@ def single_projections(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInf
             half = replace(tensor, shape=(rows // 2, experts * columns), nbytes=tensor.nbytes // 2)
             found[f"{owner}.{role}.weight"] = half
     return found
+
+
+def counted_name(name: str, family: Architecture | None) -> str:
+    """``name``, changed for a tensor of attention that is none of q, k, v and o: :func:`kind_of` must not take it for one.
+
+    Args:
+        name: in the model.
+        family: of the model; None where lorap does not know it.
+    """
+    if family is None or family.other_attention != family.attention:
+        return name
+    return name.replace(f".{family.attention}.", f".{OTHER_ATTENTION}.")
 
 
 def kind_of(name: str) -> str:

@@ -107,7 +107,7 @@ class Memory:
         folder; hidden states beyond the budget, or the metrics of outputs that wait for their layer.
         """
         saved = sum(self.sizes.nbytes.values())
-        layers = sum(self.sizes.params[role] for role in PROJECTIONS) * self.shape.itemsize
+        layers = sum(self.sizes.params.get(role, 0) for role in PROJECTIONS) * self.shape.itemsize
         tokens = self.texts.tokens + self.texts.evaluation_tokens + self._followed + self._anchoring
         spilled = tokens * self.shape.hidden_size * self.shape.itemsize - self._states(tokens)
         weighed = roles_with_output_metric(self.config)

@@ -16,7 +16,7 @@ from lorap.checkpoint.validate import empty_model
 from lorap.compression.allocation import Shape
 from lorap.compression.stored_bytes import DenseModel
 from lorap.errors import ArchitectureError, CheckpointError
-from lorap.evaluation.info import gguf_tensors, kind_of, kinds_of
+from lorap.evaluation.info import counted_name, gguf_tensors, kind_of, kinds_of
 from lorap.nn.linear import model_numbers
 
 
@@ -93,12 +93,14 @@ class ModelShape:
             raise ArchitectureError(f"{source.name} has no decoder layers")
         params, stored = Counter[str](), Counter[str]()
         resident, text = 0, text_config(config)
-        for key, parameter in model_numbers(model):
+        for name, parameter in model_numbers(model):
+            key = counted_name(name, architecture)
             elsewhere = key.startswith(f"{architecture.layers}.") or kind_of(key) in ("embed_tokens", "lm_head")
             resident += 0 if elsewhere else parameter.numel()
             for kind in kinds_of(key):
                 params[kind] += parameter.numel() // len(kinds_of(key))
-        for key, info in tensors.items():
+        for name, info in tensors.items():
+            key = counted_name(name, architecture)
             for kind in kinds_of(key):
                 stored[kind] += info.nbytes // len(kinds_of(key))
         vocab_size, hidden_size = model.get_input_embeddings().weight.shape

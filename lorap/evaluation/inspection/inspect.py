@@ -95,8 +95,10 @@ def inspect_model(
     architecture, every = context.architecture, context.layers
     chosen = _chosen(layers, len(every))
     if odd := [index for index in chosen if "q_proj" not in architecture.roles(every[index])]:
+        some = any("q_proj" in architecture.roles(layer) for layer in every)
+        way_out = "name others with --layers" if some else "no layer of this model has"
         raise ArchitectureError(
-            f"layer {odd[0]} has no attention of q, k, v and o, which would be compared across layers; name others with --layers"
+            f"layer {odd[0]} has no attention of q, k, v and o, which would be compared across layers; {way_out}"
         )
     windows = stream = None
     if calibration is not None:
