@@ -163,11 +163,11 @@ def test_a_layer_of_either_kind_is_verified(layer) -> None:
         lorap.compress(model, calibration=windows(), config=config(recipe="lorap"), progress=False)
 
 
-@pytest.mark.parametrize("family", ["glm4_moe", "hunyuan_v1_moe"])
+@pytest.mark.parametrize("family", ["glm4_moe", "hunyuan_v1_moe", "deepseek_v3", "flint", "kimi_linear"])
 def test_routers_keep_their_digits_in_a_model_of_16_bits(family, tmp_path) -> None:
     """Rounded, the biases by which experts are chosen would choose others; transformers holds them in float32."""
     model = tiny(family).bfloat16()
-    routers = [name for name in model.state_dict() if ".gate." in name]
+    routers = [name for name in model.state_dict() if ".gate." in name or name.endswith((".sinks", ".dt_bias"))]
     exact = {name: torch.rand(model.state_dict()[name].shape) for name in routers}
     for name, value in exact.items():
         owner, _, leaf = name.rpartition(".")
