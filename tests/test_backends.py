@@ -54,31 +54,32 @@ def python(code: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]
 
 
 @needs_cpu_kernels
-def test_the_cpu_kernels_serve_every_number_of_tokens_on_a_trellis() -> None:
-    for dtype in FLOATS:
-        assert [dispatch.choose("trellis_linear", some_x(dtype=dtype), tokens) for tokens in (1, 33, 500)] == [
-            "cpu"
-        ] * 3
+def test_the_cpu_kernel_searches_trellises() -> None:
     assert dispatch.choose("trellis_search", some_x(), 1) == "cpu"
     assert dispatch.choose("trellis_search", some_x(dtype=torch.float64), 1) == "reference"
 
 
 @needs_cpu_kernels
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("op", CPU_OPS)
+@pytest.mark.parametrize("op", [*CPU_OPS, "trellis_linear"])
 def test_the_cpu_kernels_serve_few_tokens_and_every_number_where_torch_lacks_hardware(
     op: str, dtype: torch.dtype
 ) -> None:
-    chosen = [dispatch.choose(op, some_x(tokens, dtype), tokens) for tokens in (0, 8, 9, 32, 33, 500)]
     fast_in_torch = {
         torch.float32: True,
         torch.bfloat16: native.cpu_isa(torch.bfloat16) == "avx512_bf16",
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
     }
-    many = "reference" if fast_in_torch[dtype] else "cpu"
     tiles = dtype == torch.bfloat16 and fast_in_torch[dtype] and torch.cpu._is_amx_tile_supported()
-    some = "reference" if tiles else "cpu"
-    assert chosen == ["reference", "cpu", some, some, many, many]
+    most = 8 if tiles else 32
+    if op not in implementations.LINEAR_OPS:
+        place = int(op == "trellis_linear")
+        single = (128, 128) if native.quantized_cpu_isa().startswith("avx512") else (12, 12)
+        most = {torch.float32: single, torch.bfloat16: (96, 160), torch.float16: (32, 32)}[dtype][place]
+        most = (16, 32)[place] if tiles else most
+    chosen = [dispatch.choose(op, some_x(tokens, dtype), tokens) for tokens in (0, most, most + 1, 500)]
+    many = "reference" if fast_in_torch[dtype] else "cpu"
+    assert chosen == ["reference", "cpu", many, many]
 
 
 def test_other_dtypes_and_other_ops_run_the_reference() -> None:

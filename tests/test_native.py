@@ -134,6 +134,7 @@ torch.set_num_threads(1)
 assert native.quantized_cpu_isa() == isa.replace("_bf16", "")
 for bits, dtype in itertools.product((4, 8), test_quantized_ops.DTYPES):
     test_quantized_ops.test_values_equal_float64_for_odd_shapes_and_ragged_groups("cpu", bits, dtype)
+    test_quantized_ops.assert_same_weights(bits, dtype)
 """
 
 

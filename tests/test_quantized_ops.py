@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from lorap import ShapeError
-from lorap.kernels import packing
-from lorap.nn import dispatch, implementations, native, ops
+from lorap.kernels import packing, reference
+from lorap.nn import dispatch, implementations, native, ops, unpacked
 
 # Backends that have these ops here.
 BACKENDS = [
     "reference",
     *(["cpu"] if native.HAS_CPU and implementations.QUANTIZED_OPS[0] in implementations.IMPLEMENTATIONS["cpu"] else []),
 ]
+needs_library = pytest.mark.skipif(not native.HAS_CPU, reason="lorap/_native.so is not built")
 FEATURES, RANKS, OUTPUTS = (1, 31, 32, 63, 100, 192), (1, 17, 33), (1, 63)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -90,6 +91,48 @@ def test_values_equal_float64_for_odd_shapes_and_ragged_groups(backend: str, bit
         gate, up = xd @ weight.T, xd @ other.T
         sizes = (xd.abs() @ weight.abs().T + 1) * (xd.abs() @ other.abs().T + 1)
         assert_close(y, torch.nn.functional.silu(gate) * up, sizes)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", packing.BITS)
+def test_the_weight_made_in_one_op_is_that_of_the_reference(bits: int, dtype: torch.dtype) -> None:
+    assert_same_weights(bits, dtype)
+
+
+def assert_same_weights(bits: int, dtype: torch.dtype) -> None:
+    """Bit by bit, of scales in other dtypes, and of views that do not begin where their memory does."""
+    torch.manual_seed(0)
+    make, threads = torch.ops.lorap_cpu.quantized_weight.default, torch.get_num_threads()
+    for index, (n, k) in enumerate((n, k) for n in (1, 63, 100) for k in (1, 63, 100, 577)):
+        group, scale_dtype = (32, 64, 96, 4224)[index % 4], DTYPES[index % 3]
+        packed, scales, _ = quantized(n + 3, k, bits, group, scale_dtype)
+        packed, scales = packed[3:], torch.cat((scales, scales), dim=1)[3:, -scales.shape[1] :]
+        expected = packing.dequantize(packed, scales, bits, group, k, dtype)
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found = make(packed, scales, k, bits, group, dtype)
+            assert found.dtype == dtype
+            assert torch.equal(found, expected)
+    torch.set_num_threads(threads)
+
+
+@needs_library
+@pytest.mark.parametrize("op", implementations.FEW_BITS_OPS)
+def test_many_tokens_are_multiplied_with_some_rows_after_the_other(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows in blocks of 64, the last one smaller, equal those of the whole weight."""
+    monkeypatch.setattr(unpacked, "BLOCK_BYTES", 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for dtype in DTYPES:
+        for pivoted in (False, True):
+            x, *weights = implementations.example(op, torch.device("cpu"), dtype, 40, 100, pivoted)
+            x = torch.cat((x, x), dim=1)[:, :100]  # gaps between its rows
+            with torch.no_grad():
+                y = getattr(unpacked, op)(x, *weights)
+            expected = getattr(reference, op)(x, *weights)
+            torch.testing.assert_close(y, expected, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

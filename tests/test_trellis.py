@@ -95,6 +95,28 @@ def test_dequantized_weights_are_numbers_times_scales_of_ragged_groups(bits: int
     assert torch.equal(weight[:, 32:], numbers[:, 32:] * scales[:, 1:].double())
 
 
+@pytest.mark.skipif(not native.HAS_CPU, reason="lorap/_native.so is not built")
+@EACH_BITS
+def test_the_weight_made_in_one_op_is_that_of_the_reference(bits: int) -> None:
+    assert_same_weights(bits)
+
+
+def assert_same_weights(bits: int) -> None:
+    """Bit by bit, transposed, of scales in other dtypes, and of views that do not begin where their memory does."""
+    torch.manual_seed(0)
+    make, threads = torch.ops.lorap_cpu.trellis_weight.default, torch.get_num_threads()
+    for index, (n, k) in enumerate((n, k) for n in (1, 63, 100) for k in (1, 63, 100, 577)):
+        group, scale_dtype = (32, 64, 96, 4224)[index % 4], DTYPES[index // 3 % 3]
+        packed = random_packed(n + 64, k, bits)[1:]
+        scales = torch.rand(n + 64, -(-k // group)).to(scale_dtype)[64:]
+        for dtype, count in ((dtype, count) for dtype in DTYPES for count in (1, 2)):
+            torch.set_num_threads(count)
+            found = make(packed, scales, k, bits, group, dtype)
+            assert found.dtype == dtype
+            assert torch.equal(found.T, trellis.dequantize(packed, scales, bits, group, dtype))
+    torch.set_num_threads(threads)
+
+
 # --- search ----------------------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ namespace {
 
 struct Avx2Trellis {
   static constexpr int kFloats = 8;
+  static constexpr int kSlices = 2;  // times 4 tokens are 8 of 16 registers
   using Floats = __m256;
   static Floats load(const float* from) { return _mm256_load_ps(from); }
   static void store(float* to, Floats floats) { _mm256_store_ps(to, floats); }

@@ -2,7 +2,9 @@
 #pragma once
 
 #include "avx512_sums.h"
+#include "avx512_trellis.h"
 #include "quantized_tile.h"
+#include "row_tile.h"
 
 namespace {
 
@@ -75,6 +77,32 @@ struct Avx512Quantized {
       const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(factor)));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm512_cvtsepi32_epi16(rounded));
     }
+  }
+};
+
+// For row_tile.h.
+struct Avx512Rows : Avx512Trellis {
+  // Four words of 16 rows, of which each quarter of a vector gets four: a transpose within the quarters.
+  static void load_words(const uint32_t* first, int64_t stride, Numbers* words) {
+    const auto row = [&](int64_t r) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(first + r * stride)); };
+    __m512i of[4];
+    for (int i = 0; i < 4; ++i) {
+      const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(row(i)), row(i + 4), 1);
+      const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(row(i + 8)), row(i + 12), 1);
+      of[i] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+    }
+    const __m512i a = _mm512_unpacklo_epi32(of[0], of[1]), b = _mm512_unpacklo_epi32(of[2], of[3]);
+    const __m512i c = _mm512_unpackhi_epi32(of[0], of[1]), d = _mm512_unpackhi_epi32(of[2], of[3]);
+    words[0] = _mm512_unpacklo_epi64(a, b), words[1] = _mm512_unpackhi_epi64(a, b);
+    words[2] = _mm512_unpacklo_epi64(c, d), words[3] = _mm512_unpackhi_epi64(c, d);
+  }
+  template <int Bits>
+  static Numbers part(Numbers words, int i) {
+    return Avx512Quantized::part<Bits>(words, i);
+  }
+  template <int Bits>
+  static Numbers center(Numbers numbers) {
+    return _mm512_sub_epi16(numbers, _mm512_set1_epi16(1 << (Bits - 1)));
   }
 };
 

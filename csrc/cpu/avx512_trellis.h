@@ -10,6 +10,7 @@ namespace {
 
 struct Avx512Trellis {
   static constexpr int kFloats = 16;
+  static constexpr int kSlices = 4;  // times 4 tokens are 16 of 32 registers
   using Floats = __m512;
   static Floats load(const float* from) { return _mm512_load_ps(from); }
   static void store(float* to, Floats floats) { _mm512_store_ps(to, floats); }

@@ -57,7 +57,7 @@ class Weights {
       if (some_bias) bias = *some_bias;
       if (pivots) rows = *pivots;
     } else if (kind <= 3) {
-      result.machine = machine(x_, bits);
+      result.machine = machine(dtype_of(x_), bits);
       result.numbers.low_rank = kind == 3;
       const auto read = [&](Tensor& packed, Tensor& scales, int64_t cols) {
         return quantized_matrix(name, packed, scales, cols, bits, group);

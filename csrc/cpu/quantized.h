@@ -24,6 +24,13 @@ struct QuantizedMatrix {
   int64_t group;
 };
 
+// Rows, and columns of one group at most, whose numbers are unpacked together for many tokens.
+constexpr int kTileRows = 64;
+constexpr int64_t kTileColumns = 64;
+
+// Tokens that one pass over the weights serves then: in steps of 4, and dots have room for whole steps.
+constexpr int64_t kTileTokens = 64;
+
 // One instruction set's way with one number of bits.
 struct QuantizedKernel {
   const char* isa;
@@ -39,6 +46,21 @@ struct QuantizedKernel {
   // dots[m * dots_stride + n] for n < rows, m < tokens <= kMaxTokens, from weight row `row` on.
   void (*dot)(const QuantizedMatrix& weight, int64_t row, int64_t rows, const void* packed, int64_t packed_stride,
               int64_t tokens, float* dots, int64_t dots_stride);
+
+  // to[i] = number i of a row times the scale of its group, for i < cols.
+  void (*row)(const uint32_t* words, int64_t cols, int64_t group, const float* scales, float* to);
+
+  // Null where there is no such way: dots[m * kTileRows + r] += scales[r] * x_scales[m] * sum over columns k of
+  // number[r, k] * x[m, k] for r < rows, at most kTileRows that are `word_stride` apart, and at most kTileColumns
+  // columns. x has of each 4 tokens, `x_stride` numbers apart, those of two columns of each token, and so on: of the
+  // columns of a word, each with the one that is half a word behind it, and 0 behind the last one. The words `ahead`
+  // bytes behind are fetched.
+  void (*tile)(const uint32_t* words, int64_t word_stride, int64_t rows, int64_t columns, int64_t ahead,
+               const int16_t* x, int64_t tokens, int64_t x_stride, const float* x_scales, const float* scales,
+               float* dots);
+
+  // Tokens from which tiles are faster, where rows are long.
+  int64_t tile_tokens;
 };
 
 // Null where the compiler could not build that file.
@@ -77,6 +99,10 @@ void quantized_layers(QuantizedMachine machine, const void* x, int64_t tokens, c
 
 void quantized_silu_gated_linear(QuantizedMachine machine, const void* x, int64_t tokens, const QuantizedMatrix& gate,
                                  const QuantizedMatrix& up, void* y);
+
+// The weight (rows, cols) without gaps, in the dtype of the outer kernel: numbers times scales of that dtype, rounded
+// once.
+void quantized_weight(QuantizedMachine machine, const QuantizedMatrix& weight, void* to);
 
 // The best kernel for this processor, or the best that `isa` includes ("avx512_vnni", and all names that find_kernel
 // knows); null where the processor or the build lacks it. 8 `activation_bits` are a wish: 16 are there for all.

@@ -31,9 +31,9 @@ inline const lorap::cpu::RowKernel* float_kernel(Dtype dtype) {
   return lorap::cpu::find_kernel(dtype, isa);
 }
 
-inline QuantizedMachine machine(const Tensor& x, int64_t bits) {
+inline QuantizedMachine machine(Dtype dtype, int64_t bits) {
   STD_TORCH_CHECK(bits == 4 || bits == 8, "lorap_cpu: weights have ", bits, " bits; 4 and 8 are there");
-  const lorap::cpu::RowKernel* outer = float_kernel(dtype_of(x));
+  const lorap::cpu::RowKernel* outer = float_kernel(dtype);
   const lorap::cpu::QuantizedKernel* kernel =
       lorap::cpu::find_quantized_kernel(static_cast<int>(bits), forced_isa(), activation_bits());
   STD_TORCH_CHECK(outer && kernel,

@@ -28,6 +28,7 @@
 #pragma once
 
 #include "quantized_packing.h"
+#include "quantized_row.h"
 
 namespace {
 
@@ -271,7 +272,10 @@ constexpr QuantizedKernel make_quantized_kernel(const char* isa) {
           8 * sizeof(typename Lane::Activation) * Lane::kPlanes,
           quantized_packed_bytes<Lane, Bits>,
           quantized_pack<Lane, Bits>,
-          quantized_dot<Lane, Bits>};
+          quantized_dot<Lane, Bits>,
+          quantized_row<Bits>,
+          nullptr,
+          0};
 }
 
 }  // namespace

@@ -26,6 +26,9 @@ constexpr int64_t kGrainWeights = 1 << 16;
 // last.
 constexpr int64_t kChunkWeights = 1 << 16;
 
+// Rows of a chunk are a multiple of it.
+constexpr int64_t kUnit = 16;
+
 struct Free {
   void operator()(void* p) const { std::free(p); }
 };
@@ -88,12 +91,11 @@ struct Rows {
 // smaller block of whole units where rows are long, so the same rows share a tile, and round alike, with any number of
 // threads.
 template <class Body>
-void for_row_blocks(const Call& call, const std::vector<Rows>& jobs, const Body& body) {
-  constexpr int64_t kUnit = 16;
+void for_row_blocks(const Call& call, const std::vector<Rows>& jobs, const Body& body, int64_t unit = kUnit) {
   int64_t weights = 0, chunks = 0;
   std::vector<int64_t> chunk_rows;  // of each job
   for (const Rows& job : jobs) {
-    const int64_t rows = kChunkWeights / std::max<int64_t>(job.weights, 1) + 1, whole = rows < kBlock ? kUnit : kBlock;
+    const int64_t rows = kChunkWeights / std::max<int64_t>(job.weights, 1) + 1, whole = rows < kBlock ? unit : kBlock;
     chunk_rows.push_back((rows + whole - 1) / whole * whole);
     chunks += (job.count + chunk_rows.back() - 1) / chunk_rows.back();
     weights += job.count * job.weights;

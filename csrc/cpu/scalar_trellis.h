@@ -8,6 +8,7 @@ namespace {
 
 struct ScalarTrellis {
   static constexpr int kFloats = 8;  // so that slices begin with whole bytes
+  static constexpr int kSlices = 1;
   struct Floats {
     float value[kFloats];
   };

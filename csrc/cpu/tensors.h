@@ -20,8 +20,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-inline Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
+inline Dtype dtype_of(ScalarType dtype) {
+  switch (dtype) {
     case ScalarType::Float:
       return Dtype::kFloat32;
     case ScalarType::BFloat16:
@@ -32,6 +32,8 @@ inline Dtype dtype_of(const Tensor& x) {
       STD_TORCH_CHECK(false, "lorap_cpu: x must be float32, bfloat16 or float16");
   }
 }
+
+inline Dtype dtype_of(const Tensor& x) { return dtype_of(x.scalar_type()); }
 
 inline void check_like(const char* name, const Tensor& tensor, const Tensor& x) {
   STD_TORCH_CHECK(tensor.is_cpu() && x.is_cpu(), "lorap_cpu: ", name, " and x must be on the CPU");
@@ -127,6 +129,19 @@ inline Tensor output_like(const Tensor& x, int64_t out_features) {
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dim, sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor empty_matrix(int64_t rows, int64_t cols, ScalarType dtype) {
+  const int64_t sizes[] = {rows, cols}, strides[] = {std::max<int64_t>(cols, 1), 1};
+  const int32_t number = dtype == ScalarType::Float      ? aoti_torch_dtype_float32()
+                         : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                         : dtype == ScalarType::Half     ? aoti_torch_dtype_float16()
+                                                         : aoti_torch_dtype_int32();
+  times(times(rows, strides[0]), sizeof(int32_t));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(2, sizes, strides, number, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 

@@ -127,24 +127,36 @@ struct Test {
     expect("activations next to two", y, product(x.table, one.table));
   }
 
-  // An output is the same number whatever other rows and tokens are computed with it.
-  void each_alone(int64_t tokens, int64_t k, int64_t n, int64_t group) {
+  // An output is the same number whatever other rows and tokens are computed with it, of as many as `at_once`: few and
+  // many tokens are summed up in other orders.
+  void each_alone(int64_t tokens, int64_t k, int64_t n, int64_t group, int64_t at_once = 1) {
     Quantized one = weight(group, n, k);
     Weight x(format, tokens, k);
     // Numbers of all digits, so that sums round.
     for (int64_t j = 0; j < tokens * k; ++j) x.array.set(j, round_to(format, random_below(1000) / 997.0));
-    Array y(format, tokens * n), alone(format, 1);
+    Array y(format, tokens * n), alone(format, at_once);
     quantized_linear(machine(), x.array.data(), tokens, one.matrix(), nullptr, y.data());
     for (int64_t m = 0; m < tokens; ++m) {
-      Array token(format, k);
-      for (int64_t j = 0; j < k; ++j) token.set(j, x.array.get(m * k + j));
+      Array token(format, at_once * k);
+      for (int64_t j = 0; j < at_once * k; ++j) token.set(j, x.array.get(m * k + j % k));
       for (int64_t i = 0; i < n; ++i) {
         QuantizedMatrix row = one.matrix();
         row.rows = 1, row.words += i * row.word_stride;
         row.scales = static_cast<const char*>(row.scales) + i * row.scale_stride * row.scale_kernel->element_bytes;
-        quantized_linear(machine(), token.data(), 1, row, nullptr, alone.data());
-        if (alone.get(0) != y.get(m * n + i)) fail("a row and a token alone");
+        quantized_linear(machine(), token.data(), at_once, row, nullptr, alone.data());
+        if (alone.get(at_once - 1) != y.get(m * n + i)) fail("a row and a token alone");
       }
+    }
+    ++cases;
+  }
+
+  // Numbers times scales, both in the format, rounded once.
+  void whole_weight(int64_t k, int64_t n, int64_t group) {
+    Quantized one = weight(group, n, k);
+    Array found(format, n * k);
+    quantized_weight(machine(), one.matrix(), found.data());
+    for (int64_t i = 0; i < n * k; ++i) {
+      if (found.get(i) != round_to(format, one.table.numbers[i].exact)) fail("a weight");
     }
     ++cases;
   }
@@ -169,25 +181,25 @@ struct Test {
   }
 
   // Sizes near the ends of the format, a row of zeros, and what is no number.
-  void extremes() {
+  void extremes(int64_t tokens = 1) {
     const int64_t k = 70, n = 5;
     Quantized one = weight(32, n, k);
     const double largest = std::ldexp(1.0, format.max_exponent - 4), smallest = std::ldexp(1.0, format.min_exponent);
     for (double size : {0.0, smallest, largest, double(INFINITY), double(NAN)}) {
-      Array x(format, k), y(format, n);
-      Table table(1, k);
-      for (int64_t j = 0; j < k; ++j) {
-        const double value = j == 40 ? size : 0;
-        table.at(0, j) = {value, std::abs(value)};
+      Array x(format, tokens * k), y(format, tokens * n);
+      Table table(tokens, k);
+      for (int64_t j = 0; j < tokens * k; ++j) {
+        const double value = j % k == 40 ? size : 0;
+        table.at(j / k, j % k) = {value, std::abs(value)};
         x.set(j, value);
       }
-      quantized_linear(machine(), x.data(), 1, one.matrix(), nullptr, y.data());
+      quantized_linear(machine(), x.data(), tokens, one.matrix(), nullptr, y.data());
       if (std::isfinite(size)) {
         // Activations of 8 bits have no scale below the smallest normal number, and weights are 4 at most.
         expect("one activation", y, product(table, one.table), kernel.activation_bits == 8 ? 4 * 1.2e-38 : 0);
         if (y.get(n / 2) != 0) fail("a row of zeros");
       }
-      for (int64_t i = 0; i < n && !std::isfinite(size); ++i) {
+      for (int64_t i = 0; i < tokens * n && !std::isfinite(size); ++i) {
         if (!std::isnan(y.get(i))) fail("an activation that is no number");
       }
     }
@@ -217,7 +229,7 @@ void run(const QuantizedKernel& kernel, const char* isa) {
   int64_t cases = 0;
   for (Dtype dtype : kDtypes) {
     Test test{kernel, dtype, isa};
-    const int64_t token_counts[] = {1, 2, 3, 5, 16, 17}, features[] = {1, 7, 63, 100, 289}, ranks[] = {1, 17, 150},
+    const int64_t token_counts[] = {1, 2, 3, 5, 16, 17, 65}, features[] = {1, 7, 63, 100, 289}, ranks[] = {1, 17, 150},
                   outputs[] = {1, 33, 100}, groups[] = {32, 64, 96, 128};
     int64_t i = 0;
     for (int64_t tokens : token_counts) {
@@ -229,11 +241,18 @@ void run(const QuantizedKernel& kernel, const char* isa) {
     // Rows of several segments, with groups across their ends and one that no row fills.
     for (int64_t group : {64, 96, 4224}) test.ops(group == 96 ? 5 : 1, 4200, 5, 3, group);
     for (int spread : {0, 3, 7, 12}) test.spread_activations(spread);
-    for (int64_t tokens : {1, 3, 5}) test.next_to_two(tokens);
-    for (int64_t group : {32, 128}) test.each_alone(7, 289, 67, group);
-    test.extremes();
+    for (int64_t tokens : {1, 3, 5, 17}) test.next_to_two(tokens);
+    for (int64_t group : {32, 128}) {
+      test.each_alone(kernel.tile ? 2 : 7, 289, 67, group);
+      if (kernel.tile) test.each_alone(23, 289, 67, group, 21);
+    }
+    for (int64_t n : {1, 63, 100}) {
+      for (int64_t k : {1, 7, 63, 100, 289}) test.whole_weight(k, n, 32 * (1 + (n + k) % 4));
+    }
+    for (int64_t tokens : {1, 23}) test.extremes(tokens);
     const int64_t before = threads_started;
-    for (int64_t tokens : {1, 5}) test.ops(tokens, 577, 150, 500, 64);  // enough weights for several threads
+    for (int64_t tokens : {1, 5, 70}) test.ops(tokens, 577, 150, 500, 64);  // enough weights for several threads
+    test.whole_weight(577, 500, 64);
     if (threads_started == before) test.fail("ran in one thread");
     cases += test.cases;
   }

@@ -174,6 +174,21 @@ void side_by_side(const TrellisKernel& kernel, Dtype dtype, int64_t tokens) {
   products(cases, dtype);
 }
 
+// The weight, transposed: numbers and scales in the format, their product rounded once.
+void whole_weight(const TrellisKernel& kernel, Dtype dtype, int64_t k, int64_t n, int64_t group) {
+  const Format& format = format_of(dtype);
+  OnTrellis weight(dtype, kernel.isa, kernel.bits, group, n, k);
+  Array found(format, k * n);
+  trellis_weight({find_kernel(dtype, kernel.isa), parallel_for, 3}, kernel, weight.matrix(), found.data());
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < k; ++j) {
+      const double scale = weight.scales.get(i * weight.scale_stride + j / group);
+      const double exact = round_to(format, number(weight.window(i, j, kernel.bits))) * scale;
+      if (found.get(j * n + i) != round_to(format, exact)) fail(kernel, "a weight");
+    }
+  }
+}
+
 void run(const TrellisKernel& kernel) {
   const int64_t token_counts[] = {1, 2, 3, 4, 5, 8, 17, 65}, features[] = {1, 31, 64, 100, 289},
                 outputs[] = {1, 63, 64, 65, 150}, groups[] = {32, 64, 96, 128, 4224};
@@ -186,9 +201,15 @@ void run(const TrellisKernel& kernel) {
       }
     }
   }
+  for (Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}) {
+    for (int64_t n : outputs) {
+      for (int64_t k : features) whole_weight(kernel, dtype, k, n, groups[(n + k) % 5]);
+    }
+  }
   for (int64_t tokens : {1, 3, 65}) side_by_side(kernel, Dtype::kBFloat16, tokens);
   const int64_t before = threads_started;
   linear(kernel, Dtype::kFloat32, 1, 577, 500, 64);
+  whole_weight(kernel, Dtype::kFloat32, 577, 500, 64);
   if (threads_started == before) fail(kernel, "linear ran in one thread");
   for (int64_t rows : {1, 64, 100}) search(kernel, rows, 2);
   if (threads_started == before + 3) fail(kernel, "search ran in one thread");

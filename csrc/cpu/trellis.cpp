@@ -1,10 +1,8 @@
 #include "trellis.h"
 
-#include <bit>
 #include <cstring>
 
-#include "quantized_packing.h"
-#include "row_blocks.h"
+#include "tile_input.h"
 
 namespace lorap::cpu {
 namespace {
@@ -39,114 +37,33 @@ void on_all_threads(ParallelFor parallel_for, int64_t threads, int64_t count, co
 
 int64_t tiles_of(int64_t rows) { return (rows + kTrellisRows - 1) / kTrellisRows; }
 
-// Calls body(first column, columns, group, block) for what is multiplied together: columns of one group.
-template <class Body>
-void for_blocks(const TrellisMatrix& weight, const Body& body) {
-  int64_t columns;
-  for (int64_t k = 0, block = 0; k < weight.cols; k += columns, ++block) {
-    const int64_t group = k / weight.group, end = std::min(weight.cols, (group + 1) * weight.group);
-    columns = std::min(kTrellisColumns, end - k);
-    body(k, columns, group, block);
-  }
-}
-
-// The nearest whole number, of 16 bits: adding 1.5 * 2^23 leaves it in the low bits, as exp_negative has it.
-int16_t nearest(float x) {
-  const int32_t whole = std::bit_cast<int32_t>(x + 12582912.0f) - std::bit_cast<int32_t>(12582912.0f);
-  return static_cast<int16_t>(std::min(whole, 32767));
-}
-
-// x as the kernels want it, see TrellisKernel::dot: a block of columns becomes numbers of 16 bits that share a power of
-// two, which quantized.h has more about; of float32 what they leave becomes a second token of such numbers.
-class TrellisInput {
- public:
-  TrellisInput(const Call& call, const void* x, const TrellisMatrix& weight)
-      : digits_(call.element == sizeof(float) ? 2 : 1),
-        tokens_(call.tokens * digits_),
-        together_(tokens_ > 2 ? 4 : tokens_),
-        padded_((tokens_ + together_ - 1) / together_ * together_),
-        stride_((weight.cols + 1) / 2 * together_ * 2),
-        numbers_(scratch<int16_t>(padded_ / together_ * stride_)) {
-    int64_t blocks = 0;
-    for_blocks(weight, [&](auto...) { ++blocks; });
-    scales_ = scratch<float>(blocks * padded_);
-    std::fill_n(numbers_.get(), padded_ / together_ * stride_, int16_t{0});
-    std::fill_n(scales_.get(), blocks * padded_, 0.0f);
-    const auto values = scratch<float>(weight.cols);
-    for (int64_t m = 0; m < call.tokens; ++m) {
-      call.kernel.load(static_cast<const char*>(x) + m * weight.cols * call.element, weight.cols, values.get());
-      for_blocks(weight, [&](int64_t k, int64_t columns, int64_t, int64_t block) {
-        pack(values.get() + k, k, columns, m, scales_.get() + block * padded_);
-      });
-    }
-  }
-  int64_t digits() const { return digits_; }
-  int64_t tokens() const { return tokens_; }
-  int64_t stride() const { return stride_; }
-  const int16_t* column(int64_t k) const { return numbers_.get() + k * together_; }  // k is even
-  const float* scales(int64_t block) const { return scales_.get() + block * padded_; }
-
- private:
-  void pack(float* values, int64_t k, int64_t columns, int64_t token, float* scales) {
-    constexpr float kDigit = 32768.0f;
-    float scale = block_scale<16>(values, columns), inverse = scale == scale ? 1.0f / scale : 0.0f;
-    for (int64_t m = token * digits_; m < (token + 1) * digits_; ++m) {
-      scales[m] = scale;
-      int16_t rounded[kTrellisColumns];
-      for (int64_t i = 0; i < columns; ++i) rounded[i] = nearest(values[i] * inverse);
-      int16_t* to = numbers_.get() + m / together_ * stride_ + m % together_ * 2;
-      for (int64_t i = 0; i < columns; ++i) {
-        to[(k + i) / 2 * together_ * 2 + i % 2] = rounded[i];
-        values[i] = (values[i] * inverse - rounded[i]) * kDigit;  // exact, as in quantized_packing.h
-      }
-      scale /= kDigit, inverse = 1.0f;
-    }
-  }
-
-  int64_t digits_, tokens_, together_, padded_, stride_;
-  std::unique_ptr<int16_t[], Free> numbers_;
-  std::unique_ptr<float[], Free> scales_;
-};
-
-// Scales of a tile, (groups, 64), times the unit of the numbers.
-void load_scales(const TrellisMatrix& weight, int64_t row, int64_t rows, int64_t groups, float* of_row, float* scales) {
-  const int64_t element = weight.scale_kernel->element_bytes;
-  for (int64_t i = 0; i < rows; ++i) {
-    const char* from = static_cast<const char*>(weight.scales) + (row + i) * weight.scale_stride * element;
-    weight.scale_kernel->load(from, groups, of_row);
-    for (int64_t g = 0; g < groups; ++g) scales[g * kTrellisRows + i] = of_row[g] * kTrellisUnit;
-  }
-}
-
 // dots[token * kBlock + i] of all rows of a tile, whose scales are there.
-void tile_dots(const TrellisKernel& kernel, const TrellisMatrix& weight, int64_t tile, const TrellisInput& input,
+void tile_dots(const TrellisKernel& kernel, const TrellisMatrix& weight, int64_t tile, const TileInput& input,
                const float* scales, float* dots) {
   constexpr int64_t kMore = 3;  // what may be written behind the last token
-  const int64_t words = kTrellisRows * kernel.bits / 32, digits = input.digits();
+  const int64_t words = kTrellisRows * kernel.bits / 32;
   std::fill_n(dots, (input.tokens() + kMore) * kTrellisRows, 0.0f);
   for_blocks(weight, [&](int64_t k, int64_t columns, int64_t group, int64_t block) {
     kernel.dot(weight.words + tile * weight.word_stride + k * words, columns, input.column(k), input.tokens(),
                input.stride(), input.scales(block), scales + group * kTrellisRows, dots);
   });
-  for (int64_t m = 0; m < input.tokens() / digits && digits == 2; ++m) {
-    const float *high = dots + 2 * m * kTrellisRows, *low = high + kTrellisRows;
-    for (int64_t i = 0; i < kTrellisRows; ++i) dots[m * kTrellisRows + i] = high[i] + low[i];
-  }
+  input.add_digits(kTrellisRows, dots);
 }
-
-int64_t groups_of(const TrellisMatrix& weight) { return weight.cols ? (weight.cols - 1) / weight.group + 1 : 0; }
 
 // A product for tokens of one pass over its weight.
 struct Part {
+  Part(const TrellisProduct& product, const Call& call, const void* x)
+      : product(product), call(call), input(call, product.weight, 1) {
+    input.pack(x);
+  }
   const TrellisProduct& product;
   Call call;
-  TrellisInput input;
+  TileInput input;
 
-  void finish(int64_t tile, float* scales, float* of_row, float* dots) const {
+  void finish(int64_t tile, float* scales, float* loaded, float* dots) const {
     const TrellisMatrix& weight = product.weight;
     const int64_t row = tile * kTrellisRows, rows = std::min<int64_t>(kTrellisRows, weight.rows - row);
-    std::fill_n(scales, groups_of(weight) * kTrellisRows, 0.0f);
-    load_scales(weight, row, rows, groups_of(weight), of_row, scales);
+    load_scales(weight, row, rows, kTrellisUnit, loaded, scales);
     tile_dots(*product.kernel, weight, tile, input, scales, dots);
     call.finish(product.bias, row, row, rows, dots);
   }
@@ -162,12 +79,12 @@ void run_parts(Machine machine, const std::vector<Part>& parts) {
   }
   const int64_t threads = weights <= kGrainWeights ? 1 : machine.threads;
   on_all_threads(machine.parallel_for, threads, tiles, [&](std::atomic<int64_t>& next) {
-    const auto scales = scratch<float>(groups * kTrellisRows), of_row = scratch<float>(groups),
+    const auto scales = scratch<float>(groups * kTrellisRows), loaded = scratch<float>(groups * kTrellisRows),
                dots = scratch<float>((kTrellisTokens + 3) * kTrellisRows);
     for (int64_t tile; (tile = next.fetch_add(1, std::memory_order_relaxed)) < tiles;) {
       const Part* part = parts.data();
       for (int64_t own; tile >= (own = tiles_of(part->product.weight.rows)); ++part) tile -= own;
-      part->finish(tile, scales.get(), of_row.get(), dots.get());
+      part->finish(tile, scales.get(), loaded.get(), dots.get());
     }
   });
 }
@@ -187,10 +104,34 @@ void trellis_products(Machine machine, int64_t tokens, const TrellisProduct* pro
                       element,         static_cast<char*>(one.y) + first * one.y_stride * element,
                       one.y_stride};
       const char* x = static_cast<const char*>(one.x) + first * one.weight.cols * element;
-      parts.push_back({one, call, TrellisInput(call, x, one.weight)});
+      parts.emplace_back(one, call, x);
     }
     run_parts(machine, parts);
   }
+}
+
+void trellis_weight(Machine machine, const TrellisKernel& kernel, const TrellisMatrix& weight, void* to) {
+  const RowKernel& outer = *machine.kernel;
+  const int64_t groups = groups_of(weight), words = kTrellisRows * kernel.bits / 32, element = outer.element_bytes;
+  const int64_t threads = weight.rows * weight.cols <= kGrainWeights ? 1 : machine.threads;
+  on_all_threads(machine.parallel_for, threads, tiles_of(weight.rows), [&](std::atomic<int64_t>& next) {
+    const auto scales = scratch<float>(groups * kTrellisRows),
+               values = scratch<float>(std::max(groups, kTrellisColumns) * kTrellisRows);
+    for (int64_t tile; (tile = next.fetch_add(1, std::memory_order_relaxed)) < tiles_of(weight.rows);) {
+      const int64_t row = tile * kTrellisRows, rows = std::min<int64_t>(kTrellisRows, weight.rows - row);
+      load_scales(weight, row, rows, 1.0f, values.get(), scales.get());
+      outer.store(scales.get(), groups * kTrellisRows, values.get());
+      outer.load(values.get(), groups * kTrellisRows, scales.get());
+      for_blocks(weight, [&](int64_t k, int64_t columns, int64_t group, int64_t) {
+        kernel.columns(weight.words + tile * weight.word_stride + k * words, columns, outer.dtype == Dtype::kBFloat16,
+                       scales.get() + group * kTrellisRows, values.get());
+        char* of_column = static_cast<char*>(to) + (k * weight.rows + row) * element;
+        for (int64_t i = 0; i < columns; ++i) {
+          outer.store(values.get() + i * kTrellisRows, rows, of_column + i * weight.rows * element);
+        }
+      });
+    }
+  });
 }
 
 void trellis_search(const TrellisKernel& kernel, ParallelFor parallel_for, int64_t threads,

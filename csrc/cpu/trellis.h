@@ -7,18 +7,17 @@
 namespace lorap::cpu {
 
 constexpr int kTrellisFewestBits = 2, kTrellisMostBits = 6;
-constexpr int kTrellisRows = 64;    // of a tile
+constexpr int kTrellisRows = kTileRows;
 constexpr int kTrellisWindow = 12;  // bits
 constexpr int kTrellisWindows = 1 << kTrellisWindow;
 constexpr uint32_t kTrellisFactor = 1007213647;
 constexpr float kTrellisUnit = 1.0f / 128;
 
 // Columns that are decoded together at most, of one group.
-constexpr int64_t kTrellisColumns = 64;
+constexpr int64_t kTrellisColumns = kTileColumns;
 
-// Tokens that one pass over the weights serves: those beyond 4 in steps of 4, and dots have room for whole steps.
-// Activations of float32 take two of them each.
-constexpr int64_t kTrellisTokens = 64;
+// Tokens that one pass over the weights serves; activations of float32 take two of them each.
+constexpr int64_t kTrellisTokens = kTileTokens;
 
 // Rows on each side of a ring's seam by which the bits at the seam are chosen, see kernels/triton/trellis_search.py.
 constexpr int kTrellisSeam = 48;
@@ -46,6 +45,10 @@ struct TrellisKernel {
   // side, or of each 4, `x_stride` numbers apart.
   void (*dot)(const uint32_t* words, int64_t columns, const int16_t* x, int64_t tokens, int64_t x_stride,
               const float* x_scales, const float* scales, float* dots);
+
+  // to[c * 64 + r] = number[r, c] * scales[r] for columns as those of `dot`, numbers as they are, of float32 or, where
+  // asked for, rounded to bfloat16.
+  void (*columns)(const uint32_t* words, int64_t columns, bool bfloat16, const float* scales, float* to);
 };
 
 // Floats: the least errors of all rows, by the bits that a row shares with the one below.
@@ -74,6 +77,10 @@ struct TrellisProduct {
 
 // Any number of tokens is right, few are fast. Threads share the tiles of all products, which may differ in all else.
 void trellis_products(Machine machine, int64_t tokens, const TrellisProduct* products, int64_t count);
+
+// The weight, transposed: `to` (cols, rows) without gaps, in the dtype of the machine's kernel, in which numbers and
+// scales are rounded before their products are.
+void trellis_weight(Machine machine, const TrellisKernel& kernel, const TrellisMatrix& weight, void* to);
 
 // Float32 matrices with any strides, in elements.
 struct TrellisTargets {

@@ -12,14 +12,6 @@ const float* floats(const char* name, Tensor& tensor, int64_t rows, int64_t cols
   return static_cast<const float*>(aligned_data(tensor));
 }
 
-Tensor empty_int32(int64_t rows, int64_t cols) {
-  const int64_t sizes[] = {rows, cols}, strides[] = {std::max<int64_t>(cols, 1), 1};
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(2, sizes, strides, aoti_torch_dtype_int32(), aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
 Tensor trellis_search(Tensor wanted, Tensor importance, int64_t bits) {
   STD_TORCH_CHECK(wanted.dim() == 2, "lorap_cpu: wanted must have 2 dimensions, has ", wanted.dim());
   const int64_t rows = wanted.size(0), cols = wanted.size(1);
@@ -28,8 +20,7 @@ Tensor trellis_search(Tensor wanted, Tensor importance, int64_t bits) {
       floats("wanted", wanted, rows, cols), floats("importance", importance, rows, cols), rows, cols,
       {wanted.stride(0), wanted.stride(1)}, {importance.stride(0), importance.stride(1)}};
   const int64_t padded = times(divide_up(rows, lorap::cpu::kTrellisRows), lorap::cpu::kTrellisRows);
-  times(times(padded, cols), sizeof(int32_t));
-  Tensor windows = empty_int32(padded, cols);
+  Tensor windows = empty_matrix(padded, cols, ScalarType::Int);
   lorap::cpu::trellis_search(kernel, parallel_for, torch::stable::get_num_threads(), targets,
                              static_cast<int32_t*>(windows.mutable_data_ptr()));
   return windows;
@@ -48,14 +39,28 @@ Tensor trellis_linear(Tensor x, Tensor packed, Tensor scales, OptionalTensor bia
   return y;
 }
 
+// The weight (rows, columns) that codes and scales stand for, transposed.
+Tensor trellis_weight(Tensor packed, Tensor scales, int64_t columns, int64_t bits, int64_t group, ScalarType dtype) {
+  STD_TORCH_CHECK(columns >= 0, "lorap_cpu: packed has ", columns, " columns");
+  const TrellisKernel& kernel = trellis_kernel(bits);
+  const lorap::cpu::RowKernel* outer = float_kernel(dtype_of(dtype));
+  const TrellisMatrix weight = trellis_matrix("packed", packed, scales, columns, bits, group);
+  Tensor result = empty_matrix(columns, weight.rows, dtype);
+  lorap::cpu::trellis_weight({outer, parallel_for, torch::stable::get_num_threads()}, kernel, weight,
+                             result.mutable_data_ptr());
+  return result;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lorap_cpu, m) {
   m.def("trellis_linear(Tensor x, Tensor packed, Tensor scales, Tensor? bias, int bits, int group) -> Tensor");
+  m.def("trellis_weight(Tensor packed, Tensor scales, int columns, int bits, int group, ScalarType dtype) -> Tensor");
   m.def("trellis_search(Tensor wanted, Tensor importance, int bits) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lorap_cpu, CPU, m) {
   m.impl("trellis_linear", TORCH_BOX(&trellis_linear));
+  m.impl("trellis_weight", TORCH_BOX(&trellis_weight));
   m.impl("trellis_search", TORCH_BOX(&trellis_search));
 }

@@ -65,11 +65,16 @@ EIGHT_BITS = _eight_bits()
 _ROUNDED = "activations of 8 bits beside weights of 4, as LORAP_ACTIVATIONS asks: 1.3 x from 4 tokens on with AVX2; "
 
 
+def _units() -> tuple[bool, bool, bool]:
+    """Whether this processor has dot products of bfloat16, tiles of AMX for it, and arithmetic in float16."""
+    bf16 = native.cpu_isa(torch.bfloat16) == "avx512_bf16"
+    tiles = bf16 and bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+    return bf16, tiles, bool(getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", bool)())
+
+
 def _cpu_rules() -> tuple[Rule, ...]:
     """4096 x 4096 at rank 1024 beside torch on two Zen 4 cores, and two with AMX, gave the numbers (docs/kernels.md)."""
-    bf16_unit = native.cpu_isa(torch.bfloat16) == "avx512_bf16"
-    bf16_tiles = bf16_unit and bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
-    fp16_unit = bool(getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", bool)())
+    bf16_unit, bf16_tiles, fp16_unit = _units()
     no_unit = (
         "torch computes {} without hardware for it 2.4 to 4 times slower than these kernels, at 16 tokens and at 512"
     )
@@ -85,13 +90,29 @@ def _cpu_rules() -> tuple[Rule, ...]:
         if fp16_unit
         else (torch.float16, None, no_unit.format("float16")),
     )
-    ops: dict[tuple[str, ...], str] = {(*LINEAR_OPS, *QUANTIZED_OPS): ""}
-    if EIGHT_BITS and native.quantized_cpu_isa().endswith(native.EIGHT_BITS):
-        ops = {LINEAR_OPS: "", QUANTIZED_OPS: _ROUNDED}
+    return tuple(Rule(LINEAR_OPS, "cpu", "cpu", (dtype,), tokens, reason) for dtype, tokens, reason in rows)
+
+
+def _few_bits_cpu_rules() -> tuple[Rule, ...]:
+    """Beyond these numbers of tokens torch multiplies rows of the weight that are made in each call, see lorap/nn/unpacked.py."""
+    bf16_unit, bf16_tiles, fp16_unit = _units()
+    made = "beyond, torch multiplies rows that are made in each call: {}"
+    bf16, estimated = made.format("5 to 19 % faster at 256"), made.format("estimated for AMX, not measured")
+    tiles = native.quantized_cpu_isa().startswith("avx512")
+    no_unit = "torch multiplies in {} without hardware for it"
+    # dtype -> tokens for weights of 4 and 8 bits, and on a trellis, which takes three times as long to make rows of.
+    most: dict[torch.dtype, tuple[int | None, int | None, str]] = {
+        torch.float32: (128, 128, made.format("even from 128 to 512"))
+        if tiles
+        else (12, 12, made.format("1.4 x at 32 with AVX2")),
+        torch.bfloat16: (16, 32, estimated) if bf16_tiles else (96, 160, bf16) if bf16_unit else (None, None, no_unit),
+        torch.float16: (32, 32, made.format("unmeasured")) if fp16_unit else (None, None, no_unit),
+    }
+    rounded = _ROUNDED if EIGHT_BITS and native.quantized_cpu_isa().endswith(native.EIGHT_BITS) else ""
     return tuple(
-        Rule(some, "cpu", "cpu", (dtype,), tokens, more + reason)
-        for some, more in ops.items()
-        for dtype, tokens, reason in rows
+        Rule(ops, "cpu", "cpu", (dtype,), found[place], more + found[2].format(str(dtype).removeprefix("torch.")))
+        for ops, place, more in ((QUANTIZED_OPS, 0, rounded), (("trellis_linear",), 1, ""))
+        for dtype, found in most.items()
     )
 
 
@@ -103,7 +124,6 @@ _ONE_LAUNCH = (
     "of 32 (4 bits) or 16 (8), and tokens times R fit the shared memory; all else goes to the next row"
 )
 _IN_REGISTERS = "modelled, not measured: numbers become floats in registers; torch writes the matrix in 16 bits first"
-_DECODED = "5 x at 512 tokens, and more at fewer: numbers are made in registers; torch writes the matrix, by indices of 64 bits"
 _SEARCH = "40 to 70 times as fast as torch on one core, which writes the errors of all windows to memory"
 _ONE_READ = "modelled, not measured: one read of x; torch reads it twice and writes a float32 copy"
 
@@ -111,7 +131,7 @@ _ONE_READ = "modelled, not measured: one read of x; torch reads it twice and wri
 # anything fused.
 RULES = (
     *_cpu_rules(),
-    Rule(("trellis_linear",), "cpu", "cpu", FLOATS, None, _DECODED),
+    *_few_bits_cpu_rules(),
     Rule(("trellis_search",), "cpu", "cpu", (torch.float32,), None, _SEARCH),
     Rule(tuple(op for op in LINEAR_OPS if op != "linear"), "cuda", "triton", HALVES, 32, _DECODE_GPU),
     Rule(("quantized_low_rank_linear",), "cuda", "cuda", HALVES, FMA_TOKENS, _ONE_LAUNCH),

@@ -11,7 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lorap.algorithms.symmetric import add_outer_products
 from lorap.kernels import cost, packing, reference, trellis
-from lorap.nn import cuda_limits, native, shape_checks
+from lorap.nn import cuda_limits, native, unpacked
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
@@ -34,16 +34,10 @@ def _cpu(op: str) -> Callable[..., Any]:
 
 
 def _cpu_quantized_low_rank(x: Tensor, *rest: Any) -> Tensor:
-    """The op of csrc/cpu has no pivots; with them two products, whose outputs torch puts into their order."""
-    *weights, bias, bits, group, pivot_rows = rest if len(rest) == 8 else (*rest, None)
-    if pivot_rows is None:
-        return _cpu("quantized_low_rank_linear")(x, *weights, bias, bits, group)
-    shape_checks.CHECKS["quantized_low_rank_linear"](x, *rest)  # torch lets some misfits pass
-    product = _cpu("quantized_linear")
-    shrunk = product(x, *weights[2:], None, bits, group)
-    y = torch.cat((shrunk, product(shrunk, *weights[:2], None, bits, group)), dim=-1)
-    y = y.index_select(-1, output_order(pivot_rows, y.shape[-1]))
-    return y if bias is None else y + bias
+    """The op of csrc/cpu has no pivots."""
+    if len(rest) == 8 and rest[-1] is not None:
+        return unpacked.two_products(_cpu("quantized_linear"), x, *rest)
+    return _cpu("quantized_low_rank_linear")(x, *rest[:7])
 
 
 # What the CUDA kernels are not written for goes to torch: a forced backend must not stop the prefill of a model.
@@ -209,7 +203,8 @@ def _second_moment(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tenso
 IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
     "reference": {op: getattr(reference, op) for op in OPS}
     | {"low_rank_linear": _low_rank_linear, "low_rank_linear_group": _low_rank_linear_group}
-    | {"second_moment": _second_moment},
+    | {"second_moment": _second_moment}
+    | {op: getattr(unpacked, op) for op in FEW_BITS_OPS},
     "cpu": {op: _cpu(op) for op in (*LINEAR_OPS, *QUANTIZED_OPS, *TRELLIS_OPS)}
     | {"quantized_low_rank_linear": _cpu_quantized_low_rank},
     "triton": {

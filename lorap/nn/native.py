@@ -21,7 +21,7 @@ def _load() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"{LIBRARY.name} cannot be opened by torch {torch.__version__}: {error}"
-    if not hasattr(torch.ops.lorap_cpu, "trellis_linear"):  # the youngest operator that any build has
+    if not hasattr(torch.ops.lorap_cpu, "quantized_weight"):  # the youngest operator that any build has
         return f"{LIBRARY.name} is older than this code; {REBUILD}"
     return None
 
