@@ -101,18 +101,22 @@ def _few_bits_cpu_rules() -> tuple[Rule, ...]:
     tiles = native.quantized_cpu_isa().startswith("avx512")
     no_unit = "torch multiplies in {} without hardware for it"
     # dtype -> tokens for weights of 4 and 8 bits, and on a trellis, which takes three times as long to make rows of.
-    most: dict[torch.dtype, tuple[int | None, int | None, str]] = {
-        torch.float32: (128, 128, made.format("even from 128 to 512"))
+    most: dict[torch.dtype, tuple[tuple[int | None, int | None], str]] = {
+        torch.float32: ((128, 128), made.format("even from 128 to 512"))
         if tiles
-        else (12, 12, made.format("1.4 x at 32 with AVX2")),
-        torch.bfloat16: (16, 32, estimated) if bf16_tiles else (96, 160, bf16) if bf16_unit else (None, None, no_unit),
-        torch.float16: (32, 32, made.format("unmeasured")) if fp16_unit else (None, None, no_unit),
+        else ((12, 12), made.format("1.4 x at 32 with AVX2")),
+        torch.bfloat16: ((16, 32), estimated)
+        if bf16_tiles
+        else ((96, 160), bf16)
+        if bf16_unit
+        else ((None, None), no_unit),
+        torch.float16: ((32, 32), made.format("unmeasured")) if fp16_unit else ((None, None), no_unit),
     }
     rounded = _ROUNDED if EIGHT_BITS and native.quantized_cpu_isa().endswith(native.EIGHT_BITS) else ""
     return tuple(
-        Rule(ops, "cpu", "cpu", (dtype,), found[place], more + found[2].format(str(dtype).removeprefix("torch.")))
+        Rule(ops, "cpu", "cpu", (dtype,), tokens[place], more + reason.format(str(dtype).removeprefix("torch.")))
         for ops, place, more in ((QUANTIZED_OPS, 0, rounded), (("trellis_linear",), 1, ""))
-        for dtype, found in most.items()
+        for dtype, (tokens, reason) in most.items()
     )
 
 

@@ -1,4 +1,4 @@
-"""Products of many tokens with weights in few bits on a CPU: the weight becomes a matrix, rows by rows, and torch multiplies these.
+"""Products of many tokens with weights in few bits on a CPU: some rows after the other become a matrix, which torch multiplies.
 
 What one call makes of rows is read from the cache, and its memory serves the next ones. A whole matrix of 4096 x 4096 in 16 bits
 is too large for glibc's allocator to keep: writing it costs a page fault for every 4 KB, which takes seven times as long as the
