@@ -43,6 +43,7 @@ _LORAP: Mapping[str, Any] = {
     "sequential": "layer",
     "storage": "factors",
     "correction_steps": 0,
+    "scale_steps": 0,
     "weights": "float",
     "group_size": 64,
     "target": "lorap",
@@ -162,6 +163,7 @@ class CompressionConfig:
         correction_steps: when all layers are compressed, so many small steps of all weights towards what the dense model predicts
             on the calibration windows, 1,536 tokens a step, none of them twice; fewer and smaller steps where there are fewer
             tokens, and none that further windows, not calibrated on, do not confirm. Sizes do not change.
+        scale_steps: when the weights are rounded, where they are, so many such steps of their scales alone.
         weights: how many bits they have in the end, in every linear layer of the decoder: ``float`` as many as the model's dtype,
             ``int8``, ``int4``, or ``tcq6`` to ``tcq2``, codes on a trellis, which lose less in as many bits and take longer;
             with ``size`` or ``bits_per_weight`` also ``mixed``, 8 for those matrices where they help most for their bytes and 4
@@ -206,6 +208,7 @@ class CompressionConfig:
     sequential: Literal["layer", "sublayer"] = _FROM_RECIPE
     storage: Literal["factors", "pivoted"] = _FROM_RECIPE
     correction_steps: Count = _FROM_RECIPE
+    scale_steps: Count = _FROM_RECIPE
     weights: Literal["float", "int8", "int4", "tcq6", "tcq5", "tcq4", "tcq3", "tcq2", "mixed", "tcq", "auto"] = (
         _FROM_RECIPE
     )
@@ -329,6 +332,11 @@ class CompressionConfig:
     def corrects(self) -> bool:
         """Whether weights move when all layers are compressed."""
         return self.correction_steps > 0 and self.sparsity > 0
+
+    @property
+    def rescales(self) -> bool:
+        """Whether scales move when all weights are rounded."""
+        return self.scale_steps > 0 and self.weights != "float"
 
     @property
     def has_byte_budget(self) -> bool:

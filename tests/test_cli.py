@@ -163,6 +163,7 @@ WRITTEN: list[tuple[str, list[Any], Any]] = [
     ("sequential", ["--sequential", "sublayer"], "sublayer"),
     ("storage", ["--storage", "factors"], "factors"),
     ("correction_steps", ["--correction-steps", "3"], 3),
+    ("scale_steps", ["--scale-steps", "3"], 3),
     ("weights", ["--weights", "int4"], "int4"),
     ("group_size", ["--group-size", "128"], 128),
     ("target", ["--target", "stock"], "stock"),

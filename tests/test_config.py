@@ -101,6 +101,7 @@ def test_lorap_is_the_paper() -> None:
         "sequential": "layer",
         "storage": "factors",
         "correction_steps": 0,
+        "scale_steps": 0,
         "weights": "float",
         "group_size": 64,
         "target": "lorap",

@@ -155,7 +155,7 @@ def _described(cell: Cell) -> dict[str, Any]:
     if cell.recipe in RIVALS:
         return asdict(config) | {"windows": cell.windows}
     options = config.to_dict()
-    unused = {"correction_steps": 0, "anchor": "none", "weights": "float"}
+    unused = {"correction_steps": 0, "scale_steps": 0, "anchor": "none", "weights": "float"}
     if options["weights"] == "float":
         del options["group_size"]
     return {name: value for name, value in options.items() if name not in unused or value != unused[name]}

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 # SmolLM2-135M on five other texts, in nats: 0.127, 0.136 and 0.136 at 0.024, 0.036 and 0.048 from sparsity 0.5, and 0.048, 0.049
 # and 0.050 from 0.2. At 0.096 steps overshoot: 0.018 worse than none from 0.2.
 RATE = 0.036
+# Of steps that move scales: the share of itself that the first one moves a scale by.
+SCALE_RATE = 0.008
 # Measured with so many steps; the small ones at the end repair what the large ones at the beginning overshoot, so that fewer of
 # them begin where these would end.
 FULL_STEPS = 8
@@ -43,18 +45,19 @@ class Schedule:
         return len(self.rates)
 
 
-def schedule(windows: int, seq_len: int, asked: int) -> Schedule:
+def schedule(windows: int, seq_len: int, asked: int, *, rate: float | None = None) -> Schedule:
     """The steps that so many windows are enough for: of ``STEP_TOKENS`` each, or of all that there is.
 
     Args:
         windows: of calibration.
         seq_len: tokens of each.
         asked: steps that are wanted.
+        rate: how far the first of ``FULL_STEPS`` moves; None for ``RATE``.
     """
     full = windows_of_a_step(seq_len)
     parts = max(1, windows // full)
     steps = min(asked, parts)
-    first = RATE * min(1.0, steps / FULL_STEPS) * min(1.0, windows / parts / full) ** 0.5
+    first = (RATE if rate is None else rate) * min(1.0, steps / FULL_STEPS) * min(1.0, windows / parts / full) ** 0.5
     rates = tuple(first * (1 - step / steps) for step in range(steps))
     return Schedule(asked, parts, rates, asked * full)
 

@@ -195,6 +195,14 @@ def compress_command(
             "and smaller ones on few windows, and undone where further windows do not agree.",
         ),
     ] = None,
+    scale_steps: Annotated[
+        Optional[int],
+        _option(
+            "scale_steps",
+            "Once the weights are rounded, so many such steps that move their scales alone, likewise undone where further "
+            "windows do not agree.",
+        ),
+    ] = None,
     weights: Annotated[
         Optional[str],
         _option(

@@ -1,4 +1,4 @@
-"""The stage after all layers are compressed: correction steps towards the dense model, kept only if unseen windows agree."""
+"""Correction steps towards the dense model, of weights and later of scales, kept only if unseen windows agree."""
 
 from __future__ import annotations
 
@@ -6,20 +6,30 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lorap.algorithms.step_schedule import Schedule, schedule
+from lorap.algorithms.step_schedule import SCALE_RATE, Schedule, schedule
 from lorap.calibration.backward import BATCH_TOKENS as BACKWARD_BATCH
 from lorap.calibration.context import DecoderContext
 from lorap.calibration.stream import CalibrationStream
 from lorap.calibration.windows import TokenWindows, fold_of
-from lorap.compression.distillation import WORTHWHILE, agree, corrected_linears, distill, divergences
-from lorap.compression.store import RunStore
+from lorap.compression.distillation import (
+    WORTHWHILE,
+    agree,
+    corrected_linears,
+    distill,
+    divergences,
+    rescale,
+    rounded_linears,
+)
+from lorap.compression.store import CORRECTED, RESCALED, RunStore
 from lorap.config import CompressionConfig
 from lorap.evaluation.perplexity import BATCH_TOKENS as EVALUATION_BATCH
 from lorap.evaluation.perplexity import evaluate_stream
+from lorap.nn.low_rank_tensors import WEIGHT_SCALE
 from lorap.reports.run import CorrectionReport
 from lorap.requirements import compressed_roles
 
@@ -46,16 +56,25 @@ class Correction:
         held_out: others, to judge by; without any there are no steps.
     """
 
+    # What finished steps are called, and what takes their time.
+    stage: ClassVar[str] = CORRECTED
+    timed_as: ClassVar[str] = "correct"
+
     context: DecoderContext
     config: CompressionConfig
     windows: TokenWindows
     held_out: TokenWindows | None
 
+    @property
+    def asked(self) -> int:
+        """Steps that are wanted."""
+        return self.config.correction_steps
+
     @cached_property
     def plan(self) -> Schedule:
         """How many steps there are, how large, and how the windows are divided."""
         count, seq_len = self.windows.input_ids.shape
-        return schedule(count, seq_len, self.config.correction_steps if self.held_out else 0)
+        return schedule(count, seq_len, self.asked if self.held_out else 0)
 
     @cached_property
     def targets(self) -> list[CalibrationStream]:
@@ -75,8 +94,8 @@ class Correction:
         Raises:
             CalibrationError: a gradient is not finite.
         """
-        plan, asked = self.plan, self.config.correction_steps
-        report = CorrectionReport(asked, plan.steps, windows=len(self.windows.input_ids), enough=plan.enough)
+        plan = self.plan
+        report = CorrectionReport(self.asked, plan.steps, windows=len(self.windows.input_ids), enough=plan.enough)
         return self._take_steps(report, store) if plan.steps else report
 
     def _take_steps(self, report: CorrectionReport, store: RunStore) -> CorrectionReport:
@@ -87,9 +106,9 @@ class Correction:
         store.snapshot(context.layers)
 
         def keep(step: int, index: int, layer: nn.Module) -> None:
-            store.save_corrected(index, layer, is_last_step=step == plan.steps - 1)
+            store.save_corrected(index, layer, stage=self.stage, is_last_step=step == plan.steps - 1)
 
-        distill(context, self._step_streams(), self.targets, plan.rates, compressed_roles(self.config), keep=keep)
+        self._steps(keep)
         on_the_way = self._on_the_way(store)
         after = {fraction: divergences(context, stream, dense) for fraction, stream in on_the_way.items()}
         fraction = best_fraction(before, after, lambda at: evaluate_stream(context, on_the_way[at], held_out).nats)
@@ -128,23 +147,28 @@ class Correction:
         for index, layer in enumerate(self.context.layers):
             with self.context.on_device(index):
                 self._place(index, *self._ends(index, store), fraction)
-                store.save_corrected(index, layer, is_last_step=True)
+                store.save_corrected(index, layer, stage=self.stage, is_last_step=True)
 
     def _ends(self, index: int, store: RunStore) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The weights of a layer before the steps, and behind them."""
-        end = {name: linear.weight.data.clone() for name, linear in self._linears(index).items()}
+        """What moves in a layer, before the steps and behind them."""
+        end = {name: weight.clone() for name, weight in self._moved(index).items()}
         stored = store.original(index)
-        return {name: stored[f"{name}.weight"].to(weight) for name, weight in end.items()}, end
+        return {name: stored[name].to(weight) for name, weight in end.items()}, end
 
     def _place(self, index: int, start: dict[str, Tensor], end: dict[str, Tensor], fraction: float) -> None:
-        for name, linear in self._linears(index).items():
-            weight = linear.weight.data
+        for name, weight in self._moved(index).items():
             exact = torch.promote_types(weight.dtype, torch.float32)
             weight.copy_(torch.lerp(start[name].to(exact), end[name].to(exact), fraction))
 
-    def _linears(self, index: int) -> dict[str, nn.Linear]:
-        context = self.context
-        return corrected_linears(context.layers[index], context.architecture, compressed_roles(self.config))
+    def _steps(self, keep: Callable[[int, int, nn.Module], None]) -> None:
+        roles = compressed_roles(self.config)
+        distill(self.context, self._step_streams(), self.targets, self.plan.rates, roles, keep=keep)
+
+    def _moved(self, index: int) -> dict[str, Tensor]:
+        """What the steps move in a layer, by its name there."""
+        layer, roles = self.context.layers[index], compressed_roles(self.config)
+        linears = corrected_linears(layer, self.context.architecture, roles)
+        return {f"{name}.weight": linear.weight.data for name, linear in linears.items()}
 
     def _step_streams(self) -> Iterator[CalibrationStream]:
         for part, halves in step_windows(self.windows, fold_of(self.windows), self.plan):
@@ -156,6 +180,34 @@ class Correction:
         return CalibrationStream.from_windows(
             self.context, self.held_out, fold_of=halves, batch_tokens=EVALUATION_BATCH
         )
+
+
+class Rescaling(Correction):
+    """The same once the weights are rounded, of their scales alone.
+
+    The second of :attr:`judges` goes behind the rounded layers.
+    """
+
+    stage = RESCALED
+    timed_as = "rescale"
+
+    @property
+    def asked(self) -> int:
+        """Steps that are wanted."""
+        return self.config.scale_steps
+
+    @cached_property
+    def plan(self) -> Schedule:
+        """How many steps there are, how large, and how the windows are divided."""
+        count, seq_len = self.windows.input_ids.shape
+        return schedule(count, seq_len, self.asked if self.held_out else 0, rate=SCALE_RATE)
+
+    def _steps(self, keep: Callable[[int, int, nn.Module], None]) -> None:
+        rescale(self.context, self._step_streams(), self.targets, self.plan.rates, keep=keep)
+
+    def _moved(self, index: int) -> dict[str, Tensor]:
+        linears = rounded_linears(self.context.layers[index])
+        return {f"{name}.{WEIGHT_SCALE}": linear.weight_scale for name, linear in linears.items()}
 
 
 def best_fraction(

@@ -1,4 +1,4 @@
-"""After all layers are compressed: a few steps of their weights towards what the dense model predicts on the calibration windows.
+"""After all layers are compressed: a few steps of their weights, or scales, towards what the dense model predicts on the windows.
 
 Least squares repairs each layer by itself, towards what the dense layer gave. What all layers together have lost shows in the
 predictions, and only there. The loss is their Kullback-Leibler divergence from the dense model's, which teaches fidelity and
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from lorap.calibration.stream import Batch, CalibrationStream, logits_of
 from lorap.checkpoint.paging import offloaded_tensors
 from lorap.distributed import Processes
 from lorap.errors import CalibrationError
+from lorap.nn.quantized import QuantizedLinear
 
 # Sums of more numbers are float32: two numbers of processes may then differ in the sign of what is next to 0.
 EXACT_NUMBERS = 2**22
@@ -56,11 +58,69 @@ def distill(
         CalibrationError: a gradient is not finite.
     """
     exact = _ExactWeights(context.store)
+
+    def move(index: int, name: str, linear: Any, gradients: _Gradients, rate: float) -> bool:
+        signs = gradients.agreed_signs(name)
+        if signs is not None:
+            exact.move(index, name, context.layers[index], linear, signs, rate)
+        return signs is not None
+
+    def moved(layer: nn.Module) -> dict[str, nn.Linear]:
+        return corrected_linears(layer, context.architecture, roles)
+
+    _take_steps(context, streams, targets, rates, moved, move, keep, option="--correction-steps")
+
+
+def rescale(
+    context: DecoderContext,
+    streams: Iterable[CalibrationStream],
+    targets: Sequence[CalibrationStream],
+    rates: Sequence[float],
+    *,
+    keep: Callable[[int, int, nn.Module], None] = lambda step, index, layer: None,
+) -> None:
+    """Move the scales of all rounded weights in place, each by a share of itself; the numbers and codes stay.
+
+    Args:
+        context: the rounded model.
+        streams: the windows of each step, before the first layer.
+        targets: the same windows, behind the last layer of the dense model.
+        rates: sizes of the steps, as shares of a scale.
+        keep: called with (step, layer index, layer) after each change, before the layer may leave memory.
+
+    Raises:
+        CalibrationError: a gradient is not finite.
+    """
+    exact = _ExactWeights(context.store)
+
+    def move(index: int, name: str, linear: Any, gradients: _Gradients, rate: float) -> bool:
+        signs = gradients.agreed_signs(name, lambda each: growth(each, linear))
+        if signs is not None:
+            exact.change(
+                (index, name), context.layers[index], linear.weight_scale, lambda scales: scales.mul_(1 - rate * signs)
+            )
+        return signs is not None
+
+    _take_steps(context, streams, targets, rates, rounded_linears, move, keep, option="--scale-steps")
+
+
+def _take_steps(
+    context: DecoderContext,
+    streams: Iterable[CalibrationStream],
+    targets: Sequence[CalibrationStream],
+    rates: Sequence[float],
+    linears_of: Callable[[nn.Module], Mapping[str, Any]],
+    move: Callable[[int, str, Any, _Gradients, float], bool],
+    keep: Callable[[int, int, nn.Module], None],
+    *,
+    option: str,
+) -> None:
+    """A backward pass for each step; ``move`` is called for each linear layer and says whether the gradient was finite."""
     for step, (stream, target, rate) in enumerate(zip(streams, targets, rates, strict=True)):
         passing = backward_pass(
             context,
             stream,
-            lambda layer: corrected_linears(layer, context.architecture, roles),
+            linears_of,
             lambda count=stream.folds: _Gradients(count),  # type: ignore[misc]
             targets=target,
             desc=f"Correcting, step {step + 1} of {len(rates)}",
@@ -68,13 +128,11 @@ def distill(
         for index, linears, gradients in passing:
             gradients.add_up(linears, context.device, stream.processes)
             for name, linear in linears.items():
-                signs = gradients.agreed_signs(name)
-                if signs is None:
+                if not move(index, name, linear, gradients, rate):
                     raise CalibrationError(
                         f"the gradients at {name} of layer {index} are not finite in {context.model.dtype}: try --dtype float32 "
-                        "or bfloat16, or do without them: --correction-steps 0"
+                        f"or bfloat16, or do without them: {option} 0"
                     )
-                exact.move(index, name, context.layers[index], linear, signs, rate)
             keep(step, index, context.layers[index])
 
 
@@ -129,6 +187,19 @@ def corrected_linears(layer: nn.Module, architecture: Architecture, roles: Seque
     }
 
 
+def rounded_linears(layer: nn.Module) -> dict[str, QuantizedLinear]:
+    """Whose scales the steps move in a decoder layer, by name within it: all in few bits."""
+    return {name: module for name, module in layer.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def growth(gradient: Tensor, linear: QuantizedLinear) -> Tensor:
+    """(N, groups): how the loss changes as each group of weights grows, with ``gradient`` (N, K) that of the weights."""
+    each = gradient * linear.dequantize(gradient.dtype)
+    columns, groups = each.shape[1], linear.weight_scale.shape[1]
+    group = min(linear.group_size, columns)
+    return nn.functional.pad(each, (0, groups * group - columns)).unflatten(1, (groups, group)).sum(-1)
+
+
 class _Gradients:
     """Of the weights of one decoder layer, by name, a sum for each fold."""
 
@@ -159,9 +230,13 @@ class _Gradients:
         for name, linear in linears.items():
             processes.all_reduce(*self._sums(name, linear.out_features, linear.in_features, device))
 
-    def agreed_signs(self, name: str) -> Tensor | None:
-        """(out_features, in_features) float32: 1 or -1 where the folds agree on the sign, 0 elsewhere; None if not finite."""
+    def agreed_signs(self, name: str, of: Callable[[Tensor], Tensor] | None = None) -> Tensor | None:
+        """(out_features, in_features) float32: 1 or -1 where the folds agree on the sign, 0 elsewhere; None if not finite.
+
+        With ``of`` they are those of what it makes of each sum.
+        """
         sums = self.sums.pop(name)
+        sums = sums if of is None else [of(each) for each in sums]
         if not all(math.isfinite(each.sum()) for each in sums):  # in one pass; what overflows here is of no use either
             return None
         total = sums[0].sign_()
@@ -179,13 +254,19 @@ class _ExactWeights:
         self.copies: dict[tuple[int, str], OffloadedTensor] = {}
 
     def move(self, index: int, name: str, layer: nn.Module, linear: nn.Linear, signs: Tensor, rate: float) -> None:
-        weight = linear.weight.data
+        def step(exact: Tensor) -> None:
+            size = rate * float(exact.norm()) / math.sqrt(exact.numel() * linear.in_features)
+            exact.add_(signs.to(exact.device), alpha=-size)
+
+        self.change((index, name), layer, linear.weight.data, step)
+
+    def change(self, key: tuple[int, str], layer: nn.Module, weight: Tensor, step: Callable[[Tensor], object]) -> None:
+        """``step`` changes the copy in place, and ``weight``, of ``layer``, becomes what is nearest to it."""
         rounded = weight.dtype in (torch.float16, torch.bfloat16)
-        copy = self.copies.pop((index, name), None)
+        copy = self.copies.pop(key, None)
         exact = copy.get().to(weight.device) if copy else weight.float() if rounded else weight
-        size = rate * float(exact.norm()) / math.sqrt(exact.numel() * linear.in_features)
-        exact.add_(signs.to(exact.device), alpha=-size)
+        step(exact)
         if rounded:
             weight.copy_(exact)
             store = IN_MEMORY if offloaded_tensors(layer) is None else self.files
-            self.copies[index, name] = store.put(exact)
+            self.copies[key] = store.put(exact)

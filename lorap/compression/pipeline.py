@@ -1,6 +1,7 @@
 """The method on one page: ``compress()`` and the order of its stages.
 
 text -> windows -> plan -> for each decoder layer: [observe -> factorize attention -> prune FFN -> advance] -> correct -> round
+-> rescale
 
 Where finished steps are kept is a matter of the store (:mod:`lorap.compression.store`), what is done within a layer of
 :mod:`lorap.compression.layer`.
@@ -31,7 +32,7 @@ from lorap.checkpoint.paging import offloaded_tensors
 from lorap.checkpoint.validate import untie_own_head
 from lorap.compression.budget_remarks import budget_remarks
 from lorap.compression.byte_budget import resolve_budget
-from lorap.compression.correction import Correction
+from lorap.compression.correction import Correction, Rescaling
 from lorap.compression.layer import LayerCompressor
 from lorap.compression.planning import Plan, check_sizes, make_plan
 from lorap.compression.quantization import round_layer
@@ -152,23 +153,27 @@ class Run:
             stream = CalibrationStream.from_windows(context, windows, fold_of=halves)
         with self.watch("evaluate"):
             judged = self._text_streams(texts)
-        if config.corrects:
-            correction = Correction(context, config, windows, drawn.judges)
-            done = self.store.is_corrected
-            dense, compressed = ([], []) if done else (correction.judges[:1], correction.judges[1:])
-            targets = [] if done else [*correction.targets, *dense]
-            self._compress_layers(plan, stream, {"correct": compressed}, targets, report)
+        correction = Correction(context, config, windows, drawn.judges) if config.corrects else None
+        rescaling = Rescaling(context, config, windows, drawn.judges) if config.rescales else None
+        ahead = [each for each in (correction, rescaling) if each is not None and not self.store.is_over(each.stage)]
+        targets = [dense for each in ahead for dense in (*each.targets, *each.judges[:1])]
+        behind = {"correct": correction.judges[1:]} if correction in ahead else {}  # type: ignore[union-attr]
+        if correction is None and config.bits is None:
+            behind = {"evaluate": judged}
+        self._compress_layers(plan, stream, behind, targets, report)
+        if correction is not None:
             report.correction = self._correct(correction)
-        else:
-            self._compress_layers(plan, stream, {} if config.bits else {"evaluate": judged}, [], report)
         del stream  # what was calibrated on is used up
         if config.bits:
-            self._round_layers(plan, windows, judged)
-        elif config.corrects:
+            rounded = rescaling.judges[1:] if rescaling in ahead else []  # type: ignore[union-attr]
+            self._round_layers(plan, windows, {"rescale": rounded} if rescaling else {"evaluate": judged})
+        if rescaling is not None:
+            report.rescaling = self._correct(rescaling)
+        if rescaling is not None or (correction is not None and not config.bits):
             self._advance(judged)
         with self.watch("evaluate"):
-            for text, dense_loss, behind in zip(texts, before, judged, strict=True):
-                report.add_evaluation(dense_loss, evaluate_stream(context, behind, text))
+            for text, dense_loss, last in zip(texts, before, judged, strict=True):
+                report.add_evaluation(dense_loss, evaluate_stream(context, last, text))
         model.tie_weights()
         dense_widths = [one.shape_before[1] for one in report.by_role("down_proj")]
         describe_in_config(context, plan.layers, config, dense_widths=dense_widths)
@@ -256,13 +261,15 @@ class Run:
                 for stage, streams in behind.items():
                     self._advance_all(streams, index, stage)
 
-    def _round_layers(self, plan: Plan, windows: TokenWindows, judged: Sequence[CalibrationStream]) -> None:
+    def _round_layers(
+        self, plan: Plan, windows: TokenWindows, behind: Mapping[str, Sequence[CalibrationStream]]
+    ) -> None:
         """Every layer in few bits, in order, behind the rounded ones before it.
 
         Args:
             plan: says which projections get other bits than the others.
             windows: that were calibrated on; they begin once more.
-            judged: what goes through the rounded layers to be judged.
+            behind: what else goes through the rounded layers, by the stage that it is of.
         """
         context, config, watch = self.context, self.config, self.watch
         coding = coding_of(config.weights)
@@ -283,16 +290,22 @@ class Run:
                     with watch("save"):
                         self.store.save_rounded(index, layer, watch.since(start))
                 self._advance_all([stream], index, "round")
-                self._advance_all(judged, index, "evaluate")
+                for stage, streams in behind.items():
+                    self._advance_all(streams, index, stage)
 
     def _correct(self, correction: Correction) -> CorrectionReport:
-        """Steps of all weights towards the dense model's predictions."""
+        """Steps of all weights, or of their scales, towards the dense model's predictions."""
+        store, stage = self.store, correction.stage
 
         def take() -> CorrectionReport:
-            with self.watch("correct"):
-                return correction.run(self.store)
+            with self.watch(correction.timed_as):
+                return correction.run(store)
 
-        return self._once(lambda: self.store.load_correction(self.context.layers), take, self.store.save_correction)
+        return self._once(
+            lambda: store.load_correction(self.context.layers, stage),
+            take,
+            lambda report, seconds: store.save_correction(report, seconds, stage),
+        )
 
     def _once(
         self,

@@ -15,6 +15,9 @@ from lorap.weights import Coding
 
 T = TypeVar("T")
 
+# What correction steps move: all weights, and scales once the weights are rounded.
+CORRECTED, RESCALED = "corrected", "rescaled"
+
 # A step's result, and the seconds that its stages took.
 Finished: TypeAlias = tuple[T, Mapping[str, float]]
 
@@ -70,24 +73,24 @@ class RunStore:
             seconds: of each stage.
         """
 
-    @property
-    def is_corrected(self) -> bool:
-        """Whether the correction steps are over, taken or not."""
+    def is_over(self, stage: str) -> bool:
+        """Whether the steps of ``CORRECTED`` or ``RESCALED`` are over, taken or not."""
         return False
 
-    def load_correction(self, layers: Sequence[nn.Module]) -> Finished[CorrectionReport] | None:
-        """Give the compressed ``layers`` the weights that the steps made of them."""
+    def load_correction(self, layers: Sequence[nn.Module], stage: str) -> Finished[CorrectionReport] | None:
+        """Give the compressed ``layers`` the weights that the steps of ``CORRECTED`` or ``RESCALED`` made of them."""
         return None
 
-    def save_correction(self, correction: CorrectionReport, seconds: Mapping[str, float]) -> None:
-        """What the correction steps did, taken or not, and the seconds of each stage."""
+    def save_correction(self, correction: CorrectionReport, seconds: Mapping[str, float], stage: str) -> None:
+        """What the steps of ``CORRECTED`` or ``RESCALED`` did, taken or not, and the seconds of each stage."""
 
-    def save_corrected(self, index: int, layer: nn.Module, *, is_last_step: bool) -> None:
+    def save_corrected(self, index: int, layer: nn.Module, *, stage: str, is_last_step: bool) -> None:
         """Called after each step, before an offloaded layer may leave memory.
 
         Args:
             index: of the decoder layer.
             layer: after the step.
+            stage: ``CORRECTED`` or ``RESCALED``.
             is_last_step: whether no other step follows.
         """
 
@@ -109,13 +112,13 @@ class RunStore:
         """One layer with rounded weights, and the seconds of each stage."""
 
     def snapshot(self, layers: Sequence[nn.Module]) -> None:
-        """Remember the compressed layers as they are before the first correction step."""
+        """Remember the layers as they are before the first step of a stage."""
         self._snapshot = [
             {name: tensor.to("cpu", copy=True) for name, tensor in layer.state_dict().items()} for layer in layers
         ]
 
     def original(self, index: int) -> Mapping[str, Tensor]:
-        """Tensors of a layer, by name within it, as they were before the first correction step."""
+        """Tensors of a layer, by name within it, as they were before the first step of this stage."""
         return self._snapshot[index]
 
     def restore(self, layers: Sequence[nn.Module]) -> None:

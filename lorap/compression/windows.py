@@ -74,7 +74,7 @@ def read_windows(
         with watch("sample"), in_memory_throughout(model, context.layers):
             return sample_windows(model, tokenizer, count, seq_len, seed=seed, progress=shows)
 
-    judging = windows_of_a_step(seq_len) if config.corrects else 0
+    judging = windows_of_a_step(seq_len) if config.corrects or config.rescales else 0
     with watch("tokenize"):
         drawn, spare = draw_with_spare(
             calibration,

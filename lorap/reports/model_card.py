@@ -67,13 +67,16 @@ def read_card(folder: Path) -> str:
     return card.read_text("utf-8", errors="replace") if card.is_file() else ""
 
 
-def method_text(config: CompressionConfig, correction: CorrectionReport | None = None) -> str:
+def method_text(
+    config: CompressionConfig, correction: CorrectionReport | None = None, rescaling: CorrectionReport | None = None
+) -> str:
     """What was done, in sentences with links to papers, by the choices of ``config`` and not by the name of its recipe.
 
-    Without ``correction`` the steps are those that the config's windows are enough for.
+    Without ``correction`` and ``rescaling`` the steps are those that the config's windows are enough for.
     """
+    rounded = " ".join(filter(None, (_rounding(config), _rescaling(config, rescaling))))
     if config.sparsity == 0:
-        return _with_links(_rounding(config)) or "Nothing was to be removed, and nothing was changed."
+        return _with_links(rounded) or "Nothing was to be removed, and nothing was changed."
     dense_attention = config.allocation == "flap" or config.target == "stock"
     factorized = ["Attention"] if "self_attn" in config.sublayers and not dense_attention else []
     pruned = "mlp" in config.sublayers and config.mlp_method == "prune"
@@ -101,7 +104,7 @@ def method_text(config: CompressionConfig, correction: CorrectionReport | None =
     if roles_with_output_metric(config):
         sentences.append("Errors of outputs were weighted by the gradients of the loss.")
     sentences.append(_training(config, correction))
-    sentences.append(_rounding(config))
+    sentences.append(rounded)
     return _with_links(" ".join(filter(None, sentences)))
 
 
@@ -140,13 +143,24 @@ def _rounding(config: CompressionConfig) -> str:
 
 def _training(config: CompressionConfig, correction: CorrectionReport | None) -> str:
     if not config.corrects:
-        return "Nothing was trained."
-    steps, of = correction.taken if correction else _steps(config), config.correction_steps
+        return "" if config.rescales else "Nothing was trained."
+    steps, of = correction.taken if correction else _steps(config, config.correction_steps), config.correction_steps
     if not steps:
         return f"None of the {of} correction steps was taken, and nothing was trained."
     took = f"{steps} small {'step' if steps == 1 else 'steps'}" + ("" if steps == of else f" of {of}")
     towards = "towards what the original model predicts on the calibration text"
-    return f"These weights then took {took} {towards}; nothing else was trained."
+    return f"These weights then took {took} {towards}{'' if config.rescales else '; nothing else was trained'}."
+
+
+def _rescaling(config: CompressionConfig, rescaling: CorrectionReport | None) -> str:
+    if not config.rescales:
+        return ""
+    steps, of = rescaling.taken if rescaling else _steps(config, config.scale_steps), config.scale_steps
+    if not steps:
+        return f"None of the {of} steps of the scales was taken, and nothing else was trained."
+    took = f"{steps} small {'step' if steps == 1 else 'steps'}" + ("" if steps == of else f" of {of}")
+    towards = "towards what the original model predicts on the calibration text"
+    return f"The scales then took {took} {towards}; nothing else was trained."
 
 
 def _tags(config: CompressionConfig) -> str:
@@ -155,8 +169,8 @@ def _tags(config: CompressionConfig) -> str:
     return "".join(f"- {tag}\n" for tag in done)
 
 
-def _steps(config: CompressionConfig) -> int:
-    return schedule(config.num_calibration_samples, config.calibration_seq_len, config.correction_steps).steps
+def _steps(config: CompressionConfig, asked: int) -> int:
+    return schedule(config.num_calibration_samples, config.calibration_seq_len, asked).steps
 
 
 def model_card(report: CompressionReport) -> str:
@@ -164,7 +178,8 @@ def model_card(report: CompressionReport) -> str:
     config = report.config
     base = f"base_model: {report.model}\nbase_model_relation: quantized\n" if "/" in report.model else ""
     measured = "\n".join(f"- {line}" for line in evaluation_lines(report.evaluations))
-    corrected = "".join(f"\n- {line}" for line in correction_lines(report.correction) + expert_lines(report))
+    lines = correction_lines(report.correction) + correction_lines(report.rescaling, "scale") + expert_lines(report)
+    corrected = "".join(f"\n- {line}" for line in lines)
     corrected += "\n" if corrected else ""
     options = "\n".join(f"| {name} | {value} |" for name, value in config.to_dict().items())
     calibration = report.calibration
@@ -182,7 +197,7 @@ Base model: **{report.model}**. Recipe: **{config.recipe}**. Sparsity {asked}: *
 {" and ".join(config.sublayers)}; kept share of these parameters: **{report.param_ratio:.4f}**
 ({report.params_before:,} -> {report.params_after:,}; the whole model {report.params_total_before:,} -> {report.params_saved:,}).
 
-{method_text(config, report.correction)}
+{method_text(config, report.correction, report.rescaling)}
 
 {_USE.format(note="" if config.target == "stock" else _PLUG_IN)}
 ## Quality

@@ -126,6 +126,7 @@ class CompressionReport:
         command: that was run, as it would be typed into a shell; empty where there was none.
         tunings: what was trained afterwards (:func:`lorap.recover`); all else is as it was before.
         correction: what became of the correction steps; None where none were asked for, or in older reports.
+        rescaling: the same of the steps that moved scales.
         decisions: sentences on what a budget of bytes decided that was not asked for (lorap/compression/budget_remarks.py).
     """
 
@@ -143,6 +144,7 @@ class CompressionReport:
     command: str = ""
     tunings: list[Tuning] = field(default_factory=list)
     correction: CorrectionReport | None = None
+    rescaling: CorrectionReport | None = None
     decisions: list[str] = field(default_factory=list)
 
     @property
@@ -201,7 +203,11 @@ class CompressionReport:
             "correction": asdict(self.correction) if self.correction else None,
             "projections": [projection.to_dict() for projection in self.projections],
         }
-        sometimes = {"tunings": [asdict(tuning) for tuning in self.tunings], "decisions": self.decisions}
+        sometimes: dict[str, Any] = {
+            "tunings": [asdict(tuning) for tuning in self.tunings],
+            "decisions": self.decisions,
+            "rescaling": asdict(self.rescaling) if self.rescaling else None,
+        }
         return values | {name: value for name, value in sometimes.items() if value}
 
     @classmethod
@@ -247,6 +253,7 @@ class CompressionReport:
             + solver_lines(self)
             + storage_lines(self)
             + correction_lines(self.correction)
+            + correction_lines(self.rescaling, "scale")
         )
         lines += evaluation_lines(self.evaluations)
         return "\n".join(lines)
@@ -346,11 +353,12 @@ def storage_lines(report: CompressionReport) -> list[str]:
     ]
 
 
-def correction_lines(found: CorrectionReport | None) -> list[str]:
+def correction_lines(found: CorrectionReport | None, kind: str = "correction") -> list[str]:
     """How many correction steps were taken of how many, why, and how many windows would do where they were few."""
     if found is None:
         return []
-    told = f"correction: {found.taken} of {found.asked} steps taken"
+    named = "correction" if kind == "correction" else f"{kind}s"
+    told = f"{named}: {found.taken} of {found.asked} steps taken"
     if 0 < found.fraction < 1:
         told += f", {found.fraction:.0%} of their way"
     if found.before:
@@ -363,7 +371,8 @@ def correction_lines(found: CorrectionReport | None) -> list[str]:
         )
     elif not found.enough:
         told += "; all windows were calibrated on, and none is left to judge steps by: give a longer text"
-    return [told, *(shortage(found.windows, found.tried, found.asked, found.enough) if found.enough else ())]
+    few = shortage(found.windows, found.tried, found.asked, found.enough, kind) if found.enough else []
+    return [told, *few]
 
 
 def evaluation_lines(evaluations: Sequence[dict[str, Any]]) -> list[str]:
@@ -401,7 +410,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, padd
     return "\n".join(lines)
 
 
-def shortage(windows: int, tried: int, asked: int, enough: int) -> list[str]:
+def shortage(windows: int, tried: int, asked: int, enough: int, kind: str = "correction") -> list[str]:
     """One sentence where the windows are not enough for all steps, with the number that would be.
 
     Args:
@@ -409,8 +418,9 @@ def shortage(windows: int, tried: int, asked: int, enough: int) -> list[str]:
         tried: steps that they were enough for.
         asked: steps that were wanted.
         enough: windows that would be enough for all steps.
+        kind: of the steps.
     """
     if tried == asked:
         return []
     does = "1 calibration window suffices" if windows == 1 else f"{windows} calibration windows suffice"
-    return [f"few windows: {does} for {tried} of {asked} correction steps; {enough} would for all"]
+    return [f"few windows: {does} for {tried} of {asked} {kind} steps; {enough} would for all"]

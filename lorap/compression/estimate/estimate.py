@@ -133,13 +133,17 @@ class Estimate:
 
     def _few_windows(self) -> list[str]:
         """Where the windows are not enough for all correction steps: how many there will be at most."""
-        windows, asked = self.config.num_calibration_samples, self.config.correction_steps
-        if not self.config.corrects:
-            return []
-        if self.trial and not self.trial.judged:
-            return correction_lines(CorrectionReport(asked, 0, windows=windows))
-        plan = schedule(windows, self.config.calibration_seq_len, asked)
-        return shortage(windows, plan.steps, asked, plan.enough)
+        windows, lines = self.config.num_calibration_samples, list[str]()
+        for kind, is_on, asked in (
+            ("correction", self.config.corrects, self.config.correction_steps),
+            ("scale", self.config.rescales, self.config.scale_steps),
+        ):
+            if is_on and self.trial and not self.trial.judged:
+                lines += correction_lines(CorrectionReport(asked, 0, windows=windows), kind)
+            elif is_on:
+                plan = schedule(windows, self.config.calibration_seq_len, asked)
+                lines += shortage(windows, plan.steps, asked, plan.enough, kind)
+        return lines
 
     def _stage_table(self, trial: Trial) -> str:
         where, threads = trial.environment["device"], trial.environment["threads"]

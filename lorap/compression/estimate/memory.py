@@ -7,7 +7,7 @@ term that is only sometimes there is counted as if it always were.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,10 +96,14 @@ class Memory:
             found["factorize"] = held + everything + self._factorizing()
         if self._prunes:
             found["prune"] = held + everything + self._refitting() + self._pruning_experts()
-        if self._followed:
-            found["correct"] = held + self._correcting()
+        if self.config.corrects and self._followed:
+            moved = [role for role in compressed_roles(self.config) if not (self.shape.mixture and role in MLP)]
+            found["correct"] = held + self._correcting(moved, self.config.correction_steps)
         if self.config.bits:
             found["round"] = held + everything + self._rounding()
+        if self.config.rescales and self._followed:
+            moved = [role for role in PROJECTIONS if not (self.shape.mixture and role in MLP)]
+            found["rescale"] = held + self._correcting(moved, self.config.scale_steps, self.config.group)
         return found
 
     def disk_bytes(self) -> int:
@@ -112,7 +116,8 @@ class Memory:
         spilled = tokens * self.shape.hidden_size * self.shape.itemsize - self._states(tokens)
         weighed = roles_with_output_metric(self.config)
         metrics = sum(4 * self.shape.projections[role][0] ** 2 for role in weighed if role in self.shape.projections)
-        again = layers * ((self._followed > 0) + (self.config.bits is not None))
+        steps = self.config.corrects + self.config.rescales if self._followed else 0
+        again = layers * (steps + (self.config.bits is not None))
         return 2 * saved + max(spilled, self.shape.num_layers * metrics) + again
 
     @property
@@ -126,8 +131,9 @@ class Memory:
     @property
     def _followed(self) -> int:
         """Tokens of correction steps and of what judges them, which go through the dense layers beside the others."""
-        steps, step_tokens = self.texts.step_tokens(self.config.correction_steps)
-        return (steps + 2) * step_tokens if self.config.corrects and steps else 0
+        asked = [self.config.correction_steps] if self.config.corrects else []
+        asked += [self.config.scale_steps] if self.config.rescales else []
+        return sum((steps + 2) * tokens for steps, tokens in map(self.texts.step_tokens, asked) if steps)
 
     @property
     def _anchoring(self) -> int:
@@ -246,15 +252,20 @@ class Memory:
         pruned = 2 * shape.experts * 3 * hidden * self.sizes.layer.intermediate_size * shape.itemsize
         return self._routed(self.texts.tokens) + one + pruned
 
-    def _correcting(self) -> int:
-        """Hidden states of a step before every layer, and the dense ones; gradients of one layer by fold; exact weights."""
-        shape, (_, step_tokens) = self.shape, self.texts.step_tokens(self.config.correction_steps)
+    def _correcting(self, moved: Sequence[str], steps: int, group: int = 1) -> int:
+        """Hidden states of a step before every layer, and the dense ones; gradients of one layer by fold; exact weights.
+
+        Args:
+            moved: the roles whose weights, or scales, move.
+            steps: that are asked for.
+            group: weights that move as one.
+        """
+        shape, (_, step_tokens) = self.shape, self.texts.step_tokens(steps)
         largest = shape.hidden_size * max(shape.hidden_size, self.sizes.layer.intermediate_size)
-        moved = [role for role in compressed_roles(self.config) if not (shape.mixture and role in MLP)]
         params = sum(self.sizes.params[role] for role in moved) // shape.num_layers
         work = self._folds * params * (DOUBLE if largest <= EXACT_NUMBERS else 4) + 2 * 4 * largest
         work += self._activations(BACKWARD_TOKENS, BACKWARD)
-        exact = 0 if shape.paged or shape.itemsize == 4 else 4 * shape.num_layers * params
+        exact = 0 if shape.paged or shape.itemsize == 4 else 4 * shape.num_layers * params // group
         states = self._states(step_tokens * (shape.num_layers + 2) + self._followed)
         states += self._own_inputs(step_tokens + self._followed)
         return states + exact + max(work, self._logits(LOSS_COPIES))

@@ -132,7 +132,7 @@ def try_layers(
                 tried=tried,
                 stages=_multiplied(tried, times, shape.num_layers / len(layers)),
                 environment=report.environment,
-                judged=report.correction is None or report.correction.enough > 0,
+                judged=all(each.enough > 0 for each in (report.correction, report.rescaling) if each is not None),
             )
     except OSError as error:
         raise CheckpointError(
@@ -206,7 +206,12 @@ class _TrialRun(FolderRun):
         few = _some(drawn, max(TRIED_WINDOWS, tokens // drawn.input_ids.shape[1]))
         less = [_some(text, max(1, EVALUATED_TOKENS // text.input_ids.shape[1])) for text in texts[:1]]
         corrected = _corrected(drawn, config.correction_steps) / _corrected(few, config.correction_steps)
-        judges = found.judges and _some(found.judges, max(2, round(len(found.judges.input_ids) / corrected)))
+        followed = (
+            corrected
+            if config.corrects
+            else _corrected(drawn, config.scale_steps) / _corrected(few, config.scale_steps)
+        )
+        judges = found.judges and _some(found.judges, max(2, round(len(found.judges.input_ids) / followed)))
         JournalStore(self.journal, context.architecture).save_windows(RunWindows(few, judges, less), {})
         self.windows = len(few.input_ids)
         calibrated = drawn.tokens / few.tokens
@@ -215,6 +220,7 @@ class _TrialRun(FolderRun):
             "plan": calibrated if config.allocation == "flap" else 1.0,
             "calibrate": calibrated,
             "correct": corrected,
+            "rescale": _corrected(drawn, config.scale_steps) / _corrected(few, config.scale_steps),
         }
         return context
 

@@ -27,7 +27,7 @@ from lorap.reports.records import Evaluation, Share
 from lorap.reports.run import CorrectionReport, ProjectionReport
 from lorap.weights import Coding
 
-WINDOWS, LOSSES, PLAN, CORRECTED = "windows", "before", "plan", "corrected"
+WINDOWS, LOSSES, PLAN = "windows", "before", "plan"
 
 
 @dataclass(frozen=True)
@@ -139,37 +139,37 @@ class JournalStore(RunStore):
         self.journal.keep_finished(_layer(index), projections, seconds, layer.state_dict())
         self._offload_from(_layer(index), layer)
 
-    @property
-    def is_corrected(self) -> bool:
-        """Whether the correction steps are over, taken or not."""
-        return self.journal.has(CORRECTED)
+    def is_over(self, stage: str) -> bool:
+        """Whether the steps of a stage are over, taken or not."""
+        return self.journal.has(stage)
 
-    def load_correction(self, layers: Sequence[nn.Module]) -> Finished[CorrectionReport] | None:
+    def load_correction(self, layers: Sequence[nn.Module], stage: str) -> Finished[CorrectionReport] | None:
         """Give the layers the weights that the steps made of them; None where the steps are not over."""
-        found = self.journal.finished(CorrectionReport, CORRECTED)
+        found = self.journal.finished(CorrectionReport, stage)
         for index, layer in enumerate(layers if found is not None and found[0].taken else ()):
-            self._reload(_corrected(index), layer)
+            self._reload(_corrected(index, stage), layer)
         return found
 
-    def save_correction(self, correction: CorrectionReport, seconds: Mapping[str, float]) -> None:
+    def save_correction(self, correction: CorrectionReport, seconds: Mapping[str, float], stage: str) -> None:
         """As JSON; where the steps were undone, their weights go."""
-        self.journal.keep_finished(CORRECTED, correction, seconds)
+        self.journal.keep_finished(stage, correction, seconds)
         if not correction.taken:
-            for name in self.journal.tensor_steps(f"{CORRECTED}-"):
+            for name in self.journal.tensor_steps(f"{stage}-"):
                 self.journal.forget_tensors(name)
 
-    def save_corrected(self, index: int, layer: nn.Module, *, is_last_step: bool) -> None:
+    def save_corrected(self, index: int, layer: nn.Module, *, stage: str, is_last_step: bool) -> None:
         """The weights of a layer after a step.
 
         Args:
             index: of the decoder layer.
             layer: after the step.
+            stage: whose step it is.
             is_last_step: a layer that is in memory is written after the last step only.
         """
         if offloaded_tensors(layer) is not None or is_last_step:
-            self.journal.keep_tensors(_corrected(index), layer.state_dict())
+            self.journal.keep_tensors(_corrected(index, stage), layer.state_dict())
             self.journal.processes.barrier()
-            self._offload_from(_corrected(index), layer)
+            self._offload_from(_corrected(index, stage), layer)
 
     def load_rounded(
         self, index: int, layer: nn.Module, *, bits: Mapping[str, int], coding: Coding, group_size: int
@@ -194,12 +194,16 @@ class JournalStore(RunStore):
 
     def original(self, index: int) -> Mapping[str, Tensor]:
         """From the file of the layer."""
-        return {name: tensor.read() for name, tensor in self.journal.tensors(_layer(index)).items()}
+        return {name: tensor.read() for name, tensor in self.journal.tensors(self._before_steps(index)).items()}
 
     def restore(self, layers: Sequence[nn.Module]) -> None:
         """The layers as they were before the first step, from their files."""
         for index, layer in enumerate(layers):
-            self._reload(_layer(index), layer)
+            self._reload(self._before_steps(index), layer)
+
+    def _before_steps(self, index: int) -> str:
+        """What has a layer before the steps: those of weights are over when the first one is rounded."""
+        return _rounded(index) if self.journal.has(_rounded(index)) else _layer(index)
 
     def _reload(self, name: str, layer: nn.Module, source_device: torch.device | None = None) -> None:
         """The stored weights, where the layer is in memory; an offloaded one finds them when it is used, unless it stays."""
@@ -225,8 +229,8 @@ def _rounded(index: int) -> str:
     return f"rounded-{index:05}"
 
 
-def _corrected(index: int) -> str:
-    return f"{CORRECTED}-{index:05}"
+def _corrected(index: int, stage: str) -> str:
+    return f"{stage}-{index:05}"
 
 
 class _StoredMetrics(MutableMapping[Key, Tensor]):

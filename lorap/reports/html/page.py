@@ -58,7 +58,7 @@ def compression_page(report: CompressionReport) -> str:
         "charts": _charts(report),
         "tables": _tables(report),
         "notes": {
-            "correction": correction_lines(report.correction),
+            "correction": correction_lines(report.correction) + correction_lines(report.rescaling, "scale"),
             "factors": expert_lines(report) + solver_lines(report) + storage_lines(report),
         },
         "faint": charts.FAINT,
@@ -84,7 +84,7 @@ def _method(report: CompressionReport) -> Any:
     """In words, with links."""
     from markupsafe import Markup, escape  # comes with jinja2
 
-    text = method_text(report.config, report.correction)
+    text = method_text(report.config, report.correction, report.rescaling)
     text = str(escape(said_as_tuned(text) if report.tunings else text))
     return Markup(re.sub(r"\[([^]]+)\]\((https://[^)]+)\)", r'<a href="\2">\1</a>', text))
 
