@@ -21,6 +21,15 @@ def corrected(
     model: Any, dense: Any, ids: Tensor, folds: Tensor, steps: int = 0, *, mask: Tensor | None = None, **more: Any
 ) -> Any:
     """``model`` after so many steps towards ``dense``, each on its part of the windows; or one full step on all of them."""
+    student, streams, targets, rates = step_streams(model, dense, ids, folds, steps, mask=mask)
+    distill(student, streams, targets, rates or (RATE,), more.pop("roles", PROJECTIONS), **more)
+    return model
+
+
+def step_streams(
+    model: Any, dense: Any, ids: Tensor, folds: Tensor, steps: int, *, mask: Tensor | None = None
+) -> tuple[DecoderContext, list[CalibrationStream], list[CalibrationStream], tuple[float, ...]]:
+    """What so many steps want: ``model``, the windows of each before its first layer and behind the last of ``dense``, rates."""
     architecture = ARCHITECTURES[model.config.model_type]
     student, teacher = (
         DecoderContext(each, architecture, tuple(architecture.decoder_layers(each)), CPU) for each in (model, dense)
@@ -38,6 +47,4 @@ def corrected(
     for index, layer in enumerate(teacher.layers):
         for target in targets:
             target.advance(index, layer)
-    roles = more.pop("roles", PROJECTIONS)
-    distill(student, streams(student), targets, plan.rates or (RATE,), roles, **more)
-    return model
+    return student, streams(student), targets, plan.rates

@@ -12,18 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from corrections import step_streams
 from made_reports import made_report
 from torch import Tensor
 from whole_model import divergence_of
 
 import lorap
-from lorap.algorithms.step_schedule import SCALE_RATE, schedule
-from lorap.architectures import ARCHITECTURES
-from lorap.calibration import TokenWindows
-from lorap.calibration.backward import BATCH_TOKENS
-from lorap.calibration.context import DecoderContext
-from lorap.calibration.stream import CalibrationStream
-from lorap.compression.correction import step_windows
+from lorap.algorithms.step_schedule import SCALE_RATE
 from lorap.compression.distillation import growth, rescale
 from lorap.compression.quantization import Rounding
 from lorap.compression.runs.journal import Journal
@@ -57,25 +52,9 @@ def test_growth_of_a_group_is_the_derivative_of_the_loss(coding: Any, rows: int,
 
 
 def rescaled(model: Any, dense: Any, ids: Tensor, folds: Tensor, rates: tuple[float, ...]) -> None:
-    architecture = ARCHITECTURES[model.config.model_type]
-    student, teacher = (
-        DecoderContext(each, architecture, tuple(architecture.decoder_layers(each)), CPU) for each in (model, dense)
-    )
-    plan = schedule(*ids.shape, len(rates))
-    parts = list(step_windows(TokenWindows(ids, "tokens", ""), folds, plan))
-    assert len(parts) == len(rates)
-
-    def streams(context: DecoderContext) -> list[CalibrationStream]:
-        return [
-            CalibrationStream.from_windows(context, part, fold_of=halves, batch_tokens=BATCH_TOKENS)
-            for part, halves in parts
-        ]
-
-    targets = streams(teacher)
-    for index, layer in enumerate(teacher.layers):
-        for target in targets:
-            target.advance(index, layer)
-    rescale(student, streams(student), targets, rates)
+    student, streams, targets, _ = step_streams(model, dense, ids, folds, len(rates))
+    assert len(streams) == len(rates)
+    rescale(student, streams, targets, rates)
 
 
 @pytest.mark.parametrize("two_folds", [False, True])

@@ -1,4 +1,4 @@
-// AVX-512's way with weights on a trellis; included by avx512.cpp.
+// AVX-512's way with weights on a trellis, and with pairs of columns; included by avx512.cpp and those that build on it.
 #pragma once
 
 #include <immintrin.h>
@@ -41,7 +41,11 @@ struct Avx512Trellis {
   static Whole multiply_add(Whole whole, Numbers numbers, const int16_t* x) {
     int32_t two;
     std::memcpy(&two, x, sizeof two);
+#ifdef __AVX512VNNI__
+    return _mm512_dpwssd_epi32(whole, numbers, _mm512_set1_epi32(two));
+#else
     return _mm512_add_epi32(whole, _mm512_madd_epi16(numbers, _mm512_set1_epi32(two)));
+#endif
   }
 
   // See avx2_trellis.h.

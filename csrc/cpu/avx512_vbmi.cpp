@@ -4,15 +4,7 @@
 
 namespace {
 
-// One instruction multiplies two columns by their activations and adds them up.
 struct Avx512VbmiTrellis : Avx512Trellis {
-  using Avx512Trellis::multiply_add;
-  static Whole multiply_add(Whole whole, Numbers numbers, const int16_t* x) {
-    int32_t two;
-    std::memcpy(&two, x, sizeof two);
-    return _mm512_dpwssd_epi32(whole, numbers, _mm512_set1_epi32(two));
-  }
-
   // One permutation brings the bytes of two rows to each 64 bits, four of either column, wherever the ring goes on; one
   // shift of each byte by its own bits brings the windows out.
   template <int Bits>

@@ -53,16 +53,6 @@ struct TwoBytes : Bytes {
   static Whole join(Whole low, Whole high) { return _mm512_add_epi32(low, _mm512_slli_epi32(high, 8)); }
 };
 
-// One instruction multiplies two columns by their activations and adds them up.
-struct Rows : Avx512Rows {
-  using Avx512Rows::multiply_add;
-  static Whole multiply_add(Whole whole, Numbers numbers, const int16_t* x) {
-    int32_t two;
-    std::memcpy(&two, x, sizeof two);
-    return _mm512_dpwssd_epi32(whole, numbers, _mm512_set1_epi32(two));
-  }
-};
-
 }  // namespace
 
 namespace lorap::cpu {
@@ -70,9 +60,9 @@ namespace lorap::cpu {
 const QuantizedKernel* avx512_vnni_quantized_kernel(int bits) {
   constexpr int64_t kTilesFrom = 10;  // tokens, measured on Zen 4
   static constexpr QuantizedKernel four =
-      with_tiles<Rows, 4>(make_quantized_kernel<TwoBytes, 4>("avx512_vnni"), kTilesFrom);
+      with_tiles<Avx512Rows, 4>(make_quantized_kernel<TwoBytes, 4>("avx512_vnni"), kTilesFrom);
   static constexpr QuantizedKernel eight =
-      with_tiles<Rows, 8>(make_quantized_kernel<Pairs, 8>("avx512_vnni"), kTilesFrom);
+      with_tiles<Avx512Rows, 8>(make_quantized_kernel<Pairs, 8>("avx512_vnni"), kTilesFrom);
   return bits == 4 ? &four : &eight;
 }
 

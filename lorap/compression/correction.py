@@ -59,6 +59,8 @@ class Correction:
     # What finished steps are called, and what takes their time.
     stage: ClassVar[str] = CORRECTED
     timed_as: ClassVar[str] = "correct"
+    # How far the first step moves; None as the schedule has it.
+    rate: ClassVar[float | None] = None
 
     context: DecoderContext
     config: CompressionConfig
@@ -74,7 +76,7 @@ class Correction:
     def plan(self) -> Schedule:
         """How many steps there are, how large, and how the windows are divided."""
         count, seq_len = self.windows.input_ids.shape
-        return schedule(count, seq_len, self.asked if self.held_out else 0)
+        return schedule(count, seq_len, self.asked if self.held_out else 0, rate=self.rate)
 
     @cached_property
     def targets(self) -> list[CalibrationStream]:
@@ -190,17 +192,12 @@ class Rescaling(Correction):
 
     stage = RESCALED
     timed_as = "rescale"
+    rate = SCALE_RATE
 
     @property
     def asked(self) -> int:
         """Steps that are wanted."""
         return self.config.scale_steps
-
-    @cached_property
-    def plan(self) -> Schedule:
-        """How many steps there are, how large, and how the windows are divided."""
-        count, seq_len = self.windows.input_ids.shape
-        return schedule(count, seq_len, self.asked if self.held_out else 0, rate=SCALE_RATE)
 
     def _steps(self, keep: Callable[[int, int, nn.Module], None]) -> None:
         rescale(self.context, self._step_streams(), self.targets, self.plan.rates, keep=keep)

@@ -144,23 +144,28 @@ def _rounding(config: CompressionConfig) -> str:
 def _training(config: CompressionConfig, correction: CorrectionReport | None) -> str:
     if not config.corrects:
         return "" if config.rescales else "Nothing was trained."
-    steps, of = correction.taken if correction else _steps(config, config.correction_steps), config.correction_steps
-    if not steps:
-        return f"None of the {of} correction steps was taken, and nothing was trained."
-    took = f"{steps} small {'step' if steps == 1 else 'steps'}" + ("" if steps == of else f" of {of}")
-    towards = "towards what the original model predicts on the calibration text"
-    return f"These weights then took {took} {towards}{'' if config.rescales else '; nothing else was trained'}."
+    took = _took(config, correction, config.correction_steps)
+    if not took:
+        return f"None of the {config.correction_steps} correction steps was taken, and nothing was trained."
+    return f"These weights then took {took}{'' if config.rescales else '; nothing else was trained'}."
 
 
 def _rescaling(config: CompressionConfig, rescaling: CorrectionReport | None) -> str:
     if not config.rescales:
         return ""
-    steps, of = rescaling.taken if rescaling else _steps(config, config.scale_steps), config.scale_steps
+    took = _took(config, rescaling, config.scale_steps)
+    if not took:
+        return f"None of the {config.scale_steps} steps of the scales was taken, and nothing else was trained."
+    return f"The scales then took {took}; nothing else was trained."
+
+
+def _took(config: CompressionConfig, report: CorrectionReport | None, asked: int) -> str:
+    """How many steps were taken of those that were asked for, and where to; empty where none was."""
+    steps = report.taken if report else _steps(config, asked)
     if not steps:
-        return f"None of the {of} steps of the scales was taken, and nothing else was trained."
-    took = f"{steps} small {'step' if steps == 1 else 'steps'}" + ("" if steps == of else f" of {of}")
-    towards = "towards what the original model predicts on the calibration text"
-    return f"The scales then took {took} {towards}; nothing else was trained."
+        return ""
+    took = f"{steps} small {'step' if steps == 1 else 'steps'}" + ("" if steps == asked else f" of {asked}")
+    return f"{took} towards what the original model predicts on the calibration text"
 
 
 def _tags(config: CompressionConfig) -> str:
