@@ -1,4 +1,5 @@
-// AVX-512's way with weights on a trellis, and with pairs of columns; included by avx512.cpp and those that build on it.
+// AVX-512's way with weights on a trellis, and with pairs of columns; included by avx512.cpp and those that build on
+// it.
 #pragma once
 
 #include <immintrin.h>
